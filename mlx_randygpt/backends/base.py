@@ -1,0 +1,91 @@
+"""The seam: what a backend is. Two live behind it, and a third is one file and one row more.
+
+Only NumPy arrays, integers and floats cross it; a backend never sees files, text or terminals.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, SupportsFloat
+
+from mlx_randygpt.state import Array, Batch, Params, TrainState
+
+
+class BackendError(RuntimeError):
+    """A backend that cannot run here; the message says why and what would make it run."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and gradient norm of one optimizer step; reading them may wait for the device,
+    so that a loop that reads one step late never makes the device wait for Python."""
+
+    loss_value: SupportsFloat
+    grad_norm_value: SupportsFloat
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy over the step's tokens, in nats."""
+        return float(self.loss_value)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm of the gradient before clipping."""
+        return float(self.grad_norm_value)
+
+
+class Cache(Protocol):
+    """Keys and values of B streams. Holds the last `block_size` tokens of each."""
+
+    length: int  # tokens seen so far, by every stream alike
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these streams, in this order; a row may be named twice (beams) or not at all."""
+
+
+class Backend(Protocol):
+    """One model on one device: owns weights, moments, step count and scratch memory.
+
+    Built as `Class(model_config, train_config, state)`. Belongs to the thread that built it.
+    """
+
+    name: str  # "mlx", "numpy"
+    device: str  # for people: "Apple M3 Max (Metal)", "2 threads"
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step on the mean loss over all micro-batches (of one shape), with dropout.
+
+        Dropout is a function of (seed, step, micro-batch). Where the gradient is not finite the
+        weights may be lost, but the StepResult says so.
+        """
+
+    def loss(self, batch: Batch) -> float:
+        """Mean cross-entropy in nats over the targets that count, without dropout."""
+
+    def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
+        """`loss` and its gradient for every weight, without dropout or clipping."""
+
+    def new_cache(self, batch_size: int) -> Any:
+        """An empty Cache for `batch_size` streams."""
+
+    def logits(self, tokens: Array, cache: Any) -> Array:
+        """Append tokens (B, T) to the cache; float32 logits of the last position, (B, V).
+
+        With rotary positions the window slides: each layer attends to the last `block_size` keys.
+        With learned positions `cache.length + T` must not pass `block_size`.
+        """
+
+    def state(self) -> TrainState:
+        """A consistent copy of weights and moments in float32, safe to save."""
+
+    def memory_bytes(self) -> int:
+        """What the run holds at its peak so far: device memory, or resident memory of the process."""
+
+
+def resident_bytes() -> int:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

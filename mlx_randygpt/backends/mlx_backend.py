@@ -1,0 +1,210 @@
+"""The MLX backend: owns weights and moments on the device, the compiled step and resident tokens.
+
+Everything is lazy and one step is one `async_eval`; weights stay float32 and are cast inside the
+differentiated function. Knows nothing of files, schedules or text. Importing it needs MLX: the
+caller catches ImportError.
+
+Legend: B batch, T time, C n_embd, H heads, D = C/H, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_randygpt.backends.base import StepResult, resident_bytes
+from mlx_randygpt.backends.mlx_cache import MLXCache
+from mlx_randygpt.backends.mlx_model import GPT, ModelArgs
+from mlx_randygpt.backends.mlx_optimizer import Moments, Weights, rates, update, uses_muon
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.state import IGNORED, Array, Batch, Params, TrainState, parameter_shapes, rng
+
+RESIDENT_SPLITS = 4  # token arrays kept on the device: train, validation and two to spare
+RESIDENT_TOKENS = 2**28  # longer ones are gathered on the host
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where MLX computes by default."""
+
+    has_gpu: bool
+    description: str  # "Apple M3 Max (Metal)", "NVIDIA H200 (CUDA)", "CPU"
+
+
+def probe() -> Device:
+    """The default device; it starts nothing on it."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return Device(False, "CPU")
+    is_metal = hasattr(mx, "metal") and mx.metal.is_available()
+    name = mx.device_info().get("device_name", "GPU")
+    return Device(True, f"{name} ({'Metal' if is_metal else 'CUDA'})")
+
+
+class MLXBackend:
+    """A base.Backend on MLX's default device."""
+
+    name = "mlx"
+
+    def __init__(self, model: ModelConfig, train: TrainConfig, state: TrainState) -> None:
+        device = probe()
+        self.device = device.description
+        self._on_gpu = device.has_gpu
+        self._config, self._train, self._step = model, train, state.step
+        args = {field.name: getattr(model, field.name) for field in fields(ModelArgs)}
+        self._model = GPT(ModelArgs(**args))
+        self._weights: Weights = {n: mx.array(state.params[n]) for n in parameter_shapes(model)}
+        self._moments = self._loaded_moments(state.moments)
+        self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
+        self._splits: list[tuple[Array, mx.array]] = []  # the latest last
+
+        compiled = mx.compile if self._on_gpu else _plain  # on a CPU: 30 s lost, nothing gained
+        self._value_and_grad = mx.value_and_grad(self._mean_loss)
+        self._training_grads = compiled(self._value_and_grad)
+        self._update = compiled(partial(update, train))
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step on the mean loss over all micro-batches, with dropout; see base."""
+        loss, grads = self._accumulated(batches)
+        rates_now = rates(self._train, self._step, lr)
+        self._weights, self._moments, norm = self._update(
+            self._weights, self._moments, grads, rates_now
+        )
+        self._bind(self._weights)  # else the model would keep the old ones alive
+        self._step += 1
+        mx.async_eval(self._weights, self._moments, loss, norm)
+        return StepResult(loss, norm)
+
+    def loss(self, batch: Batch) -> float:
+        """Mean cross-entropy in nats over the targets that count, without dropout."""
+        return float(self._mean_loss(self._weights, *self._windows(batch), None))
+
+    def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
+        """`loss` and its gradient for every weight, float32, without dropout or clipping."""
+        loss, grads = self._value_and_grad(self._weights, *self._windows(batch), None)
+        return float(loss), _to_numpy(grads)
+
+    def new_cache(self, batch_size: int) -> MLXCache:
+        """An empty cache for `batch_size` streams."""
+        c = self._config
+        return MLXCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.head_size))
+
+    def logits(self, tokens: Array, cache: MLXCache) -> Array:
+        """Append tokens (B, T) to the cache; float32 logits of the last position, (B, V).
+
+        Computed in float32 whatever the training type. Raises ValueError where T, an id or a
+        learned position is out of range.
+        """
+        t, size = tokens.shape[1], self._config.block_size
+        if not 1 <= t <= size:
+            raise ValueError(f"{t} tokens at once; it must be 1 to block_size={size}")
+        if self._config.position == "learned" and cache.length + t > size:
+            raise ValueError(
+                f"{cache.length} + {t} positions pass block_size={size}; "
+                "learned positions end there: start a new cache with the latest tokens"
+            )
+        check_ids(tokens, self._config.vocab_size)
+        self._bind(self._weights)
+        ids = mx.array(tokens.astype(np.int32))  # (B, T)
+        x = self._model.features(ids, cache.layers, cache.mask(t))  # (B, T, C)
+        logits = self._model.lm_head(x[:, -1])  # (B, V)
+        mx.eval(logits, cache.arrays())
+        return np.array(logits)
+
+    def state(self) -> TrainState:
+        """A copy of step, weights and moments in float32; waits for the device."""
+        moments = {kind: _to_numpy(arrays) for kind, arrays in self._moments.items()}
+        return TrainState(self._step, _to_numpy(self._weights), moments)
+
+    def memory_bytes(self) -> int:
+        """Peak device memory and what MLX keeps for reuse; on a CPU, the process at its peak."""
+        if not self._on_gpu:
+            return resident_bytes()
+        return int(mx.get_peak_memory() + mx.get_cache_memory())
+
+    def _accumulated(self, batches: Sequence[Batch]) -> tuple[mx.array, Weights]:
+        """Mean loss and mean gradients over the micro-batches, one of them in memory at a time."""
+        loss, grads = self._micro_batch(batches[0], 0)
+        for index, batch in enumerate(batches[1:], start=1):
+            mx.async_eval(loss, grads)
+            another, more = self._micro_batch(batch, index)
+            loss = loss + another
+            grads = {name: g + more[name] for name, g in grads.items()}
+        n = len(batches)
+        return (loss / n, {name: g / n for name, g in grads.items()}) if n > 1 else (loss, grads)
+
+    def _micro_batch(self, batch: Batch, index: int) -> tuple[mx.array, Weights]:
+        key = None
+        if self._config.dropout > 0:
+            bits = rng(self._train.seed, "dropout", self._step, index).integers(2**63)
+            key = mx.random.key(int(bits))
+        loss, grads = self._training_grads(self._weights, *self._windows(batch), key)
+        return loss, grads
+
+    def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, key: Any) -> mx.array:
+        """Mean cross-entropy over the targets that count; logits are float32 here."""
+        self._bind({name: w.astype(self._dtype) for name, w in weights.items()})
+        logits = self._model(x, key=key).astype(mx.float32)  # (B, T, V)
+        counts = y != IGNORED  # (B, T)
+        target = mx.where(counts, y, 0)[..., None]  # (B, T, 1)
+        chosen = mx.take_along_axis(logits, target, axis=-1).squeeze(-1)  # (B, T)
+        surprise = mx.where(counts, mx.logsumexp(logits, axis=-1) - chosen, 0)  # (B, T)
+        return surprise.sum() / mx.maximum(counts.sum(), 1)
+
+    def _bind(self, weights: Weights) -> None:
+        """Let the model compute with these; no use of it relies on what was bound before."""
+        self._model.update(tree_unflatten(list(weights.items())))
+
+    def _windows(self, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Inputs and targets (B, T) int32, equal to batch.x() and batch.y(), gathered there."""
+        n = len(batch.tokens)
+        if n > RESIDENT_TOKENS:
+            x, y = batch.x(), batch.y()
+            check_ids(x, self._config.vocab_size)
+            check_ids(y, self._config.vocab_size, lowest=IGNORED)
+            return mx.array(x), mx.array(y)
+        tokens = self._resident(batch.tokens)
+        starts = mx.array(batch.starts.astype(np.int32))  # (B,)
+        at = starts[:, None] + mx.arange(batch.block_size)  # (B, T)
+        x = tokens[mx.minimum(at, n - 1)].astype(mx.int32)
+        y = tokens[mx.minimum(at + 1, n - 1)].astype(mx.int32)
+        return x, mx.where(at + 1 < n, y, IGNORED)
+
+    def _resident(self, tokens: Array) -> mx.array:
+        """The device's copy of `tokens`, checked and made at first sight of this very array."""
+        for index, (known, resident) in enumerate(self._splits):
+            if known is tokens:
+                self._splits.append(self._splits.pop(index))
+                return resident
+        check_ids(tokens, self._config.vocab_size)
+        self._splits = [*self._splits[1 - RESIDENT_SPLITS :], (tokens, mx.array(tokens))]
+        return self._splits[-1][1]
+
+    def _loaded_moments(self, moments: dict[str, Params]) -> Moments:
+        """Moments on the device; what is missing is zero, and Muon's weights have no second."""
+        loaded: Moments = {"m": {}, "v": {}}
+        for name, shape in parameter_shapes(self._config).items():
+            for kind in ("m",) if uses_muon(name, self._train.optimizer) else ("m", "v"):
+                found = moments.get(kind, {}).get(name)
+                loaded[kind][name] = mx.zeros(shape) if found is None else mx.array(found)
+        return loaded
+
+
+def check_ids(tokens: Array, vocab_size: int, lowest: int = 0) -> None:
+    """Raise ValueError unless every id is in lowest..vocab_size-1: MLX would read past the end."""
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not lowest <= token < vocab_size:
+            raise ValueError(f"token id {token} is outside {lowest}..{vocab_size - 1}")
+
+
+def _to_numpy(arrays: Weights) -> Params:
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def _plain(function: Any) -> Any:
+    return function

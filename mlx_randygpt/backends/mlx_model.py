@@ -1,0 +1,153 @@
+"""The GPT in MLX: modules named as the published weights, and the forward pass.
+
+Imports nothing but MLX and the standard library, so that an export can ship this file as it is.
+Knows nothing of losses, optimizers or files; what a cache stores is the cache's business.
+
+Legend: B batch, T time, C n_embd, H heads, D = C/H, F = 4C, V vocab, L layers, S keys seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+EPS = 1e-5  # of every RMSNorm
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What decides the shape of the model; the fields of ModelConfig that a forward pass needs."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    position: str = "rope"  # "rope" | "learned"
+    qk_norm: bool = True
+    final_norm: bool = True
+
+
+def rms(x: mx.array) -> mx.array:
+    """x / sqrt(mean(x²) + EPS) over the last axis, without a gain."""
+    return mx.fast.rms_norm(x, None, EPS)
+
+
+def drop(x: mx.array, p: float, key: mx.array | None) -> mx.array:
+    """Inverted dropout: zero with probability p, the rest times 1/(1-p); no key, no dropout."""
+    if key is None or p == 0:
+        return x
+    return mx.where(mx.random.bernoulli(1 - p, x.shape, key), x * (1 / (1 - p)), 0)
+
+
+class Attention(nn.Module):  # type: ignore[misc]
+    """Causal self-attention; the rows of c_attn are query, key and value, each H slices of D."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.n_head = args.n_head
+        self.qk_norm = args.qk_norm
+        self.rotary = args.position == "rope"
+        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=False)
+        self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=False)
+
+    def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        b, t, c = x.shape
+        d = c // self.n_head
+        qkv = self.c_attn(x).reshape(b, t, 3, self.n_head, d)  # (B, T, 3, H, D)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if self.qk_norm:
+            q, k = rms(q), rms(k)
+        if self.rotary:
+            q, k = self.rotate(q, cache), self.rotate(k, cache)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)  # (B, H, S, D)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)
+        return self.c_proj(y.transpose(0, 2, 1, 3).reshape(b, t, c))  # (B, T, C)
+
+    def rotate(self, x: mx.array, cache: Any) -> mx.array:
+        """Rotary positions (arXiv 2104.09864), interleaved pairs, counted from the cache's end."""
+        offset = 0 if cache is None else cache.offset
+        d = x.shape[-1]
+        return mx.fast.rope(x, d, traditional=True, base=ROPE_BASE, scale=1.0, offset=offset)
+
+
+class MLP(nn.Module):  # type: ignore[misc]
+    """Squared ReLU between two projections (arXiv 2109.08668)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(args.n_embd, 4 * args.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * args.n_embd, args.n_embd, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.c_proj(mx.square(nn.relu(self.c_fc(x))))  # (B, T, F) inside
+
+
+class Block(nn.Module):  # type: ignore[misc]
+    """Pre-norm residual block."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.dropout = args.dropout
+        self.attn = Attention(args)
+        self.mlp = MLP(args)
+
+    def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
+        x = x + drop(self.attn(rms(x), mask, cache), self.dropout, keys[0])
+        return x + drop(self.mlp(rms(x)), self.dropout, keys[1])
+
+
+class GPT(nn.Module):  # type: ignore[misc]
+    """Token ids (B, T) int32 to logits (B, T, V), in the type of the weights.
+
+    `cache` has one object per layer with `offset` (positions seen: an int, or an array (B,)) and
+    `update_and_fetch(k, v)`; `mask` then says which of its S keys each query sees: "causal",
+    None for all, or booleans (T, S). `key` switches dropout on and decides it.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.wte = nn.Embedding(args.vocab_size, args.n_embd)
+        if args.position == "learned":
+            self.wpe = nn.Embedding(args.block_size, args.n_embd)
+        self.h = [Block(args) for _ in range(args.n_layer)]
+        self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Sequence[Any] | None = None,
+        mask: Any = "causal",
+        key: mx.array | None = None,
+    ) -> mx.array:
+        return self.lm_head(self.features(tokens, cache, mask, key))  # (B, T, V)
+
+    def features(
+        self,
+        tokens: mx.array,
+        cache: Sequence[Any] | None = None,
+        mask: Any = "causal",
+        key: mx.array | None = None,
+    ) -> mx.array:
+        """What the head reads, (B, T, C); decoding needs the head at the last position only."""
+        x = self.wte(tokens)  # (B, T, C)
+        if self.args.position == "learned":
+            x = x + self.wpe(self.positions(tokens.shape[1], cache))
+        caches = cache or [None] * len(self.h)
+        keys = [None] * (2 * len(self.h)) if key is None else mx.random.split(key, 2 * len(self.h))
+        for i, block in enumerate(self.h):
+            x = block(x, mask, caches[i], keys[2 * i : 2 * i + 2])
+        return rms(x) if self.args.final_norm else x
+
+    def positions(self, t: int, cache: Sequence[Any] | None) -> mx.array:
+        """Rows of wpe, (T,) or (B, T); held inside the table, for MLX checks no bounds."""
+        offset = mx.array(cache[0].offset if cache else 0)
+        return mx.minimum(offset[..., None] + mx.arange(t), self.args.block_size - 1)

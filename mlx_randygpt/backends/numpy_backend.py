@@ -1,0 +1,209 @@
+"""The NumPy backend: worker threads over chunks of a batch, the optimizer, decoding.
+
+NumPy's loops and BLAS release the interpreter lock, so one thread per core with single-threaded
+BLAS runs matrix products and element-wise passes in parallel alike. Sequences are dealt out and
+gradients summed in a fixed order: the same number of threads gives the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from mlx_randygpt.backends import numpy_ops as ops
+from mlx_randygpt.backends import numpy_optimizer as optimizer
+from mlx_randygpt.backends.base import StepResult, resident_bytes
+from mlx_randygpt.backends.numpy_cache import NumpyCache, decode
+from mlx_randygpt.backends.numpy_model import Chunk, flat_views
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.state import Array, Batch, Params, TrainState, muon_parts, parameter_shapes, rng
+
+CHUNK_TOKENS = 512  # what a thread works through at a time: activations of one layer fit in L2
+
+
+class NumpyBackend:
+    """See `backends.base.Backend`; `dtype` is float64 in checks."""
+
+    name = "numpy"
+
+    def __init__(
+        self, model: ModelConfig, train: TrainConfig, state: TrainState, dtype: type = np.float32
+    ) -> None:
+        self.model, self.train, self.dtype = model, train, dtype
+        self.n_threads = train.threads or available_cores()
+        self.device = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
+        self._blas = threadpool_limits(1, user_api="blas")  # our threads take the cores
+        self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="numpy-backend")
+        self._chunks: list[Chunk] = []
+        self._w, self.params = flat_views(model, dtype)
+        self._g, self._grads = flat_views(model, dtype)
+        self._m, self._m_views = flat_views(model, dtype)
+        self._v, self._v_views = flat_views(model, dtype)
+        self.step = state.step
+        for views, values in (
+            (self.params, state.params),
+            (self._m_views, state.moments.get("m", {})),
+            (self._v_views, state.moments.get("v", {})),
+        ):
+            for name, value in values.items():
+                views[name][...] = value
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """As promised in base; where the gradient is not finite the weights stay as they were."""
+        total = sum(batch.n_targets() for batch in batches)
+        losses = [
+            self._gradients(batch, total, dropout=(micro,), first=micro == 0)
+            for micro, batch in enumerate(batches)
+        ]
+        self._reduce()
+        norm = float(np.sqrt(np.dot(self._g, self._g)))
+        if np.isfinite(norm):
+            self._g *= optimizer.clip_scale(norm, self.train.grad_clip)
+            self._update(lr)
+            self.step += 1
+        return StepResult(sum(losses), norm)
+
+    def loss(self, batch: Batch) -> float:
+        return self._run(batch, batch.n_targets(), self._chunk_loss)
+
+    def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
+        loss = self._gradients(batch, batch.n_targets(), dropout=None, first=True)
+        self._reduce()
+        return loss, {name: g.copy() for name, g in self._grads.items()}
+
+    def new_cache(self, batch_size: int) -> NumpyCache:
+        return NumpyCache(self.model, batch_size, self.dtype)
+
+    def logits(self, tokens: Array, cache: Any) -> Array:
+        return decode(self.params, self.model, tokens, cache)
+
+    def state(self) -> TrainState:
+        adamw_only = [n for n in self.params if self.train.optimizer == "adamw" or not muon_parts(n)]
+        return TrainState(
+            self.step,
+            {name: _float32(w) for name, w in self.params.items()},
+            {
+                "m": {name: _float32(m) for name, m in self._m_views.items()},
+                "v": {name: _float32(self._v_views[name]) for name in adamw_only},
+            },
+        )
+
+    def memory_bytes(self) -> int:
+        return resident_bytes()
+
+    # One pass over a batch: each thread takes its share of the sequences, chunk after chunk.
+
+    def _gradients(
+        self, batch: Batch, total: int, dropout: tuple[int, ...] | None, first: bool
+    ) -> float:
+        if first:
+            for chunk in self._chunks:
+                chunk.accumulating = False
+        return self._run(batch, total, partial(self._chunk_gradients, dropout=dropout))
+
+    def _run(self, batch: Batch, total: int, work: Callable[..., float]) -> float:
+        """Σ work(chunk, x, y, total, first row) over the batch, in a fixed order."""
+        x, y = batch.x(), batch.y()
+        edges = np.linspace(0, len(x), self.n_threads + 1).astype(int)
+        rows = max(1, min(CHUNK_TOKENS // batch.block_size, int(np.diff(edges).max())))
+        self._fit(rows, batch.block_size)
+
+        def share(worker: int) -> float:
+            chunk, loss = self._chunks[worker], 0.0
+            for start in range(edges[worker], edges[worker + 1], rows):
+                part = slice(start, min(start + rows, edges[worker + 1]))
+                loss += work(chunk, x[part], y[part].reshape(-1), total, start)
+            return loss
+
+        return sum(self._pool.map(share, range(self.n_threads)))
+
+    def _chunk_loss(self, chunk: Chunk, x: Array, y: Array, total: int, row: int) -> float:
+        return ops.cross_entropy(chunk.forward(self.params, x, None), y) / total
+
+    def _chunk_gradients(
+        self, chunk: Chunk, x: Array, y: Array, total: int, row: int,
+        dropout: tuple[int, ...] | None,
+    ) -> float:  # fmt: skip
+        random = None
+        if dropout is not None and self.model.dropout:
+            random = rng(self.train.seed, "dropout", self.step, *dropout, row)
+        logits = chunk.forward(self.params, x, random)
+        loss = ops.cross_entropy(logits, y) / total
+        ops.cross_entropy_backward(logits, y, 1 / total)
+        chunk.backward(self.params, x, logits, dropped=random is not None)
+        return loss
+
+    def _fit(self, rows: int, block_size: int) -> None:
+        have = self._chunks[0] if self._chunks else None
+        if have is None or have.rows < rows or have.block_size < block_size:
+            self._chunks = [
+                Chunk(self.model, rows, block_size, self.dtype) for _ in range(self.n_threads)
+            ]
+
+    def _reduce(self) -> None:
+        """Sum the chunks' gradients into one vector, slice by slice."""
+        sources = [chunk.flat_grads for chunk in self._chunks if chunk.accumulating]
+
+        def add(part: slice) -> None:
+            np.copyto(self._g[part], sources[0][part])
+            for other in sources[1:]:
+                self._g[part] += other[part]
+
+        list(self._pool.map(add, self._slices(0, len(self._g))))
+
+    def _update(self, lr: float) -> None:
+        """AdamW on ranges of the flat vectors, Muon matrix by matrix, both on all threads."""
+        jobs = []
+        for start, stop, rate in self._adamw_ranges(lr):
+            jobs += [partial(self._adamw, part, rate) for part in self._slices(start, stop)]
+        if self.train.optimizer == "muon":
+            for name in self.params:
+                jobs += [partial(self._muon, name, i, lr) for i in range(muon_parts(name))]
+        list(self._pool.map(lambda job: job(), jobs))
+
+    def _adamw_ranges(self, lr: float) -> list[tuple[int, int, float]]:
+        """(start, stop, rate) of what AdamW updates; under Muon the blocks' matrices, which lie
+        together between the embeddings and the head, are left out."""
+        size = len(self._w)
+        if self.train.optimizer == "adamw":
+            return [(0, size, lr)]
+        sizes = {name: w.size for name, w in self.params.items()}
+        before = sum(n for name, n in sizes.items() if name.startswith("w"))
+        rate = lr * self.train.adamw_lr_ratio
+        return [(0, before, rate), (size - sizes["lm_head.weight"], size, rate)]
+
+    def _adamw(self, part: slice, lr: float) -> None:
+        optimizer.adamw(
+            self._w[part], self._g[part], self._m[part], self._v[part],
+            t=self.step + 1, lr=lr, decay=self.train.weight_decay, config=self.train,
+        )  # fmt: skip
+
+    def _muon(self, name: str, index: int, lr: float) -> None:
+        parts = muon_parts(name)
+        w, g, m = (
+            views[name].reshape(parts, -1, views[name].shape[1])[index]
+            for views in (self.params, self._grads, self._m_views)
+        )
+        train = self.train
+        optimizer.muon(w, g, m, lr=lr, decay=train.weight_decay, momentum=train.momentum)
+
+    def _slices(self, start: int, stop: int) -> list[slice]:
+        edges = np.linspace(start, stop, self.n_threads + 1).astype(int)
+        return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _float32(array: Array) -> Array:
+    return np.array(array, dtype=np.float32)

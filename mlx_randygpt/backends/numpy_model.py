@@ -1,0 +1,200 @@
+"""The model in NumPy: one chunk of sequences forward and backward through preallocated arrays.
+
+A `Chunk` owns the activations and one gradient vector and is used by one thread at a time; it
+reads the weights and never writes them. What a formula means stands in numpy_ops.
+
+Legend: B sequences of the chunk, T time, C n_embd, H heads, D = C/H, F = 4C, V vocab, N = B·T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_randygpt.backends import numpy_ops as ops
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.state import Array, Params, parameter_shapes
+
+
+def flat_views(config: ModelConfig, dtype: type) -> tuple[Array, Params]:
+    """One zeroed vector for all weights, and a view of it per name."""
+    shapes = parameter_shapes(config)
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    flat = np.zeros(int(ends[-1]), dtype)
+    pieces = np.split(flat, ends[:-1])
+    return flat, {name: p.reshape(shapes[name]) for name, p in zip(shapes, pieces, strict=True)}
+
+
+@dataclass
+class Activations:
+    """What one layer's backward pass needs from its forward pass."""
+
+    norm1: Array  # (N, C)
+    inv1: Array  # (N,)
+    qkv: Array  # (N, 3C), queries and keys normed, turned and scaled
+    inv_qk: Array  # (N, 2H)
+    p: Array  # (B, H, Tk, Tq)
+    y: Array  # (N, C), the heads' outputs
+    norm2: Array  # (N, C)
+    inv2: Array  # (N,)
+    r: Array  # (N, F), max(h, 0)
+    a: Array  # (N, F), max(h, 0)²
+    mask1: Array  # (N, C), dropout after the attention; empty without dropout
+    mask2: Array  # (N, C), dropout after the MLP
+
+
+class Chunk:
+    """Scratch memory and gradients for up to `rows` sequences of `block_size` tokens."""
+
+    def __init__(self, config: ModelConfig, rows: int, block_size: int, dtype: type) -> None:
+        self.config = config
+        self.rows, self.block_size = rows, block_size
+        n, c, t, h = rows * block_size, config.n_embd, block_size, config.n_head
+
+        def new(*shape: int) -> Array:
+            return np.empty(shape, dtype)
+
+        drop = n if config.dropout else 0
+        self.layers = [
+            Activations(
+                new(n, c), new(n), new(n, 3 * c), new(n, 2 * h), new(rows, h, t, t), new(n, c),
+                new(n, c), new(n), new(n, 4 * c), new(n, 4 * c), new(drop, c), new(drop, c),
+            )
+            for _ in range(config.n_layer)
+        ]  # fmt: skip
+        self.x, self.dx, self.branch, self.scratch = new(n, c), new(n, c), new(n, c), new(n, c)
+        self.final, self.inv_final = new(n, c), new(n)
+        self.logits, self.dp = new(n, config.vocab_size), new(rows, h, t, t)
+        self.wide, self.dqkv, self.dropped = new(n, 4 * c), new(n, 3 * c), new(drop, c)
+        copies = 2 * h  # queries and keys turn together
+        self.phases = ops.rope_phases(np.arange(t), config.head_size, copies, dtype)
+        self.back_phases = self.phases.conj()
+        self.flat_grads, self.grads = flat_views(config, dtype)
+        self.flat_spare, self.spare = flat_views(config, dtype)
+        self.accumulating = False
+
+    def forward(self, w: Params, tokens: Array, random: np.random.Generator | None) -> Array:
+        """Logits (N, V) of tokens (B, T); with `random`, dropout draws its masks from it."""
+        b, t = tokens.shape
+        n = b * t
+        x = np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=self.x[:n], mode="clip")
+        if self.config.position == "learned":
+            x.reshape(b, t, -1)[...] += w["wpe.weight"][:t]
+        for i, act in enumerate(self.layers):
+            branch = self._attention(w, i, act, x, b, t)
+            x += self._drop(branch, act.mask1, random)
+            branch = self._mlp(w, i, act, x, n)
+            x += self._drop(branch, act.mask2, random)
+        final = x
+        if self.config.final_norm:
+            final = self.final[:n]
+            ops.rms_norm(x, final, self.inv_final[:n])
+        return np.matmul(final, w["lm_head.weight"].T, out=self.logits[:n])  # (N, V)
+
+    def backward(self, w: Params, tokens: Array, dlogits: Array, dropped: bool) -> None:
+        """Add the gradients of the last forward pass to `grads`; dlogits (N, V) is read."""
+        b, t = tokens.shape
+        n = b * t
+        final = self.final[:n] if self.config.final_norm else self.x[:n]
+        self._weight_grad("lm_head.weight", dlogits, final)
+        dx = np.matmul(dlogits, w["lm_head.weight"], out=self.dx[:n])  # (N, C)
+        if self.config.final_norm:
+            ops.rms_norm_backward(dx, final, self.inv_final[:n], self.scratch[:n])
+        for i in reversed(range(self.config.n_layer)):
+            act = self.layers[i]
+            dx += self._mlp_backward(w, i, act, self._undrop(dx, act.mask2, dropped))
+            dx += self._attention_backward(w, i, act, self._undrop(dx, act.mask1, dropped), b, t)
+        if not self.accumulating:
+            self.grads["wte.weight"][...] = 0
+        ops.embedding_backward(dx, tokens.reshape(-1), self.grads["wte.weight"])
+        if self.config.position == "learned":
+            dwpe = self.grads["wpe.weight"]
+            if not self.accumulating:
+                dwpe[...] = 0
+            dwpe[:t] += dx.reshape(b, t, -1).sum(axis=0)
+        self.accumulating = True
+
+    def _attention(self, w: Params, i: int, act: Activations, x: Array, b: int, t: int) -> Array:
+        n, config = b * t, self.config
+        norm, qkv, y = act.norm1[:n], act.qkv[:n], act.y[:n]
+        ops.rms_norm(x, norm, act.inv1[:n])
+        np.matmul(norm, w[f"h.{i}.attn.c_attn.weight"].T, out=qkv)  # (N, 3C)
+        if config.qk_norm:
+            qk = self._per_head(qkv, n)
+            ops.rms_norm(qk, qk, act.inv_qk[:n])
+        if config.position == "rope":
+            ops.rotate(qkv.reshape(b, t, -1)[:, :, : 2 * config.n_embd], self.phases[:t])
+        qkv[:, : config.n_embd] *= config.head_size**-0.5
+        ops.attention(
+            qkv.reshape(b, t, -1), config.n_head, config.qk_norm,
+            act.p[:b, :, :t, :t], y.reshape(b, t, -1),
+        )  # fmt: skip
+        return np.matmul(y, w[f"h.{i}.attn.c_proj.weight"].T, out=self.branch[:n])  # (N, C)
+
+    def _attention_backward(
+        self, w: Params, i: int, act: Activations, dbranch: Array, b: int, t: int
+    ) -> Array:
+        n, config = b * t, self.config
+        qkv, dqkv, y = act.qkv[:n], self.dqkv[:n], act.y[:n]
+        self._weight_grad(f"h.{i}.attn.c_proj.weight", dbranch, y)
+        dy = np.matmul(dbranch, w[f"h.{i}.attn.c_proj.weight"], out=self.scratch[:n])  # (N, C)
+        ops.attention_backward(
+            dy.reshape(b, t, -1), y.reshape(b, t, -1), qkv.reshape(b, t, -1),
+            act.p[:b, :, :t, :t], config.n_head, self.dp[:b, :, :t, :t], dqkv.reshape(b, t, -1),
+        )  # fmt: skip
+        scale = config.head_size**-0.5
+        dqkv[:, : config.n_embd] *= scale
+        if config.qk_norm:  # the rotation keeps lengths, so the norm goes back in turned space
+            qkv[:, : config.n_embd] *= 1 / scale
+            turned, dturned = self._per_head(qkv, n), self._per_head(dqkv, n)
+            scratch = self._per_head(self.wide[:n], n)
+            ops.rms_norm_backward(dturned, turned, act.inv_qk[:n], scratch)
+        if config.position == "rope":
+            turned = dqkv.reshape(b, t, -1)[:, :, : 2 * config.n_embd]
+            ops.rotate(turned, self.back_phases[:t])
+        self._weight_grad(f"h.{i}.attn.c_attn.weight", dqkv, act.norm1[:n])
+        dnorm = np.matmul(dqkv, w[f"h.{i}.attn.c_attn.weight"], out=self.branch[:n])  # (N, C)
+        ops.rms_norm_backward(dnorm, act.norm1[:n], act.inv1[:n], self.scratch[:n])
+        return dnorm
+
+    def _mlp(self, w: Params, i: int, act: Activations, x: Array, n: int) -> Array:
+        norm, r, a = act.norm2[:n], act.r[:n], act.a[:n]
+        ops.rms_norm(x, norm, act.inv2[:n])
+        np.matmul(norm, w[f"h.{i}.mlp.c_fc.weight"].T, out=r)  # (N, F)
+        ops.relu_squared(r, a)
+        return np.matmul(a, w[f"h.{i}.mlp.c_proj.weight"].T, out=self.branch[:n])  # (N, C)
+
+    def _mlp_backward(self, w: Params, i: int, act: Activations, dbranch: Array) -> Array:
+        n = len(dbranch)
+        self._weight_grad(f"h.{i}.mlp.c_proj.weight", dbranch, act.a[:n])
+        dh = np.matmul(dbranch, w[f"h.{i}.mlp.c_proj.weight"], out=self.wide[:n])  # (N, F)
+        ops.relu_squared_backward(dh, act.r[:n])
+        self._weight_grad(f"h.{i}.mlp.c_fc.weight", dh, act.norm2[:n])
+        dnorm = np.matmul(dh, w[f"h.{i}.mlp.c_fc.weight"], out=self.branch[:n])  # (N, C)
+        ops.rms_norm_backward(dnorm, act.norm2[:n], act.inv2[:n], self.scratch[:n])
+        return dnorm
+
+    def _per_head(self, x: Array, n: int) -> Array:
+        """Queries and keys of x (N, ≥2C) by head: a view (N, 2H, D)."""
+        config = self.config
+        return x[:, : 2 * config.n_embd].reshape(n, 2 * config.n_head, config.head_size)
+
+    def _weight_grad(self, name: str, dout: Array, inputs: Array) -> None:
+        """dW += doutᵀ · inputs, (out, in); the first chunk of a step overwrites."""
+        if self.accumulating:
+            self.grads[name] += np.matmul(dout.T, inputs, out=self.spare[name])
+        else:
+            np.matmul(dout.T, inputs, out=self.grads[name])
+
+    def _drop(self, branch: Array, mask: Array, random: np.random.Generator | None) -> Array:
+        if random is None or not self.config.dropout:
+            return branch
+        ops.dropout_mask(random, self.config.dropout, mask[: len(branch)])
+        branch *= mask[: len(branch)]
+        return branch
+
+    def _undrop(self, dx: Array, mask: Array, dropped: bool) -> Array:
+        if not dropped or not self.config.dropout:
+            return dx
+        return np.multiply(dx, mask[: len(dx)], out=self.dropped[: len(dx)])

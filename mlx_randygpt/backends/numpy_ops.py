@@ -1,0 +1,166 @@
+"""The textbook: every operation of the model as a forward/backward pair over plain arrays.
+
+Each writes where it is told (`out`), so that nothing is allocated inside a step. `dx` names the
+gradient of the loss with respect to x. float32 in use, float64 in checks; no state, no threads.
+
+Legend: B sequences, T time, C n_embd, H heads, D = C/H, F = 4C, V vocab, N = B·T.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from mlx_randygpt.state import IGNORED, Array
+
+NORM_EPS = 1e-5
+ROPE_BASE = 10000.0
+
+
+def rms_norm(x: Array, out: Array, inv: Array) -> None:
+    """y = x · inv, inv = (mean(x²) + eps)^-½ over the last axis; x, out (…, C), inv (…)."""
+    np.vecdot(x, x, out=inv)
+    inv *= 1 / x.shape[-1]
+    inv += NORM_EPS
+    np.sqrt(inv, out=inv)
+    np.reciprocal(inv, out=inv)
+    np.multiply(x, inv[..., None], out=out)
+
+
+def rms_norm_backward(dy: Array, y: Array, inv: Array, scratch: Array) -> None:
+    """dx = inv · (dy − y · mean(dy · y)), written over dy; y is the norm's output."""
+    dot = np.vecdot(dy, y)
+    dot *= 1 / y.shape[-1]
+    np.multiply(y, dot[..., None], out=scratch)
+    dy -= scratch
+    dy *= inv[..., None]
+
+
+def rope_phases(positions: Array, head_size: int, copies: int, dtype: type) -> Array:
+    """e^{i·t·base^(−2j/D)} for pair j of each of `copies` heads side by side: (T, copies·D/2).
+
+    A head's values 2j and 2j+1 are one complex number; turning it by t·ω_j makes q·k depend on
+    the distance alone (Su et al. 2021, arXiv:2104.09864). Angles are float64 until the end.
+    """
+    omega = ROPE_BASE ** (-np.arange(0, head_size, 2) / head_size)  # (D/2,)
+    angles = np.asarray(positions, np.float64)[:, None] * omega  # (T, D/2)
+    return np.tile(np.exp(1j * angles), (1, copies)).astype(np.result_type(dtype, np.complex64))
+
+
+def rotate(x: Array, phases: Array) -> None:
+    """x · e^{iθ} in place, x (B, T, 2·n) real pairs and phases (T, n); the backward of a rotation
+    is the rotation by the conjugate phases."""
+    pairs = x.view(phases.dtype)  # (B, T, n)
+    np.multiply(pairs, phases, out=pairs)
+
+
+def causal_softmax(scores: Array, bounded: bool) -> None:
+    """p[j, i] = exp(s[j, i]) / Σ_j exp(s[j, i]) over the keys j ≤ i, in place; (B, H, Tk, Tq).
+
+    Keys come first, so that the maximum and the sum run along whole rows of memory. Where
+    queries and keys are normed, |s| ≤ √D and no maximum need be taken out.
+    """
+    visible, hidden, ones = _triangle(scores.shape[-1], scores.dtype)
+    if bounded:
+        np.exp(scores, out=scores)
+        scores *= visible
+    else:
+        scores += hidden
+        scores -= scores.max(axis=-2, keepdims=True)
+        np.exp(scores, out=scores)
+    scores /= ones @ scores  # (B, H, 1, Tq), the sum as a product
+
+
+@lru_cache(maxsize=8)
+def _triangle(t: int, dtype: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    """1 where key ≤ query and else 0; 0 where key ≤ query and else −inf, both (Tk, Tq); ones."""
+    visible = np.triu(np.ones((t, t), dtype))
+    hidden = np.where(visible == 1, 0, -np.inf).astype(dtype)
+    return visible, hidden, np.ones((1, t), dtype)
+
+
+def softmax_backward(dp: Array, p: Array, delta: Array) -> None:
+    """ds = p · (dp − δ), written over dp; δ[i] = Σ_j p[j, i] · dp[j, i] = dy[i]·y[i], (B, H, Tq)."""
+    dp -= delta[..., None, :]
+    dp *= p
+
+
+def attention(qkv: Array, n_head: int, bounded: bool, p: Array, out: Array) -> None:
+    """y = softmax(k qᵀ)ᵀ v per head; qkv (B, T, 3C) with q already scaled by 1/√D.
+
+    Writes the probabilities p (B, H, Tk, Tq), which the backward pass needs, and y (B, T, C).
+    """
+    q, k, v = heads(qkv, n_head, 3)
+    np.matmul(k, q.swapaxes(-1, -2), out=p)  # (B, H, Tk, Tq)
+    causal_softmax(p, bounded)
+    np.matmul(p.swapaxes(-1, -2), v, out=heads(out, n_head, 1)[0])  # (B, H, T, D)
+
+
+def attention_backward(
+    dy: Array, y: Array, qkv: Array, p: Array, n_head: int, dp: Array, dqkv: Array
+) -> None:
+    """dv = p dy; dp = v dyᵀ; dk = ds q; dq = dsᵀ k. Shapes as in `attention`; dp is scratch."""
+    q, k, v = heads(qkv, n_head, 3)
+    dq, dk, dv = heads(dqkv, n_head, 3)
+    dy_heads, y_heads = heads(dy, n_head, 1)[0], heads(y, n_head, 1)[0]
+    np.matmul(p, dy_heads, out=dv)
+    np.matmul(v, dy_heads.swapaxes(-1, -2), out=dp)  # (B, H, Tk, Tq)
+    softmax_backward(dp, p, np.vecdot(dy_heads, y_heads))
+    np.matmul(dp, q, out=dk)
+    np.matmul(dp.swapaxes(-1, -2), k, out=dq)
+
+
+def heads(x: Array, n_head: int, parts: int) -> tuple[Array, ...]:
+    """(B, T, parts·C) -> `parts` views of (B, H, T, D)."""
+    b, t, width = x.shape
+    split = x.reshape(b, t, parts, n_head, width // (parts * n_head))
+    return tuple(split[:, :, i].transpose(0, 2, 1, 3) for i in range(parts))
+
+
+def relu_squared(h: Array, out: Array) -> None:
+    """a = max(h, 0)²; h keeps max(h, 0) for the backward pass (So et al. 2021, Primer)."""
+    np.maximum(h, 0, out=h)
+    np.multiply(h, h, out=out)
+
+
+def relu_squared_backward(da: Array, r: Array) -> None:
+    """dh = 2 · max(h, 0) · da, written over da; r = max(h, 0)."""
+    da *= r
+    da *= 2
+
+
+def cross_entropy(logits: Array, targets: Array) -> float:
+    """Σ −log softmax(logits)[target] over the targets that count; logits (N, V) become
+    probabilities."""
+    logits -= logits.max(axis=-1, keepdims=True)
+    rows = np.flatnonzero(targets != IGNORED)
+    picked = logits[rows, targets[rows]]
+    np.exp(logits, out=logits)
+    total = logits.sum(axis=-1, keepdims=True)  # (N, 1)
+    logits /= total
+    return float(np.log(total[rows, 0]).sum(dtype=np.float64) - picked.sum(dtype=np.float64))
+
+
+def cross_entropy_backward(probabilities: Array, targets: Array, scale: float) -> None:
+    """dlogits = scale · (p − onehot(target)), zero where ignored; written over p (N, V)."""
+    rows = np.flatnonzero(targets != IGNORED)
+    probabilities[rows, targets[rows]] -= 1
+    probabilities *= scale
+    if len(rows) < len(targets):
+        probabilities[targets == IGNORED] = 0
+
+
+def embedding_backward(dx: Array, tokens: Array, dwte: Array) -> None:
+    """dwte[v] += Σ dx[n] over the positions n that hold token v; dx (N, C), dwte (V, C)."""
+    order = np.argsort(tokens, kind="stable")
+    found = tokens[order]
+    starts = np.flatnonzero(np.diff(found, prepend=-1))
+    dwte[found[starts]] += np.add.reduceat(dx[order], starts, axis=0)
+
+
+def dropout_mask(random: np.random.Generator, p: float, out: Array) -> None:
+    """1/(1−p) with probability 1−p, else 0 (inverted dropout)."""
+    keep = random.random(out.shape, dtype=np.float32) >= p
+    np.multiply(keep, 1 / (1 - p), out=out)

@@ -1,0 +1,212 @@
+"""The settings of a model and of a run: frozen records, presets, recipes and their validation.
+
+Knows nothing of arrays, files or devices, and imports nothing heavy: `mlxgpt --help` reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting the user can mend; the message says what was wrong, what was seen and what fits."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one GPT; everything that decides which weights exist."""
+
+    vocab_size: int
+    block_size: int = 64  # T, the context in tokens
+    n_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 128
+    dropout: float = 0.0  # after the attention projection and after the MLP
+    position: str = "rope"  # "rope" (rotary, interleaved pairs, base 10000) | "learned" (wpe)
+    qk_norm: bool = True  # RMSNorm of each query and key, before the rotation
+    final_norm: bool = True  # RMSNorm before the head
+    zero_init: bool = True  # output projections start at zero instead of GPT-2's scaled normal
+    init_std: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        """D, the width of one head."""
+        return self.n_embd // self.n_head
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            _at_least(name, getattr(self, name), 1)
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                f"try {_nearest_divisor(self.n_embd, self.n_head)}"
+            )
+        if self.position not in ("rope", "learned"):
+            raise ConfigError(f"position={self.position!r} is unknown; it is rope or learned")
+        if self.position == "rope" and self.head_size % 2:
+            raise ConfigError(
+                f"n_embd/n_head={self.head_size} is odd; rotary positions turn pairs, "
+                f"so n_embd={self.n_embd} needs an n_head that leaves an even number"
+            )
+        _between("dropout", self.dropout, 0.0, 1.0, top_open=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains; with the model, the data and the seed it decides every weight."""
+
+    recipe: str = "modern"
+    preset: str = "small"
+    iters: int = 1000  # a target, not an addition
+    batch_size: int = 64  # sequences per micro-batch
+    grad_accum: int = 1  # micro-batches per step
+    optimizer: str = "muon"  # "muon" | "adamw"
+    lr: float = 0.04  # of the matrices under Muon, of everything under AdamW
+    min_lr: float = 0.0  # where the decay ends
+    adamw_lr_ratio: float = 0.5  # under Muon: rate of embeddings, head and gains over `lr`
+    weight_decay: float = 0.0  # decoupled, on matrices only
+    grad_clip: float = 1.0  # largest global norm of the gradient; 0 turns clipping off
+    beta1: float = 0.8
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    momentum: float = 0.95  # Muon's
+    schedule: str = "linear"  # cosine | linear | trapezoid | constant | plateau
+    warmup: int = 30  # steps of linear warmup
+    patience: int = 0  # evaluations without a new best before plateau halves the rate; 0 is off
+    eval_every: int = 250
+    sample_every: int = 500
+    save_every: str = "60s"  # steps ("1000") or a time ("60s", "5m")
+    log_every: int = 1
+    keep_every: int = 0  # also keep checkpoint-<step>.safetensors every N steps; 0 is off
+    dtype: str = "float32"  # compute type on a GPU; weights and moments stay float32
+    threads: int = 0  # NumPy backend; 0 is all cores
+    seed: int = 1337
+    prompt: str = ""  # for the samples; empty picks ROMEO: or a newline
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.grad_accum
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch_size", "grad_accum", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in (
+            "warmup", "patience", "eval_every", "sample_every", "keep_every", "threads", "seed",
+        ):  # fmt: skip
+            _at_least(name, getattr(self, name), 0)
+        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "adamw_lr_ratio"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name}={value} is not a finite number of at least 0")
+        if self.lr == 0:
+            raise ConfigError("lr=0.0 trains nothing; give a rate above 0, such as 0.001")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr={self.min_lr} is above lr={self.lr}; it must not be")
+        for name in ("beta1", "beta2", "momentum"):
+            _between(name, getattr(self, name), 0.0, 1.0, top_open=True)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("recipe", self.recipe, tuple(RECIPES))
+        parse_interval(self.save_every)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The sizes of one named model; every preset trains with the recipe's own batch of 64."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    batch_size: int = 64
+    dropout: float = 0.0
+
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
+DTYPES = ("float32", "bfloat16")
+
+PRESETS: dict[str, Preset] = {
+    "mini": Preset(1, 4, 32, 8),
+    "tiny": Preset(2, 4, 64, 32),
+    "small4": Preset(4, 8, 128, 64),
+    "small": Preset(6, 8, 128, 64),
+    "medium": Preset(6, 8, 256, 128),
+    "large": Preset(12, 16, 512, 256),
+    "xs": Preset(3, 4, 116, 256),
+    "s": Preset(8, 4, 128, 256),
+    "ds": Preset(12, 4, 128, 256),
+    "m": Preset(6, 6, 192, 256),
+    "l": Preset(6, 8, 256, 256),
+    "deep": Preset(16, 6, 192, 256),
+    "xl": Preset(8, 8, 384, 256),
+    "flux-small": Preset(2, 4, 128, 64),
+    "flux-medium": Preset(4, 8, 256, 64),
+    "flux-large": Preset(6, 16, 512, 64),
+    "gpt2": Preset(12, 12, 768, 1024, batch_size=8),
+    "gpt2-medium": Preset(24, 16, 1024, 1024, batch_size=8),
+    "gpt2-large": Preset(36, 20, 1280, 1024, batch_size=8),
+    "gpt2-xl": Preset(48, 25, 1600, 1024, batch_size=8),
+}
+DEFAULT_PRESET = "small"
+
+# What a recipe decides, for the model and for the run; every field may be overridden by name.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "classic": {
+        "model": {
+            "position": "learned", "qk_norm": False, "final_norm": False, "zero_init": False,
+            "init_std": 0.02,
+        },
+        "train": {
+            "optimizer": "adamw", "lr": 3e-3, "min_lr": 3e-4, "weight_decay": 0.1,
+            "beta1": 0.9, "beta2": 0.99, "schedule": "cosine", "warmup": 100,
+        },
+    },
+    "modern": {
+        "model": {
+            "position": "rope", "qk_norm": True, "final_norm": True, "zero_init": True,
+            "init_std": 0.02,
+        },
+        "train": {
+            "optimizer": "muon", "lr": 0.04, "min_lr": 0.0, "weight_decay": 0.0,
+            "beta1": 0.8, "beta2": 0.95, "schedule": "linear", "warmup": 30,
+        },
+    },
+}  # fmt: skip
+
+
+def parse_interval(text: str) -> tuple[int, float]:
+    """`"1000"` -> (1000 steps, 0.0); `"60s"`, `"5m"`, `"1h"` -> (0, seconds)."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "")
+    try:
+        if unit and math.isfinite(seconds := float(number) * units[unit]) and seconds > 0:
+            return 0, seconds
+        if not unit and int(number) > 0:
+            return int(number), 0.0
+    except ValueError:
+        pass
+    raise ConfigError(f"save_every={text!r} is neither steps (1000) nor a time (60s, 5m)")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def _between(name: str, value: float, low: float, high: float, *, top_open: bool = False) -> None:
+    if not (low <= value <= high) or (top_open and value == high):
+        raise ConfigError(f"{name}={value} is not in [{low:g}, {high:g}{')' if top_open else ']'}")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown; it is one of {', '.join(known)}")
+
+
+def _nearest_divisor(n_embd: int, n_head: int) -> int:
+    divisors = [n for n in range(1, n_embd + 1) if n_embd % n == 0]
+    return min(divisors, key=lambda n: (abs(n - n_head), n))

@@ -1,0 +1,85 @@
+"""A series of any length in bounded memory, and its drawing in braille dots: plain characters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+Point = tuple[float, float]  # step, loss
+
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of one cell, by column then row
+BLANK = 0x2800  # braille without a dot
+CUT = 0.05  # share of the highest values that may leave the top, so that the rest has room
+
+
+class Curve:
+    """A series in at most `n_most` points: when they are used up, neighbours merge in pairs."""
+
+    def __init__(self, n_most: int) -> None:
+        self.points: list[Point] = []
+        self._n_most = n_most  # even
+        self._per_point = 1  # reports averaged into one point
+        self._n_newest = 1  # of them in the newest point
+
+    def add(self, step: float, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        if self.points and self._n_newest < self._per_point:
+            self._n_newest += 1
+            x, y = self.points[-1]
+            self.points[-1] = (x + (step - x) / self._n_newest, y + (loss - y) / self._n_newest)
+            return
+        if len(self.points) == self._n_most:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairs]
+            self._per_point *= 2
+        self.points.append((step, loss))
+        self._n_newest = 1
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The steps and values that a drawing of `width` x `height` characters spans."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+    width: int
+    height: int
+
+    def dot(self, point: Point) -> tuple[int, int]:
+        """Column and row of dots, 2 x 4 to a character; what is too high lies in row -1."""
+        x = (point[0] - self.first) / (self.last - self.first) * (2 * self.width - 1)
+        y = (self.high - point[1]) / (self.high - self.low) * (4 * self.height - 1)
+        return round(x), max(round(y), -1)
+
+    def value(self, row: int) -> float:
+        return self.high - (self.high - self.low) * row / max(self.height - 1, 1)
+
+
+def frame(points: Sequence[Point], marks: Sequence[Point], width: int, height: int) -> Frame:
+    """A frame around both; `points` holds at least two."""
+    values = sorted(value for _, value in (*points, *marks))
+    high = values[math.ceil(len(values) * (1 - CUT)) - 1]
+    first, last = points[0][0], max(points[-1][0], *(step for step, _ in marks), 0)
+    return Frame(first, last, values[0], max(high, values[0] + 1e-3), width, height)
+
+
+def draw(points: Sequence[Point], frame: Frame) -> list[str]:
+    """The line through `points`, as `frame.height` strings of `frame.width` characters."""
+    cells = [[BLANK] * frame.width for _ in range(frame.height)]
+    for start, end in pairwise(frame.dot(point) for point in points):
+        for x, y in _segment(start, end):
+            if y >= 0:
+                cells[y // 4][x // 2] |= DOTS[x % 2][y % 4]
+    return ["".join(map(chr, row)) for row in cells]
+
+
+def _segment(start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    n = max(abs(dx), abs(dy), 1)
+    for i in range(n + 1):
+        yield start[0] + round(dx * i / n), start[1] + round(dy * i / n)

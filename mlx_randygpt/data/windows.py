@@ -1,0 +1,47 @@
+"""Windows of tokens: random ones to train on, every one in turn to evaluate.
+
+Which windows is a function of the arguments alone, so a resumed run sees what it would have seen.
+
+Legend: B batch, T block_size, n tokens of the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mlx_randygpt.data import DataError
+from mlx_randygpt.state import Array, Batch, rng
+
+
+def sample_batch(
+    tokens: Array, batch_size: int, block_size: int, seed: int, step: int, micro: int = 0
+) -> Batch:
+    """B windows that start anywhere a whole one and the token after it fit; `tokens` is (n,)."""
+    assert len(tokens) > block_size, "check_length comes first"
+    last = len(tokens) - block_size - 1
+    starts = rng(seed, "batch", step, micro).integers(0, last, size=batch_size, endpoint=True)
+    return Batch(tokens, starts, block_size)
+
+
+def eval_batches(
+    tokens: Array, block_size: int, batch_size: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Non-overlapping windows in a fixed order, every token but the first once as a target.
+
+    `max_tokens` takes that many tokens' worth of them, at least one, evenly spread. All batches
+    have the same B, at most `batch_size`: the last is filled with windows past the end, which
+    have no targets that count; so weight the loss of a batch with its `n_targets()`.
+    """
+    if len(tokens) < 2:
+        raise DataError(f"{len(tokens)} tokens leave nothing to predict; give at least 2")
+    n_windows = -(-(len(tokens) - 1) // block_size)
+    n_kept = n_windows
+    if max_tokens is not None:
+        n_kept = min(n_windows, max(1, max_tokens // block_size))
+    starts = np.arange(n_kept, dtype=np.int64) * n_windows // n_kept * block_size
+    batch_size = min(batch_size, n_kept)
+    padding = np.full(-n_kept % batch_size, len(tokens), dtype=np.int64)
+    for rows in np.concatenate([starts, padding]).reshape(-1, batch_size):
+        yield Batch(tokens, rows, block_size)

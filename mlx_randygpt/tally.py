@@ -1,0 +1,236 @@
+"""What a run has reported so far, in bounded memory, and its plain log, a line for each report.
+
+Owns the smoothed loss, the thinned curves, the pace, the time left and the wording of a line.
+Knows nothing of screens. Text from outside leaves it without control characters.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from mlx_randygpt.curve import Curve
+from mlx_randygpt.train import EvalLog, Report, SampleLog, SaveLog, StepLog
+
+Clock = Callable[[], float]
+
+SMOOTHING = 0.05  # weight of the newest loss in the smoothed one: about the last 20 reports
+N_EVENTS = 10  # notes and saved files remembered for the end
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The facts of a run that stay the same, worded as they are shown."""
+
+    model: str  # "1.2 M parameters, 6 layers × 8 heads × 128, context 64"
+    data: str  # "data/shakespeare.txt: 1,115,394 characters, vocabulary 68"
+    backend: str  # "NumPy on 2 threads (MLX has no GPU here)"
+    recipe: str
+    saves: str  # where the next save goes: "checkpoints/checkpoint.safetensors, every 60s"
+    out: str
+    iters: int
+    start_step: int = 0
+
+
+class Tally:
+    """What has been reported so far, in bounded memory, and the times that follow from it."""
+
+    def __init__(self, info: RunInfo, clock: Clock) -> None:
+        self.info = info
+        self.losses, self.val_losses = Curve(256), Curve(128)
+        self.first: StepLog | None = None
+        self.last: StepLog | None = None
+        self.evaluation: EvalLog | None = None
+        self.sample: SampleLog | None = None
+        self.events: dict[str, tuple[str, str]] = {}  # by path or text: line, style
+        self.loss = math.nan  # smoothed
+        self._tokens_per_step = 0.0
+        self._clock = clock
+        self._began = self._first_at = clock()
+
+    def add(self, report: Report) -> None:
+        if isinstance(report, StepLog):
+            self._add_step(report)
+        elif isinstance(report, EvalLog):
+            self.evaluation = report
+            self.val_losses.add(report.step, report.val_loss)
+        elif isinstance(report, SampleLog):
+            self.sample = report
+        else:
+            self.add_event(report.path, save_line(report), "red" if report.error else "green")
+
+    def add_event(self, key: str, line: str, style: str = "bold") -> None:
+        self.events.pop(key, None)  # the newest of a kind comes last
+        self.events[key] = (line, style)
+        if len(self.events) > N_EVENTS:
+            del self.events[next(iter(self.events))]
+
+    def _add_step(self, log: StepLog) -> None:
+        if self.last is None:
+            self.first, self._first_at = log, self._clock()
+            self._tokens_per_step = log.tokens / max(log.step, 1)
+        elif log.step > self.last.step:
+            self._tokens_per_step = (log.tokens - self.last.tokens) / (log.step - self.last.step)
+        self.last = log
+        if math.isfinite(log.loss):
+            old = self.loss if math.isfinite(self.loss) else log.loss
+            self.loss = old + SMOOTHING * (log.loss - old)
+            self.losses.add(log.step, self.loss)
+
+    @property
+    def step(self) -> int:
+        return self.last.step if self.last else self.info.start_step
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.last.tokens_per_second / max(self._tokens_per_step, 1) if self.last else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since the first report of this session, without evaluations."""
+        if not self.first or not self.last or self.last.seconds <= self.first.seconds:
+            return self.last.tokens_per_second if self.last else 0.0
+        return (self.last.tokens - self.first.tokens) / (self.last.seconds - self.first.seconds)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this session."""
+        return self._clock() - self._began
+
+    @property
+    def left(self) -> float:
+        """Seconds to the target at this session's mean pace, evaluations included; nan: unknown."""
+        n_left = max(self.info.iters - self.step, 0)
+        n_done = self.step - self.first.step if self.first else 0
+        if n_done:  # counted from the first report: what came before it was compiling
+            return n_left * (self._clock() - self._first_at) / n_done
+        return n_left / self.steps_per_second if self.steps_per_second else math.nan
+
+
+def clean(text: str, *, keep: str = "") -> str:
+    """What a terminal could act on, replaced: white space not in `keep` by " ", the rest by �."""
+    return "".join(
+        c if c.isprintable() or c in keep else " " if c.isspace() else "�" for c in text
+    )
+
+
+def save_line(log: SaveLog) -> str:
+    path = clean(log.path)
+    if log.error:
+        return f"✗ Could not save {path}: {clean(log.error)} (the old file is intact)"
+    what = f"best loss {log.loss:.4f} @{log.step}" if log.best else f"iter {log.step}"
+    return f"✓ Saved {path} ({what})"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def short(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if value < 1e5 else f"{value:.1e}"
+
+
+def speed(steps_per_second: float) -> str:
+    return f"{steps_per_second:.{1 if steps_per_second >= 1 else 2}f} it/s"
+
+
+def step_line(tally: Tally) -> str:
+    log = tally.last
+    assert log is not None
+    return (
+        f"step {log.step}/{tally.info.iters} | loss {log.loss:.4f} | lr {log.lr:.2e} | "
+        f"grad {short(log.grad_norm, 2)} | {log.tokens_per_second:,.0f} tok/s | "
+        f"{speed(tally.steps_per_second)} | {duration(tally.elapsed)} elapsed | "
+        f"{duration(tally.left)} left"
+    )
+
+
+def eval_line(log: EvalLog) -> str:
+    best = "best" if log.best_step == log.step else f"best {log.best_loss:.4f} @{log.best_step}"
+    return (
+        f"eval {log.step} | val loss {log.val_loss:.4f} | perplexity {short(log.perplexity, 2)}"
+        f" | {log.bits_per_byte:.2f} bits/byte | {best}"
+    )
+
+
+def outcome(tally: Tally) -> list[tuple[str, str]]:
+    """What came of the run, as names and values; empty before the first step."""
+    log, best = tally.last, tally.evaluation
+    if log is None:
+        return []
+    facts = [("steps", f"{log.step:,} of {tally.info.iters:,}"), ("loss", f"{tally.loss:.4f}")]
+    if best:
+        facts.append(("best validation loss", f"{best.best_loss:.4f} at step {best.best_step:,}"))
+    pace = f"{tally.tokens_per_second:,.0f} tokens/s"
+    return [*facts, ("time", f"{duration(tally.elapsed)}, {pace}")]
+
+
+class PlainLog:
+    """One line a report, without control codes: for pipes, files and --plain.
+
+    Steps are many: at most one a second is printed, and the first, the last and the one that any
+    other line follows.
+    """
+
+    def __init__(self, info: RunInfo, file: TextIO, clock: Clock = time.monotonic) -> None:
+        self._tally = Tally(info, clock)
+        self._file = file
+        self._clock = clock
+        self._due_at = clock()
+        self._unprinted = False
+
+    def __enter__(self) -> PlainLog:
+        info = self._tally.info
+        for line in (info.model, info.data, info.backend, f"{info.recipe} recipe, {info.saves}"):
+            self._print(line)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._print_step()
+        for name, value in outcome(self._tally):
+            self._print(f"{name}: {value}")
+
+    def show(self, report: Report) -> None:
+        self._tally.add(report)
+        if isinstance(report, StepLog):
+            self._unprinted = True
+            if self._clock() >= self._due_at or report.step >= self._tally.info.iters:
+                self._print_step()
+            return
+        self._print_step()
+        if isinstance(report, EvalLog):
+            self._print(eval_line(report))
+        elif isinstance(report, SaveLog):
+            self._print(save_line(report))
+        else:
+            self._print(f"sample {report.step}")
+            for line in clean(report.prompt + report.text, keep="\n").split("\n"):
+                self._print(f"    {line}")
+
+    def note(self, text: str) -> None:
+        self._print_step()
+        self._print(clean(text))
+
+    def restore(self) -> None:
+        """Nothing to give back."""
+
+    def _print_step(self) -> None:
+        if self._unprinted:
+            self._print(step_line(self._tally))
+            self._unprinted = False
+            self._due_at = self._clock() + 1.0
+
+    def _print(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()

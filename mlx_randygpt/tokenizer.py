@@ -1,0 +1,166 @@
+"""Text to token ids and back, behind one small interface; today one character is one token.
+
+Owns the vocabulary, its special tokens and its JSON form. Knows nothing of files, models or
+sampling, only which ids a sampler must leave alone.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_CHARS = 512
+REPLACEMENT = 0xFFFD  # what <unk> decodes to
+SURROGATES = range(0xD800, 0xE000)  # code points that no UTF-8 text can hold
+CODE_POINTS = 0x110000
+
+
+class Tokenizer(Protocol):
+    """What everything else may ask of a tokenizer. Tokenizers of one vocabulary are equal."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, special tokens included."""
+
+    @property
+    def bos(self) -> int:
+        """The id before a document."""
+
+    @property
+    def eos(self) -> int:
+        """The id after a document, where generation may stop."""
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids of `text`, without BOS or EOS; never fails."""
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """The text of `ids`; ValueError for an id outside the vocabulary."""
+
+    def unknown(self, text: str) -> dict[str, int]:
+        """What `encode` loses: each character that becomes `<unk>` and how often, most first."""
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """UTF-8 bytes per token, (V,); 0 for special tokens."""
+
+    def never_sampled(self) -> tuple[int, ...]:
+        """Ids that generation must not pick."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `tokenizer_from_json` reads back."""
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """Ids 0 to n-1 are `chars`, sorted by code point; then come `<bos>`, `<eos>` and `<unk>`."""
+
+    chars: str
+
+    @classmethod
+    def train(cls, texts: str | Iterable[str], max_chars: int = MAX_CHARS) -> CharTokenizer:
+        """The `max_chars` most frequent characters of `texts`; of equals, the lower code points."""
+        if not 1 <= max_chars <= MAX_CHARS:
+            raise ValueError(f"max_chars={max_chars} is not in 1..{MAX_CHARS}")
+        counts = np.zeros(CODE_POINTS, np.int64)
+        for text in [texts] if isinstance(texts, str) else texts:
+            count = np.bincount(_code_points(text))
+            counts[: len(count)] += count
+        counts[SURROGATES.start : SURROGATES.stop] = 0
+        found = np.flatnonzero(counts)
+        by_count = np.argsort(-counts[found], kind="stable")
+        return cls("".join(map(chr, sorted(found[by_count[:max_chars]].tolist()))))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CharTokenizer:
+        """The tokenizer of a `to_json`; ValueError says what is wrong with it."""
+        chars = data.get("chars")
+        if not isinstance(chars, list):
+            raise ValueError(f"tokenizer: chars={reprlib.repr(chars)} is not a list of characters")
+        for i, char in enumerate(chars):
+            if not isinstance(char, str) or len(char) != 1:
+                raise ValueError(f"tokenizer: chars[{i}]={reprlib.repr(char)} is not one character")
+        return cls("".join(chars))
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.chars) <= MAX_CHARS:
+            raise ValueError(f"tokenizer: {len(self.chars)} characters; it takes 1 to {MAX_CHARS}")
+        for a, b in pairwise(self.chars):
+            if a >= b:
+                wrong = "is there twice" if a == b else f"comes before {b!r}, out of order"
+                raise ValueError(f"tokenizer: the character {a!r} {wrong}")
+        for char in self.chars:
+            if ord(char) in SURROGATES:
+                raise ValueError(f"tokenizer: {char!r} is half a character, a lone surrogate")
+
+    @property
+    def bos(self) -> int:
+        return len(self.chars)
+
+    @property
+    def eos(self) -> int:
+        return len(self.chars) + 1
+
+    @property
+    def unk(self) -> int:
+        """The id of every character outside `chars`."""
+        return len(self.chars) + 2
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.chars) + 3
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        # Code points past the table are clipped to its last entry, which is <unk>.
+        return self._id_of_code.take(_code_points(text), mode="clip")
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        ids = np.asarray(ids, np.int64)
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise ValueError(f"token id {outside[0]} is not in 0..{self.vocab_size - 1}")
+        codes = self._code_of_id[ids[(ids != self.bos) & (ids != self.eos)]]
+        return codes.tobytes().decode("utf-32-le")
+
+    def unknown(self, text: str) -> dict[str, int]:
+        codes = _code_points(text)
+        found, counts = np.unique(codes[self.encode(text) == self.unk], return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return {chr(found[i]): int(counts[i]) for i in order}
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        return np.array([len(char.encode()) for char in self.chars] + [0, 0, 0], np.int64)
+
+    def never_sampled(self) -> tuple[int, ...]:
+        return self.bos, self.unk
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "char", "chars": list(self.chars)}
+
+    @cached_property
+    def _id_of_code(self) -> NDArray[np.int32]:
+        table = np.full(ord(self.chars[-1]) + 2, self.unk, np.int32)
+        table[_code_points(self.chars)] = np.arange(len(self.chars))
+        return table
+
+    @cached_property
+    def _code_of_id(self) -> NDArray[np.uint32]:
+        return np.append(_code_points(self.chars), [0, 0, REPLACEMENT]).astype("<u4")
+
+
+def tokenizer_from_json(data: object) -> Tokenizer:
+    """The tokenizer that wrote `data` with `to_json`; ValueError says what is wrong with it."""
+    if not isinstance(data, dict):
+        raise ValueError(f"tokenizer: {reprlib.repr(data)} is not a JSON object")
+    if data.get("type") != "char":
+        raise ValueError(f"tokenizer: type={reprlib.repr(data.get('type'))} is unknown; try 'char'")
+    return CharTokenizer.from_json(data)
+
+
+def _code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
