@@ -57,7 +57,10 @@ def make_runners(
 ) -> dict[str, Callable[[], object]]:
     ours = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
     torch.set_num_threads(available_cores())
-    batch, x, y = Batch.of(windows), *(torch.from_numpy(w.copy()) for w in (windows[:, :-1], windows[:, 1:]))
+    batch, x, y = (
+        Batch.of(windows),
+        *(torch.from_numpy(w.copy()) for w in (windows[:, :-1], windows[:, 1:])),
+    )
     runners: dict[str, Callable[[], object]] = {"numpy": lambda: ours.train_step([batch], 1e-3)}
     for name in ["torch eager"] + ["torch compiled"] * compiled:
         trainer = TorchTrainer(model, train, compiled=name.endswith("compiled"))
@@ -79,7 +82,9 @@ def interleave(runners: dict[str, Callable[[], object]], steps: int) -> dict[str
     return seconds
 
 
-def report(options: argparse.Namespace, model: ModelConfig, seconds: dict[str, list[float]]) -> None:
+def report(
+    options: argparse.Namespace, model: ModelConfig, seconds: dict[str, list[float]]
+) -> None:
     tokens = options.batch_size * model.block_size
     rows = {
         name: {
@@ -99,7 +104,9 @@ def report(options: argparse.Namespace, model: ModelConfig, seconds: dict[str, l
         facts = {"machine": platform.processor() or platform.machine(), "cores": available_cores()}
         versions = {"numpy": np.__version__, "torch": torch.__version__}
         settings = {k: str(v) for k, v in vars(options).items() if v is not None}
-        options.json.write_text(json.dumps({**facts, **versions, **settings, "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({**facts, **versions, **settings, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ class TorchGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         d = config.head_size
-        angles = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, d, 2) / d))
+        angles = torch.outer(
+            torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, d, 2) / d)
+        )
         self.register_buffer("phases", torch.polar(torch.ones_like(angles), angles))
         for p in self.parameters():
             nn.init.normal_(p, std=0.02)
@@ -76,7 +78,8 @@ class TorchTrainer:
         self.clip = train.grad_clip
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
-            lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay, fused=True,
+            lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay,
+            fused=True,
         )  # fmt: skip
 
     def train_step(self, x: Tensor, y: Tensor) -> float:
@@ -85,4 +88,4 @@ class TorchTrainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.optimizer.step()
-        return float(loss)
+        return loss.item()

@@ -25,7 +25,7 @@ _PUBLIC = {
     "evaluate": "train",
     "generate": "sample",
 }
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

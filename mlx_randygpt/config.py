@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 
-class ConfigError(ValueError):
-    """A setting the user can mend; the message says what was wrong, what was seen and what fits."""
+class UserError(Exception):
+    """What the user can mend: one line that says what was wrong, what was seen and what fits."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that does not fit."""
 
 
 @dataclass(frozen=True)

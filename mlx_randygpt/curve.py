@@ -10,8 +10,8 @@ from itertools import pairwise
 Point = tuple[float, float]  # step, loss
 
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of one cell, by column then row
-BLANK = 0x2800  # braille without a dot
-CUT = 0.05  # share of the highest values that may leave the top, so that the rest has room
+BLANK = 0x2800  # braille without a dot; drawn as a space: some fonts show it as empty circles
+CUT = 0.1  # share of the highest values that may leave the top, so that the rest has room
 
 
 class Curve:
@@ -43,8 +43,8 @@ class Curve:
 class Frame:
     """The steps and values that a drawing of `width` x `height` characters spans."""
 
-    first: float
-    last: float
+    first: int
+    last: int
     low: float
     high: float
     width: int
@@ -52,20 +52,22 @@ class Frame:
 
     def dot(self, point: Point) -> tuple[int, int]:
         """Column and row of dots, 2 x 4 to a character; what is too high lies in row -1."""
-        x = (point[0] - self.first) / (self.last - self.first) * (2 * self.width - 1)
-        y = (self.high - point[1]) / (self.high - self.low) * (4 * self.height - 1)
-        return round(x), max(round(y), -1)
+        right, bottom = 2 * self.width - 1, 4 * self.height - 1
+        x = (point[0] - self.first) / max(self.last - self.first, 1) * right
+        y = (self.high - point[1]) / (self.high - self.low) * bottom
+        return min(max(round(x), 0), right), max(round(y), -1)
 
     def value(self, row: int) -> float:
         return self.high - (self.high - self.low) * row / max(self.height - 1, 1)
 
 
-def frame(points: Sequence[Point], marks: Sequence[Point], width: int, height: int) -> Frame:
-    """A frame around both; `points` holds at least two."""
+def frame(
+    points: Sequence[Point], marks: Sequence[Point], steps: tuple[int, int], size: tuple[int, int]
+) -> Frame:
+    """The frame for a line and marks, at least one in all, from one step to another."""
     values = sorted(value for _, value in (*points, *marks))
     high = values[math.ceil(len(values) * (1 - CUT)) - 1]
-    first, last = points[0][0], max(points[-1][0], *(step for step, _ in marks), 0)
-    return Frame(first, last, values[0], max(high, values[0] + 1e-3), width, height)
+    return Frame(*steps, values[0], max(high, values[0] + 1e-3), *size)
 
 
 def draw(points: Sequence[Point], frame: Frame) -> list[str]:
@@ -75,7 +77,7 @@ def draw(points: Sequence[Point], frame: Frame) -> list[str]:
         for x, y in _segment(start, end):
             if y >= 0:
                 cells[y // 4][x // 2] |= DOTS[x % 2][y % 4]
-    return ["".join(map(chr, row)) for row in cells]
+    return ["".join(map(chr, row)).replace(chr(BLANK), " ") for row in cells]
 
 
 def _segment(start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[int, int]]:

@@ -60,7 +60,7 @@ class Batch:
         """Targets, (B, T): the token after each input, IGNORED past the end of `tokens`."""
         at = self._positions() + 1
         inside = at < len(self.tokens)
-        return np.where(inside, self.tokens[np.where(inside, at, 0)], IGNORED).astype(np.int32)
+        return np.where(inside, self.tokens[np.where(inside, at, 0)].astype(np.int32), IGNORED)
 
     def n_targets(self) -> int:
         """How many targets count."""
@@ -123,4 +123,5 @@ PURPOSES = ("init", "batch", "dropout", "sample", "check", "eval")
 
 def rng(seed: int, purpose: str, *index: int) -> np.random.Generator:
     """The generator of (seed, purpose, index): nothing random has a state worth saving."""
-    return np.random.Generator(np.random.PCG64DXSM([seed, PURPOSES.index(purpose), *index]))
+    key = (PURPOSES.index(purpose), *index)
+    return np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(seed, spawn_key=key)))

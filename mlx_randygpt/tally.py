@@ -10,15 +10,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import IO
 
 from mlx_randygpt.curve import Curve
-from mlx_randygpt.train import EvalLog, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.train import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
 
 Clock = Callable[[], float]
 
 SMOOTHING = 0.05  # weight of the newest loss in the smoothed one: about the last 20 reports
 N_EVENTS = 10  # notes and saved files remembered for the end
+ENDINGS = {"stopped": ", stopped on request", "patience": ", stopped early: no new best"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Tally:
         self.last: StepLog | None = None
         self.evaluation: EvalLog | None = None
         self.sample: SampleLog | None = None
+        self.end: EndLog | None = None
         self.events: dict[str, tuple[str, str]] = {}  # by path or text: line, style
         self.loss = math.nan  # smoothed
         self._tokens_per_step = 0.0
@@ -59,6 +61,8 @@ class Tally:
             self.val_losses.add(report.step, report.val_loss)
         elif isinstance(report, SampleLog):
             self.sample = report
+        elif isinstance(report, EndLog):
+            self.end = report
         else:
             self.add_event(report.path, save_line(report), "red" if report.error else "green")
 
@@ -112,12 +116,11 @@ class Tally:
 
 def clean(text: str, *, keep: str = "") -> str:
     """What a terminal could act on, replaced: white space not in `keep` by " ", the rest by �."""
-    return "".join(
-        c if c.isprintable() or c in keep else " " if c.isspace() else "�" for c in text
-    )
+    return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else "�" for c in text)
 
 
 def save_line(log: SaveLog) -> str:
+    """What became of a checkpoint; scripts look for the spelling."""
     path = clean(log.path)
     if log.error:
         return f"✗ Could not save {path}: {clean(log.error)} (the old file is intact)"
@@ -126,6 +129,7 @@ def save_line(log: SaveLog) -> str:
 
 
 def duration(seconds: float) -> str:
+    """`02:10`, from an hour on `1:02:10`."""
     if not math.isfinite(seconds):
         return "--:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -164,12 +168,36 @@ def eval_line(log: EvalLog) -> str:
     )
 
 
+def numbers(tally: Tally) -> list[tuple[str, ...]]:
+    """The numbers of the moment: a name, the value, up to two details."""
+    log, val = tally.last, tally.evaluation
+    if log is None:
+        return [("loss", "–", "first step …"), ("validation", "–"), ("best", "–")]
+    pace = (f"{log.tokens_per_second:,.0f} tok/s", speed(tally.steps_per_second))
+    return [
+        ("loss", f"{tally.loss:.4f}", f"raw {log.loss:.4f}"),
+        *(_validation(val) if val else [("validation", "–"), ("best", "–")]),
+        ("learning rate", f"{log.lr:.2e}", f"gradient {short(log.grad_norm, 2)}"),
+        ("speed", *pace, size(log.memory_bytes)),
+    ]
+
+
+def _validation(log: EvalLog) -> list[tuple[str, ...]]:
+    measures = (f"perplexity {short(log.perplexity, 2)}", f"{log.bits_per_byte:.2f} bits/byte")
+    return [
+        ("validation", f"{log.val_loss:.4f}", *measures),
+        ("best", f"{log.best_loss:.4f}", f"at step {log.best_step:,}"),
+    ]
+
+
 def outcome(tally: Tally) -> list[tuple[str, str]]:
     """What came of the run, as names and values; empty before the first step."""
     log, best = tally.last, tally.evaluation
     if log is None:
         return []
-    facts = [("steps", f"{log.step:,} of {tally.info.iters:,}"), ("loss", f"{tally.loss:.4f}")]
+    ending = ENDINGS.get(tally.end.reason, "") if tally.end else ""
+    steps = f"{log.step:,} of {tally.info.iters:,}{ending}"
+    facts = [("steps", steps), ("loss", f"{tally.loss:.4f}")]
     if best:
         facts.append(("best validation loss", f"{best.best_loss:.4f} at step {best.best_step:,}"))
     pace = f"{tally.tokens_per_second:,.0f} tokens/s"
@@ -183,7 +211,7 @@ class PlainLog:
     other line follows.
     """
 
-    def __init__(self, info: RunInfo, file: TextIO, clock: Clock = time.monotonic) -> None:
+    def __init__(self, info: RunInfo, file: IO[str], clock: Clock = time.monotonic) -> None:
         self._tally = Tally(info, clock)
         self._file = file
         self._clock = clock
@@ -213,14 +241,14 @@ class PlainLog:
             self._print(eval_line(report))
         elif isinstance(report, SaveLog):
             self._print(save_line(report))
-        else:
+        elif isinstance(report, SampleLog):
             self._print(f"sample {report.step}")
             for line in clean(report.prompt + report.text, keep="\n").split("\n"):
                 self._print(f"    {line}")
 
     def note(self, text: str) -> None:
         self._print_step()
-        self._print(clean(text))
+        self._print(text)
 
     def restore(self) -> None:
         """Nothing to give back."""
@@ -232,5 +260,5 @@ class PlainLog:
             self._due_at = self._clock() + 1.0
 
     def _print(self, line: str) -> None:
-        self._file.write(line + "\n")
+        self._file.write(clean(line) + "\n")
         self._file.flush()

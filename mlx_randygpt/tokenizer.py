@@ -124,8 +124,8 @@ class CharTokenizer:
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise ValueError(f"token id {outside[0]} is not in 0..{self.vocab_size - 1}")
-        codes = self._code_of_id[ids[(ids != self.bos) & (ids != self.eos)]]
-        return codes.tobytes().decode("utf-32-le")
+        spelled = ids[(ids != self.bos) & (ids != self.eos)]
+        return str(self._code_of_id[spelled].tobytes(), "utf-32-le")
 
     def unknown(self, text: str) -> dict[str, int]:
         codes = _code_points(text)

@@ -7,7 +7,22 @@ things (evaluate, sample, save, step) and never touches a terminal, a signal or 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_randygpt.backends.base import Backend, StepResult
+from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointWriter, Progress, Saved
+from mlx_randygpt.config import ModelConfig, TrainConfig, UserError, parse_interval
+from mlx_randygpt.data.windows import eval_batches, sample_batch
+from mlx_randygpt.sample import SampleConfig, generate
+from mlx_randygpt.schedule import learning_rate
+from mlx_randygpt.state import IGNORED, Array
+from mlx_randygpt.tokenizer import Tokenizer
+
+EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class EvalLog:
     bits_per_byte: float
     best_loss: float  # of the run, this one included
     best_step: int
-    seconds: float
+    seconds: float  # spent training so far, earlier parts of the run included
 
     @property
     def perplexity(self) -> float:
@@ -53,11 +68,320 @@ class SampleLog:
 class SaveLog:
     """A file written, or not written: then `error` says why and the old file is intact."""
 
-    step: int
+    step: int  # that the file holds
     path: str
     best: bool  # the checkpoint of the lowest validation loss
     loss: float  # that loss; nan for the newest checkpoint
     error: str = ""
 
 
-Report = StepLog | EvalLog | SampleLog | SaveLog
+@dataclass(frozen=True)
+class EndLog:
+    """No step follows: `reason` is "target", "stopped" (asked to) or "patience" (early stop).
+    The last files are saved after it."""
+
+    step: int
+    reason: str
+
+
+Report = StepLog | EvalLog | SampleLog | SaveLog | EndLog
+
+
+class TrainingDiverged(UserError, ArithmeticError):
+    """A loss or a gradient that is not finite; no checkpoint is written after it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of, besides the backend that holds its weights."""
+
+    model: ModelConfig
+    train: TrainConfig
+    tokenizer: Tokenizer
+    train_tokens: Array  # (n,)
+    val_tokens: Array
+    data: dict[str, Any]  # for the checkpoint: where the text came from
+    progress: Progress = field(default_factory=Progress)
+
+
+def train(
+    run: Run,
+    backend: Backend,
+    out: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Report]:
+    """Train from the backend's step to `run.train.iters`, yielding a report for all that happens.
+
+    Every `save_every` a snapshot goes to `out` (None: nothing is saved) from another thread; when
+    `should_stop` turns true the step at hand is finished, both files are safe, and the generator
+    ends. Raises TrainingDiverged where loss or gradient stop being finite.
+    """
+    writer = CheckpointWriter() if out is not None else None
+    trainer = Trainer(run, backend, out, writer, should_stop, clock)
+    try:
+        yield from trainer.run_to_target()
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+class Trainer:
+    """One run in progress: the generator methods of `train` and the state between them."""
+
+    def __init__(
+        self,
+        run: Run,
+        backend: Backend,
+        out: Path | None,
+        writer: CheckpointWriter | None,
+        should_stop: Callable[[], bool],
+        clock: Callable[[], float],
+    ) -> None:
+        self.run, self.backend, self.out, self.writer = run, backend, out, writer
+        self.should_stop, self.clock = should_stop, clock
+        self.progress = run.progress
+        self.step = backend.step
+        self.pending: tuple[int, float, StepResult] | None = None  # a step whose loss is unread
+        self.pace = Pace(clock)
+        self.started = clock() - run.progress.seconds
+        self.last_save = clock()
+
+    def run_to_target(self) -> Iterator[Report]:
+        config = self.run.train
+        if self.step == 0:
+            self._submit(NEWEST)  # so that the folder holds this run from its first moment on
+        yield from self._evaluate()  # the untrained model first
+        while self.step < config.iters and not self.should_stop() and not self._out_of_patience():
+            previous, self.pending = self.pending, self._take_step()
+            if previous:
+                yield self._report(previous)  # read one step late: the device is never kept waiting
+            if self._something_due():
+                yield from self._flush()
+                yield from self._evaluate()
+                if _is_due(self.step, config.sample_every) and self.step < config.iters:
+                    yield from self._sample()
+                yield from self._save_if_due()
+            yield from self._saved()
+        yield from self._flush()
+        yield from self._finish()
+
+    def _take_step(self) -> tuple[int, float, StepResult]:
+        config = self.run.train
+        batches = [
+            sample_batch(
+                self.run.train_tokens, config.batch_size, self.run.model.block_size,
+                config.seed, self.step, micro,
+            )
+            for micro in range(config.grad_accum)
+        ]  # fmt: skip
+        lr = learning_rate(
+            self.step, iters=config.iters, warmup=config.warmup, lr=config.lr,
+            min_lr=config.min_lr, schedule=config.schedule,
+            reductions=self.progress.plateau.reductions,
+        )  # fmt: skip
+        result = self.backend.train_step(batches, lr)
+        self.step += 1
+        return self.step, lr, result
+
+    def _report(self, pending: tuple[int, float, StepResult]) -> StepLog:
+        step, lr, result = pending
+        loss, grad_norm = result.loss, result.grad_norm
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"{name} is {value} at step {step} (learning rate {lr:g}, loss {loss:.4g}); "
+                    "try a lower --lr, a longer --warmup or a smaller --grad-clip"
+                )
+        n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
+        self.progress = replace(self.progress, tokens=self.progress.tokens + n_tokens)
+        seconds_per_step = self.pace.lap()
+        return StepLog(
+            step, loss, lr, grad_norm, self.progress.tokens, n_tokens / seconds_per_step,
+            self._seconds(), self.backend.memory_bytes(),
+        )  # fmt: skip
+
+    def _flush(self) -> Iterator[Report]:
+        """Read the step that is still unread, so that what follows sees a finished state."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            yield self._report(pending)
+
+    def _something_due(self) -> bool:
+        config = self.run.train
+        return (
+            self._evaluation_due()
+            or _is_due(self.step, config.sample_every)
+            or _is_due(self.step, config.keep_every)
+            or self._save_due()
+        )
+
+    def _evaluation_due(self) -> bool:
+        due = self.step == 0 or _is_due(self.step, self.run.train.eval_every)
+        return (due or self.step == self.run.train.iters) and self.progress.eval_step < self.step
+
+    def _evaluate(self) -> Iterator[Report]:
+        if not self._evaluation_due():
+            return
+        run, old = self.run, self.progress
+        score = evaluate(
+            self.backend, run.val_tokens, run.model.block_size, run.train.batch_size,
+            run.tokenizer.token_bytes(), self.should_stop, max_tokens=EVAL_TOKENS,
+        )  # fmt: skip
+        if score is None:
+            return  # asked to stop; a resumed run evaluates this step again
+        if not math.isfinite(score.loss):
+            raise TrainingDiverged(f"validation loss is {score.loss} at step {self.step}")
+        is_best = score.loss < old.best_loss
+        self.progress = replace(
+            old,
+            val_loss=score.loss,
+            eval_step=self.step,
+            best_loss=score.loss if is_best else old.best_loss,
+            best_step=self.step if is_best else old.best_step,
+            plateau=old.plateau.observe(score.loss, run.train.patience, run.train.schedule),
+        )
+        if is_best:
+            self._submit(BEST)
+        yield EvalLog(
+            self.step, score.loss, score.bits_per_byte,
+            self.progress.best_loss, self.progress.best_step, self._seconds(),
+        )  # fmt: skip
+        self.pace.restart()
+
+    def _sample(self) -> Iterator[Report]:
+        run = self.run
+        prompt = run.tokenizer.encode(run.train.prompt)
+        config = SampleConfig(seed=run.train.seed + self.step)
+        text = ""
+        for samples in generate(
+            self.backend, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
+        ):
+            text = samples[0].text
+        yield SampleLog(self.step, run.train.prompt, text)
+        self.pace.restart()
+
+    # Saving
+
+    def _save_due(self) -> bool:
+        steps, seconds = parse_interval(self.run.train.save_every)
+        return _is_due(self.step, steps) or 0 < seconds <= self.clock() - self.last_save
+
+    def _save_if_due(self) -> Iterator[Report]:
+        if _is_due(self.step, self.run.train.keep_every):
+            self._submit(f"checkpoint-{self.step}.safetensors")
+        if self._save_due():
+            self._submit(NEWEST)
+            self.last_save = self.clock()
+        yield from self._saved()
+
+    def _submit(self, name: str) -> None:
+        if self.writer is not None and self.out is not None:
+            self.writer.submit(self.out / name, self._checkpoint())
+
+    def _checkpoint(self) -> Checkpoint:
+        run = self.run
+        progress = replace(self.progress, seconds=self._seconds())
+        return Checkpoint(
+            run.model, run.train, progress, run.tokenizer.to_json(), run.data,
+            self.backend.name, self.backend.state(),
+        )  # fmt: skip
+
+    def _saved(self) -> Iterator[Report]:
+        if self.writer is not None:
+            yield from map(_save_log, self.writer.finished())
+
+    def _finish(self) -> Iterator[Report]:
+        reached = self.step >= self.run.train.iters
+        stopped = not reached and not self._out_of_patience()
+        yield EndLog(self.step, "target" if reached else "stopped" if stopped else "patience")
+        yield from self._save_both()
+        if not self.should_stop():
+            yield from self._sample()
+
+    def _save_both(self) -> Iterator[Report]:
+        if self.writer is None or self.out is None:
+            return
+        self._submit(NEWEST)
+        logs = [_save_log(saved) for saved in self.writer.close()]
+        yield from logs
+        best = self.out / BEST
+        if best.exists() and not any(log.best for log in logs):  # written earlier, and still safe
+            yield SaveLog(self.progress.best_step, str(best), True, self.progress.best_loss)
+
+    def _out_of_patience(self) -> bool:
+        return self.progress.plateau.exhausted(self.run.train.patience)
+
+    def _seconds(self) -> float:
+        return self.clock() - self.started
+
+
+class Pace:
+    """Seconds per step of late: an average that forgets, with pauses left out."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seconds = 0.0
+        self._weight = 0.0
+        self._mark = clock()
+
+    def lap(self) -> float:
+        """Count one step done since the last lap or restart."""
+        now = self._clock()
+        self._seconds = 0.9 * self._seconds + 0.1 * (now - self._mark)
+        self._weight = 0.9 * self._weight + 0.1
+        self._mark = now
+        return max(self._seconds / self._weight, 1e-9)
+
+    def restart(self) -> None:
+        self._mark = self._clock()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A score over a whole split."""
+
+    loss: float  # nats per token
+    bits_per_byte: float
+    tokens: int  # targets counted
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    backend: Backend,
+    tokens: Array,
+    block_size: int,
+    batch_size: int,
+    token_bytes: Array,
+    should_stop: Callable[[], bool] = lambda: False,
+    max_tokens: int | None = None,
+) -> Evaluation | None:
+    """Mean loss over non-overlapping windows of `tokens`, each token but the first predicted once.
+
+    The same number every time. None where `should_stop` turned true before the end; with
+    `max_tokens`, that many tokens' worth of windows, evenly spread.
+    """
+    nats, n_targets, n_bytes = 0.0, 0, 0
+    for batch in eval_batches(tokens, block_size, batch_size, max_tokens):
+        if should_stop():
+            return None
+        count, targets = batch.n_targets(), batch.y()
+        nats += backend.loss(batch) * count
+        n_targets += count
+        n_bytes += int(token_bytes[targets[targets != IGNORED]].sum())
+    return Evaluation(nats / n_targets, nats / math.log(2) / max(1, n_bytes), n_targets)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _save_log(saved: Saved) -> SaveLog:
+    progress, best = saved.checkpoint.progress, saved.path.name == BEST
+    return SaveLog(
+        saved.checkpoint.state.step, str(saved.path), best,
+        progress.best_loss if best else math.nan, saved.error,
+    )  # fmt: skip

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, SupportsFloat
 
+from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Array, Batch, Params, TrainState
 
 
-class BackendError(RuntimeError):
+class BackendError(UserError, RuntimeError):
     """A backend that cannot run here; the message says why and what would make it run."""
 
 
@@ -54,6 +55,7 @@ class Backend(Protocol):
 
     name: str  # "mlx", "numpy"
     device: str  # for people: "Apple M3 Max (Metal)", "2 threads"
+    step: int  # optimizer steps taken
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step on the mean loss over all micro-batches (of one shape), with dropout.
@@ -81,8 +83,11 @@ class Backend(Protocol):
     def state(self) -> TrainState:
         """A consistent copy of weights and moments in float32, safe to save."""
 
+    def matmul_flops(self) -> float:
+        """This device's own float32 matrix-product rate, measured now, in FLOP per second."""
+
     def memory_bytes(self) -> int:
-        """What the run holds at its peak so far: device memory, or resident memory of the process."""
+        """The most held so far: device memory, or resident memory of the process."""
 
 
 def resident_bytes() -> int:

@@ -9,6 +9,7 @@ Legend: B batch, T time, C n_embd, H heads, D = C/H, V vocab.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -55,7 +56,7 @@ class MLXBackend:
         device = probe()
         self.device = device.description
         self._on_gpu = device.has_gpu
-        self._config, self._train, self._step = model, train, state.step
+        self._config, self._train, self.step = model, train, state.step
         args = {field.name: getattr(model, field.name) for field in fields(ModelArgs)}
         self._model = GPT(ModelArgs(**args))
         self._weights: Weights = {n: mx.array(state.params[n]) for n in parameter_shapes(model)}
@@ -71,12 +72,12 @@ class MLXBackend:
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step on the mean loss over all micro-batches, with dropout; see base."""
         loss, grads = self._accumulated(batches)
-        rates_now = rates(self._train, self._step, lr)
+        rates_now = rates(self._train, self.step, lr)
         self._weights, self._moments, norm = self._update(
             self._weights, self._moments, grads, rates_now
         )
         self._bind(self._weights)  # else the model would keep the old ones alive
-        self._step += 1
+        self.step += 1
         mx.async_eval(self._weights, self._moments, loss, norm)
         return StepResult(loss, norm)
 
@@ -119,7 +120,20 @@ class MLXBackend:
     def state(self) -> TrainState:
         """A copy of step, weights and moments in float32; waits for the device."""
         moments = {kind: _to_numpy(arrays) for kind, arrays in self._moments.items()}
-        return TrainState(self._step, _to_numpy(self._weights), moments)
+        return TrainState(self.step, _to_numpy(self._weights), moments)
+
+    def matmul_flops(self) -> float:
+        """The best of five chains of square products; TF32 counts where MLX uses it."""
+        size, n = (4096, 8) if self._on_gpu else (512, 1)
+        x, best = mx.ones((size, size)) / size, 0.0
+        mx.eval(x)
+        for _ in range(5):
+            start, y = time.perf_counter(), x
+            for _ in range(n):
+                y = y @ x
+            mx.eval(y)
+            best = max(best, 2 * size**3 * n / (time.perf_counter() - start))
+        return best
 
     def memory_bytes(self) -> int:
         """Peak device memory and what MLX keeps for reuse; on a CPU, the process at its peak."""
@@ -141,7 +155,7 @@ class MLXBackend:
     def _micro_batch(self, batch: Batch, index: int) -> tuple[mx.array, Weights]:
         key = None
         if self._config.dropout > 0:
-            bits = rng(self._train.seed, "dropout", self._step, index).integers(2**63)
+            bits = rng(self._train.seed, "dropout", self.step, index).integers(2**63)
             key = mx.random.key(int(bits))
         loss, grads = self._training_grads(self._weights, *self._windows(batch), key)
         return loss, grads

@@ -8,9 +8,11 @@ gradients summed in a fixed order: the same number of threads gives the same bit
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from mlx_randygpt.backends.base import StepResult, resident_bytes
 from mlx_randygpt.backends.numpy_cache import NumpyCache, decode
 from mlx_randygpt.backends.numpy_model import Chunk, flat_views
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.state import Array, Batch, Params, TrainState, muon_parts, parameter_shapes, rng
+from mlx_randygpt.state import Array, Batch, Params, TrainState, muon_parts, rng
 
 CHUNK_TOKENS = 512  # what a thread works through at a time: activations of one layer fit in L2
 
@@ -84,7 +86,9 @@ class NumpyBackend:
         return decode(self.params, self.model, tokens, cache)
 
     def state(self) -> TrainState:
-        adamw_only = [n for n in self.params if self.train.optimizer == "adamw" or not muon_parts(n)]
+        adamw_only = [
+            n for n in self.params if self.train.optimizer == "adamw" or not muon_parts(n)
+        ]
         return TrainState(
             self.step,
             {name: _float32(w) for name, w in self.params.items()},
@@ -93,6 +97,23 @@ class NumpyBackend:
                 "v": {name: _float32(self._v_views[name]) for name in adamw_only},
             },
         )
+
+    def matmul_flops(self) -> float:
+        """The best of five: all threads multiply square matrices of their own at once."""
+        size, best = 768, 0.0
+        pairs = [np.ones((2, size, size), self.dtype) for _ in range(self.n_threads)]
+        out = [np.empty((size, size), self.dtype) for _ in range(self.n_threads)]
+
+        def work(i: int) -> None:
+            for _ in range(8):
+                np.matmul(*pairs[i], out=out[i])
+
+        for _ in range(5):
+            start = time.perf_counter()
+            list(self._pool.map(work, range(self.n_threads)))
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * size**3 * 8 * self.n_threads / seconds)
+        return best
 
     def memory_bytes(self) -> int:
         return resident_bytes()
@@ -195,7 +216,7 @@ class NumpyBackend:
 
     def _slices(self, start: int, stop: int) -> list[slice]:
         edges = np.linspace(start, stop, self.n_threads + 1).astype(int)
-        return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def available_cores() -> int:

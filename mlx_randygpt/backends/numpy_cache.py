@@ -22,7 +22,8 @@ class NumpyCache:
 
     def __init__(self, config: ModelConfig, batch_size: int, dtype: type) -> None:
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
-        self.k, self.v = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        self.k: Array = np.zeros(shape, dtype)
+        self.v: Array = np.zeros(shape, dtype)
         self.length = 0
 
     def select(self, rows: Sequence[int]) -> None:
@@ -31,19 +32,17 @@ class NumpyCache:
 
 def decode(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache) -> Array:
     """`Backend.logits`: (B, T) ids -> (B, V) float32. An empty cache takes up to block_size
-    tokens at once, a filled one takes them one by one."""
+    tokens at once, a filled one takes them one by one. ValueError where T, an id or a learned
+    position is out of range."""
+    t, size = tokens.shape[1], config.block_size
+    if not 1 <= t <= size:
+        raise ValueError(f"{t} tokens at once; it must be 1 to block_size={size}")
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise ValueError(f"token ids must be in [0, {config.vocab_size})")
-    if config.position == "learned" and cache.length + tokens.shape[1] > config.block_size:
-        raise ValueError(f"learned positions end at block_size={config.block_size}")
-    if cache.length == 0:
-        head = tokens[:, : config.block_size]
-        x = _advance(w, config, head, cache)
-        rest = tokens[:, config.block_size :]
-    else:
-        rest = tokens
-    for t in range(rest.shape[1]):
-        x = _advance(w, config, rest[:, t : t + 1], cache)
+        raise ValueError(f"token ids must be in 0..{config.vocab_size - 1}")
+    if config.position == "learned" and cache.length + t > size:
+        raise ValueError(f"{cache.length} + {t} positions pass block_size={size}, the last learned")
+    for part in [tokens] if cache.length == 0 else np.split(tokens, t, axis=1):
+        x = _advance(w, config, part, cache)
     if config.final_norm:
         x = _norm(x)
     return (x @ w["lm_head.weight"].T).astype(np.float32, copy=False)  # (B, V)
@@ -88,7 +87,7 @@ def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache) -> A
         scores -= scores.max(axis=-2, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-2, keepdims=True)
-    y = scores.swapaxes(-1, -2) @ values[:, :, :filled]  # (B, H, T, D)
+    y: Array = scores.swapaxes(-1, -2) @ values[:, :, :filled]  # (B, H, T, D)
     return y.transpose(0, 2, 1, 3).reshape(b, t, config.n_embd)
 
 

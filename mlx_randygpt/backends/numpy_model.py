@@ -21,7 +21,7 @@ def flat_views(config: ModelConfig, dtype: type) -> tuple[Array, Params]:
     """One zeroed vector for all weights, and a view of it per name."""
     shapes = parameter_shapes(config)
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
-    flat = np.zeros(int(ends[-1]), dtype)
+    flat: Array = np.zeros(int(ends[-1]), dtype)
     pieces = np.split(flat, ends[:-1])
     return flat, {name: p.reshape(shapes[name]) for name, p in zip(shapes, pieces, strict=True)}
 

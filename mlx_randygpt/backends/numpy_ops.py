@@ -82,7 +82,7 @@ def _triangle(t: int, dtype: np.dtype[Any]) -> tuple[Array, Array, Array]:
 
 
 def softmax_backward(dp: Array, p: Array, delta: Array) -> None:
-    """ds = p · (dp − δ), written over dp; δ[i] = Σ_j p[j, i] · dp[j, i] = dy[i]·y[i], (B, H, Tq)."""
+    """ds = p · (dp − δ), written over dp; δ[i] = Σ_j p[j, i]·dp[j, i] = dy[i]·y[i], (B, H, Tq)."""
     dp -= delta[..., None, :]
     dp *= p
 

@@ -57,7 +57,7 @@ def orthogonal(u: Array) -> Array:
     """The nearest semi-orthogonal matrix to u, roughly: five Newton-Schulz steps
     X ← aX + (bA + cA²)X with A = XXᵀ on X = u / ‖u‖, the shorter side first."""
     wide = u if u.shape[0] <= u.shape[1] else u.T
-    x = np.ascontiguousarray(wide) / (np.linalg.norm(u) + 1e-7)
+    x: Array = np.ascontiguousarray(wide) / (np.linalg.norm(u) + 1e-7)
     for _ in range(NS_STEPS):
         a = x @ x.T  # (rows, rows)
         b = NS_C * (a @ a)

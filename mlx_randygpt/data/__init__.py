@@ -3,6 +3,8 @@
 Knows tokenizers and batches; knows nothing of models, backends, terminals or training.
 """
 
+from mlx_randygpt.config import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError, ValueError):
     """Text the user can mend; one line says what was wrong, where, and what would be right."""

@@ -77,7 +77,8 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     n, fits = len(corpus.tokens), min(len(corpus.train), len(corpus.val)) - 1
     if fits >= block_size:
         return
-    need = next(m for m in count(n) if min(_split(m), m - _split(m)) > block_size)
+    least = max(n, int(block_size / (1 - TRAIN_SHARE)) - 1)
+    need = next(m for m in count(least) if min(_split(m), m - _split(m)) > block_size)
     smaller = f" or a --block-size of at most {fits}" if fits > 0 else ""
     raise DataError(
         f"the text has {corpus.characters} characters ({n} tokens); a context of {block_size} needs"
@@ -165,7 +166,7 @@ def _expand(name: str) -> Iterator[Path]:
         yield from _texts_under(path)
     elif path.exists() and name:
         yield path
-    elif glob.has_magic(name):
+    elif set(name) & set("*?["):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if not any(file.is_file() for file in files):
             raise DataError(f"no file matches {name!r} (looked in {Path.cwd()})")
@@ -195,7 +196,8 @@ def _no_such_file(name: str, path: Path) -> str:
     looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, 1)
-    return f"no such file: {name!r}{looked}" + (f"; is it {path.with_name(near[0])}?" * len(near))
+    hint = f"; is it {path.with_name(near[0])}?" if near else ""
+    return f"no such file: {name!r}{looked}{hint}"
 
 
 def _split(n: int) -> int:

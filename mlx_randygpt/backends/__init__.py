@@ -1,0 +1,55 @@
+"""Which backends there are, and which one runs here.
+
+MLX is imported only when it is asked for or might have a GPU; a missing library is a reason to
+tell, not a crash. A third backend is one file and one row in BACKENDS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from mlx_randygpt.backends.base import Backend, BackendError
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.state import TrainState
+
+BACKENDS = {
+    "mlx": ("mlx_randygpt.backends.mlx_backend", "MLXBackend"),
+    "numpy": ("mlx_randygpt.backends.numpy_backend", "NumpyBackend"),
+}
+NAMES = ("auto", *BACKENDS)
+
+
+def choose(name: str) -> tuple[str, str]:
+    """`auto` -> the backend to take and the reason, "" where there is nothing to explain.
+
+    Raises BackendError where the one asked for cannot run here.
+    """
+    if name not in NAMES:
+        raise BackendError(f"backend {name!r} is unknown; it is one of {', '.join(NAMES)}")
+    if name == "numpy":
+        return "numpy", ""
+    device, reason = mlx_device()
+    if name == "mlx" and device is None:
+        raise BackendError(f"MLX cannot run here: {reason}; --backend numpy can")
+    if name == "mlx" or (device is not None and device.has_gpu):
+        return "mlx", ""
+    return "numpy", reason if device is None else "MLX has no GPU here"
+
+
+def make_backend(name: str, model: ModelConfig, train: TrainConfig, state: TrainState) -> Backend:
+    """The backend called `name` ("auto" chooses) with these weights and moments."""
+    module, attribute = BACKENDS[choose(name)[0]]
+    build: Callable[..., Backend] = getattr(import_module(module), attribute)
+    return build(model, train, state)
+
+
+def mlx_device() -> tuple[Any, str]:
+    """MLX's device, or None and one line that says why MLX does not run here."""
+    try:
+        return import_module(BACKENDS["mlx"][0]).probe(), ""
+    except ModuleNotFoundError:
+        return None, "MLX is not installed"
+    except ImportError as error:  # plain `mlx` on Linux: the library comes with an extra
+        return None, f"MLX is installed without its library ({error}); reinstall with [cpu]"

@@ -1,0 +1,289 @@
+"""Checkpoints: one safetensors file that is either whole or not there.
+
+Owns the format, the atomic write and the thread that writes. Knows no backend: a checkpoint is
+NumPy arrays and settings, so that one backend resumes what another began.
+
+Tensors: every weight under its published name, moments as `optimizer.m.<name>` and
+`optimizer.v.<name>`, all float32. Metadata: `format`, `format_version`, `header` (JSON) and
+`sha256` of header and tensors together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig, UserError
+from mlx_randygpt.schedule import Plateau
+from mlx_randygpt.state import Array, Params, TrainState, parameter_shapes
+
+NEWEST = "checkpoint.safetensors"
+BEST = "checkpoint_best.safetensors"
+FORMAT = "mlx-randygpt"
+FORMAT_VERSION = "1"
+_MOMENTS = ("m", "v")
+_T = TypeVar("_T")
+
+
+class CheckpointError(UserError, ValueError):
+    """A file that cannot be read as a checkpoint, or not be written; names it and says why."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run remembers besides its arrays."""
+
+    tokens: int = 0  # trained on
+    seconds: float = 0.0  # spent training
+    best_loss: float = math.inf  # lowest validation loss, and the step it was seen at
+    best_step: int = 0
+    val_loss: float = math.nan  # of the last evaluation, and its step
+    eval_step: int = -1
+    plateau: Plateau = field(default_factory=Plateau)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that decides how a run goes on, and what its model needs to write."""
+
+    model: ModelConfig
+    train: TrainConfig
+    progress: Progress
+    tokenizer: dict[str, Any]  # Tokenizer.to_json()
+    data: dict[str, Any]  # paths, characters and SHA-256 of the text
+    backend: str  # who wrote it
+    state: TrainState
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the file whole or not at all; whatever was at `path` stays until the new one is safe.
+
+    Raises CheckpointError on a full or read-only disk, and where a weight is not finite.
+    """
+    tensors = _tensors(checkpoint.state)
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(f"{path} is not replaced: {name} is not finite")
+    header = json.dumps(_header(checkpoint), sort_keys=True)
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "header": header,
+        "sha256": _digest(header, tensors),
+    }
+    write_atomically(path, safetensors.numpy.save(tensors, metadata))
+
+
+def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
+    """Read and verify a checkpoint. Raises CheckpointError; never returns half of one.
+
+    With `weights_only` the moments are checked but not kept, as sampling needs none.
+    """
+    header, tensors = _read(path)
+    try:
+        model = _record(ModelConfig, header["model"])
+        train = _record(TrainConfig, header["train"])
+        stored = dict(header["progress"])
+        progress = Progress(**stored | {"plateau": Plateau(**stored["plateau"])})
+        step, tokenizer, data = int(header["step"]), header["tokenizer"], header["data"]
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} has an unreadable header: {error!r}") from error
+    params = {name: tensors.pop(name) for name in parameter_shapes(model) if name in tensors}
+    moments: dict[str, Params] = {kind: {} for kind in _MOMENTS}
+    for name, tensor in tensors.items():
+        kind, _, weight = name.removeprefix("optimizer.").partition(".")
+        moments.setdefault(kind, {})[weight] = tensor
+    _verify_shapes(path, model, params, moments)
+    state = TrainState(step, params, {} if weights_only else moments)
+    return Checkpoint(model, train, progress, tokenizer, data, str(header["backend"]), state)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Temporary file beside `path`, flushed to the disk, renamed over it, folder flushed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise CheckpointError(
+            f"could not write {path}: {reason}; it needs {len(content) / 1e6:.1f} MB"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One file the writer has dealt with; `error` is empty where it is safe on the disk."""
+
+    path: Path
+    checkpoint: Checkpoint
+    error: str = ""
+
+
+class CheckpointWriter:
+    """Writes snapshots on its own thread. Of several for one path only the newest is written."""
+
+    def __init__(self, save: Callable[[Path, Checkpoint], None] = save_checkpoint) -> None:
+        self._save = save
+        self._waiting: dict[Path, Checkpoint] = {}
+        self._finished: list[Saved] = []
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Have this snapshot written soon; returns at once."""
+        with self._changed:
+            self._waiting[path] = checkpoint
+            self._changed.notify_all()
+
+    def finished(self) -> list[Saved]:
+        """What was written, or failed, since the last call."""
+        with self._changed:
+            done, self._finished = self._finished, []
+        return done
+
+    def close(self) -> list[Saved]:
+        """Wait until nothing is left to write, end the thread, return what `finished` would."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        return self.finished()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            path, checkpoint = job
+            try:
+                self._save(path, checkpoint)
+                saved = Saved(path, checkpoint)
+            except Exception as error:  # the run goes on; the screen and the exit code tell
+                saved = Saved(path, checkpoint, error=str(error))
+            with self._changed:
+                self._finished.append(saved)
+
+    def _next(self) -> tuple[Path, Checkpoint] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            if not self._waiting:
+                return None
+            path = next(iter(self._waiting))
+            return path, self._waiting.pop(path)
+
+
+def _tensors(state: TrainState) -> Params:
+    named = dict(state.params)
+    for kind in _MOMENTS:
+        named |= {f"optimizer.{kind}.{n}": a for n, a in state.moments.get(kind, {}).items()}
+    return named
+
+
+def _header(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "step": checkpoint.state.step,
+        "model": asdict(checkpoint.model),
+        "train": asdict(checkpoint.train),
+        "progress": asdict(checkpoint.progress),
+        "tokenizer": checkpoint.tokenizer,
+        "data": checkpoint.data,
+        "backend": checkpoint.backend,
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Params]:
+    """Header and tensors of a file whose checksum holds."""
+    try:
+        with open(path, "rb"):  # a missing or forbidden file has its own message
+            pass
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            _verify_format(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path} is not a checkpoint of mlxgpt, or is truncated or damaged ({error})"
+        ) from error
+    if _digest(metadata["header"], tensors) != metadata["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its contents do not match its SHA-256")
+    return json.loads(metadata["header"]), tensors
+
+
+def _verify_format(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT or not {"header", "sha256"} <= metadata.keys():
+        raise CheckpointError(
+            f"{path} is a safetensors file but not a checkpoint of mlxgpt "
+            f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {metadata.get('format_version')!r}; "
+            f"this version of mlxgpt reads format {FORMAT_VERSION!r}"
+        )
+
+
+def _verify_shapes(
+    path: Path, model: ModelConfig, params: Params, moments: dict[str, Params]
+) -> None:
+    shapes = parameter_shapes(model)
+    if missing := shapes.keys() - params.keys():
+        raise CheckpointError(f"{path} lacks the weight {min(missing)}")
+    if unknown := moments.keys() - set(_MOMENTS):
+        raise CheckpointError(f"{path} has tensors of an unknown kind, {min(unknown)!r}")
+    for name, array in _all(params, *moments.values()):
+        if array.dtype != np.float32 or shapes.get(name) != array.shape:
+            raise CheckpointError(
+                f"{path}: {name} is {array.dtype} {array.shape}, expected float32 "
+                f"{shapes.get(name, 'no such weight')}"
+            )
+
+
+def _all(*groups: Params) -> Iterator[tuple[str, Array]]:
+    for group in groups:
+        yield from group.items()
+
+
+def _digest(header: str, tensors: Params) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _record(kind: type[_T], values: dict[str, Any]) -> _T:
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := values.keys() - known:
+        raise ConfigError(f"{kind.__name__} has no field {min(unknown)!r}")
+    return kind(**values)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

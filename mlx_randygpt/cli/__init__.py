@@ -1,0 +1,57 @@
+"""The command line: the only owner of signals, standard output and exit codes.
+
+A command is a module of this package and is imported when it is called; `--help` and `--version`
+answer without numpy, mlx or rich.
+"""
+
+from __future__ import annotations
+
+import click
+
+from mlx_randygpt import __version__
+
+# name -> (module of this package, line for --help)
+COMMANDS = {
+    "train": ("train", "Train a model on your text; Ctrl-C saves and stops, --resume goes on."),
+    "sample": ("sample", "Let a trained model write."),
+    "eval": ("evaluate", "Score a checkpoint on a whole split: loss, perplexity, bits per byte."),
+    "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
+    "check": ("check", "Prove the gradients on this machine."),
+    "bench": ("bench", "Measure training or sampling speed."),
+    "presets": ("presets", "List the named sizes with their parameter counts."),
+    "doctor": ("doctor", "Look at this machine and say what would make it faster."),
+}
+
+
+class CommandGroup(click.Group):
+    """Commands by name, imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        from importlib import import_module
+
+        module = import_module(f"{__name__}.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlxgpt")
+def group() -> None:
+    """Train a GPT from scratch on your own text, watch it learn, and let it write.
+
+    Start with `mlxgpt train`; then `mlxgpt sample`.
+    """
+
+
+def main() -> None:
+    """The entry point `mlxgpt`."""
+    group(prog_name="mlxgpt", auto_envvar_prefix="MLXGPT")

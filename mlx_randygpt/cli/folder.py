@@ -1,0 +1,130 @@
+"""The output folder of a run: one writer at a time, metrics.jsonl and config.toml."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from mlx_randygpt.checkpoint import NEWEST, CheckpointError
+from mlx_randygpt.config import UserError
+from mlx_randygpt.train import EvalLog, Report, StepLog
+
+FLUSH_SECONDS = 1.0
+
+
+class FolderError(UserError, OSError):
+    """An output folder that cannot be used."""
+
+
+class RunFolder:
+    """Context manager that holds the folder's lock, which dies with its process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problem = ""  # why metrics.jsonl is no longer written
+        self._flushed_at = time.monotonic()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise FolderError(
+                f"--out {path} cannot be written: {error.strerror}; give a folder that can"
+            ) from error
+        self._metrics: Any = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise FolderError(
+                f"{self.path} is in use by another run (process {owner}); "
+                "wait for it or give another --out"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+        for left in self.path.glob(".*.tmp"):  # of a process that died while it wrote
+            left.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            if self._metrics is not None:
+                self._metrics.close()
+            self._lock.truncate(0)
+            self._lock.close()
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints here, the newest of the run first in the list."""
+        found = sorted(self.path.glob("checkpoint*.safetensors"))
+        return sorted(found, key=lambda path: path.name != NEWEST)
+
+    def refuse_if_used(self) -> None:
+        """FolderError where a fresh run would write over another's checkpoints."""
+        if found := self.checkpoints():
+            raise FolderError(
+                f"{self.path} already holds a checkpoint ({found[0].name}); --resume goes on with "
+                "it, --overwrite starts anew, --out DIR goes elsewhere"
+            )
+
+    def newest(self) -> Path:
+        """What a bare --resume means."""
+        if found := self.checkpoints():
+            return found[0]
+        raise CheckpointError(
+            f"there is no checkpoint in {self.path}; leave --resume out to start a new run, "
+            "or give --out the folder of the old one"
+        )
+
+    def begin(self, config_toml: str, *, fresh: bool) -> None:
+        """Write config.toml and open metrics.jsonl, emptied for a fresh run."""
+        try:
+            (self.path / "config.toml").write_text(config_toml, encoding="utf-8")
+            mode = "w" if fresh else "a"
+            self._metrics = open(self.path / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error
+
+    def record(self, report: Report, log_every: int) -> None:
+        """One line of metrics.jsonl; a disk that refuses is noted in `problem`, once."""
+        if self.problem:
+            return
+        values = _metrics(report, log_every)
+        try:
+            if values:
+                self._metrics.write(json.dumps(values) + "\n")
+            if time.monotonic() - self._flushed_at > FLUSH_SECONDS or isinstance(report, EvalLog):
+                self._metrics.flush()
+                self._flushed_at = time.monotonic()
+        except OSError as error:
+            self.problem = f"metrics.jsonl is no longer written: {error.strerror}"
+
+
+def _metrics(report: Report, log_every: int) -> dict[str, Any]:
+    if isinstance(report, StepLog) and report.step % log_every == 0:
+        names: tuple[str, ...] = (
+            "step",
+            "loss",
+            "lr",
+            "grad_norm",
+            "tokens",
+            "tokens_per_second",
+            "seconds",
+        )
+    elif isinstance(report, EvalLog):
+        names = ("step", "val_loss", "perplexity", "bits_per_byte", "seconds")
+    else:
+        return {}
+    values = {name: getattr(report, name) for name in names}
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }

@@ -1,0 +1,264 @@
+"""What `mlxgpt train` does once its options are read: settings, text, backend, loop, exit code."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mlx_randygpt.backends import choose, make_backend
+from mlx_randygpt.backends.base import Backend, BackendError
+from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, Progress, load_checkpoint
+from mlx_randygpt.cli import settings, text
+from mlx_randygpt.cli.folder import RunFolder
+from mlx_randygpt.cli.signals import StopSignals
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.dashboard import make_view
+from mlx_randygpt.data.corpus import Corpus, check_length, encode_corpus
+from mlx_randygpt.state import TrainState, initial_params, parameter_count
+from mlx_randygpt.tally import RunInfo
+from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
+from mlx_randygpt.train import EndLog, Run, SaveLog, TrainingDiverged, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of one call; `given` holds only what the user set."""
+
+    given: dict[str, Any]
+    data: tuple[str, ...]
+    out: Path
+    backend: str
+    plain: bool
+    overwrite: bool
+    resume: Path | None
+    resume_newest: bool
+    init_from: Path | None
+
+    @property
+    def resuming(self) -> bool:
+        return self.resume_newest or self.resume is not None
+
+
+def train_command(job: Job) -> int:
+    """Train as asked; the exit code."""
+    with StopSignals() as signals, RunFolder(job.out) as folder:
+        if not job.resuming and not job.overwrite:
+            folder.refuse_if_used()
+        source = folder.newest() if job.resume_newest else job.resume or job.init_from
+        saved = load_checkpoint(source) if source else None
+        if saved is not None and job.resuming:
+            _, config = settings.resumed(job.given, saved)
+            if saved.state.step >= config.iters:
+                click.echo(
+                    f"Already at iteration {saved.state.step} (target {config.iters}). "
+                    "Nothing to train."
+                )
+                return 0
+        name, why = choose(job.backend)
+        run, state, description, notes = prepare(job, saved, name)
+        backend = make_backend(name, run.model, run.train, state)
+        folder.begin(config_toml(job, run), fresh=not job.resuming)
+        info = RunInfo(
+            model=describe_model(run.model),
+            data=description,
+            backend=backend_line(backend, why),
+            recipe=run.train.recipe,
+            saves=f"{job.out / NEWEST}, every {_interval(run.train.save_every)}",
+            out=str(job.out),
+            iters=run.train.iters,
+            start_step=state.step,
+        )
+        return follow(job, run, backend, info, folder, signals, notes)
+
+
+def prepare(
+    job: Job, saved: Checkpoint | None, backend_name: str
+) -> tuple[Run, TrainState, str, list[str]]:
+    """The run, its first state, the data line and what the user should be told."""
+    texts = text.read(job.data or (saved.data["paths"] if saved and job.resuming else ()))
+    own = CharTokenizer.train(texts.values())
+    tokenizer: Tokenizer = tokenizer_from_json(saved.tokenizer) if saved else own
+    if saved and job.resuming:
+        _same_vocabulary(saved, tokenizer, own)
+    model, config = _settings(job, saved, tokenizer)
+    config = _resolved(config, backend_name, texts)
+    corpus = encode_corpus(texts, tokenizer)
+    check_length(corpus, model.block_size)
+    notes = [line for line in (text.unknown_line(texts, tokenizer),) if line]
+    state, progress = TrainState(0, {}, {}), Progress()
+    if saved and job.resuming:
+        state, progress = saved.state, saved.progress
+        notes += _changes(saved, config, corpus, backend_name)
+    elif saved:
+        state = TrainState(0, saved.state.params, {})
+    else:
+        state = TrainState(0, initial_params(model, config.seed), {})
+    data = text.provenance(corpus)
+    run = Run(model, config, tokenizer, corpus.train, corpus.val, data, progress)
+    return run, state, text.describe(corpus, tokenizer), notes
+
+
+def follow(
+    job: Job, run: Run, backend: Backend, info: RunInfo, folder: RunFolder, signals: StopSignals,
+    notes: list[str],
+) -> int:  # fmt: skip
+    """Show every report, record it, and say at the end what can be done next."""
+    console, plain = _console(job.plain)
+    newest: SaveLog | None = None
+    end: EndLog | None = None
+    with make_view(info, console, plain) as view:
+        signals.defer(view.restore)
+        for note in notes:
+            view.note(note)
+        try:
+            for report in train(run, backend, job.out, signals.asked):
+                folder.record(report, run.train.log_every)
+                if isinstance(report, EndLog):
+                    end = report
+                    if end.reason == "stopped":
+                        view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
+                if isinstance(report, SaveLog) and Path(report.path).name == NEWEST:
+                    newest = report
+                view.show(report)
+        except TrainingDiverged as error:
+            kept = f"{newest.path} (iter {newest.step})" if newest else "what was on the disk"
+            raise TrainingDiverged(f"{error}; kept: {kept}") from error
+        if folder.problem:
+            view.note(folder.problem)
+    if newest is not None and newest.error:
+        raise CheckpointError(f"the last state is not on the disk: {newest.error}")
+    if end is not None and end.reason == "stopped":
+        console.print(f"Go on with: {resume_line(job, run)}", markup=False, highlight=False)
+    elif end is not None:
+        console.print(f"Let it write: {sample_line(job)}", markup=False, highlight=False)
+    return signals.exit_code
+
+
+def config_toml(job: Job, run: Run) -> str:
+    """Every resolved setting, as `--config` reads it back."""
+    shared = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+    values = {
+        "data": run.data["paths"],
+        "out": str(job.out),
+        "backend": job.backend,
+        **{name: getattr(run.model, name) for name in shared},
+    }
+    options = asdict(run.train)
+    for name in ("adamw_lr_ratio", "beta1", "beta2", "adam_eps", "momentum"):  # recipe, no options
+        del options[name]
+    return settings.to_toml(values | options)
+
+
+def describe_model(model: ModelConfig) -> str:
+    """The model line of the screen."""
+    n = parameter_count(model)
+    size = f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
+    layers = f"{model.n_layer} layer{'s' if model.n_layer > 1 else ''}"
+    return (
+        f"{size} parameters, {layers} × {model.n_head} heads × {model.n_embd}, "
+        f"context {model.block_size}"
+    )
+
+
+def backend_line(backend: Backend, why: str) -> str:
+    """`Backend: MLX on Apple M3 Max (Metal)`."""
+    names = {"mlx": "MLX", "numpy": "NumPy"}
+    line = f"Backend: {names.get(backend.name, backend.name)} on {backend.device}"
+    if backend.device.endswith("(Metal)"):
+        line = f"✓ Metal GPU enabled on device: {backend.device.removesuffix(' (Metal)')} · {line}"
+    return f"{line} ({why})" if why else line
+
+
+def resume_line(job: Job, run: Run) -> str:
+    """The command that goes on with this run."""
+    words = ["mlxgpt", "train", "--iters", str(run.train.iters), "--resume"]
+    words += ["--out", str(job.out)] if str(job.out) != "checkpoints" else []
+    words += ["--backend", job.backend] if job.backend != "auto" else []
+    return shlex.join(words)
+
+
+def sample_line(job: Job) -> str:
+    """The command that samples from this run's best checkpoint."""
+    words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
+    if str(job.out) != "checkpoints":
+        words += ["--checkpoint", str(job.out / "checkpoint_best.safetensors")]
+    return shlex.join(words)
+
+
+def _settings(
+    job: Job, saved: Checkpoint | None, tokenizer: Tokenizer
+) -> tuple[ModelConfig, TrainConfig]:
+    if saved is None:
+        return settings.fresh(job.given, tokenizer.vocab_size)
+    if job.resuming:
+        return settings.resumed(job.given, saved)
+    sizes = {k: v for k, v in job.given.items() if k in (*settings.MODEL_SIZES, "preset", "recipe")}
+    model, _ = settings.resumed(sizes, saved)
+    _, config = settings.fresh({"recipe": saved.train.recipe} | job.given, tokenizer.vocab_size)
+    return model, config
+
+
+def _resolved(config: TrainConfig, backend_name: str, texts: dict[str, str]) -> TrainConfig:
+    """Defaults that depend on machine and text, written down so that a resume keeps them."""
+    if backend_name == "numpy":
+        if config.dtype != "float32":
+            raise BackendError(f"--dtype {config.dtype} needs MLX; the NumPy backend is float32")
+        from mlx_randygpt.backends.numpy_backend import available_cores
+
+        config = replace(config, threads=config.threads or available_cores())
+    if not config.prompt:
+        has_romeo = any("ROMEO:" in t for t in texts.values())
+        config = replace(config, prompt="ROMEO:" if has_romeo else "\n")
+    return config
+
+
+def _same_vocabulary(saved: Checkpoint, tokenizer: Tokenizer, own: Tokenizer) -> None:
+    if tokenizer == own:
+        return
+    hint = "give the --data it was trained on, or --init-from to start a new run from its weights"
+    if tokenizer.vocab_size != own.vocab_size:
+        raise CheckpointError(
+            f"Checkpoint vocab_size {tokenizer.vocab_size} != model vocab_size {own.vocab_size}: "
+            f"this text has other characters; {hint}"
+        )
+    raise CheckpointError(f"the checkpoint's characters are not those of this text; {hint}")
+
+
+def _changes(
+    saved: Checkpoint, config: TrainConfig, corpus: Corpus, backend_name: str
+) -> list[str]:
+    """What makes the resumed run another one than the undisturbed would have been."""
+    lines = []
+    if corpus.sha256 != saved.data.get("sha256"):
+        lines.append("The text has changed since the checkpoint was written; going on with it.")
+    if backend_name != saved.backend:
+        lines.append(
+            f"Written by {saved.backend}, resumed on {backend_name}: equal up to rounding."
+        )
+    elif backend_name == "numpy" and config.threads != saved.train.threads:
+        lines.append(
+            f"{config.threads} threads instead of {saved.train.threads}: equal up to rounding."
+        )
+    if config.iters != saved.train.iters and config.schedule not in ("constant", "plateau"):
+        lines.append(
+            f"The target moved from {saved.train.iters} to {config.iters}: "
+            f"the {config.schedule} decay now ends there."
+        )
+    return lines
+
+
+def _console(plain: bool) -> tuple[Console, bool]:
+    """The live screen goes to stderr; plain lines go to a piped stdout, where they are wanted."""
+    out, err = Console(), Console(stderr=True)
+    if plain or not out.file.isatty():
+        return out, True
+    return err, not err.file.isatty()
+
+
+def _interval(save_every: str) -> str:
+    return save_every if not save_every.isdigit() else f"{save_every} steps"

@@ -1,0 +1,142 @@
+"""What commands share: error lines, `--config` and `--debug`, the model options."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mlx_randygpt.config import PRESETS, RECIPES, UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DEBUG = "mlx_randygpt.debug"
+
+
+class Command(click.Command):
+    """A command whose failures are one line on stderr and exit code 1, tracebacks on `--debug`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [_config_option(), _debug_option()]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
+        except Exception as error:
+            if ctx.meta.get(_DEBUG):
+                raise
+            raise click.ClickException(_one_line(error)) from error
+
+
+def model_options(function: F) -> F:
+    """The options that decide the model: recipe, preset and the numbers of it."""
+    for option in reversed(
+        [
+            click.option("--recipe", type=click.Choice(sorted(RECIPES)), help="[default: modern]"),
+            click.option("--preset", type=click.Choice(list(PRESETS)), help="Sizes by name; see "
+                         "`mlxgpt presets`.  [default: small]"),
+            click.option("--n-layer", type=int, help="Layers."),
+            click.option("--n-head", type=int, help="Attention heads."),
+            click.option("--n-embd", type=int, help="Width."),
+            click.option("--block-size", type=int, help="Context, in tokens."),
+            click.option("--dropout", type=float, help="After attention and MLP.  [default: 0]"),
+        ]
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def backend_option(function: F) -> F:
+    """--backend, for every command that computes."""
+    choice = click.Choice(["auto", "mlx", "numpy"])
+    text = "auto: MLX where it has a GPU, else NumPy."
+    return click.option("--backend", type=choice, default="auto", show_default=True, help=text)(
+        function
+    )
+
+
+def json_option(function: F) -> F:
+    """--json, for every command that reports figures."""
+    text = "Print exactly one JSON object on stdout."
+    return click.option("--json", "as_json", is_flag=True, help=text)(function)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One JSON object on stdout; what is not finite becomes null."""
+    import json
+    import math
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    click.echo(json.dumps(finite(values), ensure_ascii=False))
+
+
+def _config_option() -> click.Option:
+    return click.Option(
+        ["--config"],
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config,
+        help="TOML file with options of this command; the command line and MLXGPT_… win over it.",
+    )
+
+
+def _debug_option() -> click.Option:
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=lambda ctx, _, value: ctx.meta.update({_DEBUG: value}),
+        help="Show the traceback of an error.",
+    )
+
+
+def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the defaults: keys as the options are spelled, `-` or `_` alike."""
+    if path is None:
+        return
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} is not a TOML file: {error}", ctx, param) from error
+    known = {_spelled(option): option.name for option in ctx.command.params}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        spelling = key.replace("_", "-")
+        if spelling not in known or spelling in ("config", "debug"):
+            raise click.BadParameter(
+                f"{path}: {key} is not an option of `mlxgpt {ctx.command.name}`", ctx, param
+            )
+        values[str(known[spelling])] = value
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+def _spelled(option: click.Parameter) -> str:
+    longest = max(option.opts, key=len)
+    return longest.lstrip("-")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); try a smaller --batch-size, --block-size or model"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

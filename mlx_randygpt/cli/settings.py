@@ -1,0 +1,82 @@
+"""From options to settings: what was given, over the checkpoint's own, over recipe and preset."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from mlx_randygpt.config import (
+    DEFAULT_PRESET,
+    PRESETS,
+    RECIPES,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from mlx_randygpt.checkpoint import Checkpoint
+
+MODEL_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+PLATEAU_PATIENCE = 5  # evaluations, where --schedule plateau comes without --patience
+
+
+class ResumeError(UserError, ValueError):
+    """A setting that a resumed run cannot change."""
+
+
+def fresh(given: dict[str, Any], vocab_size: int) -> tuple[ModelConfig, TrainConfig]:
+    """The settings of a new run: what was given, over recipe and preset."""
+    recipe = RECIPES[given.get("recipe", "modern")]
+    preset = asdict(PRESETS[given.get("preset", DEFAULT_PRESET)])
+    batch_size = preset.pop("batch_size")
+    sizes = {name: given.get(name, preset[name]) for name in MODEL_SIZES}
+    model = ModelConfig(vocab_size=vocab_size, **recipe["model"], **sizes)
+    defaults = TrainConfig.__dataclass_fields__
+    chosen = {"batch_size": batch_size, **recipe["train"]}
+    if given.get("optimizer", chosen["optimizer"]) != chosen["optimizer"]:
+        chosen |= _rates_of(given["optimizer"])
+    if "lr" in given and given["lr"] < chosen["min_lr"]:
+        chosen["min_lr"] = 0.1 * given["lr"]
+    if given.get("schedule") == "plateau":
+        chosen["patience"] = PLATEAU_PATIENCE
+    chosen |= {name: value for name, value in given.items() if name in defaults}
+    return model, TrainConfig(**chosen)
+
+
+def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, TrainConfig]:
+    """The checkpoint's own settings with what was given on top; ResumeError where it can't be."""
+    wanted = dict(given)
+    if "preset" in given:
+        preset = asdict(PRESETS[given["preset"]])
+        wanted = {name: preset[name] for name in MODEL_SIZES} | wanted
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        if wanted.get(name, getattr(saved.model, name)) != getattr(saved.model, name):
+            raise ResumeError(
+                f"Checkpoint {name} {getattr(saved.model, name)} != model {name} {wanted[name]}; "
+                "a run goes on with its own architecture: leave the option out, or start anew "
+                "with another --out"
+            )
+    for name in ("recipe", "optimizer"):
+        if given.get(name, getattr(saved.train, name)) != getattr(saved.train, name):
+            raise ResumeError(
+                f"Checkpoint {name} {getattr(saved.train, name)} != {name} {given[name]}; "
+                f"a run goes on with its own {name}: leave the option out"
+            )
+    known = {field.name for field in fields(TrainConfig)}
+    train = replace(saved.train, **{k: v for k, v in given.items() if k in known})
+    dropout = wanted["dropout"] if "dropout" in given else saved.model.dropout
+    return replace(saved.model, dropout=dropout), train
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """Flat `key = value` lines that `--config` reads back."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+def _rates_of(optimizer: str) -> dict[str, Any]:
+    """The rates of the recipe that uses this optimizer."""
+    names = ("optimizer", "lr", "min_lr", "weight_decay", "beta1", "beta2")
+    found = next(r["train"] for r in RECIPES.values() if r["train"]["optimizer"] == optimizer)
+    return {name: found[name] for name in names}

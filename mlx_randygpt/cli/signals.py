@@ -1,0 +1,70 @@
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks, the second leaves at once and writes nothing.
+
+The handler only sets a flag: an exception inside a compiled step would destroy the arrays it
+holds. Before there is anything to save a signal simply ends the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import click
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(SystemExit):
+    """A signal before the training loop: nothing to save, the code is 128 + its number."""
+
+
+class StopSignals:
+    """Context manager that owns the three signals while it lasts."""
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the first signal since `defer`; 0 is none
+        self._deferring = False
+        self._leave: Callable[[], None] = lambda: None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOPPING:
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+        if kind is Stopped:
+            click.echo("\nInterrupted before the training began; nothing to save.", err=True)
+
+    def defer(self, leave: Callable[[], None]) -> None:
+        """From now on signals only ask; `leave` gives the terminal back before a second one ends
+        the process."""
+        self._deferring, self._leave = True, leave
+
+    def asked(self) -> bool:
+        """Whether a signal has asked to stop."""
+        return self.received != 0
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.received if self.received else 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring:
+            raise Stopped(128 + number)
+        if self.received:
+            with contextlib.suppress(Exception):
+                self._leave()
+            os._exit(128 + number)
+        self.received = number

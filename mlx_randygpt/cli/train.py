@@ -1,0 +1,110 @@
+"""`mlxgpt train`: settings, text and backend together, then reports to the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_randygpt.cli.options import Command, backend_option, model_options
+from mlx_randygpt.config import DTYPES, OPTIMIZERS, SCHEDULES
+
+NEWEST_OF_OUT = "@newest"
+
+
+@click.command("train", cls=Command)
+@click.option(
+    "--iters", type=int, help="Steps to reach, a target and not an addition.  [default: 1000]"
+)
+@click.option(
+    "--data",
+    multiple=True,
+    help="Text file, directory or glob; may be given several "
+    "times.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a sample]",
+)
+@click.option(
+    "--out",
+    default="checkpoints",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for checkpoints and metrics.",
+)
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value=NEWEST_OF_OUT,
+    metavar="[PATH]",
+    help="Go on from the newest checkpoint in --out, or from a file.",
+)
+@click.option("--overwrite", is_flag=True, help="Start anew in a folder that holds a run.")
+@click.option(
+    "--init-from",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Start from another model's weights at step 0 (fine-tuning).",
+)
+@model_options
+@click.option("--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]")
+@click.option("--grad-accum", type=int, help="Micro-batches per step.  [default: 1]")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]")
+@click.option("--min-lr", type=float, help="Where the decay ends.  [default: recipe]")
+@click.option("--weight-decay", type=float, help="Decoupled, on matrices.  [default: recipe]")
+@click.option(
+    "--grad-clip", type=float, help="Largest gradient norm, 0 for none.  [default: recipe]"
+)
+@click.option("--schedule", type=click.Choice(SCHEDULES), help="[default: recipe]")
+@click.option("--warmup", type=int, help="Steps of linear warmup.  [default: recipe]")
+@click.option(
+    "--patience",
+    type=int,
+    help="Evaluations without a new best before plateau halves "
+    "the rate (at most 3 times), then early stop.  [default: off]",
+)
+@click.option("--eval-every", type=int, help="Steps.  [default: 250]")
+@click.option("--sample-every", type=int, help="Steps.  [default: 500]")
+@click.option("--save-every", help="Steps (1000) or a time (60s, 5m).  [default: 60s]")
+@click.option("--log-every", type=int, help="Steps per line of metrics.jsonl.  [default: 1]")
+@click.option(
+    "--keep-every",
+    type=int,
+    help="Also keep checkpoint-<step>.safetensors every N steps.  [default: off]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Compute type on a GPU; weights and moments stay float32.  [default: float32]",
+)
+@click.option("--threads", type=int, help="NumPy backend.  [default: all cores]")
+@click.option("--seed", type=int, help="Everything random follows from it.  [default: 1337]")
+@click.option(
+    "--prompt", help="For the samples.  [default: ROMEO: if the text has it, else a newline]"
+)
+@backend_option
+@click.option("--plain", is_flag=True, help="Plain lines instead of the live screen.")
+def command(
+    data: tuple[str, ...],
+    out: Path,
+    resume: str | None,
+    overwrite: bool,
+    init_from: Path | None,
+    backend: str,
+    plain: bool,
+    **options: Any,
+) -> None:
+    """Train a model on your text. Resumes exactly; --iters is a target."""
+    from mlx_randygpt.cli.job import Job, train_command
+
+    if resume and (overwrite or init_from):
+        raise click.UsageError("--resume goes with neither --overwrite nor --init-from")
+    raise SystemExit(
+        train_command(
+            Job(
+                given={name: value for name, value in options.items() if value is not None},
+                data=data, out=out, backend=backend, plain=plain, overwrite=overwrite,
+                resume=None if resume in (None, NEWEST_OF_OUT) else Path(str(resume)),
+                resume_newest=resume == NEWEST_OF_OUT, init_from=init_from,
+            )
+        )
+    )  # fmt: skip
