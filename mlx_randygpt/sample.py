@@ -110,6 +110,11 @@ class Stream:
             new = self._tokens[:, -max(1, self._model.block_size // 2) :]
         self.logits = self._backend.logits(new, self.cache)
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these streams, in this order; a row may be named twice."""
+        self.cache.select(rows)
+        self._tokens, self.logits = self._tokens[list(rows)], self.logits[list(rows)]
+
 
 @dataclass
 class Generated:
@@ -170,3 +175,60 @@ def _extend(sample: Generated, token: int, tokenizer: Tokenizer, config: SampleC
     if ends:
         sample.text = sample.text[: min(ends)]
         sample.finish_reason = "stop"
+
+
+def beam_search(
+    backend: Backend,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    config: SampleConfig,
+    n_beams: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Generated:
+    """The continuation of highest mean log-probability per token among `n_beams` kept at a time.
+
+    Nothing is drawn: of the sampling settings only max_tokens and stop apply.
+    """
+    stream = Stream(backend, model, np.asarray([prompt], np.int32))
+    beams, scores, ended = [Generated()], np.zeros(1), list[tuple[float, Generated]]()
+    banned = list(tokenizer.never_sampled())
+    for n in range(config.max_tokens):
+        if should_stop():
+            break
+        total = scores[:, None] + _log_softmax(stream.logits, banned)  # (K, V)
+        best = np.argsort(-total, axis=None, kind="stable")[: 2 * n_beams]
+        rows, growing, kept = [], list[Generated](), list[float]()
+        for row, token in zip(*np.unravel_index(best, total.shape), strict=True):
+            beam = Generated(list(beams[row].ids))
+            _extend(beam, int(token), tokenizer, config)
+            if beam.finish_reason:
+                ended.append((float(total[row, token]) / (n + 1), beam))
+            elif len(growing) < n_beams:
+                rows.append(int(row))
+                growing.append(beam)
+                kept.append(float(total[row, token]))
+        beams, scores = growing, np.array(kept)
+        if len(ended) >= n_beams or not beams or n + 1 == config.max_tokens:
+            break
+        stream.select(rows)
+        stream.append([beam.ids[-1] for beam in beams])
+    for score, beam in zip(scores, beams, strict=True):
+        beam.finish_reason = "length"
+        ended.append((float(score) / max(1, len(beam.ids)), beam))
+    return max(ended, key=lambda pair: pair[0])[1]
+
+
+def _log_softmax(logits: Array, banned: Sequence[int]) -> Array:
+    scores = np.array(logits, np.float64)
+    scores[:, list(banned)] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    return np.asarray(scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True)))
+
+
+def unambiguous(text: str, stops: Sequence[str]) -> int:
+    """How much of a growing text can be shown: what might be the start of a stop text waits."""
+    for n in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
+        if any(stop.startswith(text[-n:]) for stop in stops):
+            return len(text) - n
+    return len(text)

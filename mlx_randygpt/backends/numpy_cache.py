@@ -92,6 +92,7 @@ def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache) -> A
 
 
 def _norm(x: Array) -> Array:
-    out, inv = np.empty_like(x), np.empty(x.shape[:-1], x.dtype)
-    ops.rms_norm(x, out, inv)
-    return out
+    rows = x.reshape(-1, x.shape[-1])
+    out, inv = np.empty_like(rows), np.empty(len(rows), x.dtype)
+    ops.rms_norm(rows, out, inv)
+    return out.reshape(x.shape)

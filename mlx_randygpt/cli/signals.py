@@ -33,6 +33,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in STOPPING:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup
             self._old[number] = signal.signal(number, self._handle)
         return self
 

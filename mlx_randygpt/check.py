@@ -1,0 +1,141 @@
+"""Proof on this machine: finite differences prove NumPy, NumPy proves MLX, a short trajectory
+proves the optimizers. Weights are scaled up from their initial values, and projections that start
+at zero are not left there, so that no error hides in tiny activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mlx_randygpt.backends import make_backend
+from mlx_randygpt.backends.numpy_backend import NumpyBackend
+from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.state import Array, Batch, Params, TrainState, parameter_shapes, rng
+
+WEIGHT_STD = 0.15  # of the checked weights; they start a run at about a tenth of it
+N_SEQUENCES = 4
+DIFFERENCE_STEP = 1e-5  # of the finite differences, along a direction of length 1
+GRADIENT_BOUND = 1e-5  # NumPy against MLX, float32
+DIFFERENCE_BOUND = 5e-6  # NumPy float64 against finite differences
+# Steps, rate and bound. AdamW turns the sign of a gradient as small as its rounding into a whole
+# step, so what is left of 1e-7 grows with the rate; 1e-3 is a usual one.
+TRAJECTORIES = {"adamw": (50, 1e-3, 1e-5), "muon": (20, 0.04, 1e-4)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of one tensor; `error` is relative to the tensor's own norm."""
+
+    check: str
+    tensor: str
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.bound  # a nan does not hold
+
+
+def check_model(recipe: str) -> ModelConfig:
+    """A small model of this recipe that has every kind of tensor."""
+    return ModelConfig(
+        vocab_size=67, block_size=32, n_layer=2, n_head=4, n_embd=64, **RECIPES[recipe]["model"]
+    )
+
+
+def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterator[Finding]:
+    """NumPy in float64: dloss/dε along a random unit direction of each tensor, against the
+    gradient's share of it; relative to the gradient's norm over √n, its size along such a
+    direction."""
+    backend = NumpyBackend(
+        model, TrainConfig(seed=seed), TrainState(0, params, {}), dtype=np.float64
+    )
+    batch = _batch(model, seed, 0)
+    _, grads = backend.loss_and_grads(batch)
+    for index, (name, weight) in enumerate(backend.params.items()):
+        direction = rng(seed, "check", 1, index).standard_normal(weight.shape)
+        direction /= np.linalg.norm(direction)
+        kept, losses = weight.copy(), []
+        for sign in (1, -1):
+            weight[...] = kept + sign * DIFFERENCE_STEP * direction
+            losses.append(backend.loss(batch))
+        weight[...] = kept
+        measured = (losses[0] - losses[1]) / (2 * DIFFERENCE_STEP)
+        size = np.linalg.norm(grads[name]) / weight.size**0.5
+        error = abs(measured - float((grads[name] * direction).sum())) / size
+        yield Finding("finite differences (float64) · NumPy", name, float(error), DIFFERENCE_BOUND)
+
+
+def cross_check(model: ModelConfig, params: Params, seed: int, other: str) -> Iterator[Finding]:
+    """Gradients of NumPy against another backend's, float32, tensor by tensor."""
+    batch, train, state = _batch(model, seed, 0), TrainConfig(seed=seed), TrainState(0, params, {})
+    _, ours = make_backend("numpy", model, train, state).loss_and_grads(batch)
+    _, theirs = make_backend(other, model, train, state).loss_and_grads(batch)
+    for name in ours:
+        error = distance(theirs[name], ours[name])
+        yield Finding(f"gradients · NumPy, {other}", name, error, GRADIENT_BOUND)
+
+
+def trajectory(
+    model: ModelConfig, params: Params, train: TrainConfig, other: str, steps: int, bound: float
+) -> Iterator[Finding]:
+    """Weights after `steps` optimizer steps on both backends from the same start."""
+    backends = [
+        make_backend(name, model, train, TrainState(0, params, {})) for name in ("numpy", other)
+    ]
+    for step in range(steps):
+        for backend in backends:
+            backend.train_step([_batch(model, train.seed, step)], train.lr)
+    ours, theirs = (backend.state().params for backend in backends)
+    for name in ours:
+        error = distance(theirs[name], ours[name])
+        yield Finding(f"{steps} {train.optimizer} steps · NumPy, {other}", name, error, bound)
+
+
+def check_recipe(recipe: str, other: str | None, seed: int = 1337) -> Iterator[Finding]:
+    """All checks of one recipe; `other` is the backend to compare with, if there is one."""
+    model = check_model(recipe)
+    train = TrainConfig(recipe=recipe, seed=seed, **RECIPES[recipe]["train"])
+    params = scaled_up(model, seed)
+    yield from finite_differences(model, params, seed)
+    if other is None:
+        return
+    yield from cross_check(model, params, seed, other)
+    steps, lr, bound = TRAJECTORIES[train.optimizer]
+    yield from trajectory(model, params, replace(train, lr=lr, min_lr=0.0), other, steps, bound)
+
+
+def check_checkpoint(
+    model: ModelConfig, train: TrainConfig, params: Params, other: str | None
+) -> Iterator[Finding]:
+    """The gradients at a trained model's own weights, and a 20-step trajectory from there."""
+    model = replace(model, dropout=0.0)
+    yield from finite_differences(model, params, train.seed)
+    if other is None:
+        return
+    yield from cross_check(model, params, train.seed, other)
+    _, lr, bound = TRAJECTORIES[train.optimizer]
+    train = replace(train, dtype="float32", lr=0.1 * lr, min_lr=0.0)
+    yield from trajectory(model, params, train, other, 20, bound)
+
+
+def scaled_up(model: ModelConfig, seed: int) -> Params:
+    """Weights of normal(0, WEIGHT_STD), in float32."""
+    return {
+        name: rng(seed, "check", 2, index).standard_normal(shape, dtype=np.float32)
+        * np.float32(WEIGHT_STD)
+        for index, (name, shape) in enumerate(parameter_shapes(model).items())
+    }
+
+
+def distance(a: Array, b: Array) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _batch(model: ModelConfig, seed: int, step: int) -> Batch:
+    shape = (N_SEQUENCES, model.block_size + 1)
+    return Batch.of(rng(seed, "check", 3, step).integers(0, model.vocab_size, shape))

@@ -1,0 +1,78 @@
+"""`mlxgpt eval`: the loss of a checkpoint on a whole split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_randygpt.cli.options import (
+    Command,
+    backend_option,
+    default_checkpoint,
+    json_option,
+    model_options,
+    print_json,
+)
+
+
+@click.command("eval", cls=Command)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="[default: the best of checkpoints/, else the newest]",
+)
+@click.option("--data", multiple=True, help="Text to score.  [default: the run's own]")
+@click.option(
+    "--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True
+)
+@model_options
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@backend_option
+@json_option
+def command(
+    checkpoint: Path | None, data: tuple[str, ...], split: str, batch_size: int, backend: str,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Score a checkpoint on a whole split: the same number every time.
+
+    Non-overlapping windows, every token but the first predicted once. Model options, where given,
+    must be those of the checkpoint.
+    """
+    from mlx_randygpt.backends import choose, make_backend
+    from mlx_randygpt.checkpoint import load_checkpoint
+    from mlx_randygpt.cli import settings, text
+    from mlx_randygpt.data.corpus import encode_corpus
+    from mlx_randygpt.tokenizer import tokenizer_from_json
+    from mlx_randygpt.train import evaluate
+
+    if batch_size < 1:
+        raise click.BadParameter(f"{batch_size} is too small", param_hint="--batch-size")
+    saved = load_checkpoint(default_checkpoint(checkpoint), weights_only=True)
+    settings.resumed({k: v for k, v in options.items() if v is not None}, saved)
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    texts = text.read(data or saved.data["paths"])
+    if line := text.unknown_line(texts, tokenizer):
+        click.echo(line, err=True)
+    corpus = encode_corpus(texts, tokenizer)
+    tokens = {"val": corpus.val, "train": corpus.train, "all": corpus.tokens}[split]
+    name, why = choose(backend)
+    engine = make_backend(name, saved.model, saved.train, saved.state)
+    score = evaluate(engine, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
+    assert score is not None
+    values = {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "split": split,
+    }
+    if as_json:
+        print_json(values)
+        return
+    click.echo(
+        f"{split} loss {score.loss:.4f} | perplexity {score.perplexity:.2f} | "
+        f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
+        f"step {saved.state.step} | {engine.name} on {engine.device}{f' ({why})' if why else ''}"
+    )

@@ -1,0 +1,101 @@
+"""What the tests share: strict numerics, a small text, tiny models and runs of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # before mlx is imported: TF32 drops 13 bits of a factor
+
+import numpy as np
+import pytest
+
+from mlx_randygpt.backends import make_backend
+from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.data.corpus import encode_corpus
+from mlx_randygpt.state import Params, TrainState, initial_params
+from mlx_randygpt.tokenizer import CharTokenizer
+from mlx_randygpt.train import Run
+
+# Worker threads have settings of their own; there NumPy warns, and warnings are errors.
+np.seterr(over="raise", invalid="raise", divide="raise")
+
+WORDS = """the old red ship and a small grey bird over hill under moon king queen says runs sleeps
+jumps quick zebra five boxes vexed wind"""
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """About 4,000 characters of sentences, the same each time."""
+    random = Random(7)
+    lines = (random.choices(WORDS.split(), k=random.randint(4, 9)) for _ in range(120))
+    return "".join(f"{' '.join(line).capitalize()}.\n" for line in lines)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., ModelConfig]:
+    """(recipe, **changes) -> a model of two layers of width 32 that reads 16 tokens."""
+
+    def build(recipe: str, **changes: Any) -> ModelConfig:
+        sizes = {"vocab_size": 29, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+        return ModelConfig(**{**sizes, **RECIPES[recipe]["model"], **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_train() -> Callable[..., TrainConfig]:
+    """(recipe, **changes) -> the recipe's settings for a short run on two threads."""
+
+    def build(recipe: str, **changes: Any) -> TrainConfig:
+        short = {"recipe": recipe, "iters": 20, "batch_size": 8, "threads": 2, "warmup": 5}
+        quiet = {"eval_every": 0, "sample_every": 0, "save_every": "1000000", "prompt": "The"}
+        return TrainConfig(**{**RECIPES[recipe]["train"], **short, **quiet, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def lively() -> Callable[..., Params]:
+    """(model, seed=1) -> weights far from their first values, none of them zero, so that no
+    error hides in small activations."""
+
+    def build(model: ModelConfig, seed: int = 1) -> Params:
+        scaled = replace(model, zero_init=False, init_std=0.15 * (2 * model.n_layer) ** 0.5)
+        rest = initial_params(replace(model, zero_init=False, init_std=0.15), seed)
+        projections = initial_params(scaled, seed)  # undoes their division by √2L
+        return {n: projections[n] if n.endswith("c_proj.weight") else w for n, w in rest.items()}
+
+    return build
+
+
+@pytest.fixture
+def make_run(
+    text: str, tiny_model: Callable[..., ModelConfig], tiny_train: Callable[..., TrainConfig]
+) -> Callable[..., tuple[Run, Backend]]:
+    """(recipe, backend="numpy", *, model={}, state=None, on=text, **train) -> a run on the text
+    and the backend that holds its weights, fresh or from `state`."""
+
+    def build(
+        recipe: str,
+        backend: str = "numpy",
+        *,
+        model: dict[str, Any] | None = None,
+        state: TrainState | None = None,
+        on: str = text,
+        **train: Any,
+    ) -> tuple[Run, Backend]:
+        tokenizer = CharTokenizer.train(on)
+        corpus = encode_corpus({"text": on}, tokenizer)
+        settings = tiny_train(recipe, **train)
+        shape = tiny_model(recipe, vocab_size=tokenizer.vocab_size, **(model or {}))
+        first = state or TrainState(0, initial_params(shape, settings.seed), {})
+        data = {"paths": [], "characters": len(on), "sha256": corpus.sha256}
+        run = Run(shape, settings, tokenizer, corpus.train, corpus.val, data)
+        return run, make_backend(backend, shape, settings, first)
+
+    return build

@@ -1,0 +1,135 @@
+"""The house of docs/architecture.md: who imports whom, what costs nothing, how long a file is."""
+
+from __future__ import annotations
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mlx_randygpt
+
+ROOT = Path(mlx_randygpt.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+PACKAGE = ROOT.name
+FLOORS = [  # from the ground up; a room sees its own floor and those below
+    {"", "state", "config", "backends.base"},
+    {"backends"},
+    {"checkpoint", "data", "schedule", "tokenizer"},
+    {"tally", "curve", "train", "sample"},
+    {"dashboard", "serve", "exchange", "check", "bench"},
+    {"cli", "__main__"},
+]
+CORE = ("config", "state", "schedule", "checkpoint", "train", "sample", "tokenizer")
+MAY_IMPORT = {  # third parties, and where they may be named
+    "mlx": ("backends.mlx_",),
+    "click": ("cli",),
+    "rich": ("cli", "dashboard"),
+    "threadpoolctl": ("cli", "backends."),
+    "signal": ("cli",),
+}
+
+
+def module(file: Path) -> str:
+    """Its dotted name inside the package; "" is the package itself."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module(file): file for file in FILES}
+
+
+def imports(name: str) -> Iterator[str]:
+    """What the module imports, anywhere in it: `a.b` for `import a.b` and `from a import b`."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "the package imports by full names"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms(name: str) -> set[str]:
+    """The modules of the package that the module imports."""
+    found = set()
+    for target in imports(name):
+        inside = target.removeprefix(PACKAGE).removeprefix(".")
+        if target.split(".")[0] == PACKAGE:
+            found.add(inside if inside in MODULES else inside.rpartition(".")[0])
+    return found
+
+
+def floor(name: str) -> int:
+    """The floor of a module: its own, or that of the folder it is in."""
+    for level, names in enumerate(FLOORS):
+        if name in names or (name not in FLOORS[0] and name.split(".")[0] in names):
+            return level
+    raise AssertionError(f"{name} has no place in the house")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    upwards = {target for target in rooms(name) if floor(target) > floor(name)}
+    assert not upwards
+
+
+def test_no_two_modules_need_each_other() -> None:
+    TopologicalSorter({name: rooms(name) - {name} for name in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
+    users = {name for name in MODULES if library in {i.split(".")[0] for i in imports(name)}}
+    assert users
+    assert not [name for name in users if not name.startswith(MAY_IMPORT[library])]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if floor(name) < len(FLOORS) - 1])
+def test_only_the_command_line_owns_the_process(name: str) -> None:
+    owned = {"sys.stdout", "sys.stderr", "sys.stdin", "sys.exit", "os._exit"}
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in owned
+        if isinstance(node, ast.Name):
+            assert node.id not in ("print", "input", "exit", "SystemExit")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", PACKAGE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert PACKAGE in imported
+    assert not imported & {"numpy", "mlx", "mlx.core", "rich"}
+    assert "mlxgpt" in done.stdout
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_stops_at_300_lines(name: str) -> None:
+    assert len(MODULES[name].read_text().splitlines()) <= 300
+
+
+def code_lines(file: Path) -> int:
+    """Lines that hold code: no blank ones, comments or docstrings."""
+    source = file.read_text()
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in empty and token.type != tokenize.ENDMARKER:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, node.value.end_lineno + 1))
+    return len(lines)
+
+
+def test_the_core_is_read_in_an_evening() -> None:
+    core = [n for n in MODULES if n in CORE or n.split(".")[0] in ("data", "backends")]
+    assert set(CORE) < set(core)
+    assert sum(code_lines(MODULES[name]) for name in core) < 2500
