@@ -49,10 +49,10 @@ class ModelConfig:
             )
         if self.position not in ("rope", "learned"):
             raise ConfigError(f"position={self.position!r} is unknown; it is rope or learned")
-        if self.position == "rope" and self.head_size % 2:
+        if self.position == "rope" and self.head_size < 2:
             raise ConfigError(
-                f"n_embd/n_head={self.head_size} is odd; rotary positions turn pairs, "
-                f"so n_embd={self.n_embd} needs an n_head that leaves an even number"
+                f"n_embd/n_head={self.head_size} is too small; rotary positions turn pairs, so "
+                f"n_head must be at most {self.n_embd // 2}"
             )
         _between("dropout", self.dropout, 0.0, 1.0, top_open=True)
 

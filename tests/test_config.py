@@ -38,10 +38,10 @@ def test_sizes_below_one_are_refused(name: str, value: int) -> None:
         ModelConfig(**{"vocab_size": 10, name: value})
 
 
-def test_rotary_heads_are_even() -> None:
-    with pytest.raises(ConfigError, match="n_embd/n_head=3 is odd"):
-        ModelConfig(vocab_size=10, n_embd=12, n_head=4)
-    assert ModelConfig(vocab_size=10, n_embd=12, n_head=4, position="learned").head_size == 3
+def test_rotary_heads_hold_at_least_one_pair() -> None:
+    with pytest.raises(ConfigError, match="n_embd/n_head=1 is too small.*at most 6"):
+        ModelConfig(vocab_size=10, n_embd=12, n_head=12)
+    assert ModelConfig(vocab_size=10, n_embd=12, n_head=12, position="learned").head_size == 1
 
 
 BAD_RUNS: list[tuple[str, Any, str]] = [

@@ -74,8 +74,8 @@ class Attention(nn.Module):  # type: ignore[misc]
     def rotate(self, x: mx.array, cache: Any) -> mx.array:
         """Rotary positions (arXiv 2104.09864), interleaved pairs, counted from the cache's end."""
         offset = 0 if cache is None else cache.offset
-        d = x.shape[-1]
-        return mx.fast.rope(x, d, traditional=True, base=ROPE_BASE, scale=1.0, offset=offset)
+        even = x.shape[-1] // 2 * 2  # of an odd head the last value stays
+        return mx.fast.rope(x, even, traditional=True, base=ROPE_BASE, scale=1.0, offset=offset)
 
 
 class MLP(nn.Module):  # type: ignore[misc]

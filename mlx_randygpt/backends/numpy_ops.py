@@ -56,20 +56,23 @@ def _times_rows(x: Array, factor: Array, out: Array) -> None:
 
 
 def rope_phases(positions: Array, head_size: int, copies: int, dtype: type) -> Array:
-    """e^{i·t·base^(−2j/D)} for pair j of each of `copies` heads side by side: (T, copies·D/2).
+    """e^{i·t·ω_j}, ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, for `copies` heads: (T, copies, n).
 
     A head's values 2j and 2j+1 are one complex number; turning it by t·ω_j makes q·k depend on
     the distance alone (Su et al. 2021, arXiv:2104.09864). Angles are float64 until the end.
     """
-    omega = ROPE_BASE ** (-np.arange(0, head_size, 2) / head_size)  # (D/2,)
-    angles = np.asarray(positions, np.float64)[:, None] * omega  # (T, D/2)
-    return np.tile(np.exp(1j * angles), (1, copies)).astype(np.result_type(dtype, np.complex64))
+    n = head_size // 2
+    angles = np.asarray(positions, np.float64)[:, None] * ROPE_BASE ** (-np.arange(n) / n)  # (T, n)
+    phases = np.exp(1j * angles).astype(np.result_type(dtype, np.complex64))
+    return np.tile(phases[:, None], (1, copies, 1))
 
 
 def rotate(x: Array, phases: Array) -> None:
-    """x · e^{iθ} in place, x (B, T, 2·n) real pairs and phases (T, n); the backward of a rotation
-    is the rotation by the conjugate phases."""
-    pairs = x.view(phases.dtype)  # (B, T, n)
+    """x · e^{iθ} in place; x (B, T, copies·D), phases (T, copies, ⌊D/2⌋). Of an odd head the last
+    value stays. The backward of a rotation is the rotation by the conjugate phases."""
+    b, t, _ = x.shape
+    _, copies, n = phases.shape
+    pairs = x.reshape(b, t, copies, -1)[..., : 2 * n].view(phases.dtype)  # (B, T, copies, n)
     np.multiply(pairs, phases, out=pairs)
 
 

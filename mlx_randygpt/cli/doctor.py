@@ -20,6 +20,7 @@ Facts = dict[str, Any]
 
 PACKAGES = ("numpy", "mlx", "safetensors", "rich", "click", "threadpoolctl")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+FAST_BLAS = ("openblas", "mkl", "blis", "flexiblas", "accelerate")
 SLOW = 1 / 3  # of NumPy's rate: MLX with the reference BLAS reaches 1/30
 
 
@@ -77,7 +78,7 @@ def _mlx_advice(found: Facts) -> Iterator[str]:
 
 def _cpu_advice(found: Facts) -> Iterator[str]:
     blas, allowed, present = found["blas"], found["cores"], found["cores_present"]
-    if blas is not None and not any(library["optimised"] for library in blas):
+    if blas is not None and not any(f in b["name"].lower() for b in blas for f in FAST_BLAS):
         yield (
             "NumPy has no optimised BLAS: `pip install --force-reinstall numpy` brings a wheel "
             "with OpenBLAS (conda: `conda install 'libblas=*=*openblas'`)."
@@ -103,8 +104,8 @@ def lines(found: Facts) -> Iterator[tuple[str, str]]:
     yield "CPU", f"{found['cpu']}, {found['cores']} of {found['cores_present']} cores usable"
     yield "Memory", readable_bytes(found["memory_bytes"] or 0)
     for library in found["blas"] or ():
-        threads = f", {library['threads']} threads" if library["threads"] else ""
-        yield "BLAS", f"{library['name']} {library['version'] or ''}{threads}"
+        version, threads = library["version"] or "", library["threads"] or "its own"
+        yield "BLAS", f"{library['name']} {version}, threads: {threads}"
     yield "NumPy", _rate(found["numpy_gflops"])
     yield "MLX", _mlx_line(found)
     yield "Compiler", str(found["compiler"] or "none (mx.compile on a CPU would need one)")
@@ -164,26 +165,18 @@ def _cores() -> int:
     return available_cores()
 
 
-def _blas() -> list[dict[str, Any]]:
-    """What is loaded; else what NumPy was built with, such as Accelerate, which is not listed."""
+def _blas() -> list[Facts]:
+    """What is loaded; else what NumPy was built with, for Accelerate cannot be seen loaded."""
     import numpy as np
     from threadpoolctl import threadpool_info
 
     loaded = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    keys = {"name": "internal_api", "version": "version", "threads": "num_threads"}
     if loaded:
-        return [
-            {
-                "name": library["internal_api"],
-                "version": library["version"],
-                "threads": library["num_threads"],
-                "optimised": True,
-            }
-            for library in loaded
-        ]
-    built: Any = np.show_config(mode="dicts")  # type: ignore[no-untyped-call]
+        return [{name: library[key] for name, key in keys.items()} for library in loaded]
+    built: Any = np.show_config(mode="dicts")
     name = str(built["Build Dependencies"]["blas"]["name"])
-    optimised = name.lower() == "accelerate"
-    return [{"name": name, "version": None, "threads": None, "optimised": optimised}]
+    return [{"name": name, "version": None, "threads": None}]
 
 
 def _gflops(backend: str) -> float:
