@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_randygpt.curve import Frame, draw, frame
+from mlx_randygpt.reports import EvalLog, Report, SampleLog
 from mlx_randygpt.tally import (
     Clock,
     PlainLog,
@@ -24,7 +25,6 @@ from mlx_randygpt.tally import (
     numbers,
     outcome,
 )
-from mlx_randygpt.train import EvalLog, Report, SampleLog
 
 QUIET_SECONDS = 0.25  # shortest time between two drawings
 RENDER_SHARE = 0.01  # of the time, for drawing

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from mlx_randygpt.curve import Curve
-from mlx_randygpt.train import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
 
 Clock = Callable[[], float]
 

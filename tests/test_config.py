@@ -39,7 +39,7 @@ def test_sizes_below_one_are_refused(name: str, value: int) -> None:
 
 
 def test_rotary_heads_hold_at_least_one_pair() -> None:
-    with pytest.raises(ConfigError, match="n_embd/n_head=1 is too small.*at most 6"):
+    with pytest.raises(ConfigError, match=r"n_embd/n_head=1 is too small.*at most 6"):
         ModelConfig(vocab_size=10, n_embd=12, n_head=12)
     assert ModelConfig(vocab_size=10, n_embd=12, n_head=12, position="learned").head_size == 1
 

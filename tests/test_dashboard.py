@@ -13,8 +13,8 @@ from rich.console import Console
 
 from mlx_randygpt.curve import Curve, Frame, draw
 from mlx_randygpt.dashboard import Dashboard, make_view, screen
+from mlx_randygpt.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
 from mlx_randygpt.tally import PlainLog, RunInfo, Tally, clean, duration, save_line
-from mlx_randygpt.train import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
 
 INFO = RunInfo(
     model="1.2 M parameters, 6 layers × 8 heads × 128, context 64",

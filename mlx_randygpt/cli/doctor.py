@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import click
@@ -190,16 +191,15 @@ def _gflops(backend: str) -> float:
 
 
 def _mlx() -> Facts:
-    from mlx_randygpt.backends import mlx_device
+    from mlx_randygpt.backends import BACKENDS, mlx_device
 
     device, reason = mlx_device()
     if device is None:
         return {"device": None, "absent": reason}
     found = {"device": device.description, "has_gpu": device.has_gpu}
     if device.has_gpu:
-        import mlx.core as mx
-
-        info = mx.device_info()
+        mlx = import_module(BACKENDS["mlx"][0]).mx  # only the backend imports MLX
+        info = mlx.device_info()
         found["memory_bytes"] = info.get("memory_size") or info.get("total_memory")
         found["tf32"] = os.environ.get("MLX_ENABLE_TF32") != "0"
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_randygpt.checkpoint import NEWEST, CheckpointError
 from mlx_randygpt.config import UserError
-from mlx_randygpt.train import EvalLog, Report, StepLog
+from mlx_randygpt.reports import EvalLog, Report, StepLog
 
 FLUSH_SECONDS = 1.0
 

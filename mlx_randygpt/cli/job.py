@@ -19,10 +19,11 @@ from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.dashboard import make_view
 from mlx_randygpt.data.corpus import Corpus, check_length, encode_corpus
+from mlx_randygpt.reports import EndLog, SaveLog
 from mlx_randygpt.state import TrainState, initial_params, parameter_count
 from mlx_randygpt.tally import RunInfo
 from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
-from mlx_randygpt.train import EndLog, Run, SaveLog, TrainingDiverged, train
+from mlx_randygpt.train import Run, TrainingDiverged, train
 
 
 @dataclass(frozen=True)
