@@ -97,7 +97,8 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
         train = _record(TrainConfig, header["train"])
         stored = dict(header["progress"])
         progress = Progress(**stored | {"plateau": Plateau(**stored["plateau"])})
-        step, tokenizer, data = int(header["step"]), header["tokenizer"], header["data"]
+        step, backend = int(header["step"]), str(header["backend"])
+        tokenizer, data = header["tokenizer"], header["data"]
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} has an unreadable header: {error!r}") from error
     params = {name: tensors.pop(name) for name in parameter_shapes(model) if name in tensors}
@@ -107,7 +108,7 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
         moments.setdefault(kind, {})[weight] = tensor
     _verify_shapes(path, model, params, moments)
     state = TrainState(step, params, {} if weights_only else moments)
-    return Checkpoint(model, train, progress, tokenizer, data, str(header["backend"]), state)
+    return Checkpoint(model, train, progress, tokenizer, data, backend, state)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -32,7 +32,7 @@ class ModelConfig:
     qk_norm: bool = True  # RMSNorm of each query and key, before the rotation
     final_norm: bool = True  # RMSNorm before the head
     zero_init: bool = True  # output projections start at zero instead of GPT-2's scaled normal
-    init_std: float = 0.02
+    init_scale: float = 1.0  # initial weights are normal(0, init_scale / √n_embd)
 
     @property
     def head_size(self) -> int:
@@ -162,7 +162,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "classic": {
         "model": {
             "position": "learned", "qk_norm": False, "final_norm": False, "zero_init": False,
-            "init_std": 0.02,
+            "init_scale": 0.55,  # GPT-2's 0.02 at its width of 768
         },
         "train": {
             "optimizer": "adamw", "lr": 3e-3, "min_lr": 3e-4, "weight_decay": 0.1,
@@ -172,7 +172,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "modern": {
         "model": {
             "position": "rope", "qk_norm": True, "final_norm": True, "zero_init": True,
-            "init_std": 0.02,
+            "init_scale": 1.0,
         },
         "train": {
             "optimizer": "muon", "lr": 0.04, "min_lr": 0.0, "weight_decay": 0.0,

@@ -105,8 +105,8 @@ def muon_parts(name: str) -> int:
 
 
 def initial_params(config: ModelConfig, seed: int) -> Params:
-    """The untrained weights, float32: normal(0, init_std); output projections zero or / sqrt(2L),
-    as in GPT-2."""
+    """The untrained weights, float32: normal(0, init_scale / √C); output projections zero, or
+    smaller by √(2L) as in GPT-2."""
     params: Params = {}
     for index, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name.endswith("c_proj.weight") and config.zero_init:
@@ -114,7 +114,7 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
             continue
         scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
         normal = rng(seed, "init", index).standard_normal(shape, dtype=np.float32)
-        params[name] = normal * np.float32(config.init_std * scale)
+        params[name] = normal * np.float32(config.init_scale * config.n_embd**-0.5 * scale)
     return params
 
 

@@ -220,7 +220,8 @@ class PlainLog:
 
     def __enter__(self) -> PlainLog:
         info = self._tally.info
-        for line in (info.model, info.data, info.backend, f"{info.recipe} recipe, {info.saves}"):
+        backend = f"Backend: {info.backend}"
+        for line in (info.model, info.data, backend, f"{info.recipe} recipe, {info.saves}"):
             self._print(line)
         return self
 

@@ -40,7 +40,7 @@ def command(mode: str, backend: str, as_json: bool, **options: Any) -> None:
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.bench import measure_sampling, measure_training
     from mlx_randygpt.cli import settings
-    from mlx_randygpt.cli.job import backend_line, describe_model
+    from mlx_randygpt.cli.job import describe_backend, describe_model
     from mlx_randygpt.state import TrainState, initial_params
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -51,7 +51,7 @@ def command(mode: str, backend: str, as_json: bool, **options: Any) -> None:
     name, why = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     built = make_backend(name, model, train, state)
-    click.echo(backend_line(built, why), err=True)
+    click.echo(describe_backend(built, why), err=True)
     measure = measure_sampling if mode == "sample" else measure_training
     result = measure(built, model, train, train.iters)
     if as_json:

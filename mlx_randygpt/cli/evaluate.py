@@ -43,6 +43,7 @@ def command(
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.cli import settings, text
+    from mlx_randygpt.cli.job import describe_backend
     from mlx_randygpt.data.corpus import encode_corpus
     from mlx_randygpt.tokenizer import tokenizer_from_json
     from mlx_randygpt.train import evaluate
@@ -74,5 +75,5 @@ def command(
     click.echo(
         f"{split} loss {score.loss:.4f} | perplexity {score.perplexity:.2f} | "
         f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
-        f"step {saved.state.step} | {engine.name} on {engine.device}{f' ({why})' if why else ''}"
+        f"step {saved.state.step} | {describe_backend(engine, why)}"
     )

@@ -67,13 +67,15 @@ def train_command(job: Job) -> int:
         info = RunInfo(
             model=describe_model(run.model),
             data=description,
-            backend=backend_line(backend, why),
+            backend=describe_backend(backend, why),
             recipe=run.train.recipe,
             saves=f"{job.out / NEWEST}, every {_interval(run.train.save_every)}",
             out=str(job.out),
             iters=run.train.iters,
             start_step=state.step,
         )
+        if (device := backend.device).endswith("(Metal)"):
+            notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
         return follow(job, run, backend, info, folder, signals, notes)
 
 
@@ -158,7 +160,7 @@ def config_toml(job: Job, run: Run) -> str:
 def describe_model(model: ModelConfig) -> str:
     """The model line of the screen."""
     n = parameter_count(model)
-    size = f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
+    size = f"{n:,}" if n < 1e6 else f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
     layers = f"{model.n_layer} layer{'s' if model.n_layer > 1 else ''}"
     return (
         f"{size} parameters, {layers} × {model.n_head} heads × {model.n_embd}, "
@@ -166,12 +168,10 @@ def describe_model(model: ModelConfig) -> str:
     )
 
 
-def backend_line(backend: Backend, why: str) -> str:
-    """`Backend: MLX on Apple M3 Max (Metal)`."""
+def describe_backend(backend: Backend, why: str) -> str:
+    """`MLX on Apple M3 Max (Metal)`, `NumPy on 2 threads (MLX has no GPU here)`."""
     names = {"mlx": "MLX", "numpy": "NumPy"}
-    line = f"Backend: {names.get(backend.name, backend.name)} on {backend.device}"
-    if backend.device.endswith("(Metal)"):
-        line = f"✓ Metal GPU enabled on device: {backend.device.removesuffix(' (Metal)')} · {line}"
+    line = f"{names.get(backend.name, backend.name)} on {backend.device}"
     return f"{line} ({why})" if why else line
 
 

@@ -56,7 +56,7 @@ def unknown_line(texts: dict[str, str], tokenizer: Tokenizer) -> str:
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:
     """The data line of the screen."""
     names = [document.name for document in corpus.documents]
-    what = names[0] if len(names) == 1 else f"{len(names)} files"
+    what = Path(names[0]).name if len(names) == 1 else f"{len(names)} files"
     return f"{what}: {corpus.characters:,} characters, vocabulary {tokenizer.vocab_size}"
 
 

@@ -1,0 +1,85 @@
+"""The picture of the live screen in the README, from a real run.
+
+    python benchmarks/live_screen.py --data data/shakespeare.txt [-o docs/live.svg]
+
+Trains the small4 preset with batches of 12 and draws the screen as it stands at `--at`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import TerminalTheme
+
+from mlx_randygpt.backends import choose, make_backend
+from mlx_randygpt.cli import settings
+from mlx_randygpt.cli.job import describe_backend, describe_model
+from mlx_randygpt.dashboard import screen
+from mlx_randygpt.data.corpus import encode_corpus, find_files, read_texts
+from mlx_randygpt.reports import SaveLog
+from mlx_randygpt.state import TrainState, initial_params
+from mlx_randygpt.tally import RunInfo, Tally
+from mlx_randygpt.tokenizer import CharTokenizer
+from mlx_randygpt.train import Run, train
+
+WIDTH, HEIGHT = 80, 26
+THEME = TerminalTheme(
+    (250, 250, 247), (40, 42, 46),
+    [(40, 42, 46), (176, 48, 48), (46, 125, 70), (150, 110, 0), (40, 90, 170), (150, 60, 140),
+     (0, 120, 140), (110, 112, 116)],
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--iters", type=int, default=2000)
+    parser.add_argument("--at", type=int, default=1600)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/live.svg"))
+    options = parser.parse_args()
+
+    texts = read_texts(find_files([options.data]))
+    tokenizer = CharTokenizer.train(texts.values())
+    corpus = encode_corpus(texts, tokenizer)
+    given = {"preset": "small4", "batch_size": 12, "iters": options.iters, "prompt": "ROMEO:"}
+    model, config = settings.fresh(given, tokenizer.vocab_size)
+    name, why = choose("auto")
+    backend = make_backend(
+        name, model, config, TrainState(0, initial_params(model, config.seed), {})
+    )
+    out = "checkpoints"
+    info = RunInfo(
+        model=describe_model(model),
+        data=f"{Path(options.data).name}: {corpus.characters:,} characters, "
+        f"vocabulary {tokenizer.vocab_size}",
+        backend=describe_backend(backend, why),
+        recipe=config.recipe,
+        saves=f"{out}/checkpoint.safetensors, every {config.save_every}",
+        out=out,
+        iters=options.iters,
+    )
+    tally = Tally(info, time.monotonic)
+    for report in train(Run(model, config, tokenizer, corpus.train, corpus.val, {}), backend):
+        tally.add(report)
+        if tally.step >= options.at:
+            break
+    tally.add(SaveLog(tally.step, f"{out}/checkpoint.safetensors", False, float("nan")))
+    draw(tally, options.output)
+
+
+def draw(tally: Tally, path: Path) -> None:
+    console = Console(
+        record=True, file=io.StringIO(), width=WIDTH, height=HEIGHT, force_terminal=True,
+        color_system="standard",
+    )  # fmt: skip
+    for line in screen(tally, console, WIDTH, HEIGHT):
+        console.print(line)
+    console.save_svg(str(path), title="mlxgpt train", theme=THEME)
+
+
+if __name__ == "__main__":
+    main()
