@@ -73,7 +73,7 @@ Report = StepLog | EvalLog | SampleLog | SaveLog | EndLog
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Score:
     """A score over a whole split."""
 
     loss: float  # nats per token

@@ -17,21 +17,13 @@ from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointWriter, Progress, Saved
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError, parse_interval
 from mlx_randygpt.data.windows import eval_batches, sample_batch
-from mlx_randygpt.reports import (
-    EndLog,
-    EvalLog,
-    Evaluation,
-    Pace,
-    Report,
-    SampleLog,
-    SaveLog,
-    StepLog,
-)
+from mlx_randygpt.reports import EndLog, EvalLog, Pace, Report, SampleLog, SaveLog, Score, StepLog
 from mlx_randygpt.sample import SampleConfig, generate
 from mlx_randygpt.schedule import learning_rate
 from mlx_randygpt.state import IGNORED, Array
 from mlx_randygpt.tokenizer import Tokenizer
 
+EVAL_BATCH_TOKENS = 4096  # at least, in one batch of an evaluation
 EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
 
 
@@ -172,7 +164,8 @@ class Trainer:
             return
         run, old = self.run, self.progress
         score = evaluate(
-            self.backend, run.val_tokens, run.model.block_size, run.train.batch_size,
+            self.backend, run.val_tokens, run.model.block_size,
+            max(run.train.batch_size, EVAL_BATCH_TOKENS // run.model.block_size),
             run.tokenizer.token_bytes(), self.should_stop, max_tokens=EVAL_TOKENS,
         )  # fmt: skip
         if score is None:
@@ -271,7 +264,7 @@ def evaluate(
     token_bytes: Array,
     should_stop: Callable[[], bool] = lambda: False,
     max_tokens: int | None = None,
-) -> Evaluation | None:
+) -> Score | None:
     """Mean loss over non-overlapping windows of `tokens`, each token but the first predicted once.
 
     The same number every time. None where `should_stop` turned true before the end; with
@@ -285,7 +278,7 @@ def evaluate(
         nats += backend.loss(batch) * count
         n_targets += count
         n_bytes += int(token_bytes[targets[targets != IGNORED]].sum())
-    return Evaluation(nats / n_targets, nats / math.log(2) / max(1, n_bytes), n_targets)
+    return Score(nats / n_targets, nats / math.log(2) / max(1, n_bytes), n_targets)
 
 
 def _is_due(step: int, every: int) -> bool:
