@@ -67,7 +67,7 @@ class TrainConfig:
     batch_size: int = 64  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per step
     optimizer: str = "muon"  # "muon" | "adamw"
-    lr: float = 0.04  # of the matrices under Muon, of everything under AdamW
+    lr: float = 0.02  # of the matrices under Muon, of everything under AdamW
     min_lr: float = 0.0  # where the decay ends
     adamw_lr_ratio: float = 0.5  # under Muon: rate of embeddings, head and gains over `lr`
     weight_decay: float = 0.0  # decoupled, on matrices only
@@ -162,7 +162,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "classic": {
         "model": {
             "position": "learned", "qk_norm": False, "final_norm": False, "zero_init": False,
-            "init_scale": 0.55,  # GPT-2's 0.02 at its width of 768
         },
         "train": {
             "optimizer": "adamw", "lr": 3e-3, "min_lr": 3e-4, "weight_decay": 0.1,
@@ -172,10 +171,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "modern": {
         "model": {
             "position": "rope", "qk_norm": True, "final_norm": True, "zero_init": True,
-            "init_scale": 1.0,
         },
         "train": {
-            "optimizer": "muon", "lr": 0.04, "min_lr": 0.0, "weight_decay": 0.0,
+            "optimizer": "muon", "lr": 0.02, "min_lr": 0.0, "weight_decay": 0.0,
             "beta1": 0.8, "beta2": 0.95, "schedule": "linear", "warmup": 30,
         },
     },

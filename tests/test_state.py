@@ -70,10 +70,10 @@ def test_modern_starts_its_output_projections_at_zero_and_nothing_else(tiny_mode
     assert zero == {f"h.{i}.{part}.c_proj.weight" for i in (0, 1) for part in ("attn", "mlp")}
 
 
-def test_classic_starts_as_gpt_2(tiny_model: Model) -> None:
-    params = initial_params(tiny_model("classic", n_embd=128, n_layer=8), 1)
+def test_classic_starts_scaled_as_gpt_2(tiny_model: Model) -> None:
+    params = initial_params(tiny_model("classic", n_embd=192, n_layer=8), 1)
     for name, w in params.items():
-        expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # √(2·8) = 4
+        expected = 192**-0.5 / (4 if name.endswith("c_proj.weight") else 1)  # √(2·8) = 4
         assert w.std() == pytest.approx(expected, rel=0.08)  # measured: 0.036, of 2,048 numbers
         assert abs(w.mean()) < 4 * expected / w.size**0.5
 

@@ -41,7 +41,11 @@ class NumpyBackend:
         self.n_threads = train.threads or available_cores()
         self.device = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
         self._blas = threadpool_limits(1, user_api="blas")  # our threads take the cores
-        self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="numpy-backend")
+        self._pool = ThreadPoolExecutor(
+            self.n_threads,
+            thread_name_prefix="numpy-backend",
+            initializer=partial(np.seterr, **np.geterr()),  # as in the thread that builds this
+        )
         self._chunks: list[Chunk] = []
         self._w, self.params = flat_views(model, dtype)
         self._g, self._grads = flat_views(model, dtype)

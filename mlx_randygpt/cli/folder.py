@@ -64,9 +64,9 @@ class RunFolder:
             self._lock.close()
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints here, the newest of the run first in the list."""
-        found = sorted(self.path.glob("checkpoint*.safetensors"))
-        return sorted(found, key=lambda path: path.name != NEWEST)
+        """The checkpoints here: checkpoint.safetensors, then the others, the latest first."""
+        found = self.path.glob("checkpoint*.safetensors")
+        return sorted(found, key=lambda path: (path.name != NEWEST, -path.stat().st_mtime))
 
     def refuse_if_used(self) -> None:
         """FolderError where a fresh run would write over another's checkpoints."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 
 from mlx_randygpt.backends import choose, make_backend
@@ -47,7 +48,8 @@ class Job:
 
 def train_command(job: Job) -> int:
     """Train as asked; the exit code."""
-    with StopSignals() as signals, RunFolder(job.out) as folder:
+    overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+    with StopSignals() as signals, RunFolder(job.out) as folder, overflow_is_checked:
         if not job.resuming and not job.overwrite:
             folder.refuse_if_used()
         source = folder.newest() if job.resume_newest else job.resume or job.init_from
@@ -74,6 +76,7 @@ def train_command(job: Job) -> int:
             iters=run.train.iters,
             start_step=state.step,
         )
+        del saved, state  # the backend has its own copy
         if (device := backend.device).endswith("(Metal)"):
             notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
         return follow(job, run, backend, info, folder, signals, notes)
@@ -136,9 +139,13 @@ def follow(
     if newest is not None and newest.error:
         raise CheckpointError(f"the last state is not on the disk: {newest.error}")
     if end is not None and end.reason == "stopped":
-        console.print(f"Go on with: {resume_line(job, run)}", markup=False, highlight=False)
+        console.print(
+            f"Go on with: {resume_line(job, run)}", markup=False, highlight=False, soft_wrap=True
+        )
     elif end is not None:
-        console.print(f"Let it write: {sample_line(job)}", markup=False, highlight=False)
+        console.print(
+            f"Let it write: {sample_line(job)}", markup=False, highlight=False, soft_wrap=True
+        )
     return signals.exit_code
 
 

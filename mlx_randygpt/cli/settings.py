@@ -72,7 +72,12 @@ def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, Trai
 
 def to_toml(values: dict[str, Any]) -> str:
     """Flat `key = value` lines that `--config` reads back."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+
+
+def _toml(value: Any) -> str:
+    """JSON is TOML but for two spellings: pairs of surrogates, and DEL as it is."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _rates_of(optimizer: str) -> dict[str, Any]:
