@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -17,12 +16,11 @@ from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
-from mlx_randygpt.state import Params, TrainState, initial_params
+from mlx_randygpt.state import Params, TrainState, initial_params, parameter_shapes, rng
 from mlx_randygpt.tokenizer import CharTokenizer
 from mlx_randygpt.train import Run
 
-# Worker threads have settings of their own; there NumPy warns, and warnings are errors.
-np.seterr(over="raise", invalid="raise", divide="raise")
+np.seterr(over="raise", invalid="raise", divide="raise")  # a backend's threads do as this one
 
 WORDS = """the old red ship and a small grey bird over hill under moon king queen says runs sleeps
 jumps quick zebra five boxes vexed wind"""
@@ -61,14 +59,13 @@ def tiny_train() -> Callable[..., TrainConfig]:
 
 @pytest.fixture(scope="session")
 def lively() -> Callable[..., Params]:
-    """(model, seed=1) -> weights far from their first values, none of them zero, so that no
-    error hides in small activations."""
+    """(model, seed=1) -> weights far from their first values, normal with deviation 0.15, so that
+    no error hides in zeros or small activations."""
 
     def build(model: ModelConfig, seed: int = 1) -> Params:
-        scaled = replace(model, zero_init=False, init_std=0.15 * (2 * model.n_layer) ** 0.5)
-        rest = initial_params(replace(model, zero_init=False, init_std=0.15), seed)
-        projections = initial_params(scaled, seed)  # undoes their division by √2L
-        return {n: projections[n] if n.endswith("c_proj.weight") else w for n, w in rest.items()}
+        random = rng(seed, "check")
+        shapes = parameter_shapes(model).items()
+        return {n: random.standard_normal(s, np.float32) * np.float32(0.15) for n, s in shapes}
 
     return build
 

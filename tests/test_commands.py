@@ -94,7 +94,7 @@ def test_info_tells_what_the_run_was(checkpoint: Path) -> None:
 def test_info_shows_a_vocabulary_without_control_characters(checkpoint: Path) -> None:
     result = call("info", str(checkpoint))
     assert result.exit_code == 0
-    assert r"'\n\x1b ,.13[Tab" in result.stdout
+    assert r"'\n\x1b ,.13T[ab" in result.stdout
     assert "\x1b" not in result.stdout
 
 

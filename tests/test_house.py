@@ -22,6 +22,7 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "backends.base"},
     {"backends"},
     {"checkpoint", "data", "schedule", "tokenizer"},
+    {"reports"},
     {"tally", "curve", "train", "sample"},
     {"dashboard", "serve", "exchange", "check", "bench"},
     {"cli", "__main__"},

@@ -40,7 +40,9 @@ def train_config(recipe: str, **changes: Any) -> TrainConfig:
 
 def lively(config: ModelConfig) -> Params:
     """Weights at which every part of the model matters: no zeros, logits of order 1."""
-    return initial_params(replace(config, zero_init=False, init_std=0.2), seed=1)
+    return initial_params(
+        replace(config, zero_init=False, init_scale=0.2 * config.n_embd**0.5), seed=1
+    )
 
 
 def backend(recipe: str, train: TrainConfig | None = None, **changes: Any) -> MLXBackend:

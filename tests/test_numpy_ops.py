@@ -88,6 +88,14 @@ def test_rotate_turns_pair_j_by_t_times_omega_j() -> None:
         assert close(got[b, t, 2 * pair : 2 * pair + 2], expected, EXACT)
 
 
+def test_of_an_odd_head_the_last_value_stays() -> None:
+    x, positions = normal(1, T, 2 * 5), np.arange(T)  # two heads of five
+    got = turned(x, positions, head=5)
+    assert np.array_equal(got[:, :, [4, 9]], x[:, :, [4, 9]])
+    pairs = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert close(got[:, :, pairs], turned(x[:, :, pairs], positions), EXACT)
+
+
 def test_rotated_products_depend_on_the_distance_alone() -> None:
     q, k = normal(1, 1, D), normal(1, 1, D, seed=1)
 

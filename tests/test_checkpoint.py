@@ -1,0 +1,265 @@
+"""A checkpoint is whole or refused, and the old file lives until the new one is safe."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mlx_randygpt import checkpoint as module
+from mlx_randygpt.checkpoint import (
+    BEST,
+    Checkpoint,
+    CheckpointError,
+    CheckpointWriter,
+    Progress,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.schedule import Plateau
+from mlx_randygpt.state import Params, TrainState, rng
+from mlx_randygpt.tokenizer import CharTokenizer
+
+Make = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def make(
+    tiny_model: Callable[..., ModelConfig],
+    tiny_train: Callable[..., TrainConfig],
+    lively: Callable[..., Params],
+) -> Make:
+    """(step=7) -> a checkpoint with something in every field."""
+
+    def build(step: int = 7) -> Checkpoint:
+        model = tiny_model("modern", n_layer=1, n_embd=8, n_head=2)
+        params = lively(model, seed=step)
+        v = {name: params[name] ** 2 for name in ("wte.weight", "lm_head.weight")}
+        state = TrainState(step, params, {"m": lively(model, seed=step + 1), "v": v})
+        progress = Progress(900, 1.5, 2.25, 6, 2.5, 7, Plateau(2.25, 1, 2))
+        tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyé").to_json()
+        data = {"paths": ["/tmp/é.txt"], "characters": 99, "sha256": "f" * 64}
+        train = tiny_train("modern", save_every="5m", prompt="naïve\n")
+        return Checkpoint(model, train, progress, tokenizer, data, "numpy", state)
+
+    return build
+
+
+def test_a_round_trip_changes_no_bit(make: Make, tmp_path: Path) -> None:
+    saved = make()
+    save_checkpoint(tmp_path / "c", saved)
+    loaded = load_checkpoint(tmp_path / "c")
+    assert replace(loaded, state=saved.state) == saved
+    assert loaded.state.step == saved.state.step
+    np.testing.assert_equal(loaded.state.params, saved.state.params)
+    np.testing.assert_equal(loaded.state.moments, saved.state.moments)
+
+
+def test_a_run_without_any_evaluation_is_read_back(make: Make, tmp_path: Path) -> None:
+    saved = replace(make(), progress=Progress())
+    save_checkpoint(tmp_path / "c", saved)
+    read = load_checkpoint(tmp_path / "c").progress
+    np.testing.assert_equal(asdict(read), asdict(Progress()))  # inf and nan included
+
+
+def test_weights_only_leaves_the_moments_on_the_disk(make: Make, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", make())
+    state = load_checkpoint(tmp_path / "c", weights_only=True).state
+    assert state.moments == {}
+    np.testing.assert_equal(state.params, make().state.params)
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    call: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_checkpoint(tmp_path / "c", make(7))
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(CheckpointError, match=r"c: No space left on device; it needs 0\.0 MB"):
+        save_checkpoint(tmp_path / "c", make(8))
+    assert os.listdir(tmp_path) == ["c"]
+    assert load_checkpoint(tmp_path / "c").state.step == 7
+
+
+def test_a_folder_that_is_not_there_is_named(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere/c: No such file or directory"):
+        save_checkpoint(tmp_path / "nowhere" / "c", make())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["params", "m", "v"])
+def test_what_is_not_finite_never_replaces_a_file(
+    kind: str, value: float, make: Make, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "c", make(7))
+    bad = make(8)
+    group = bad.state.params if kind == "params" else bad.state.moments[kind]
+    group["wte.weight"][3, 2] = value
+    with pytest.raises(CheckpointError, match=r"c is not replaced: \S*wte.weight is not finite"):
+        save_checkpoint(tmp_path / "c", bad)
+    assert load_checkpoint(tmp_path / "c").state.step == 7
+
+
+def refused(path: Path) -> str:
+    """Why it cannot be read: one line that names it."""
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert "panic" not in message.lower()
+    return message
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_a_truncated_file_is_refused(part: int, make: Make, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", make())
+    content = (tmp_path / "c").read_bytes()
+    cuts = [0, 1, 7, 8, 9, 500, *np.linspace(1000, len(content) - 1, 14, dtype=int)]
+    (tmp_path / "c").write_bytes(content[: cuts[part]])
+    refused(tmp_path / "c")
+
+
+@pytest.mark.parametrize("place", ["anywhere", "header"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(
+    place: str, make: Make, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "c", make())
+    content, intact = (tmp_path / "c").read_bytes(), make()
+    end = len(content) if place == "anywhere" else 8 + int.from_bytes(content[:8], "little")
+    for bit in rng(3, "check").integers(0, 8 * end, 100):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "c").write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(tmp_path / "c")
+        except CheckpointError:
+            refused(tmp_path / "c")
+        else:
+            np.testing.assert_equal(asdict(loaded), asdict(intact))
+
+
+def test_bytes_at_the_end_are_refused(make: Make, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", make())
+    with open(tmp_path / "c", "ab") as file:
+        file.write(b"\0")
+    assert "truncated or damaged" in refused(tmp_path / "c")
+
+
+def test_another_version_is_named(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FORMAT_VERSION", "2")
+    save_checkpoint(tmp_path / "c", make())
+    monkeypatch.undo()
+    assert "format '2'; this version of mlxgpt reads format '1'" in refused(tmp_path / "c")
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other")
+    (tmp_path / "text").write_text("To be, or not to be, that is the question.")
+    assert "a safetensors file but not a checkpoint" in refused(tmp_path / "other")
+    assert "not a checkpoint of mlxgpt, or is truncated or damaged" in refused(tmp_path / "text")
+    assert "No such file" in refused(tmp_path / "missing")
+    assert "Is a directory" in refused(tmp_path)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], Params], None]) -> None:
+    """The file with another header and other tensors, under a checksum that holds."""
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata["header"])
+    change(header, tensors)
+    metadata["header"] = json.dumps(header, sort_keys=True)
+    metadata["sha256"] = module._digest(metadata["header"], tensors)
+    safetensors.numpy.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda h, _: h["model"].update(n_head=5), "try 4"),
+        (lambda h, _: h["model"].update(colour=1), "no field 'colour'"),
+        (lambda h, _: h["train"].update(lr="fast"), "unreadable header"),
+        (lambda h, _: h["progress"].pop("plateau"), "unreadable header"),
+        *[
+            (lambda h, _, key=key: h.pop(key), "unreadable header")
+            for key in ("step", "model", "train", "progress", "tokenizer", "data", "backend")
+        ],
+        (lambda _, t: t.pop("wte.weight"), "lacks the weight wte.weight"),
+        (lambda _, t: t.update(extra=t["wte.weight"]), "unknown kind"),
+        (lambda _, t: t.update({"wte.weight": t["wte.weight"][1:]}), r"expected float32 \(29, 8\)"),
+        (lambda _, t: t.update({"wte.weight": np.zeros((29, 8))}), "is float64"),
+    ],
+)
+def test_contents_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, Any], Params], None], reason: str, make: Make, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "c", make())
+    rewritten(tmp_path / "c", change)
+    with pytest.raises(CheckpointError, match=reason):
+        load_checkpoint(tmp_path / "c")
+    refused(tmp_path / "c")
+
+
+class SlowDisk:
+    """A `save` that waits until it may, and remembers what it wrote."""
+
+    def __init__(self) -> None:
+        self.started, self.may_write = threading.Event(), threading.Event()
+        self.written: list[tuple[str, int]] = []
+
+    def __call__(self, path: Path, checkpoint: Checkpoint) -> None:
+        self.started.set()
+        assert self.may_write.wait(30)
+        self.written.append((path.name, checkpoint.state.step))
+
+
+def test_of_several_snapshots_the_newest_is_written(make: Make, tmp_path: Path) -> None:
+    disk = SlowDisk()
+    writer = CheckpointWriter(disk)
+    writer.submit(tmp_path / "c", make(1))
+    assert disk.started.wait(30)  # 1 is being written; the others queue up behind it
+    for step in (2, 3):
+        writer.submit(tmp_path / "c", make(step))
+    writer.submit(tmp_path / BEST, make(2))
+    assert writer.finished() == []
+    disk.may_write.set()
+    saved = writer.close()
+    assert disk.written == [("c", 1), ("c", 3), (BEST, 2)]
+    assert [(s.path.name, s.checkpoint.state.step, s.error) for s in saved] == [
+        ("c", 1, ""), ("c", 3, ""), (BEST, 2, ""),
+    ]  # fmt: skip
+
+
+def test_a_failed_write_is_reported_and_the_next_one_tried(make: Make, tmp_path: Path) -> None:
+    writer = CheckpointWriter()
+    writer.submit(tmp_path / "nowhere" / "c", make(1))
+    writer.submit(tmp_path / "c", make(2))
+    failed, saved = writer.close()
+    assert "No such file or directory" in failed.error
+    assert saved.error == ""
+    assert load_checkpoint(tmp_path / "c").state.step == 2
+
+
+def test_close_waits_for_everything_and_twice_does_no_harm(make: Make, tmp_path: Path) -> None:
+    writer = CheckpointWriter()
+    for name in "abc":
+        writer.submit(tmp_path / name, make())
+    assert len(writer.close()) == 3
+    assert writer.close() == []
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
