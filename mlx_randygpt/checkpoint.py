@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file that is either whole or not there.
 
-Owns the format, the atomic write and the thread that writes. Knows no backend: a checkpoint is
+Owns the format and the atomic write. Knows no backend: a checkpoint is
 NumPy arrays and settings, so that one backend resumes what another began.
 
 Tensors: every weight under its published name, moments as `optimizer.m.<name>` and
@@ -15,8 +15,7 @@ import hashlib
 import json
 import math
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,7 +75,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{path} is not replaced: {name} is not finite")
-    header = json.dumps(_header(checkpoint), sort_keys=True)
+    header = json.dumps(_strict(_header(checkpoint)), sort_keys=True, allow_nan=False)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -95,8 +94,8 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     try:
         model = _record(ModelConfig, header["model"])
         train = _record(TrainConfig, header["train"])
-        stored = dict(header["progress"])
-        progress = Progress(**stored | {"plateau": Plateau(**stored["plateau"])})
+        stored = _known(header["progress"])
+        progress = Progress(**stored | {"plateau": Plateau(**_known(stored["plateau"]))})
         step, backend = int(header["step"]), str(header["backend"])
         tokenizer, data = header["tokenizer"], header["data"]
     except (KeyError, TypeError, ValueError, ConfigError) as error:
@@ -130,67 +129,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class Saved:
-    """One file the writer has dealt with; `error` is empty where it is safe on the disk."""
-
-    path: Path
-    checkpoint: Checkpoint
-    error: str = ""
-
-
-class CheckpointWriter:
-    """Writes snapshots on its own thread. Of several for one path only the newest is written."""
-
-    def __init__(self, save: Callable[[Path, Checkpoint], None] = save_checkpoint) -> None:
-        self._save = save
-        self._waiting: dict[Path, Checkpoint] = {}
-        self._finished: list[Saved] = []
-        self._closing = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
-        self._thread.start()
-
-    def submit(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Have this snapshot written soon; returns at once."""
-        with self._changed:
-            self._waiting[path] = checkpoint
-            self._changed.notify_all()
-
-    def finished(self) -> list[Saved]:
-        """What was written, or failed, since the last call."""
-        with self._changed:
-            done, self._finished = self._finished, []
-        return done
-
-    def close(self) -> list[Saved]:
-        """Wait until nothing is left to write, end the thread, return what `finished` would."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
-        return self.finished()
-
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            path, checkpoint = job
-            try:
-                self._save(path, checkpoint)
-                saved = Saved(path, checkpoint)
-            except Exception as error:  # the run goes on; the screen and the exit code tell
-                saved = Saved(path, checkpoint, error=str(error))
-            with self._changed:
-                self._finished.append(saved)
-
-    def _next(self) -> tuple[Path, Checkpoint] | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            if not self._waiting:
-                return None
-            path = next(iter(self._waiting))
-            return path, self._waiting.pop(path)
-
-
 def _tensors(state: TrainState) -> Params:
     named = dict(state.params)
     for kind in _MOMENTS:
@@ -208,6 +146,31 @@ def _header(checkpoint: Checkpoint) -> dict[str, Any]:
         "data": checkpoint.data,
         "backend": checkpoint.backend,
     }
+
+
+def _strict(value: Any) -> Any:
+    """`value` as JSON can hold it: what is not finite yet, such as a first loss, becomes null."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the nulls, whose fields have their defaults."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def peek_step(path: Path) -> int:
+    """The step of a checkpoint by its header alone; CheckpointError where that cannot be read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            _verify_format(path, metadata)
+            return int(json.loads(metadata["header"])["step"])
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error})") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Params]:

@@ -129,6 +129,10 @@ class Preset:
     dropout: float = 0.0
 
 
+BACKENDS = {  # name -> module and class; a third backend is one file and one row here
+    "mlx": ("mlx_randygpt.backends.mlx_backend", "MLXBackend"),
+    "numpy": ("mlx_randygpt.backends.numpy_backend", "NumpyBackend"),
+}
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 DTYPES = ("float32", "bfloat16")
@@ -210,5 +214,6 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _nearest_divisor(n_embd: int, n_head: int) -> int:
-    divisors = [n for n in range(1, n_embd + 1) if n_embd % n == 0]
+    most = max(1, n_embd // 2)  # a head has at least a pair of values
+    divisors = [n for n in range(1, most + 1) if n_embd % n == 0]
     return min(divisors, key=lambda n: (abs(n - n_head), n))

@@ -86,21 +86,28 @@ class Score:
 
 
 class Pace:
-    """Seconds per step of late: an average that forgets, with pauses left out."""
+    """Steps per second of late: sums that forget, with pauses left out."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._seconds = 0.0
-        self._weight = 0.0
+        self._steps = self._seconds = 0.0
         self._mark = clock()
 
-    def lap(self) -> float:
-        """Count one step done since the last lap or restart."""
+    def step(self) -> None:
+        """Count one step, and the time since the last call of any kind."""
+        self._steps, self._seconds = 0.9 * self._steps + 1, 0.9 * self._seconds
+        self.wait()
+
+    def wait(self) -> None:
+        """Count the time alone: a device has finished a step that was counted when it began."""
         now = self._clock()
-        self._seconds = 0.9 * self._seconds + 0.1 * (now - self._mark)
-        self._weight = 0.9 * self._weight + 0.1
+        self._seconds += now - self._mark
         self._mark = now
-        return max(self._seconds / self._weight, 1e-9)
 
     def restart(self) -> None:
+        """Leave out the time since the last call."""
         self._mark = self._clock()
+
+    @property
+    def steps_per_second(self) -> float:
+        return self._steps / max(self._seconds, 1e-9)

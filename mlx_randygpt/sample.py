@@ -151,13 +151,11 @@ def generate(
         if n:
             stream.append([s.ids[-1] for s in samples])
         for sample, random, logits in zip(samples, randoms, stream.logits, strict=True):
+            if sample.finish_reason:
+                continue  # reads its last token again, to keep the batch in step
             logits[banned] = -np.inf
             seen = [*prompt, *sample.ids] if config.repetition_penalty != 1 else ()
-            token = pick(probabilities(logits, config, seen), random)
-            if sample.finish_reason:
-                sample.ids.append(token)  # keeps the batch in step; not part of the text
-                continue
-            _extend(sample, token, tokenizer, config)
+            _extend(sample, pick(probabilities(logits, config, seen), random), tokenizer, config)
         yield samples
         if all(sample.finish_reason for sample in samples):
             break

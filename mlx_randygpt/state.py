@@ -118,7 +118,7 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
     return params
 
 
-PURPOSES = ("init", "batch", "dropout", "sample", "check", "eval")
+PURPOSES = ("init", "batch", "dropout", "sample", "check")
 
 
 def rng(seed: int, purpose: str, *index: int) -> np.random.Generator:

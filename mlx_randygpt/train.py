@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.backends.base import Backend, StepResult
-from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointWriter, Progress, Saved
+from mlx_randygpt.checkpoint import (
+    BEST,
+    NEWEST,
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    load_checkpoint,
+)
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError, parse_interval
 from mlx_randygpt.data.windows import eval_batches, sample_batch
 from mlx_randygpt.reports import EndLog, EvalLog, Pace, Report, SampleLog, SaveLog, Score, StepLog
@@ -22,6 +29,7 @@ from mlx_randygpt.sample import SampleConfig, generate
 from mlx_randygpt.schedule import learning_rate
 from mlx_randygpt.state import IGNORED, Array
 from mlx_randygpt.tokenizer import Tokenizer
+from mlx_randygpt.writer import CheckpointWriter, Saved
 
 EVAL_BATCH_TOKENS = 4096  # at least, in one batch of an evaluation
 EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
@@ -120,6 +128,7 @@ class Trainer:
             reductions=self.progress.plateau.reductions,
         )  # fmt: skip
         result = self.backend.train_step(batches, lr)
+        self.pace.step()
         self.step += 1
         return self.step, lr, result
 
@@ -134,9 +143,8 @@ class Trainer:
                 )
         n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
         self.progress = replace(self.progress, tokens=self.progress.tokens + n_tokens)
-        seconds_per_step = self.pace.lap()
         return StepLog(
-            step, loss, lr, grad_norm, self.progress.tokens, n_tokens / seconds_per_step,
+            step, loss, lr, grad_norm, self.progress.tokens, n_tokens * self.pace.steps_per_second,
             self._seconds(), self.backend.memory_bytes(),
         )  # fmt: skip
 
@@ -144,7 +152,9 @@ class Trainer:
         """Read the step that is still unread, so that what follows sees a finished state."""
         if self.pending:
             pending, self.pending = self.pending, None
-            yield self._report(pending)
+            log = self._report(pending)
+            self.pace.wait()
+            yield log
 
     def _something_due(self) -> bool:
         config = self.run.train
@@ -229,7 +239,7 @@ class Trainer:
 
     def _saved(self) -> Iterator[Report]:
         if self.writer is not None:
-            yield from map(_save_log, self.writer.finished())
+            yield from (saved.log() for saved in self.writer.finished())
 
     def _finish(self) -> Iterator[Report]:
         reached = self.step >= self.run.train.iters
@@ -243,11 +253,15 @@ class Trainer:
         if self.writer is None or self.out is None:
             return
         self._submit(NEWEST)
-        logs = [_save_log(saved) for saved in self.writer.close()]
+        logs = [saved.log() for saved in self.writer.close()]
         yield from logs
         best = self.out / BEST
-        if best.exists() and not any(log.best for log in logs):  # written earlier, and still safe
-            yield SaveLog(self.progress.best_step, str(best), True, self.progress.best_loss)
+        if best.exists() and not any(log.best for log in logs):  # written earlier: read it again
+            try:
+                kept = load_checkpoint(best, weights_only=True)
+                yield Saved(best, kept).log()
+            except CheckpointError as error:
+                yield SaveLog(self.progress.best_step, str(best), True, math.nan, str(error))
 
     def _out_of_patience(self) -> bool:
         return self.progress.plateau.exhausted(self.run.train.patience)
@@ -283,11 +297,3 @@ def evaluate(
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-def _save_log(saved: Saved) -> SaveLog:
-    progress, best = saved.checkpoint.progress, saved.path.name == BEST
-    return SaveLog(
-        saved.checkpoint.state.step, str(saved.path), best,
-        progress.best_loss if best else math.nan, saved.error,
-    )  # fmt: skip

@@ -20,7 +20,6 @@ from mlx_randygpt.checkpoint import (
     BEST,
     Checkpoint,
     CheckpointError,
-    CheckpointWriter,
     Progress,
     load_checkpoint,
     save_checkpoint,
@@ -29,6 +28,7 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.schedule import Plateau
 from mlx_randygpt.state import Params, TrainState, rng
 from mlx_randygpt.tokenizer import CharTokenizer
+from mlx_randygpt.writer import CheckpointWriter
 
 Make = Callable[..., Checkpoint]
 

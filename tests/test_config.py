@@ -19,7 +19,7 @@ from mlx_randygpt.config import (
 
 
 @pytest.mark.parametrize(
-    ("n_embd", "n_head", "fitting"), [(116, 5, 4), (128, 12, 8), (130, 12, 13), (12, 100, 12)]
+    ("n_embd", "n_head", "fitting"), [(116, 5, 4), (128, 12, 8), (130, 12, 13), (12, 100, 6)]
 )
 def test_a_width_that_does_not_divide_names_the_nearest_number_of_heads(
     n_embd: int, n_head: int, fitting: int

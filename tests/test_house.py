@@ -23,11 +23,12 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"backends"},
     {"checkpoint", "data", "schedule", "tokenizer"},
     {"reports"},
+    {"writer"},
     {"tally", "curve", "train", "sample"},
     {"dashboard", "serve", "exchange", "check", "bench"},
     {"cli", "__main__"},
 ]
-CORE = ("config", "state", "schedule", "checkpoint", "train", "sample", "tokenizer")
+CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "sample", "tokenizer")
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
     "click": ("cli",),

@@ -1,7 +1,8 @@
 """Which backends there are, and which one runs here.
 
 MLX is imported only when it is asked for or might have a GPU; a missing library is a reason to
-tell, not a crash. A third backend is one file and one row in BACKENDS.
+tell, not a crash. The table of them is
+config.BACKENDS.
 """
 
 from __future__ import annotations
@@ -11,14 +12,8 @@ from importlib import import_module
 from typing import Any
 
 from mlx_randygpt.backends.base import Backend, BackendError
-from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.config import BACKENDS, ModelConfig, TrainConfig
 from mlx_randygpt.state import TrainState
-
-BACKENDS = {
-    "mlx": ("mlx_randygpt.backends.mlx_backend", "MLXBackend"),
-    "numpy": ("mlx_randygpt.backends.numpy_backend", "NumpyBackend"),
-}
-NAMES = ("auto", *BACKENDS)
 
 
 def choose(name: str) -> tuple[str, str]:
@@ -26,10 +21,11 @@ def choose(name: str) -> tuple[str, str]:
 
     Raises BackendError where the one asked for cannot run here.
     """
-    if name not in NAMES:
-        raise BackendError(f"backend {name!r} is unknown; it is one of {', '.join(NAMES)}")
-    if name == "numpy":
-        return "numpy", ""
+    if name not in ("auto", *BACKENDS):
+        known = ", ".join(("auto", *BACKENDS))
+        raise BackendError(f"backend {name!r} is unknown; it is one of {known}")
+    if name not in ("auto", "mlx"):
+        return name, ""
     device, reason = mlx_device()
     if name == "mlx" and device is None:
         raise BackendError(f"MLX cannot run here: {reason}; --backend numpy can")

@@ -156,8 +156,10 @@ class NumpyBackend:
         dropout: tuple[int, ...] | None,
     ) -> float:  # fmt: skip
         random = None
-        if dropout is not None and self.model.dropout:
-            random = rng(self.train.seed, "dropout", self.step, *dropout, row)
+        if dropout is not None and self.model.dropout:  # by sequence: the same for any split
+            random = [
+                rng(self.train.seed, "dropout", self.step, *dropout, row + i) for i in range(len(x))
+            ]
         logits = chunk.forward(self.params, x, random)
         loss = ops.cross_entropy(logits, y) / total
         ops.cross_entropy_backward(logits, y, 1 / total)

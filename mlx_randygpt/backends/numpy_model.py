@@ -26,6 +26,9 @@ def flat_views(config: ModelConfig, dtype: type) -> tuple[Array, Params]:
     return flat, {name: p.reshape(shapes[name]) for name, p in zip(shapes, pieces, strict=True)}
 
 
+Randoms = list[np.random.Generator]  # one for each sequence
+
+
 @dataclass
 class Activations:
     """What one layer's backward pass needs from its forward pass."""
@@ -74,8 +77,8 @@ class Chunk:
         self.flat_spare, self.spare = flat_views(config, dtype)
         self.accumulating = False
 
-    def forward(self, w: Params, tokens: Array, random: np.random.Generator | None) -> Array:
-        """Logits (N, V) of tokens (B, T); with `random`, dropout draws its masks from it."""
+    def forward(self, w: Params, tokens: Array, random: Randoms | None) -> Array:
+        """Logits (N, V) of tokens (B, T); with `random`, dropout draws from it."""
         b, t = tokens.shape
         n = b * t
         x = np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=self.x[:n], mode="clip")
@@ -187,10 +190,11 @@ class Chunk:
         else:
             np.matmul(dout.T, inputs, out=self.grads[name])
 
-    def _drop(self, branch: Array, mask: Array, random: np.random.Generator | None) -> Array:
+    def _drop(self, branch: Array, mask: Array, random: Randoms | None) -> Array:
         if random is None or not self.config.dropout:
             return branch
-        ops.dropout_mask(random, self.config.dropout, mask[: len(branch)])
+        for generator, rows in zip(random, np.split(mask[: len(branch)], len(random)), strict=True):
+            ops.dropout_mask(generator, self.config.dropout, rows)
         branch *= mask[: len(branch)]
         return branch
 

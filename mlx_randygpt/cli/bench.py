@@ -25,7 +25,7 @@ DEFAULT_ITERS = {"train": 20, "sample": 200}
 
 @click.command("bench", cls=Command)
 @click.argument("mode", type=click.Choice(list(DEFAULT_ITERS)), default="train")
-@model_options
+@model_options()
 @click.option(
     "--batch-size", type=int, help="Sequences, or streams.  [default: preset, 64; sample: 1]"
 )
@@ -33,7 +33,7 @@ DEFAULT_ITERS = {"train": 20, "sample": 200}
 @click.option("--threads", type=int, help="NumPy backend.  [default: all cores]")
 @backend_option
 @json_option
-def command(mode: str, backend: str, as_json: bool, **options: Any) -> None:
+def command(mode: str, backend: str, json: bool, **options: Any) -> None:
     """Measure training or sampling speed: medians, with random weights and tokens."""
     from dataclasses import asdict
 
@@ -51,10 +51,10 @@ def command(mode: str, backend: str, as_json: bool, **options: Any) -> None:
     name, why = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     built = make_backend(name, model, train, state)
-    click.echo(describe_backend(built, why), err=True)
+    click.echo(f"Backend: {describe_backend(built, why)}", err=True)
     measure = measure_sampling if mode == "sample" else measure_training
     result = measure(built, model, train, train.iters)
-    if as_json:
+    if json:
         print_json(asdict(result))
     else:
         show_facts(facts(result, describe_model(model), train.iters))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )
 @json_option
 @click.pass_context
-def command(ctx: click.Context, checkpoint: Path | None, as_json: bool) -> None:
+def command(ctx: click.Context, checkpoint: Path | None, json: bool) -> None:
     """Prove the gradients: finite differences against NumPy, NumPy against MLX if it is here,
     tensor by tensor, worst first, and a short trajectory of the optimizer. Exit code 1 if one
     fails."""
@@ -42,8 +42,10 @@ def command(ctx: click.Context, checkpoint: Path | None, as_json: bool) -> None:
         subjects[str(checkpoint)] = list(at_weights)
     else:
         subjects = {recipe: list(check_recipe(recipe, other)) for recipe in RECIPES}
+    for findings in subjects.values():
+        findings.sort(key=lambda f: (f.check, -f.error))
     failed = sum(not f.holds for found in subjects.values() for f in found)
-    if as_json:
+    if json:
         print_json({
             "passed": failed == 0,
             "mlx": device.description if device is not None else None,
@@ -64,7 +66,7 @@ def command(ctx: click.Context, checkpoint: Path | None, as_json: bool) -> None:
 def _print(subject: str, found: list[Finding]) -> None:
     click.echo(f"\n{subject}")
     for check, group in groupby(found, key=lambda f: f.check):
-        findings = sorted(group, key=lambda f: -f.error)
+        findings = list(group)
         click.echo(f"  {check}, relative, at most {findings[0].bound:.0e}")
         for f in findings:
             click.echo(f"    {f.error:.1e} {'✓' if f.holds else '✗'} {f.tensor}")

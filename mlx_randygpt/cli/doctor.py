@@ -27,11 +27,11 @@ SLOW = 1 / 3  # of NumPy's rate: MLX with the reference BLAS reaches 1/30
 
 @click.command("doctor", cls=Command)
 @json_option
-def command(as_json: bool) -> None:
+def command(json: bool) -> None:
     """Look at this machine and say what would make it faster."""
     found = collect(CHECKS)
     changes = advice(found)
-    if as_json:
+    if json:
         print_json({**found, "advice": changes})
         return
     show_facts(lines(found))
@@ -191,7 +191,8 @@ def _gflops(backend: str) -> float:
 
 
 def _mlx() -> Facts:
-    from mlx_randygpt.backends import BACKENDS, mlx_device
+    from mlx_randygpt.backends import mlx_device
+    from mlx_randygpt.config import BACKENDS
 
     device, reason = mlx_device()
     if device is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from mlx_randygpt.cli.options import (
 @click.option(
     "--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True
 )
-@model_options
+@model_options(defaults=False)
 @click.option("--batch-size", type=int, default=64, show_default=True)
 @backend_option
 @json_option
 def command(
     checkpoint: Path | None, data: tuple[str, ...], split: str, batch_size: int, backend: str,
-    as_json: bool, **options: Any,
+    json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Score a checkpoint on a whole split: the same number every time.
 
@@ -59,7 +60,7 @@ def command(
     corpus = encode_corpus(texts, tokenizer)
     tokens = {"val": corpus.val, "train": corpus.train, "all": corpus.tokens}[split]
     name, why = choose(backend)
-    engine = make_backend(name, saved.model, saved.train, saved.state)
+    engine = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
     score = evaluate(engine, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
     assert score is not None
     values = {
@@ -69,7 +70,7 @@ def command(
         "tokens": score.tokens,
         "split": split,
     }
-    if as_json:
+    if json:
         print_json(values)
         return
     click.echo(

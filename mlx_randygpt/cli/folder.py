@@ -11,7 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.checkpoint import NEWEST, CheckpointError
+from mlx_randygpt.checkpoint import (
+    NEWEST,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    peek_step,
+)
 from mlx_randygpt.config import UserError
 from mlx_randygpt.reports import EvalLog, Report, StepLog
 
@@ -76,19 +82,36 @@ class RunFolder:
                 "it, --overwrite starts anew, --out DIR goes elsewhere"
             )
 
-    def newest(self) -> Path:
-        """What a bare --resume means."""
-        if found := self.checkpoints():
-            return found[0]
-        raise CheckpointError(
-            f"there is no checkpoint in {self.path}; leave --resume out to start a new run, "
-            "or give --out the folder of the old one"
-        )
+    def newest(self) -> Checkpoint:
+        """What a bare --resume means: the checkpoint of the highest step. Where one is damaged
+        the choice is the user's: CheckpointError names it and what else there is."""
+        if not (found := self.checkpoints()):
+            raise CheckpointError(no_checkpoint(self.path))
+        steps, damaged = dict[Path, int](), list[CheckpointError]()
+        for path in found:
+            try:
+                steps[path] = peek_step(path)
+            except CheckpointError as error:
+                damaged.append(error)
+        best = max(steps, key=lambda path: steps[path], default=None)  # of equals checkpoint.…
+        if best is not None and not damaged:
+            try:
+                return load_checkpoint(best)
+            except CheckpointError as error:
+                damaged.append(error)
+                del steps[best]
+        others = ", ".join(f"{path} (iter {step})" for path, step in steps.items())
+        hint = f"; --resume PATH goes on from another: {others}" if others else ""
+        raise CheckpointError(f"{damaged[0]}{hint}")
 
     def begin(self, config_toml: str, *, fresh: bool) -> None:
-        """Write config.toml and open metrics.jsonl, emptied for a fresh run."""
+        """Write config.toml and open metrics.jsonl; a fresh run empties it and takes away another
+        run's checkpoints, but for the newest, which its own first one replaces."""
         try:
-            (self.path / "config.toml").write_text(config_toml, encoding="utf-8")
+            for old in self.checkpoints() if fresh else ():
+                if old.name != NEWEST:
+                    old.unlink()
+            (self.path / "config.toml").write_text(config_toml, encoding="utf-8", errors="replace")
             mode = "w" if fresh else "a"
             self._metrics = open(self.path / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -107,6 +130,14 @@ class RunFolder:
                 self._flushed_at = time.monotonic()
         except OSError as error:
             self.problem = f"metrics.jsonl is no longer written: {error.strerror}"
+
+
+def no_checkpoint(folder: Path) -> str:
+    """The line for a --resume that finds nothing."""
+    return (
+        f"there is no checkpoint in {folder}; leave --resume out to start a new run, "
+        "or give --out the folder of the old one"
+    )
 
 
 def _metrics(report: Report, log_every: int) -> dict[str, Any]:

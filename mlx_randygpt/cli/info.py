@@ -28,7 +28,7 @@ N_PATHS = 3  # of the text shown
 @click.command("info", cls=Command)
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @json_option
-def command(path: Path | None, as_json: bool) -> None:
+def command(path: Path | None, json: bool) -> None:
     """Tell what a checkpoint holds and whether its checksum holds.
 
     Without PATH: checkpoint_best.safetensors, else checkpoint.safetensors, in checkpoints/.
@@ -38,7 +38,7 @@ def command(path: Path | None, as_json: bool) -> None:
     path = default_checkpoint(path)
     saved = load_checkpoint(path, weights_only=True)  # raises where the checksum fails
     n_bytes = path.stat().st_size
-    if as_json:
+    if json:
         print_json(describe(path, saved, n_bytes))
     else:
         show_facts(facts(path, saved, n_bytes))

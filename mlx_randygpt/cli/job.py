@@ -13,9 +13,16 @@ from rich.console import Console
 
 from mlx_randygpt.backends import choose, make_backend
 from mlx_randygpt.backends.base import Backend, BackendError
-from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, Progress, load_checkpoint
+from mlx_randygpt.checkpoint import (
+    BEST,
+    NEWEST,
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    load_checkpoint,
+)
 from mlx_randygpt.cli import settings, text
-from mlx_randygpt.cli.folder import RunFolder
+from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.dashboard import make_view
@@ -48,12 +55,16 @@ class Job:
 
 def train_command(job: Job) -> int:
     """Train as asked; the exit code."""
+    if job.resume_newest and not job.out.is_dir():
+        raise CheckpointError(no_checkpoint(job.out))
     overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
     with StopSignals() as signals, RunFolder(job.out) as folder, overflow_is_checked:
-        if not job.resuming and not job.overwrite:
+        elsewhere = job.resume is not None and job.resume.resolve().parent != job.out.resolve()
+        if (not job.resuming and not job.overwrite) or elsewhere:
             folder.refuse_if_used()
-        source = folder.newest() if job.resume_newest else job.resume or job.init_from
+        source = job.resume or job.init_from
         saved = load_checkpoint(source) if source else None
+        saved = folder.newest() if job.resume_newest else saved
         if saved is not None and job.resuming:
             _, config = settings.resumed(job.given, saved)
             if saved.state.step >= config.iters:
@@ -95,7 +106,8 @@ def prepare(
     config = _resolved(config, backend_name, texts)
     corpus = encode_corpus(texts, tokenizer)
     check_length(corpus, model.block_size)
-    notes = [line for line in (text.unknown_line(texts, tokenizer),) if line]
+    lost = text.unknown_line(texts, tokenizer), text.unknown_line({"": config.prompt}, tokenizer)
+    notes = [line for line in lost if line]
     state, progress = TrainState(0, {}, {}), Progress()
     if saved and job.resuming:
         state, progress = saved.state, saved.progress
@@ -115,7 +127,7 @@ def follow(
 ) -> int:  # fmt: skip
     """Show every report, record it, and say at the end what can be done next."""
     console, plain = _console(job.plain)
-    newest: SaveLog | None = None
+    saves: dict[str, SaveLog] = {}  # the latest of each file
     end: EndLog | None = None
     with make_view(info, console, plain) as view:
         signals.defer(view.restore)
@@ -128,24 +140,23 @@ def follow(
                     end = report
                     if end.reason == "stopped":
                         view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
-                if isinstance(report, SaveLog) and Path(report.path).name == NEWEST:
-                    newest = report
+                if isinstance(report, SaveLog):
+                    saves[Path(report.path).name] = report
                 view.show(report)
         except TrainingDiverged as error:
-            kept = f"{newest.path} (iter {newest.step})" if newest else "what was on the disk"
+            safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
+            kept = ", ".join(safe) or "what was on the disk"
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
         if folder.problem:
             view.note(folder.problem)
-    if newest is not None and newest.error:
-        raise CheckpointError(f"the last state is not on the disk: {newest.error}")
+    for save in sorted(saves.values(), key=lambda save: save.best):
+        if save.error:
+            what = "best" if save.best else "last"
+            raise CheckpointError(f"the {what} state is not on the disk: {save.error}")
     if end is not None and end.reason == "stopped":
-        console.print(
-            f"Go on with: {resume_line(job, run)}", markup=False, highlight=False, soft_wrap=True
-        )
+        click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)
     elif end is not None:
-        console.print(
-            f"Let it write: {sample_line(job)}", markup=False, highlight=False, soft_wrap=True
-        )
+        click.echo(f"Let it write: {sample_line(job)}", file=console.file)
     return signals.exit_code
 
 
@@ -194,7 +205,8 @@ def sample_line(job: Job) -> str:
     """The command that samples from this run's best checkpoint."""
     words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
     if str(job.out) != "checkpoints":
-        words += ["--checkpoint", str(job.out / "checkpoint_best.safetensors")]
+        best = job.out / BEST
+        words += ["--checkpoint", str(best if best.exists() else job.out / NEWEST)]
     return shlex.join(words)
 
 
@@ -207,7 +219,10 @@ def _settings(
         return settings.resumed(job.given, saved)
     sizes = {k: v for k, v in job.given.items() if k in (*settings.MODEL_SIZES, "preset", "recipe")}
     model, _ = settings.resumed(sizes, saved)
-    _, config = settings.fresh({"recipe": saved.train.recipe} | job.given, tokenizer.vocab_size)
+    _, config = settings.fresh(
+        {"recipe": saved.train.recipe, "preset": saved.train.preset} | job.given,
+        tokenizer.vocab_size,
+    )
     return model, config
 
 
@@ -246,7 +261,8 @@ def _changes(
         lines.append("The text has changed since the checkpoint was written; going on with it.")
     if backend_name != saved.backend:
         lines.append(
-            f"Written by {saved.backend}, resumed on {backend_name}: equal up to rounding."
+            f"Written by {saved.backend}, resumed on {backend_name}: equal up to rounding"
+            f"{' and what dropout draws' if saved.model.dropout else ''}."
         )
     elif backend_name == "numpy" and config.threads != saved.train.threads:
         lines.append(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_randygpt.config import PRESETS, RECIPES, UserError
+from mlx_randygpt.config import BACKENDS, DEFAULT_PRESET, PRESETS, RECIPES, UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DEBUG = "mlx_randygpt.debug"
@@ -37,27 +37,42 @@ class Command(click.Command):
             raise click.ClickException(_one_line(error)) from error
 
 
-def model_options(function: F) -> F:
-    """The options that decide the model: recipe, preset and the numbers of it."""
-    for option in reversed(
-        [
-            click.option("--recipe", type=click.Choice(sorted(RECIPES)), help="[default: modern]"),
-            click.option("--preset", type=click.Choice(list(PRESETS)), help="Sizes by name; see "
-                         "`mlxgpt presets`.  [default: small]"),
-            click.option("--n-layer", type=int, help="Layers."),
-            click.option("--n-head", type=int, help="Attention heads."),
-            click.option("--n-embd", type=int, help="Width."),
-            click.option("--block-size", type=int, help="Context, in tokens."),
-            click.option("--dropout", type=float, help="After attention and MLP.  [default: 0]"),
-        ]
-    ):  # fmt: skip
-        function = option(function)
-    return function
+def model_options(defaults: bool = True) -> Callable[[F], F]:
+    """The options that decide the model: recipe, preset and the numbers of it. `defaults` names
+    them in the help; where a checkpoint decides there are none."""
+
+    def default(text: str) -> str:
+        return f"  [default: {text}]" if defaults else ""
+
+    options = [
+        click.option(
+            "--recipe",
+            type=click.Choice(sorted(RECIPES)),
+            help=f"Model and rates.{default('modern')}",
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice(list(PRESETS)),
+            help=f"Sizes by name; see `mlxgpt presets`.{default(DEFAULT_PRESET)}",
+        ),
+        click.option("--n-layer", type=int, help="Layers."),
+        click.option("--n-head", type=int, help="Attention heads."),
+        click.option("--n-embd", type=int, help="Width."),
+        click.option("--block-size", type=int, help="Context, in tokens."),
+        click.option("--dropout", type=float, help=f"After attention and MLP.{default('0')}"),
+    ]
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def backend_option(function: F) -> F:
     """--backend, for every command that computes."""
-    choice = click.Choice(["auto", "mlx", "numpy"])
+    choice = click.Choice(["auto", *BACKENDS])
     text = "auto: MLX where it has a GPU, else NumPy."
     return click.option("--backend", type=choice, default="auto", show_default=True, help=text)(
         function
@@ -67,7 +82,7 @@ def backend_option(function: F) -> F:
 def json_option(function: F) -> F:
     """--json, for every command that reports figures."""
     text = "Print exactly one JSON object on stdout."
-    return click.option("--json", "as_json", is_flag=True, help=text)(function)
+    return click.option("--json", is_flag=True, help=text)(function)
 
 
 def print_json(values: dict[str, Any]) -> None:
@@ -166,7 +181,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path} is not a TOML file: {error}", ctx, param) from error
-    known = {_spelled(option): option.name for option in ctx.command.params}
+    known = {_spelled(option): option for option in ctx.command.params}
     values: dict[str, Any] = {}
     for key, value in content.items():
         spelling = key.replace("_", "-")
@@ -174,7 +189,12 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             raise click.BadParameter(
                 f"{path}: {key} is not an option of `mlxgpt {ctx.command.name}`", ctx, param
             )
-        values[str(known[spelling])] = value
+        option = known[spelling]
+        if option.multiple and not isinstance(value, list):
+            value = [value]
+        if value is True and not getattr(option, "is_flag", False):
+            value = getattr(option, "flag_value", None) or value  # `resume = true`
+        values[str(option.name)] = value
     ctx.default_map = {**(ctx.default_map or {}), **values}
 
 

@@ -20,10 +20,10 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size")
     help="Decides which weights there are and which moments a checkpoint holds.",
 )  # fmt: skip
 @json_option
-def command(recipe: str, as_json: bool) -> None:
+def command(recipe: str, json: bool) -> None:
     """List the named sizes with their parameter counts and the memory each needs."""
     rows = [sizes(name, recipe) for name in PRESETS]
-    if as_json:
+    if json:
         print_json({"recipe": recipe, "vocab_size": VOCAB_SIZE, "presets": rows})
         return
     show(_table(rows))

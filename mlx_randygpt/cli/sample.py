@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +47,15 @@ if TYPE_CHECKING:
 @json_option
 def command(
     checkpoint: Path | None, prompt: str | None, prompt_file: Path | None, beams: int,
-    num_samples: int, stop: tuple[str, ...], no_echo: bool, backend: str, as_json: bool,
+    num_samples: int, stop: tuple[str, ...], no_echo: bool, backend: str, json: bool,
     **filters: Any,
 ) -> None:  # fmt: skip
     """Let a trained model write. The same seed and settings give the same text."""
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.checkpoint import load_checkpoint
+    from mlx_randygpt.cli.job import describe_backend
     from mlx_randygpt.cli.text import unknown_line
+    from mlx_randygpt.data.corpus import read_text
     from mlx_randygpt.sample import SampleConfig, beam_search, generate
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
@@ -69,13 +72,15 @@ def command(
     saved = load_checkpoint(default_checkpoint(checkpoint), weights_only=True)
     tokenizer = tokenizer_from_json(saved.tokenizer)
     if prompt_file is not None:
-        prompt = prompt_file.read_text(encoding="utf-8")
+        prompt = read_text(prompt_file)
     prompt = saved.train.prompt if prompt is None else prompt
     if line := unknown_line({"prompt": prompt}, tokenizer):
         click.echo(line, err=True)
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.bos]
-    engine = make_backend(choose(backend)[0], saved.model, saved.train, saved.state)
-    show = Printer("" if no_echo else prompt, config, quiet=as_json or num_samples > 1)
+    name, why = choose(backend)
+    engine = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
+    click.echo(f"Backend: {describe_backend(engine, why)}", err=True)
+    show = Printer("" if no_echo else prompt, config, quiet=json or num_samples > 1)
     started = time.perf_counter()
     if beams > 1:
         samples = [beam_search(engine, saved.model, tokenizer, ids, config, beams)]
@@ -85,7 +90,7 @@ def command(
         for samples in generate(engine, saved.model, tokenizer, ids, config, num_samples):
             show(samples)
     seconds = time.perf_counter() - started
-    if as_json:
+    if json:
         print_json(_report(samples, prompt, seconds))
     else:
         show.end(samples)

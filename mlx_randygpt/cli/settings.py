@@ -65,7 +65,10 @@ def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, Trai
                 f"a run goes on with its own {name}: leave the option out"
             )
     known = {field.name for field in fields(TrainConfig)}
-    train = replace(saved.train, **{k: v for k, v in given.items() if k in known})
+    changes = {name: value for name, value in given.items() if name in known}
+    if given.get("schedule") == "plateau" and not saved.train.patience:
+        changes.setdefault("patience", PLATEAU_PATIENCE)
+    train = replace(saved.train, **changes)
     dropout = wanted["dropout"] if "dropout" in given else saved.model.dropout
     return replace(saved.model, dropout=dropout), train
 

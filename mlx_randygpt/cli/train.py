@@ -44,7 +44,7 @@ NEWEST_OF_OUT = "@newest"
     metavar="PATH",
     help="Start from another model's weights at step 0 (fine-tuning).",
 )
-@model_options
+@model_options()
 @click.option("--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]")
 @click.option("--grad-accum", type=int, help="Micro-batches per step.  [default: 1]")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
