@@ -94,7 +94,7 @@ class Tally:
 
     @property
     def tokens_per_second(self) -> float:
-        """Since the first report of this session, without evaluations."""
+        """Since the first report of this session, evaluations included."""
         if not self.first or not self.last or self.last.seconds <= self.first.seconds:
             return self.last.tokens_per_second if self.last else 0.0
         return (self.last.tokens - self.first.tokens) / (self.last.seconds - self.first.seconds)

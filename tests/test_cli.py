@@ -140,7 +140,10 @@ def test_wrong_usage_is_code_2(words: list[str]) -> None:
         ("iters = ", "not a TOML file"),
         ("colour = 1", "colour is not an option of `mlxgpt train`"),
         ('config = "x.toml"', "config is not an option"),
-        ('iters = "ten"', "not a valid int"),
+        ('iters = "ten"', "iters = 'ten': it should be int"),
+        ("iters = true", "iters = True: it should be int"),
+        ("iters = 2.5", "iters = 2.5: it should be int"),
+        ("data = [1]", "it should be str"),
         ("[model]\nn_embd = 8", "model is not an option"),
     ],
 )

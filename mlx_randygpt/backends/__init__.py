@@ -1,8 +1,7 @@
 """Which backends there are, and which one runs here.
 
 MLX is imported only when it is asked for or might have a GPU; a missing library is a reason to
-tell, not a crash. The table of them is
-config.BACKENDS.
+tell, not a crash. Their table is config.BACKENDS.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ def command(
     tokens = {"val": corpus.val, "train": corpus.train, "all": corpus.tokens}[split]
     name, why = choose(backend)
     engine = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
+    click.echo(f"Backend: {describe_backend(engine, why)}", err=True)
     score = evaluate(engine, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
     assert score is not None
     values = {
@@ -76,5 +77,5 @@ def command(
     click.echo(
         f"{split} loss {score.loss:.4f} | perplexity {score.perplexity:.2f} | "
         f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
-        f"step {saved.state.step} | {describe_backend(engine, why)}"
+        f"step {saved.state.step}"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.checkpoint import (
+    BEST,
     NEWEST,
     Checkpoint,
     CheckpointError,
@@ -74,13 +75,13 @@ class RunFolder:
         found = self.path.glob("checkpoint*.safetensors")
         return sorted(found, key=lambda path: (path.name != NEWEST, -path.stat().st_mtime))
 
-    def refuse_if_used(self) -> None:
-        """FolderError where a fresh run would write over another's checkpoints."""
+    def refuse_if_used(
+        self,
+        advice: str = "--resume goes on with it, --overwrite starts anew, --out DIR goes elsewhere",
+    ) -> None:
+        """FolderError where a run would write over another's checkpoints."""
         if found := self.checkpoints():
-            raise FolderError(
-                f"{self.path} already holds a checkpoint ({found[0].name}); --resume goes on with "
-                "it, --overwrite starts anew, --out DIR goes elsewhere"
-            )
+            raise FolderError(f"{self.path} already holds a checkpoint ({found[0].name}); {advice}")
 
     def newest(self) -> Checkpoint:
         """What a bare --resume means: the checkpoint of the highest step. Where one is damaged
@@ -92,17 +93,20 @@ class RunFolder:
             try:
                 steps[path] = peek_step(path)
             except CheckpointError as error:
-                damaged.append(error)
-        best = max(steps, key=lambda path: steps[path], default=None)  # of equals checkpoint.…
-        if best is not None and not damaged:
+                if path.name in (NEWEST, BEST):
+                    damaged.append(error)
+        if steps and not damaged:
+            newest = max(steps, key=lambda path: steps[path])  # of equals, checkpoint.safetensors
             try:
-                return load_checkpoint(best)
+                return load_checkpoint(newest)
             except CheckpointError as error:
                 damaged.append(error)
-                del steps[best]
+                del steps[newest]
         others = ", ".join(f"{path} (iter {step})" for path, step in steps.items())
-        hint = f"; --resume PATH goes on from another: {others}" if others else ""
-        raise CheckpointError(f"{damaged[0]}{hint}")
+        hint = (
+            f"--resume PATH goes on from another: {others}" if others else "--overwrite starts anew"
+        )
+        raise CheckpointError("; ".join([*map(str, damaged), hint]))
 
     def begin(self, config_toml: str, *, fresh: bool) -> None:
         """Write config.toml and open metrics.jsonl; a fresh run empties it and takes away another

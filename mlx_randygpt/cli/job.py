@@ -59,11 +59,12 @@ def train_command(job: Job) -> int:
         raise CheckpointError(no_checkpoint(job.out))
     overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
     with StopSignals() as signals, RunFolder(job.out) as folder, overflow_is_checked:
-        elsewhere = job.resume is not None and job.resume.resolve().parent != job.out.resolve()
-        if (not job.resuming and not job.overwrite) or elsewhere:
+        if not job.resuming and not job.overwrite:
             folder.refuse_if_used()
         source = job.resume or job.init_from
         saved = load_checkpoint(source) if source else None
+        if job.resume and job.resume.resolve().parent != job.out.resolve():
+            folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
         saved = folder.newest() if job.resume_newest else saved
         if saved is not None and job.resuming:
             _, config = settings.resumed(job.given, saved)
@@ -111,7 +112,7 @@ def prepare(
     state, progress = TrainState(0, {}, {}), Progress()
     if saved and job.resuming:
         state, progress = saved.state, saved.progress
-        notes += _changes(saved, config, corpus, backend_name)
+        notes += _changes(saved, model, config, corpus, backend_name)
     elif saved:
         state = TrainState(0, saved.state.params, {})
     else:
@@ -151,8 +152,9 @@ def follow(
             view.note(folder.problem)
     for save in sorted(saves.values(), key=lambda save: save.best):
         if save.error:
-            what = "best" if save.best else "last"
-            raise CheckpointError(f"the {what} state is not on the disk: {save.error}")
+            name = Path(save.path).name
+            what = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
+            raise CheckpointError(f"{what} is not on the disk: {save.error}")
     if end is not None and end.reason == "stopped":
         click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)
     elif end is not None:
@@ -253,7 +255,7 @@ def _same_vocabulary(saved: Checkpoint, tokenizer: Tokenizer, own: Tokenizer) ->
 
 
 def _changes(
-    saved: Checkpoint, config: TrainConfig, corpus: Corpus, backend_name: str
+    saved: Checkpoint, model: ModelConfig, config: TrainConfig, corpus: Corpus, backend_name: str
 ) -> list[str]:
     """What makes the resumed run another one than the undisturbed would have been."""
     lines = []
@@ -262,7 +264,7 @@ def _changes(
     if backend_name != saved.backend:
         lines.append(
             f"Written by {saved.backend}, resumed on {backend_name}: equal up to rounding"
-            f"{' and what dropout draws' if saved.model.dropout else ''}."
+            f"{' and what dropout draws' if model.dropout else ''}."
         )
     elif backend_name == "numpy" and config.threads != saved.train.threads:
         lines.append(

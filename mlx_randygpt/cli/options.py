@@ -13,6 +13,7 @@ import click
 from mlx_randygpt.config import BACKENDS, DEFAULT_PRESET, PRESETS, RECIPES, UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
+RESUME_NEWEST = "@newest"  # what a bare --resume passes on
 _DEBUG = "mlx_randygpt.debug"
 
 
@@ -189,13 +190,37 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             raise click.BadParameter(
                 f"{path}: {key} is not an option of `mlxgpt {ctx.command.name}`", ctx, param
             )
-        option = known[spelling]
-        if option.multiple and not isinstance(value, list):
-            value = [value]
-        if value is True and not getattr(option, "is_flag", False):
-            value = getattr(option, "flag_value", None) or value  # `resume = true`
-        values[str(option.name)] = value
+        try:
+            values[str(known[spelling].name)] = _fitting(known[spelling], value)
+        except TypeError as error:
+            raise click.BadParameter(f"{path}: {key} = {value!r}: {error}", ctx, param) from error
     ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+def _fitting(option: click.Parameter, value: Any) -> Any:
+    """A TOML value as the option takes it; TypeError says what it should be."""
+    if option.multiple:
+        return [
+            _fitting_one(option, one) for one in (value if isinstance(value, list) else [value])
+        ]
+    return _fitting_one(option, value)
+
+
+def _fitting_one(option: click.Parameter, value: Any) -> Any:
+    kinds: tuple[type, ...] = (str,)
+    if isinstance(option, click.Option) and option.is_flag:
+        kinds = (bool,)
+    elif isinstance(option.type, click.types.IntParamType):
+        kinds = (int,)
+    elif isinstance(option.type, click.types.FloatParamType):
+        kinds = (int, float)
+    elif option.name == "resume" and isinstance(value, bool):
+        return RESUME_NEWEST if value else None
+    elif option.name == "save_every" and type(value) is int:
+        return str(value)
+    if type(value) not in kinds:
+        raise TypeError(f"it should be {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
 
 
 def _spelled(option: click.Parameter) -> str:

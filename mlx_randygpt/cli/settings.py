@@ -62,7 +62,7 @@ def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, Trai
         if given.get(name, getattr(saved.train, name)) != getattr(saved.train, name):
             raise ResumeError(
                 f"Checkpoint {name} {getattr(saved.train, name)} != {name} {given[name]}; "
-                f"a run goes on with its own {name}: leave the option out"
+                f"its weights go with its own {name}: leave the option out"
             )
     known = {field.name for field in fields(TrainConfig)}
     changes = {name: value for name, value in given.items() if name in known}

@@ -7,10 +7,13 @@ from typing import Any
 
 import click
 
-from mlx_randygpt.cli.options import Command, backend_option, model_options
+from mlx_randygpt.cli.options import (
+    RESUME_NEWEST,
+    Command,
+    backend_option,
+    model_options,
+)
 from mlx_randygpt.config import DTYPES, OPTIMIZERS, SCHEDULES
-
-NEWEST_OF_OUT = "@newest"
 
 
 @click.command("train", cls=Command)
@@ -33,9 +36,9 @@ NEWEST_OF_OUT = "@newest"
 @click.option(
     "--resume",
     is_flag=False,
-    flag_value=NEWEST_OF_OUT,
+    flag_value=RESUME_NEWEST,
     metavar="[PATH]",
-    help="Go on from the newest checkpoint in --out, or from a file.",
+    help="Go on from the checkpoint of the highest step in --out, or from a file.",
 )
 @click.option("--overwrite", is_flag=True, help="Start anew in a folder that holds a run.")
 @click.option(
@@ -103,8 +106,8 @@ def command(
             Job(
                 given={name: value for name, value in options.items() if value is not None},
                 data=data, out=out, backend=backend, plain=plain, overwrite=overwrite,
-                resume=None if resume in (None, NEWEST_OF_OUT) else Path(str(resume)),
-                resume_newest=resume == NEWEST_OF_OUT, init_from=init_from,
+                resume=None if resume in (None, RESUME_NEWEST) else Path(str(resume)),
+                resume_newest=resume == RESUME_NEWEST, init_from=init_from,
             )
         )
     )  # fmt: skip
