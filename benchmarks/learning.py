@@ -22,10 +22,11 @@ from mlx_randygpt.backends import make_backend
 from mlx_randygpt.cli import settings
 from mlx_randygpt.config import PRESETS, RECIPES
 from mlx_randygpt.data.corpus import encode_corpus, find_files, read_texts
+from mlx_randygpt.evaluation import evaluate
 from mlx_randygpt.reports import EvalLog
 from mlx_randygpt.state import TrainState, initial_params
 from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import Run, evaluate, train
+from mlx_randygpt.train import Run, train
 
 
 def main() -> None:

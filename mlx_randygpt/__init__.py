@@ -22,7 +22,7 @@ _PUBLIC = {
     "save_checkpoint": "checkpoint",
     "make_backend": "backends",
     "train": "train",
-    "evaluate": "train",
+    "evaluate": "evaluation",
     "generate": "sample",
 }
 __all__ = ["__version__", *_PUBLIC]

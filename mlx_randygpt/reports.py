@@ -72,19 +72,6 @@ class EndLog:
 Report = StepLog | EvalLog | SampleLog | SaveLog | EndLog
 
 
-@dataclass(frozen=True)
-class Score:
-    """A score over a whole split."""
-
-    loss: float  # nats per token
-    bits_per_byte: float
-    tokens: int  # targets counted
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-
 class Pace:
     """Steps per second of late: sums that forget, with pauses left out."""
 

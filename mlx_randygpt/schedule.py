@@ -33,6 +33,11 @@ class Plateau:
         return 0 < patience <= self.evaluations_without_best
 
 
+def decay_start(iters: int, warmup: int) -> int:
+    """The step after which `trapezoid` decays; a run that went no further can be extended."""
+    return max(warmup, iters - round(TRAPEZOID_DECAY * iters))
+
+
 def learning_rate(
     step: int,
     *,
@@ -55,9 +60,7 @@ def learning_rate(
         return lr
     if schedule == "plateau":
         return max(lr * PLATEAU_FACTOR**reductions, min_lr)
-    start = warmup
-    if schedule == "trapezoid":
-        start = max(warmup, iters - round(TRAPEZOID_DECAY * iters))
+    start = decay_start(iters, warmup) if schedule == "trapezoid" else warmup
     done = max(0.0, (step - start) / max(1, iters - start))
     left = 1 - done if schedule != "cosine" else 0.5 * (1 + math.cos(math.pi * done))
     return min_lr + (lr - min_lr) * left

@@ -23,16 +23,22 @@ from mlx_randygpt.checkpoint import (
     load_checkpoint,
 )
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError, parse_interval
-from mlx_randygpt.data.windows import eval_batches, sample_batch
-from mlx_randygpt.reports import EndLog, EvalLog, Pace, Report, SampleLog, SaveLog, Score, StepLog
+from mlx_randygpt.data.windows import sample_batch
+from mlx_randygpt.evaluation import evaluate
+from mlx_randygpt.reports import EndLog, EvalLog, Pace, Report, SampleLog, SaveLog, StepLog
 from mlx_randygpt.sample import SampleConfig, generate
-from mlx_randygpt.schedule import learning_rate
-from mlx_randygpt.state import IGNORED, Array
+from mlx_randygpt.schedule import decay_start, learning_rate
+from mlx_randygpt.state import Array
 from mlx_randygpt.tokenizer import Tokenizer
 from mlx_randygpt.writer import CheckpointWriter, Saved
 
 EVAL_BATCH_TOKENS = 4096  # at least, in one batch of an evaluation
 EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
+
+
+def kept_name(step: int) -> str:
+    """The file of a checkpoint that later ones do not replace."""
+    return f"checkpoint-{step}.safetensors"
 
 
 class TrainingDiverged(UserError, ArithmeticError):
@@ -161,7 +167,7 @@ class Trainer:
         return (
             self._evaluation_due()
             or _is_due(self.step, config.sample_every)
-            or _is_due(self.step, config.keep_every)
+            or self._keep_due()
             or self._save_due()
         )
 
@@ -217,9 +223,16 @@ class Trainer:
         steps, seconds = parse_interval(self.run.train.save_every)
         return _is_due(self.step, steps) or 0 < seconds <= self.clock() - self.last_save
 
+    def _keep_due(self) -> bool:
+        config = self.run.train
+        before_decay = config.schedule == "trapezoid" and self.step == decay_start(
+            config.iters, config.warmup
+        )
+        return before_decay or _is_due(self.step, config.keep_every)
+
     def _save_if_due(self) -> Iterator[Report]:
-        if _is_due(self.step, self.run.train.keep_every):
-            self._submit(f"checkpoint-{self.step}.safetensors")
+        if self._keep_due():
+            self._submit(kept_name(self.step))
         if self._save_due():
             self._submit(NEWEST)
             self.last_save = self.clock()
@@ -268,31 +281,6 @@ class Trainer:
 
     def _seconds(self) -> float:
         return self.clock() - self.started
-
-
-def evaluate(
-    backend: Backend,
-    tokens: Array,
-    block_size: int,
-    batch_size: int,
-    token_bytes: Array,
-    should_stop: Callable[[], bool] = lambda: False,
-    max_tokens: int | None = None,
-) -> Score | None:
-    """Mean loss over non-overlapping windows of `tokens`, each token but the first predicted once.
-
-    The same number every time. None where `should_stop` turned true before the end; with
-    `max_tokens`, that many tokens' worth of windows, evenly spread.
-    """
-    nats, n_targets, n_bytes = 0.0, 0, 0
-    for batch in eval_batches(tokens, block_size, batch_size, max_tokens):
-        if should_stop():
-            return None
-        count, targets = batch.n_targets(), batch.y()
-        nats += backend.loss(batch) * count
-        n_targets += count
-        n_bytes += int(token_bytes[targets[targets != IGNORED]].sum())
-    return Score(nats / n_targets, nats / math.log(2) / max(1, n_bytes), n_targets)
 
 
 def _is_due(step: int, every: int) -> bool:

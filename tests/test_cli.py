@@ -357,3 +357,23 @@ def test_piped_output_is_plain_and_tells_how_to_go_on() -> None:
         assert any(line.startswith(start) for line in lines), start
     assert f"✓ Saved checkpoints/{NEWEST} (iter 3)" in lines
     assert any(line.startswith(f"✓ Saved checkpoints/{BEST} (best loss ") for line in lines)
+
+
+def test_an_extended_trapezoid_ends_as_a_longer_one() -> None:
+    trapezoid = ["--schedule=trapezoid", "--dropout=0.2", "--warmup=5"]
+    trained(*trapezoid, "--iters=40", "--out=straight")
+    trained(*trapezoid, "--iters=20", "--out=extended")
+    assert load_checkpoint(Path("extended/checkpoint-12.safetensors")).state.step == 12
+    result = call("--resume", "--iters=40", "--out=extended")
+    assert "going on from step 12, where the decay had not begun" in result.stdout
+    ends = [load_checkpoint(Path(run, NEWEST)).state for run in ("straight", "extended")]
+    np.testing.assert_equal(ends[0].params, ends[1].params)
+    np.testing.assert_equal(ends[0].moments, ends[1].moments)
+
+
+def test_a_trapezoid_without_its_kept_checkpoint_says_what_it_does() -> None:
+    trained("--schedule=trapezoid", "--iters=20", "--warmup=5")
+    Path("checkpoints/checkpoint-12.safetensors").unlink()
+    result = call("--resume", "--iters=40")
+    assert result.exit_code == 0
+    assert "no checkpoint from before the decay was kept: the rate goes back up" in result.stdout

@@ -24,11 +24,12 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"checkpoint", "data", "schedule", "tokenizer"},
     {"reports"},
     {"writer"},
-    {"tally", "curve", "train", "sample"},
+    {"tally", "curve", "train", "sample", "evaluation"},
     {"dashboard", "serve", "exchange", "check", "bench"},
     {"cli", "__main__"},
 ]
-CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "sample", "tokenizer")
+CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
+CORE += ("sample", "tokenizer")
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
     "click": ("cli",),

@@ -18,11 +18,12 @@ import pytest
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, Progress, load_checkpoint
 from mlx_randygpt.data.corpus import encode_corpus
+from mlx_randygpt.evaluation import evaluate
 from mlx_randygpt.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
 from mlx_randygpt.schedule import Plateau
 from mlx_randygpt.state import Batch, TrainState, initial_params
 from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import Run, TrainingDiverged, evaluate, train
+from mlx_randygpt.train import Run, TrainingDiverged, train
 from mlx_randygpt.writer import Saved
 
 Make = Callable[..., tuple[Run, Backend]]

@@ -46,8 +46,8 @@ def command(
     from mlx_randygpt.cli import settings, text
     from mlx_randygpt.cli.job import describe_backend
     from mlx_randygpt.data.corpus import encode_corpus
+    from mlx_randygpt.evaluation import evaluate
     from mlx_randygpt.tokenizer import tokenizer_from_json
-    from mlx_randygpt.train import evaluate
 
     if batch_size < 1:
         raise click.BadParameter(f"{batch_size} is too small", param_hint="--batch-size")

@@ -23,10 +23,11 @@ from mlx_randygpt.checkpoint import (
 )
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
+from mlx_randygpt.cli.resume import before_decay, changes, same_vocabulary
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.dashboard import make_view
-from mlx_randygpt.data.corpus import Corpus, check_length, encode_corpus
+from mlx_randygpt.data.corpus import check_length, encode_corpus
 from mlx_randygpt.reports import EndLog, SaveLog
 from mlx_randygpt.state import TrainState, initial_params, parameter_count
 from mlx_randygpt.tally import RunInfo
@@ -74,6 +75,8 @@ def train_command(job: Job) -> int:
                     "Nothing to train."
                 )
                 return 0
+            if job.resume_newest:
+                saved = before_decay(saved, config.iters, job.out)
         name, why = choose(job.backend)
         run, state, description, notes = prepare(job, saved, name)
         backend = make_backend(name, run.model, run.train, state)
@@ -102,7 +105,7 @@ def prepare(
     own = CharTokenizer.train(texts.values())
     tokenizer: Tokenizer = tokenizer_from_json(saved.tokenizer) if saved else own
     if saved and job.resuming:
-        _same_vocabulary(saved, tokenizer, own)
+        same_vocabulary(saved, tokenizer, own)
     model, config = _settings(job, saved, tokenizer)
     config = _resolved(config, backend_name, texts)
     corpus = encode_corpus(texts, tokenizer)
@@ -112,7 +115,7 @@ def prepare(
     state, progress = TrainState(0, {}, {}), Progress()
     if saved and job.resuming:
         state, progress = saved.state, saved.progress
-        notes += _changes(saved, model, config, corpus, backend_name)
+        notes += changes(saved, model, config, corpus, backend_name)
     elif saved:
         state = TrainState(0, saved.state.params, {})
     else:
@@ -240,42 +243,6 @@ def _resolved(config: TrainConfig, backend_name: str, texts: dict[str, str]) -> 
         has_romeo = any("ROMEO:" in t for t in texts.values())
         config = replace(config, prompt="ROMEO:" if has_romeo else "\n")
     return config
-
-
-def _same_vocabulary(saved: Checkpoint, tokenizer: Tokenizer, own: Tokenizer) -> None:
-    if tokenizer == own:
-        return
-    hint = "give the --data it was trained on, or --init-from to start a new run from its weights"
-    if tokenizer.vocab_size != own.vocab_size:
-        raise CheckpointError(
-            f"Checkpoint vocab_size {tokenizer.vocab_size} != model vocab_size {own.vocab_size}: "
-            f"this text has other characters; {hint}"
-        )
-    raise CheckpointError(f"the checkpoint's characters are not those of this text; {hint}")
-
-
-def _changes(
-    saved: Checkpoint, model: ModelConfig, config: TrainConfig, corpus: Corpus, backend_name: str
-) -> list[str]:
-    """What makes the resumed run another one than the undisturbed would have been."""
-    lines = []
-    if corpus.sha256 != saved.data.get("sha256"):
-        lines.append("The text has changed since the checkpoint was written; going on with it.")
-    if backend_name != saved.backend:
-        lines.append(
-            f"Written by {saved.backend}, resumed on {backend_name}: equal up to rounding"
-            f"{' and what dropout draws' if model.dropout else ''}."
-        )
-    elif backend_name == "numpy" and config.threads != saved.train.threads:
-        lines.append(
-            f"{config.threads} threads instead of {saved.train.threads}: equal up to rounding."
-        )
-    if config.iters != saved.train.iters and config.schedule not in ("constant", "plateau"):
-        lines.append(
-            f"The target moved from {saved.train.iters} to {config.iters}: "
-            f"the {config.schedule} decay now ends there."
-        )
-    return lines
 
 
 def _console(plain: bool) -> tuple[Console, bool]:
