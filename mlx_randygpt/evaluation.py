@@ -11,6 +11,10 @@ from mlx_randygpt.data.windows import eval_batches
 from mlx_randygpt.state import IGNORED, Array
 
 
+OVERFIT_EVALUATIONS = 3  # without a new best, and
+OVERFIT_GAP = 0.05  # nats of validation over training loss: the model learns its text by heart
+
+
 @dataclass(frozen=True)
 class Score:
     """A score over a whole split."""
@@ -47,3 +51,15 @@ def evaluate(
         n_targets += count
         n_bytes += int(token_bytes[targets[targets != IGNORED]].sum())
     return Score(nats / n_targets, nats / math.log(2) / max(1, n_bytes), n_targets)
+
+
+def overfitting(train_loss: float, val_loss: float, waited: int, best_step: int) -> str:
+    """One line where validation loss has not improved for some evaluations while the training
+    loss lies well below it; else ""."""
+    if waited < OVERFIT_EVALUATIONS or not val_loss > train_loss + OVERFIT_GAP:
+        return ""
+    return (
+        f"Overfitting: training loss {train_loss:.3f}, validation loss {val_loss:.3f}, no new best "
+        f"since step {best_step}. More text helps most, then --dropout; --patience stops early. "
+        "The best checkpoint is kept."
+    )

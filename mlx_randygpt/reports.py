@@ -61,6 +61,14 @@ class SaveLog:
 
 
 @dataclass(frozen=True)
+class NoteLog:
+    """Something the person should know, in one line."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
 class EndLog:
     """No step follows: `reason` is "target", "stopped" (asked to) or "patience" (early stop).
     The last files are saved after it."""
@@ -69,7 +77,7 @@ class EndLog:
     reason: str
 
 
-Report = StepLog | EvalLog | SampleLog | SaveLog | EndLog
+Report = StepLog | EvalLog | SampleLog | SaveLog | NoteLog | EndLog
 
 
 class Pace:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from mlx_randygpt.curve import Curve
-from mlx_randygpt.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Report, SampleLog, SaveLog, StepLog
 
 Clock = Callable[[], float]
 
@@ -63,6 +63,8 @@ class Tally:
             self.sample = report
         elif isinstance(report, EndLog):
             self.end = report
+        elif isinstance(report, NoteLog):
+            self.add_event(report.text, clean(report.text), "magenta")
         else:
             self.add_event(report.path, save_line(report), "red" if report.error else "green")
 
@@ -242,6 +244,8 @@ class PlainLog:
             self._print(eval_line(report))
         elif isinstance(report, SaveLog):
             self._print(save_line(report))
+        elif isinstance(report, NoteLog):
+            self._print(report.text)
         elif isinstance(report, SampleLog):
             self._print(f"sample {report.step}")
             for line in clean(report.prompt + report.text, keep="\n").split("\n"):

@@ -24,8 +24,8 @@ from mlx_randygpt.checkpoint import (
 )
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError, parse_interval
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.evaluation import evaluate
-from mlx_randygpt.reports import EndLog, EvalLog, Pace, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.evaluation import evaluate, overfitting
+from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, SaveLog, StepLog
 from mlx_randygpt.sample import SampleConfig, generate
 from mlx_randygpt.schedule import decay_start, learning_rate
 from mlx_randygpt.state import Array
@@ -99,6 +99,8 @@ class Trainer:
         self.pace = Pace(clock)
         self.started = clock() - run.progress.seconds
         self.last_save = clock()
+        self.recent_loss = math.nan  # of training, an average that forgets
+        self.warned = False
 
     def run_to_target(self) -> Iterator[Report]:
         config = self.run.train
@@ -147,6 +149,8 @@ class Trainer:
                     f"{name} is {value} at step {step} (learning rate {lr:g}, loss {loss:.4g}); "
                     "try a lower --lr, a longer --warmup or a smaller --grad-clip"
                 )
+        old = loss if math.isnan(self.recent_loss) else self.recent_loss
+        self.recent_loss = old + 0.05 * (loss - old)
         n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
         self.progress = replace(self.progress, tokens=self.progress.tokens + n_tokens)
         return StepLog(
@@ -203,6 +207,11 @@ class Trainer:
             self.step, score.loss, score.bits_per_byte,
             self.progress.best_loss, self.progress.best_step, self._seconds(),
         )  # fmt: skip
+        waited = self.progress.plateau.evaluations_without_best
+        note = overfitting(self.recent_loss, score.loss, waited, self.progress.best_step)
+        if note and not self.warned:
+            self.warned = True
+            yield NoteLog(self.step, note)
         self.pace.restart()
 
     def _sample(self) -> Iterator[Report]:

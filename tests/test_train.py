@@ -19,7 +19,7 @@ from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, Progress, load_checkpoint
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.evaluation import evaluate
-from mlx_randygpt.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Report, SampleLog, SaveLog, StepLog
 from mlx_randygpt.schedule import Plateau
 from mlx_randygpt.state import Batch, TrainState, initial_params
 from mlx_randygpt.tokenizer import CharTokenizer
@@ -291,6 +291,19 @@ def test_plateau_halves_the_rate_and_stops_early(
     assert of(EndLog, reports) == [EndLog(10, "patience")]
     assert load_checkpoint(tmp_path / NEWEST).progress.plateau == Plateau(2.0, 2, 3)
     assert load_checkpoint(tmp_path / BEST).progress.best_step == 2
+
+
+def test_a_text_learned_by_heart_is_told_once(make_run: Make) -> None:
+    letters = np.random.default_rng(1).choice(list("abcdefgh"), 400)  # nothing to learn but itself
+    run, backend = make_run("modern", on="".join(letters), iters=120, eval_every=10, warmup=5)
+    notes = [report for report in train(run, backend) if isinstance(report, NoteLog)]
+    assert len(notes) == 1
+    assert "Overfitting: training loss" in notes[0].text
+
+
+def test_a_text_that_is_learned_is_no_overfitting(make_run: Make) -> None:
+    run, backend = make_run("modern", on="the cat sat. " * 300, iters=60, eval_every=5)
+    assert not any(isinstance(report, NoteLog) for report in train(run, backend))
 
 
 def test_early_stop_without_plateau(faked: Callable[..., tuple[Run, Fake]]) -> None:
