@@ -10,7 +10,6 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.data.windows import eval_batches
 from mlx_randygpt.state import IGNORED, Array
 
-
 OVERFIT_EVALUATIONS = 3  # without a new best, and
 OVERFIT_GAP = 0.05  # nats of validation over training loss: the model learns its text by heart
 

@@ -25,7 +25,7 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"reports"},
     {"writer"},
     {"tally", "curve", "train", "sample", "evaluation"},
-    {"dashboard", "serve", "exchange", "check", "bench"},
+    {"dashboard", "serve", "exchange", "check", "bench", "find_lr"},
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")

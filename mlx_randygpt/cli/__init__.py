@@ -13,6 +13,7 @@ from mlx_randygpt import __version__
 # name -> (module of this package, line for --help)
 COMMANDS = {
     "train": ("train", "Train a model on your text; Ctrl-C saves and stops, --resume goes on."),
+    "find-lr": ("find_lr", "Find a learning rate in under a minute, with a curve."),
     "sample": ("sample", "Let a trained model write."),
     "eval": ("evaluate", "Score a checkpoint on a whole split: loss, perplexity, bits per byte."),
     "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
