@@ -29,6 +29,7 @@ from mlx_randygpt.schedule import Plateau
 from mlx_randygpt.state import Array, Params, TrainState, parameter_shapes
 
 NEWEST = "checkpoint.safetensors"
+PREVIOUS = "checkpoint_previous.safetensors"  # the newest before the newest
 BEST = "checkpoint_best.safetensors"
 FORMAT = "mlx-randygpt"
 FORMAT_VERSION = "1"
@@ -51,6 +52,7 @@ class Progress:
     val_loss: float = math.nan  # of the last evaluation, and its step
     eval_step: int = -1
     plateau: Plateau = field(default_factory=Plateau)
+    rollbacks: int = 0  # by --on-nan, each of which halved the rate
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,16 @@ class Checkpoint:
     state: TrainState
 
 
+def kept_name(step: int) -> str:
+    """The file of a checkpoint that later ones do not replace."""
+    return f"checkpoint-{step}.safetensors"
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the file whole or not at all; whatever was at `path` stays until the new one is safe.
 
-    Raises CheckpointError on a full or read-only disk, and where a weight is not finite.
+    The newest of a run leaves the one before it as PREVIOUS. Raises CheckpointError on a full or
+    read-only disk, and where a weight is not finite.
     """
     tensors = _tensors(checkpoint.state)
     for name, tensor in tensors.items():
@@ -82,7 +90,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "header": header,
         "sha256": _digest(header, tensors),
     }
-    write_atomically(path, safetensors.numpy.save(tensors, metadata))
+    follows = path.name == NEWEST and checkpoint.state.step > 0
+    previous = path.with_name(PREVIOUS) if follows else None
+    write_atomically(path, safetensors.numpy.save(tensors, metadata), previous)
 
 
 def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -110,14 +120,18 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     return Checkpoint(model, train, progress, tokenizer, data, backend, state)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Temporary file beside `path`, flushed to the disk, renamed over it, folder flushed."""
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Temporary file beside `path`, flushed to the disk, renamed over it, folder flushed; what
+    was at `path` is then at `previous`. A folder that is gone is made again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _name_also(path, previous)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -243,6 +257,18 @@ def _record(kind: type[_T], values: dict[str, Any]) -> _T:
     if unknown := values.keys() - known:
         raise ConfigError(f"{kind.__name__} has no field {min(unknown)!r}")
     return kind(**values)
+
+
+def _name_also(path: Path, other: Path) -> None:
+    """Let the file at `path` be at `other` too, at no moment at neither."""
+    link = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, other)
+        link.unlink(missing_ok=True)  # still there where `other` was this very file already
+    except OSError:  # a file system without hard links
+        os.replace(path, other)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -84,6 +84,7 @@ class TrainConfig:
     save_every: str = "60s"  # steps ("1000") or a time ("60s", "5m")
     log_every: int = 1
     keep_every: int = 0  # also keep checkpoint-<step>.safetensors every N steps; 0 is off
+    on_nan: str = "stop"  # where loss or gradient are not finite: stop | skip | rollback
     dtype: str = "float32"  # compute type on a GPU; weights and moments stay float32
     threads: int = 0  # NumPy backend; 0 is all cores
     seed: int = 1337
@@ -112,6 +113,7 @@ class TrainConfig:
             _between(name, getattr(self, name), 0.0, 1.0, top_open=True)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("on_nan", self.on_nan, ON_NAN)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("recipe", self.recipe, tuple(RECIPES))
         parse_interval(self.save_every)
@@ -135,6 +137,7 @@ BACKENDS = {  # name -> module and class; a third backend is one file and one ro
 }
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
+ON_NAN = ("stop", "skip", "rollback")
 DTYPES = ("float32", "bfloat16")
 
 PRESETS: dict[str, Preset] = {

@@ -33,6 +33,11 @@ class Plateau:
         return 0 < patience <= self.evaluations_without_best
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether what happens every so many steps happens after this one; 0 is never."""
+    return every > 0 and step > 0 and step % every == 0
+
+
 def decay_start(iters: int, warmup: int) -> int:
     """The step after which `trapezoid` decays; a run that went no further can be extended."""
     return max(warmup, iters - round(TRAPEZOID_DECAY * iters))

@@ -18,27 +18,22 @@ from mlx_randygpt.checkpoint import (
     BEST,
     NEWEST,
     Checkpoint,
-    CheckpointError,
     Progress,
-    load_checkpoint,
 )
-from mlx_randygpt.config import ModelConfig, TrainConfig, UserError, parse_interval
+from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.evaluation import evaluate, overfitting
-from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
 from mlx_randygpt.sample import SampleConfig, generate
-from mlx_randygpt.schedule import decay_start, learning_rate
-from mlx_randygpt.state import Array
+from mlx_randygpt.schedule import is_due, learning_rate
+from mlx_randygpt.state import Array, TrainState
 from mlx_randygpt.tokenizer import Tokenizer
-from mlx_randygpt.writer import CheckpointWriter, Saved
+from mlx_randygpt.writer import Saver
 
+MAX_SKIPS = 10  # steps in a row that `--on-nan skip` leaves out
+MAX_ROLLBACKS = 3  # of a run, each at half the rate
 EVAL_BATCH_TOKENS = 4096  # at least, in one batch of an evaluation
 EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
-
-
-def kept_name(step: int) -> str:
-    """The file of a checkpoint that later ones do not replace."""
-    return f"checkpoint-{step}.safetensors"
 
 
 class TrainingDiverged(UserError, ArithmeticError):
@@ -71,12 +66,11 @@ def train(
     `should_stop` turns true the step at hand is finished, both files are safe, and the generator
     ends. Raises TrainingDiverged where loss or gradient stop being finite.
     """
-    writer = CheckpointWriter() if out is not None else None
+    saver = Saver(run.train, out, clock)
     try:
-        yield from Trainer(run, backend, out, writer, should_stop, clock).run_to_target()
+        yield from Trainer(run, backend, saver, should_stop, clock).run_to_target()
     finally:
-        if writer is not None:
-            writer.close()
+        saver.close()
 
 
 class Trainer:
@@ -86,26 +80,27 @@ class Trainer:
         self,
         run: Run,
         backend: Backend,
-        out: Path | None,
-        writer: CheckpointWriter | None,
+        saver: Saver,
         should_stop: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
-        self.run, self.backend, self.out, self.writer = run, backend, out, writer
+        self.run, self.backend, self.saver = run, backend, saver
         self.should_stop, self.clock = should_stop, clock
         self.progress = run.progress
         self.step = backend.step
         self.pending: tuple[int, float, StepResult] | None = None  # a step whose loss is unread
         self.pace = Pace(clock)
         self.started = clock() - run.progress.seconds
-        self.last_save = clock()
+        rolls_back = run.train.on_nan == "rollback"
+        self.safe: TrainState | None = backend.state() if rolls_back else None  # saved last
+        self.skipped = 0  # steps in a row
         self.recent_loss = math.nan  # of training, an average that forgets
         self.warned = False
 
     def run_to_target(self) -> Iterator[Report]:
         config = self.run.train
         if self.step == 0:
-            self._submit(NEWEST)  # so that the folder holds this run from its first moment on
+            self.saver.save(NEWEST, self._checkpoint)  # the folder is this run's from now on
         yield from self._evaluate()  # the untrained model first
         while self.step < config.iters and not self.should_stop() and not self._out_of_patience():
             previous, self.pending = self.pending, self._take_step()
@@ -114,10 +109,10 @@ class Trainer:
             if self._something_due():
                 yield from self._flush()
                 yield from self._evaluate()
-                if _is_due(self.step, config.sample_every) and self.step < config.iters:
+                if is_due(self.step, config.sample_every) and self.step < config.iters:
                     yield from self._sample()
-                yield from self._save_if_due()
-            yield from self._saved()
+                self.saver.save_due(self.step, self._checkpoint)
+            yield from self.saver.finished()
         yield from self._flush()
         yield from self._finish()
 
@@ -134,21 +129,18 @@ class Trainer:
             self.step, iters=config.iters, warmup=config.warmup, lr=config.lr,
             min_lr=config.min_lr, schedule=config.schedule,
             reductions=self.progress.plateau.reductions,
-        )  # fmt: skip
+        ) * 0.5**self.progress.rollbacks  # fmt: skip
         result = self.backend.train_step(batches, lr)
         self.pace.step()
         self.step += 1
         return self.step, lr, result
 
-    def _report(self, pending: tuple[int, float, StepResult]) -> StepLog:
+    def _report(self, pending: tuple[int, float, StepResult]) -> Report:
         step, lr, result = pending
         loss, grad_norm = result.loss, result.grad_norm
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not math.isfinite(value):
-                raise TrainingDiverged(
-                    f"{name} is {value} at step {step} (learning rate {lr:g}, loss {loss:.4g}); "
-                    "try a lower --lr, a longer --warmup or a smaller --grad-clip"
-                )
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return self._not_finite(step, lr, loss, grad_norm)
+        self.skipped = 0
         old = loss if math.isnan(self.recent_loss) else self.recent_loss
         self.recent_loss = old + 0.05 * (loss - old)
         n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
@@ -157,6 +149,24 @@ class Trainer:
             step, loss, lr, grad_norm, self.progress.tokens, n_tokens * self.pace.steps_per_second,
             self._seconds(), self.backend.memory_bytes(),
         )  # fmt: skip
+
+    def _not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Report:
+        """What `on_nan` asks for; the backend has left its weights as they were."""
+        policy, self.skipped = self.run.train.on_nan, self.skipped + 1
+        what = f"loss is {loss:.4g} and gradient norm {grad_norm:.4g} at step {step}"
+        if policy == "skip" and self.skipped < MAX_SKIPS:
+            return NoteLog(step, f"Skipped: {what}.")
+        if policy == "rollback" and self.progress.rollbacks < MAX_ROLLBACKS and self.safe:
+            rollbacks = self.progress.rollbacks + 1
+            self.progress = replace(self.progress, rollbacks=rollbacks)
+            self.pending = None
+            self.backend.restore(replace(self.safe, step=self.step))
+            return NoteLog(step, f"Back to the weights of step {self.safe.step}, at half the "
+                           f"learning rate: {what}.")  # fmt: skip
+        raise TrainingDiverged(
+            f"{what} (learning rate {lr:g}); "
+            "try a lower --lr, a longer --warmup or a smaller --grad-clip"
+        )
 
     def _flush(self) -> Iterator[Report]:
         """Read the step that is still unread, so that what follows sees a finished state."""
@@ -167,16 +177,11 @@ class Trainer:
             yield log
 
     def _something_due(self) -> bool:
-        config = self.run.train
-        return (
-            self._evaluation_due()
-            or _is_due(self.step, config.sample_every)
-            or self._keep_due()
-            or self._save_due()
-        )
+        sample_due = is_due(self.step, self.run.train.sample_every)
+        return self._evaluation_due() or sample_due or self.saver.due(self.step)
 
     def _evaluation_due(self) -> bool:
-        due = self.step == 0 or _is_due(self.step, self.run.train.eval_every)
+        due = self.step == 0 or is_due(self.step, self.run.train.eval_every)
         return (due or self.step == self.run.train.iters) and self.progress.eval_step < self.step
 
     def _evaluate(self) -> Iterator[Report]:
@@ -202,7 +207,7 @@ class Trainer:
             plateau=old.plateau.observe(score.loss, run.train.patience, run.train.schedule),
         )
         if is_best:
-            self._submit(BEST)
+            self.saver.save(BEST, self._checkpoint)
         yield EvalLog(
             self.step, score.loss, score.bits_per_byte,
             self.progress.best_loss, self.progress.best_step, self._seconds(),
@@ -226,71 +231,26 @@ class Trainer:
         yield SampleLog(self.step, run.train.prompt, text)
         self.pace.restart()
 
-    # Saving
-
-    def _save_due(self) -> bool:
-        steps, seconds = parse_interval(self.run.train.save_every)
-        return _is_due(self.step, steps) or 0 < seconds <= self.clock() - self.last_save
-
-    def _keep_due(self) -> bool:
-        config = self.run.train
-        before_decay = config.schedule == "trapezoid" and self.step == decay_start(
-            config.iters, config.warmup
-        )
-        return before_decay or _is_due(self.step, config.keep_every)
-
-    def _save_if_due(self) -> Iterator[Report]:
-        if self._keep_due():
-            self._submit(kept_name(self.step))
-        if self._save_due():
-            self._submit(NEWEST)
-            self.last_save = self.clock()
-        yield from self._saved()
-
-    def _submit(self, name: str) -> None:
-        if self.writer is not None and self.out is not None:
-            self.writer.submit(self.out / name, self._checkpoint())
-
     def _checkpoint(self) -> Checkpoint:
         run = self.run
         progress = replace(self.progress, seconds=self._seconds())
+        state = self.backend.state()
+        self.safe = state if run.train.on_nan == "rollback" else None
         return Checkpoint(
             run.model, run.train, progress, run.tokenizer.to_json(), run.data,
-            self.backend.name, self.backend.state(),
+            self.backend.name, state,
         )  # fmt: skip
-
-    def _saved(self) -> Iterator[Report]:
-        if self.writer is not None:
-            yield from (saved.log() for saved in self.writer.finished())
 
     def _finish(self) -> Iterator[Report]:
         reached = self.step >= self.run.train.iters
         stopped = not reached and not self._out_of_patience()
         yield EndLog(self.step, "target" if reached else "stopped" if stopped else "patience")
-        yield from self._save_both()
+        yield from self.saver.finish(self._checkpoint)
         if not self.should_stop():
             yield from self._sample()
-
-    def _save_both(self) -> Iterator[Report]:
-        if self.writer is None or self.out is None:
-            return
-        self._submit(NEWEST)
-        logs = [saved.log() for saved in self.writer.close()]
-        yield from logs
-        best = self.out / BEST
-        if best.exists() and not any(log.best for log in logs):  # written earlier: read it again
-            try:
-                kept = load_checkpoint(best, weights_only=True)
-                yield Saved(best, kept).log()
-            except CheckpointError as error:
-                yield SaveLog(self.progress.best_step, str(best), True, math.nan, str(error))
 
     def _out_of_patience(self) -> bool:
         return self.progress.plateau.exhausted(self.run.train.patience)
 
     def _seconds(self) -> float:
         return self.clock() - self.started
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0

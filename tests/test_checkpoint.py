@@ -18,6 +18,8 @@ import safetensors.numpy
 from mlx_randygpt import checkpoint as module
 from mlx_randygpt.checkpoint import (
     BEST,
+    NEWEST,
+    PREVIOUS,
     Checkpoint,
     CheckpointError,
     Progress,
@@ -94,9 +96,49 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     assert load_checkpoint(tmp_path / "c").state.step == 7
 
 
-def test_a_folder_that_is_not_there_is_named(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere/c: No such file or directory"):
-        save_checkpoint(tmp_path / "nowhere" / "c", make())
+def test_a_folder_that_is_gone_is_made_again(make: Make, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "gone" / "c", make(7))
+    assert load_checkpoint(tmp_path / "gone" / "c").state.step == 7
+
+
+def test_a_file_in_the_folder_s_place_is_named(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/c: File exists; it needs"):
+        save_checkpoint(tmp_path / "file" / "c", make())
+
+
+def test_the_newest_leaves_the_one_before_it(make: Make, tmp_path: Path) -> None:
+    for step in (0, 3, 5, 8):
+        save_checkpoint(tmp_path / NEWEST, make(step))
+    assert load_checkpoint(tmp_path / NEWEST).state.step == 8
+    assert load_checkpoint(tmp_path / PREVIOUS).state.step == 5
+    assert sorted(os.listdir(tmp_path)) == [NEWEST, PREVIOUS]
+
+
+def test_a_save_cut_off_between_its_names_leaves_both_files(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path / NEWEST, make(step))
+    os.replace(tmp_path / NEWEST, tmp_path / PREVIOUS)
+    os.link(tmp_path / PREVIOUS, tmp_path / NEWEST)  # as after a crash before the last rename
+    save_checkpoint(tmp_path / NEWEST, make(3))
+    steps = [load_checkpoint(tmp_path / name).state.step for name in (PREVIOUS, NEWEST)]
+    assert steps == [2, 3]
+    assert sorted(os.listdir(tmp_path)) == [NEWEST, PREVIOUS]
+
+
+def test_without_hard_links_the_one_before_it_is_moved(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2):
+        save_checkpoint(tmp_path / NEWEST, make(step))
+    assert load_checkpoint(tmp_path / PREVIOUS).state.step == 1
+    assert load_checkpoint(tmp_path / NEWEST).state.step == 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -247,13 +289,41 @@ def test_of_several_snapshots_the_newest_is_written(make: Make, tmp_path: Path) 
 
 
 def test_a_failed_write_is_reported_and_the_next_one_tried(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     writer = CheckpointWriter()
-    writer.submit(tmp_path / "nowhere" / "c", make(1))
+    writer.submit(tmp_path / "file" / "c", make(1))
     writer.submit(tmp_path / "c", make(2))
-    failed, saved = writer.close()
-    assert "No such file or directory" in failed.error
-    assert saved.error == ""
+    results = writer.close()
+    assert {saved.error for saved in results if saved.path == tmp_path / "c"} == {""}
+    failed = [saved.error for saved in results if saved.path != tmp_path / "c"]
+    assert failed
+    assert all("File exists" in error for error in failed)
     assert load_checkpoint(tmp_path / "c").state.step == 2
+
+
+def test_a_failed_write_is_tried_again_and_told_once(make: Make, tmp_path: Path) -> None:
+    tries: list[int] = []
+
+    def disk(path: Path, checkpoint: Checkpoint) -> None:
+        tries.append(checkpoint.state.step)
+        if len(tries) < 4:
+            raise CheckpointError("no space")
+
+    writer = CheckpointWriter(disk, retry_seconds=0.001)
+    writer.submit(tmp_path / "c", make(5))
+    while len(tries) < 4:
+        threading.Event().wait(0.001)
+    assert [saved.error for saved in writer.close()] == ["no space", ""]
+    assert tries == [5] * 4
+
+
+def test_what_fails_to_the_end_is_told_at_the_end(make: Make, tmp_path: Path) -> None:
+    def disk(path: Path, checkpoint: Checkpoint) -> None:
+        raise CheckpointError("no space")
+
+    writer = CheckpointWriter(disk)
+    writer.submit(tmp_path / "c", make(5))
+    assert writer.close()[-1].error == "no space"
 
 
 def test_close_waits_for_everything_and_twice_does_no_harm(make: Make, tmp_path: Path) -> None:

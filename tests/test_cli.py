@@ -64,7 +64,7 @@ def run() -> Iterator[Path]:
     """A finished run of three steps in ./checkpoints, whose files the test must not change."""
     trained()
     files = {path: path.read_bytes() for path in Path("checkpoints").glob("*.safetensors")}
-    assert len(files) == 2
+    assert len(files) == 3  # newest, previous and best
     yield Path("checkpoints")
     assert {path: path.read_bytes() for path in files} == files
 
@@ -178,8 +178,29 @@ def test_a_run_is_never_lost_to_another(
     assert reason.replace("49", str(size)) in message
 
 
+def test_a_bare_resume_takes_the_newest_valid_and_says_what_it_skipped() -> None:
+    trained("--save-every=1", "--eval-every=2")
+    newest = Path("checkpoints") / NEWEST
+    newest.write_bytes(newest.read_bytes()[:-9])
+    result = call("--resume", "--iters=5")
+    assert result.exit_code == 0
+    assert f"Skipped: {newest} is truncated or damaged" in result.stdout
+    assert load_checkpoint(newest).state.step == 5
+
+
+def test_where_no_checkpoint_is_valid_none_is_written_over() -> None:
+    trained()
+    files = list(Path("checkpoints").glob("*.safetensors"))
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-9])
+    before = [path.read_bytes() for path in files]
+    message = failed(call("--resume", "--iters=5"))
+    assert message.startswith("no checkpoint in checkpoints can be read: ")
+    assert [path.read_bytes() for path in files] == before
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-@pytest.mark.parametrize("words", [["--resume"], ["--overwrite", "--init-from"]])
+@pytest.mark.parametrize("words", [["--resume=PATH"], ["--overwrite", "--init-from=PATH"]])
 def test_a_damaged_checkpoint_stops_the_run_and_stays(damage: str, words: list[str]) -> None:
     trained()
     path = Path("checkpoints") / NEWEST
@@ -187,7 +208,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(damage: str, words: list[s
     content[-99] ^= 4
     path.write_bytes(content[:-9] if damage == "truncated" else content)
     before = path.read_bytes()
-    words = [*words, *[str(path)] * ("--init-from" in words)]
+    words = [word.replace("PATH", str(path)) for word in words]
     assert str(path) in failed(call(*MINE, "--iters=9", *words))
     assert path.read_bytes() == before
 

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.backends.base import Backend, StepResult
-from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, Progress, load_checkpoint
+from mlx_randygpt.checkpoint import BEST, NEWEST, PREVIOUS, Checkpoint, Progress, load_checkpoint
 from mlx_randygpt.data.corpus import encode_corpus
+from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.evaluation import evaluate
 from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Report, SampleLog, SaveLog, StepLog
 from mlx_randygpt.schedule import Plateau
 from mlx_randygpt.state import Batch, TrainState, initial_params
 from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import Run, TrainingDiverged, train
+from mlx_randygpt.train import MAX_SKIPS, Run, TrainingDiverged, train
 from mlx_randygpt.writer import Saved
 
 Make = Callable[..., tuple[Run, Backend]]
@@ -53,6 +54,7 @@ class Fake:
         self.rates: list[float] = []
         self.batches: list[list[Batch]] = []
         self.evaluated: list[int] = []
+        self.restored: list[int] = []
         self.params = initial_params(run.model, 1)
 
     def clock(self) -> float:
@@ -77,6 +79,9 @@ class Fake:
 
     def state(self) -> TrainState:
         return TrainState(self.step, self.params, {})
+
+    def restore(self, state: TrainState) -> None:
+        self.restored.append(state.step)
 
     def memory_bytes(self) -> int:
         return 0
@@ -106,7 +111,7 @@ class Recorder:
 @pytest.fixture
 def writer(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr("mlx_randygpt.train.CheckpointWriter", recorder)
+    monkeypatch.setattr("mlx_randygpt.writer.CheckpointWriter", recorder)
     return recorder
 
 
@@ -143,7 +148,7 @@ def test_reports_come_in_order(on_disk: bool, make_run: Make, tmp_path: Path) ->
         "eval 0", "step 1", "step 2", "eval 2", "step 3", "sample 3", "step 4", "eval 4",
         "step 5", "step 6", "eval 6", "end 6", "sample 6",
     ]  # fmt: skip
-    assert sorted(p.name for p in tmp_path.iterdir()) == [NEWEST, BEST] * on_disk
+    assert sorted(p.name for p in tmp_path.iterdir()) == [NEWEST, BEST, PREVIOUS] * on_disk
 
 
 def test_a_step_tells_its_numbers(faked: Callable[..., tuple[Run, Fake]]) -> None:
@@ -327,9 +332,62 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_file(
     value: float, faked: Callable[..., tuple[Run, Fake]], tmp_path: Path
 ) -> None:
     run, backend = faked(lambda step: value if step == 7 else 2.0, iters=20, save_every="2")
-    with pytest.raises(TrainingDiverged, match=f"loss is {value} at step 7 .*--lr"):
+    with pytest.raises(TrainingDiverged, match=f"loss is {value} and .* at step 7 .*--lr"):
         list(train(run, backend, tmp_path))  # type: ignore[arg-type]
     assert load_checkpoint(tmp_path / NEWEST).state.step == 6
+
+
+def test_a_step_that_is_not_finite_is_skipped_if_asked(
+    faked: Callable[..., tuple[Run, Fake]],
+) -> None:
+    bad = (3, 4, 9)
+    run, backend = faked(lambda step: math.nan if step in bad else 2.0, iters=12, on_nan="skip")
+    reports = list(train(run, backend))  # type: ignore[arg-type]
+    assert [note.step for note in of(NoteLog, reports)] == list(bad)
+    assert all(note.text.startswith("Skipped: loss is nan") for note in of(NoteLog, reports))
+    assert len(of(StepLog, reports)) == 12 - len(bad)
+
+
+def test_skipping_ends_where_nothing_else_is_left(
+    faked: Callable[..., tuple[Run, Fake]],
+) -> None:
+    run, backend = faked(lambda step: math.nan if step > 2 else 2.0, iters=50, on_nan="skip")
+    with pytest.raises(TrainingDiverged, match=f"at step {2 + MAX_SKIPS}"):
+        list(train(run, backend))  # type: ignore[arg-type]
+
+
+def test_a_rollback_returns_to_what_was_saved_at_half_the_rate(
+    faked: Callable[..., tuple[Run, Fake]], tmp_path: Path
+) -> None:
+    settings = {"iters": 10, "on_nan": "rollback", "save_every": "2", "eval_every": 0}
+    run, backend = faked(lambda step: math.nan if step == 5 else 2.0, **settings)
+    reports = list(train(run, backend, tmp_path))  # type: ignore[arg-type]
+    assert [note.text[:30] for note in of(NoteLog, reports)] == ["Back to the weights of step 4,"]
+    assert backend.rates[4] == 1.0
+    assert backend.rates[-1] == 0.5
+    assert load_checkpoint(tmp_path / NEWEST).progress.rollbacks == 1
+
+
+@pytest.mark.parametrize("name", ["numpy", "mlx"])
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_real_run_survives_a_step_that_is_not_finite(
+    policy: str, name: str, make_run: Make
+) -> None:
+    if name == "mlx":
+        pytest.importorskip("mlx.core", exc_type=ImportError)
+    run, backend = make_run("modern", name, iters=8, on_nan=policy)
+    poisoned = backend.state()
+    poisoned.params["lm_head.weight"][:] = np.nan
+    good = backend.state()
+    with np.errstate(all="ignore"):
+        backend.restore(poisoned)
+        batch = sample_batch(run.train_tokens, 8, run.model.block_size, 1, 0)
+        assert not math.isfinite(backend.train_step([batch], 0.1).loss)
+        np.testing.assert_equal(backend.state().params, poisoned.params)  # nothing has moved
+    backend.restore(good)
+    np.testing.assert_equal(asdict(backend.state()), asdict(good))
+    reports = list(train(run, backend))
+    assert of(StepLog, reports)[-1].step == 8
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(
@@ -410,12 +468,13 @@ def test_the_best_is_the_lowest_not_the_latest(
 def test_a_failed_save_is_told_and_the_run_goes_on(
     faked: Callable[..., tuple[Run, Fake]], tmp_path: Path
 ) -> None:
+    (tmp_path / "file").touch()
     run, backend = faked(iters=4, save_every="2")
-    reports = list(train(run, backend, tmp_path / "nowhere"))  # type: ignore[arg-type]
+    reports = list(train(run, backend, tmp_path / "file"))  # type: ignore[arg-type]
     assert described(reports)[-2:] == ["end 4", "sample 4"]
     saves = of(SaveLog, reports)
     assert saves
-    assert all("No such file or directory" in save.error for save in saves)
+    assert all("File exists" in save.error for save in saves)
 
 
 # Accumulation

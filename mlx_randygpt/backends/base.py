@@ -60,8 +60,8 @@ class Backend(Protocol):
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step on the mean loss over all micro-batches (of one shape), with dropout.
 
-        Dropout is a function of (seed, step, micro-batch). Where the gradient is not finite the
-        weights may be lost, but the StepResult says so.
+        Dropout is a function of (seed, step, micro-batch). Where the gradient is not finite,
+        weights and moments stay as they were; the step counts, and the StepResult tells.
         """
 
     def loss(self, batch: Batch) -> float:
@@ -85,6 +85,9 @@ class Backend(Protocol):
 
     def matmul_flops(self) -> float:
         """This device's own float32 matrix-product rate, measured now, in FLOP per second."""
+
+    def restore(self, state: TrainState) -> None:
+        """Go on from these weights, moments and step."""
 
     def memory_bytes(self) -> int:
         """The most held so far: device memory, or resident memory of the process."""

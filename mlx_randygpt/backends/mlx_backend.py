@@ -56,11 +56,10 @@ class MLXBackend:
         device = probe()
         self.device = device.description
         self._on_gpu = device.has_gpu
-        self._config, self._train, self.step = model, train, state.step
+        self._config, self._train = model, train
         args = {field.name: getattr(model, field.name) for field in fields(ModelArgs)}
         self._model = GPT(ModelArgs(**args))
-        self._weights: Weights = {n: mx.array(state.params[n]) for n in parameter_shapes(model)}
-        self._moments = self._loaded_moments(state.moments)
+        self.restore(state)
         self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
         self._splits: list[tuple[Array, mx.array]] = []  # the latest last
 
@@ -68,6 +67,14 @@ class MLXBackend:
         self._value_and_grad = mx.value_and_grad(self._mean_loss)
         self._training_grads = compiled(self._value_and_grad)
         self._update = compiled(partial(update, train))
+
+    def restore(self, state: TrainState) -> None:
+        """Go on from these weights, moments and step."""
+        self.step = state.step
+        self._weights: Weights = {
+            name: mx.array(state.params[name]) for name in parameter_shapes(self._config)
+        }
+        self._moments = self._loaded_moments(state.moments)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step on the mean loss over all micro-batches, with dropout; see base."""

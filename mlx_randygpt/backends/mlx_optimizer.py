@@ -34,7 +34,8 @@ def rates(train: TrainConfig, step: int, lr: float) -> mx.array:
 def update(
     train: TrainConfig, weights: Weights, moments: Moments, grads: Weights, rates: mx.array
 ) -> tuple[Weights, Moments, mx.array]:
-    """New weights, new moments and the norm of the gradient before clipping."""
+    """New weights, new moments and the norm of the gradient before clipping; where that is not
+    finite, the old weights and moments."""
     grads, norm = clip(grads, train.grad_clip)
     matrices = {name: w for name, w in weights.items() if uses_muon(name, train.optimizer)}
     new, m = muon(train, matrices, moments["m"], grads, rates[0])
@@ -43,8 +44,13 @@ def update(
     for name in (name for name in weights if name not in matrices):
         old = (weights[name], moments["m"][name], moments["v"][name])
         new[name], m[name], v[name] = adamw(train, *old, grads[name], lr, rates[1:])
-    m = {name: m[name] for name in weights}  # the published order, whoever updated what
-    return {name: new[name] for name in weights}, {"m": m, "v": v}, norm
+    finite = mx.isfinite(norm)
+
+    def chosen(old: Weights, new: Weights) -> Weights:
+        return {name: mx.where(finite, new[name], old[name]) for name in old}
+
+    moved = {"m": chosen(moments["m"], m), "v": chosen(moments["v"], v)}
+    return chosen(weights, new), moved, norm
 
 
 def clip(grads: Weights, largest: float) -> tuple[Weights, mx.array]:

@@ -51,17 +51,20 @@ class NumpyBackend:
         self._g, self._grads = flat_views(model, dtype)
         self._m, self._m_views = flat_views(model, dtype)
         self._v, self._v_views = flat_views(model, dtype)
+        self.restore(state)
+
+    def restore(self, state: TrainState) -> None:
         self.step = state.step
         for views, values in (
             (self.params, state.params),
             (self._m_views, state.moments.get("m", {})),
             (self._v_views, state.moments.get("v", {})),
         ):
-            for name, value in values.items():
-                views[name][...] = value
+            for name, view in views.items():
+                view[...] = values.get(name, 0)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """As promised in base; where the gradient is not finite the weights stay as they were."""
+        """As promised in base."""
         total = sum(batch.n_targets() for batch in batches)
         losses = [
             self._gradients(batch, total, dropout=(micro,), first=micro == 0)
@@ -72,7 +75,7 @@ class NumpyBackend:
         if np.isfinite(norm):
             self._g *= optimizer.clip_scale(norm, self.train.grad_clip)
             self._update(lr)
-            self.step += 1
+        self.step += 1
         return StepResult(sum(losses), norm)
 
     def loss(self, batch: Batch) -> float:

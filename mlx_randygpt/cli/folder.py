@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.checkpoint import (
-    BEST,
     NEWEST,
     Checkpoint,
     CheckpointError,
@@ -83,30 +82,24 @@ class RunFolder:
         if found := self.checkpoints():
             raise FolderError(f"{self.path} already holds a checkpoint ({found[0].name}); {advice}")
 
-    def newest(self) -> Checkpoint:
-        """What a bare --resume means: the checkpoint of the highest step. Where one is damaged
-        the choice is the user's: CheckpointError names it and what else there is."""
+    def newest(self) -> tuple[Checkpoint, list[str]]:
+        """What a bare --resume means: the valid checkpoint of the highest step, and a line for
+        each file that was skipped because it is damaged."""
         if not (found := self.checkpoints()):
             raise CheckpointError(no_checkpoint(self.path))
-        steps, damaged = dict[Path, int](), list[CheckpointError]()
+        steps, skipped = dict[Path, int](), list[str]()
         for path in found:
             try:
                 steps[path] = peek_step(path)
             except CheckpointError as error:
-                if path.name in (NEWEST, BEST):
-                    damaged.append(error)
-        if steps and not damaged:
-            newest = max(steps, key=lambda path: steps[path])  # of equals, checkpoint.safetensors
+                skipped.append(f"Skipped: {error}")
+        for path in sorted(steps, key=lambda path: -steps[path]):  # of equals, as found
             try:
-                return load_checkpoint(newest)
+                return load_checkpoint(path), skipped
             except CheckpointError as error:
-                damaged.append(error)
-                del steps[newest]
-        others = ", ".join(f"{path} (iter {step})" for path, step in steps.items())
-        hint = (
-            f"--resume PATH goes on from another: {others}" if others else "--overwrite starts anew"
-        )
-        raise CheckpointError("; ".join([*map(str, damaged), hint]))
+                skipped.append(f"Skipped: {error}")
+        every = "; ".join(line.removeprefix("Skipped: ") for line in skipped)
+        raise CheckpointError(f"no checkpoint in {self.path} can be read: {every}")
 
     def begin(self, config_toml: str, *, fresh: bool) -> None:
         """Write config.toml and open metrics.jsonl; a fresh run empties it and takes away another

@@ -66,7 +66,7 @@ def train_command(job: Job) -> int:
         saved = load_checkpoint(source) if source else None
         if job.resume and job.resume.resolve().parent != job.out.resolve():
             folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
-        saved = folder.newest() if job.resume_newest else saved
+        saved, skipped = folder.newest() if job.resume_newest else (saved, [])
         if saved is not None and job.resuming:
             _, config = settings.resumed(job.given, saved)
             if saved.state.step >= config.iters:
@@ -92,6 +92,7 @@ def train_command(job: Job) -> int:
             start_step=state.step,
         )
         del saved, state  # the backend has its own copy
+        notes[:0] = skipped
         if (device := backend.device).endswith("(Metal)"):
             notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
         return follow(job, run, backend, info, folder, signals, notes)

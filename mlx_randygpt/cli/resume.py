@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_randygpt.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from mlx_randygpt.checkpoint import Checkpoint, CheckpointError, kept_name, load_checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.schedule import decay_start
 from mlx_randygpt.tokenizer import Tokenizer
-from mlx_randygpt.train import kept_name
 
 
 def same_vocabulary(saved: Checkpoint, tokenizer: Tokenizer, own: Tokenizer) -> None:

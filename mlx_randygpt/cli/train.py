@@ -13,7 +13,7 @@ from mlx_randygpt.cli.options import (
     backend_option,
     model_options,
 )
-from mlx_randygpt.config import DTYPES, OPTIMIZERS, SCHEDULES
+from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 
 
 @click.command("train", cls=Command)
@@ -73,6 +73,12 @@ from mlx_randygpt.config import DTYPES, OPTIMIZERS, SCHEDULES
     "--keep-every",
     type=int,
     help="Also keep checkpoint-<step>.safetensors every N steps.  [default: off]",
+)
+@click.option(
+    "--on-nan",
+    type=click.Choice(ON_NAN),
+    help="Where loss or gradient are not finite: stop; skip the step; go back to what was saved "
+    "last, at half the rate.  [default: stop]",
 )
 @click.option(
     "--dtype",
