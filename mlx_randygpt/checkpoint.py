@@ -196,6 +196,10 @@ def _read(path: Path) -> tuple[dict[str, Any], Params]:
             metadata = file.metadata() or {}
             _verify_format(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except IsADirectoryError as error:
+        raise CheckpointError(
+            f"{path} is a folder; name the file, such as {path / NEWEST}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, TypeError, OverflowError) as error:

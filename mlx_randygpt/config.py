@@ -42,6 +42,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             _at_least(name, getattr(self, name), 1)
+            _at_most(name, getattr(self, name), MOST[name])
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
@@ -97,6 +98,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "grad_accum", "log_every"):
             _at_least(name, getattr(self, name), 1)
+        for name in ("iters", "batch_size", "grad_accum", "threads"):
+            _at_most(name, getattr(self, name), MOST[name])
         for name in (
             "warmup", "patience", "eval_every", "sample_every", "keep_every", "threads", "seed",
         ):  # fmt: skip
@@ -135,6 +138,11 @@ BACKENDS = {  # name -> module and class; a third backend is one file and one ro
     "mlx": ("mlx_randygpt.backends.mlx_backend", "MLXBackend"),
     "numpy": ("mlx_randygpt.backends.numpy_backend", "NumpyBackend"),
 }
+MOST = {  # beyond these a number is a slip, and would only hang or fill the memory
+    "vocab_size": 1 << 24, "block_size": 1 << 20, "n_layer": 1000, "n_head": 1 << 12,
+    "n_embd": 1 << 16, "iters": 1 << 40, "batch_size": 1 << 20, "grad_accum": 1 << 16,
+    "threads": 1024,
+}  # fmt: skip
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 ON_NAN = ("stop", "skip", "rollback")
@@ -204,6 +212,11 @@ def parse_interval(text: str) -> tuple[int, float]:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def _at_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise ConfigError(f"{name}={value} is too large; it must be at most {most}")
 
 
 def _between(name: str, value: float, low: float, high: float, *, top_open: bool = False) -> None:

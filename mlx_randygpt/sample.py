@@ -142,6 +142,8 @@ def generate(
     if not len(prompt):
         raise ConfigError("the prompt is empty; give at least one token")
     samples = [Generated() for _ in range(n_samples)]
+    if config.max_tokens == 0:
+        yield samples
     randoms = [rng(config.seed, "sample", i) for i in range(n_samples)]
     banned = list(tokenizer.never_sampled())
     stream = Stream(backend, model, np.tile(np.asarray(prompt, np.int32), (n_samples, 1)))

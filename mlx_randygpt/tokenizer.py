@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         """What `encode` loses: each character that becomes `<unk>` and how often, most first."""
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """UTF-8 bytes per token, (V,); 0 for special tokens."""
+        """UTF-8 bytes per token, (V,); 0 for BOS and EOS, 1 for a character that is not known."""
 
     def never_sampled(self) -> tuple[int, ...]:
         """Ids that generation must not pick."""
@@ -134,7 +134,7 @@ class CharTokenizer:
         return {chr(found[i]): int(counts[i]) for i in order}
 
     def token_bytes(self) -> NDArray[np.int64]:
-        return np.array([len(char.encode()) for char in self.chars] + [0, 0, 0], np.int64)
+        return np.array([len(char.encode()) for char in self.chars] + [0, 0, 1], np.int64)
 
     def never_sampled(self) -> tuple[int, ...]:
         return self.bos, self.unk

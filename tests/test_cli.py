@@ -109,7 +109,7 @@ def test_texts_that_cannot_be_trained_on(content: bytes | None, reason: str) -> 
         ("--dtype=bfloat16", "--dtype bfloat16 needs MLX"),
         ("--resume=nowhere.safetensors", "could not read nowhere.safetensors: No such file"),
         ("--resume=text.txt", "text.txt is not a checkpoint of mlxgpt"),
-        ("--resume=.", "could not read .: Is a directory"),
+        ("--resume=.", ". is a folder; name the file, such as checkpoint.safetensors"),
         ("--resume", "there is no checkpoint in checkpoints; leave --resume out"),
         ("--init-from=text.txt", "text.txt is not a checkpoint of mlxgpt"),
         ("--out=text.txt", "--out text.txt cannot be written: File exists"),
@@ -398,3 +398,50 @@ def test_a_trapezoid_without_its_kept_checkpoint_says_what_it_does() -> None:
     result = call("--resume", "--iters=40")
     assert result.exit_code == 0
     assert "no checkpoint from before the decay was kept: the rate goes back up" in result.stdout
+
+
+def test_output_that_goes_away_stops_the_run_and_saves_it() -> None:
+    command = [sys.executable, "-m", "mlx_randygpt", "train", *MINE, *SMALL, "--plain"]
+    command += ["--iters=100000", "--eval-every=0", "--sample-every=0", "--save-every=1h"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(b"step "):
+            pass
+        process.stdout.close()  # as `| head` does
+        assert process.wait(60) == 1
+    assert load_checkpoint(Path("checkpoints") / NEWEST).state.step > 1
+
+
+def test_a_terminal_without_the_letters_is_no_reason_to_stop() -> None:
+    command = [sys.executable, "-m", "mlx_randygpt", "train", *MINE, *SMALL, "--iters=3"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True
+    )
+    assert b"? Saved checkpoints/checkpoint.safetensors (iter 3)" in done.stdout
+
+
+def test_a_branch_goes_on_and_the_better_model_is_kept() -> None:
+    trained("--iters=40", "--keep-every=10", "--eval-every=5")
+    best = load_checkpoint(Path("checkpoints") / BEST)
+    result = call("--resume=checkpoints/checkpoint-10.safetensors", "--iters=20")
+    assert f"it is kept as checkpoints/checkpoint_best-{best.state.step}" in result.stdout
+    kept = load_checkpoint(Path(f"checkpoints/checkpoint_best-{best.state.step}.safetensors"))
+    assert kept.progress.best_loss == best.progress.best_loss
+    assert call("--resume", "--iters=25").exit_code == 0
+    assert load_checkpoint(Path("checkpoints") / NEWEST).state.step == 25
+
+
+def test_a_torn_line_of_metrics_is_cut_off_on_resume() -> None:
+    trained()
+    metrics = Path("checkpoints/metrics.jsonl")
+    metrics.write_text(metrics.read_text() + '{"step": 3, "lo')
+    call("--resume", "--iters=5")
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[-2:] == [5, 5]
+
+
+def test_resuming_a_file_goes_on_in_its_folder() -> None:
+    trained("--out=runs/a")
+    assert call("--resume=runs/a/checkpoint.safetensors", "--iters=5").exit_code == 0
+    assert load_checkpoint(Path("runs/a") / NEWEST).state.step == 5
+    assert not Path("checkpoints").exists()

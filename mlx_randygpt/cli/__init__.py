@@ -6,6 +6,9 @@ answer without numpy, mlx or rich.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import click
 
 from mlx_randygpt import __version__
@@ -39,6 +42,13 @@ class CommandGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # while a command was imported
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
@@ -55,4 +65,7 @@ def group() -> None:
 
 def main() -> None:
     """The entry point `mlxgpt`."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # no text may end a run
     group(prog_name="mlxgpt", auto_envvar_prefix="MLXGPT")

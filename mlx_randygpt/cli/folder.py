@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.checkpoint import (
+    BEST,
     NEWEST,
     Checkpoint,
     CheckpointError,
@@ -22,6 +23,7 @@ from mlx_randygpt.config import UserError
 from mlx_randygpt.reports import EvalLog, Report, StepLog
 
 FLUSH_SECONDS = 1.0
+MAX_LINE = 4096  # bytes of metrics.jsonl; a line has about 200
 
 
 class FolderError(UserError, OSError):
@@ -55,9 +57,10 @@ class RunFolder:
                 f"{self.path} is in use by another run (process {owner}); "
                 "wait for it or give another --out"
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()}\n")
+            self._lock.flush()
         for left in self.path.glob(".*.tmp"):  # of a process that died while it wrote
             left.unlink(missing_ok=True)
         return self
@@ -93,13 +96,32 @@ class RunFolder:
                 steps[path] = peek_step(path)
             except CheckpointError as error:
                 skipped.append(f"Skipped: {error}")
-        for path in sorted(steps, key=lambda path: -steps[path]):  # of equals, as found
+        for path in sorted(steps, key=lambda path: self._rank(path, steps), reverse=True):
             try:
                 return load_checkpoint(path), skipped
             except CheckpointError as error:
                 skipped.append(f"Skipped: {error}")
         every = "; ".join(line.removeprefix("Skipped: ") for line in skipped)
         raise CheckpointError(f"no checkpoint in {self.path} can be read: {every}")
+
+    def _rank(self, path: Path, steps: dict[Path, int]) -> tuple[bool, bool, int]:
+        """checkpoint.safetensors first, unless another is both further and written after it, as
+        a kill between two saves leaves them; else the furthest."""
+        newest = self.path / NEWEST
+        if newest not in steps:
+            return False, False, steps[path]
+        later = path.stat().st_mtime_ns > newest.stat().st_mtime_ns
+        return later and steps[path] > steps[newest], path == newest, steps[path]
+
+    def keep_best(self, step: int) -> str:
+        """A run goes on from `step`: where the best checkpoint is from further on, keep it under
+        another name; one line that says so, or ""."""
+        best = self.path / BEST
+        if not best.exists() or (at := peek_step(best)) <= step:
+            return ""
+        kept = best.with_name(f"checkpoint_best-{at}.safetensors")
+        best.rename(kept)
+        return f"The best checkpoint was from step {at}, further on; it is kept as {kept}."
 
     def begin(self, config_toml: str, *, fresh: bool) -> None:
         """Write config.toml and open metrics.jsonl; a fresh run empties it and takes away another
@@ -109,8 +131,11 @@ class RunFolder:
                 if old.name != NEWEST:
                     old.unlink()
             (self.path / "config.toml").write_text(config_toml, encoding="utf-8", errors="replace")
+            metrics = self.path / "metrics.jsonl"
+            if not fresh and metrics.exists():
+                _drop_torn_line(metrics)
             mode = "w" if fresh else "a"
-            self._metrics = open(self.path / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
+            self._metrics = open(metrics, mode, encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error
 
@@ -127,6 +152,15 @@ class RunFolder:
                 self._flushed_at = time.monotonic()
         except OSError as error:
             self.problem = f"metrics.jsonl is no longer written: {error.strerror}"
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what a full disk or a lost machine left of a last line."""
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_LINE))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
 def no_checkpoint(folder: Path) -> str:

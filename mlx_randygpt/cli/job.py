@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 
 from mlx_randygpt.backends import choose, make_backend
 from mlx_randygpt.backends.base import Backend, BackendError
@@ -25,8 +24,10 @@ from mlx_randygpt.cli import settings, text
 from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
 from mlx_randygpt.cli.resume import before_decay, changes, same_vocabulary
 from mlx_randygpt.cli.signals import StopSignals
+from mlx_randygpt.cli.view import Shown, choose_console
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.dashboard import make_view
+from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import check_length, encode_corpus
 from mlx_randygpt.reports import EndLog, SaveLog
 from mlx_randygpt.state import TrainState, initial_params, parameter_count
@@ -64,7 +65,10 @@ def train_command(job: Job) -> int:
             folder.refuse_if_used()
         source = job.resume or job.init_from
         saved = load_checkpoint(source) if source else None
-        if job.resume and job.resume.resolve().parent != job.out.resolve():
+        notes_before = list[str]()
+        if job.resume and saved and job.resume.resolve().parent == job.out.resolve():
+            notes_before = [note for note in (folder.keep_best(saved.state.step),) if note]
+        elif job.resume:
             folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
         saved, skipped = folder.newest() if job.resume_newest else (saved, [])
         if saved is not None and job.resuming:
@@ -73,6 +77,12 @@ def train_command(job: Job) -> int:
                 click.echo(
                     f"Already at iteration {saved.state.step} (target {config.iters}). "
                     "Nothing to train."
+                )
+                return 0
+            if saved.progress.plateau.exhausted(config.patience):
+                click.echo(
+                    f"Stopped early at iteration {saved.state.step}: {config.patience} evaluations "
+                    f"without a new best. --patience 0, or a larger one, goes on."
                 )
                 return 0
             if job.resume_newest:
@@ -92,7 +102,7 @@ def train_command(job: Job) -> int:
             start_step=state.step,
         )
         del saved, state  # the backend has its own copy
-        notes[:0] = skipped
+        notes[:0] = [*skipped, *notes_before]
         if (device := backend.device).endswith("(Metal)"):
             notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
         return follow(job, run, backend, info, folder, signals, notes)
@@ -102,13 +112,13 @@ def prepare(
     job: Job, saved: Checkpoint | None, backend_name: str
 ) -> tuple[Run, TrainState, str, list[str]]:
     """The run, its first state, the data line and what the user should be told."""
-    texts = text.read(job.data or (saved.data["paths"] if saved and job.resuming else ()))
+    texts = _texts(job, saved)
     own = CharTokenizer.train(texts.values())
     tokenizer: Tokenizer = tokenizer_from_json(saved.tokenizer) if saved else own
     if saved and job.resuming:
         same_vocabulary(saved, tokenizer, own)
     model, config = _settings(job, saved, tokenizer)
-    config = _resolved(config, backend_name, texts)
+    config = _resolved(job, config, backend_name, texts)
     corpus = encode_corpus(texts, tokenizer)
     check_length(corpus, model.block_size)
     lost = text.unknown_line(texts, tokenizer), text.unknown_line({"": config.prompt}, tokenizer)
@@ -131,15 +141,15 @@ def follow(
     notes: list[str],
 ) -> int:  # fmt: skip
     """Show every report, record it, and say at the end what can be done next."""
-    console, plain = _console(job.plain)
+    console, plain = choose_console(job.plain)
     saves: dict[str, SaveLog] = {}  # the latest of each file
     end: EndLog | None = None
-    with make_view(info, console, plain) as view:
+    with Shown(make_view(info, console, plain)) as view:
         signals.defer(view.restore)
         for note in notes:
             view.note(note)
         try:
-            for report in train(run, backend, job.out, signals.asked):
+            for report in train(run, backend, job.out, lambda: signals.asked() or view.lost):
                 folder.record(report, run.train.log_every)
                 if isinstance(report, EndLog):
                     end = report
@@ -159,6 +169,8 @@ def follow(
             name = Path(save.path).name
             what = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
             raise CheckpointError(f"{what} is not on the disk: {save.error}")
+    if view.lost:  # nobody is there to read: a closed pipe or terminal
+        return signals.exit_code or 1
     if end is not None and end.reason == "stopped":
         click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)
     elif end is not None:
@@ -216,6 +228,15 @@ def sample_line(job: Job) -> str:
     return shlex.join(words)
 
 
+def _texts(job: Job, saved: Checkpoint | None) -> dict[str, str]:
+    if job.data or not (saved and job.resuming):
+        return text.read(job.data)
+    try:
+        return text.read(saved.data["paths"])
+    except DataError as error:
+        raise DataError(f"the text of this checkpoint: {error}; give it with --data") from error
+
+
 def _settings(
     job: Job, saved: Checkpoint | None, tokenizer: Tokenizer
 ) -> tuple[ModelConfig, TrainConfig]:
@@ -232,26 +253,21 @@ def _settings(
     return model, config
 
 
-def _resolved(config: TrainConfig, backend_name: str, texts: dict[str, str]) -> TrainConfig:
+def _resolved(
+    job: Job, config: TrainConfig, backend_name: str, texts: dict[str, str]
+) -> TrainConfig:
     """Defaults that depend on machine and text, written down so that a resume keeps them."""
     if backend_name == "numpy":
         if config.dtype != "float32":
             raise BackendError(f"--dtype {config.dtype} needs MLX; the NumPy backend is float32")
         from mlx_randygpt.backends.numpy_backend import available_cores
 
-        config = replace(config, threads=config.threads or available_cores())
+        asked = job.given.get("threads") or min(config.threads, available_cores())
+        config = replace(config, threads=asked or available_cores())
     if not config.prompt:
         has_romeo = any("ROMEO:" in t for t in texts.values())
         config = replace(config, prompt="ROMEO:" if has_romeo else "\n")
     return config
-
-
-def _console(plain: bool) -> tuple[Console, bool]:
-    """The live screen goes to stderr; plain lines go to a piped stdout, where they are wanted."""
-    out, err = Console(), Console(stderr=True)
-    if plain or not out.file.isatty():
-        return out, True
-    return err, not err.file.isatty()
 
 
 def _interval(save_every: str) -> str:

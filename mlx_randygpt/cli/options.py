@@ -54,6 +54,7 @@ def model_options(defaults: bool = True) -> Callable[[F], F]:
         click.option(
             "--preset",
             type=click.Choice(list(PRESETS)),
+            metavar="NAME",
             help=f"Sizes by name; see `mlxgpt presets`.{default(DEFAULT_PRESET)}",
         ),
         click.option("--n-layer", type=int, help="Layers."),

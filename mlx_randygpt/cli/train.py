@@ -28,10 +28,8 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 )
 @click.option(
     "--out",
-    default="checkpoints",
-    show_default=True,
     type=click.Path(path_type=Path),
-    help="Folder for checkpoints and metrics.",
+    help="Folder for checkpoints and metrics.  [default: checkpoints, or that of --resume PATH]",
 )
 @click.option(
     "--resume",
@@ -94,7 +92,7 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 @click.option("--plain", is_flag=True, help="Plain lines instead of the live screen.")
 def command(
     data: tuple[str, ...],
-    out: Path,
+    out: Path | None,
     resume: str | None,
     overwrite: bool,
     init_from: Path | None,
@@ -107,12 +105,14 @@ def command(
 
     if resume and (overwrite or init_from):
         raise click.UsageError("--resume goes with neither --overwrite nor --init-from")
+    resumed = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
     raise SystemExit(
         train_command(
             Job(
                 given={name: value for name, value in options.items() if value is not None},
-                data=data, out=out, backend=backend, plain=plain, overwrite=overwrite,
-                resume=None if resume in (None, RESUME_NEWEST) else Path(str(resume)),
+                data=data, backend=backend, plain=plain, overwrite=overwrite,
+                out=out or (resumed.parent if resumed else Path("checkpoints")),
+                resume=resumed,
                 resume_newest=resume == RESUME_NEWEST, init_from=init_from,
             )
         )
