@@ -2,7 +2,7 @@
 
     python benchmarks/live_screen.py --data data/shakespeare.txt [-o docs/live.svg]
 
-Trains the small4 preset with batches of 12 for 900 steps and draws the screen as it stands at `--at`.
+Trains the small4 preset with batches of 12 and draws the screen as it stands at step `--at`.
 """
 
 from __future__ import annotations
