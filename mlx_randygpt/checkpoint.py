@@ -13,10 +13,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+import reprlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +24,9 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig, UserError
-from mlx_randygpt.schedule import Plateau
-from mlx_randygpt.state import Array, Params, TrainState, parameter_shapes
+from mlx_randygpt.records import Progress, header_facts, one_line, progress, record, strict
+from mlx_randygpt.state import Params, TrainState, parameter_shapes
+from mlx_randygpt.tokenizer import tokenizer_from_json
 
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint_previous.safetensors"  # the newest before the newest
@@ -34,25 +34,12 @@ BEST = "checkpoint_best.safetensors"
 FORMAT = "mlx-randygpt"
 FORMAT_VERSION = "1"
 _MOMENTS = ("m", "v")
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _T = TypeVar("_T")
 
 
 class CheckpointError(UserError, ValueError):
     """A file that cannot be read as a checkpoint, or not be written; names it and says why."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run remembers besides its arrays."""
-
-    tokens: int = 0  # trained on
-    seconds: float = 0.0  # spent training
-    best_loss: float = math.inf  # lowest validation loss, and the step it was seen at
-    best_step: int = 0
-    val_loss: float = math.nan  # of the last evaluation, and its step
-    eval_step: int = -1
-    plateau: Plateau = field(default_factory=Plateau)
-    rollbacks: int = 0  # by --on-nan, each of which halved the rate
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{path} is not replaced: {name} is not finite")
-    header = json.dumps(_strict(_header(checkpoint)), sort_keys=True, allow_nan=False)
+    header = json.dumps(strict(_header(checkpoint)), sort_keys=True, allow_nan=False)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -102,14 +89,13 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """
     header, tensors = _read(path)
     try:
-        model = _record(ModelConfig, header["model"])
-        train = _record(TrainConfig, header["train"])
-        stored = _known(header["progress"])
-        progress = Progress(**stored | {"plateau": Plateau(**_known(stored["plateau"]))})
-        step, backend = int(header["step"]), str(header["backend"])
-        tokenizer, data = header["tokenizer"], header["data"]
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{path} has an unreadable header: {error!r}") from error
+        model, train = record(ModelConfig, header["model"]), record(TrainConfig, header["train"])
+        reached, tokenizer = progress(header["progress"]), header["tokenizer"]
+        step, backend, data = header_facts(header)
+        if tokenizer_from_json(tokenizer).vocab_size != model.vocab_size:
+            raise ConfigError("its tokenizer has another vocabulary than its model")
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} has an unreadable header: {one_line(error)}") from error
     params = {name: tensors.pop(name) for name in parameter_shapes(model) if name in tensors}
     moments: dict[str, Params] = {kind: {} for kind in _MOMENTS}
     for name, tensor in tensors.items():
@@ -117,7 +103,7 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
         moments.setdefault(kind, {})[weight] = tensor
     _verify_shapes(path, model, params, moments)
     state = TrainState(step, params, {} if weights_only else moments)
-    return Checkpoint(model, train, progress, tokenizer, data, backend, state)
+    return Checkpoint(model, train, reached, tokenizer, data, backend, state)
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
@@ -162,18 +148,6 @@ def _header(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _strict(value: Any) -> Any:
-    """`value` as JSON can hold it: what is not finite yet, such as a first loss, becomes null."""
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the nulls, whose fields have their defaults."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def peek_step(path: Path) -> int:
     """The step of a checkpoint by its header alone; CheckpointError where that cannot be read."""
     try:
@@ -183,8 +157,8 @@ def peek_step(path: Path) -> int:
             return int(json.loads(metadata["header"])["step"])
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error})") from error
+    except (SafetensorError, OSError, *_UNREADABLE) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)})") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Params]:
@@ -202,26 +176,30 @@ def _read(path: Path) -> tuple[dict[str, Any], Params]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (SafetensorError, *_UNREADABLE) as error:
+        reason = one_line(error)
         raise CheckpointError(
-            f"{path} is not a checkpoint of mlxgpt, or is truncated or damaged ({error})"
+            f"{path} is not a checkpoint of mlxgpt, or is truncated or damaged ({reason})"
         ) from error
     if _digest(metadata["header"], tensors) != metadata["sha256"]:
         raise CheckpointError(f"{path} is damaged: its contents do not match its SHA-256")
-    return json.loads(metadata["header"]), tensors
+    try:
+        return dict(json.loads(metadata["header"])), tensors
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} has an unreadable header: {one_line(error)}") from error
 
 
 def _verify_format(path: Path, metadata: dict[str, str]) -> None:
     if metadata.get("format") != FORMAT or not {"header", "sha256"} <= metadata.keys():
         raise CheckpointError(
             f"{path} is a safetensors file but not a checkpoint of mlxgpt "
-            f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
+            f"(format {reprlib.repr(metadata.get('format'))}, expected {FORMAT!r})"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint format {metadata.get('format_version')!r}; "
+            f"{path} has checkpoint format {reprlib.repr(metadata.get('format_version'))}; "
             f"this version of mlxgpt reads format {FORMAT_VERSION!r}"
         )
 
@@ -233,18 +211,16 @@ def _verify_shapes(
     if missing := shapes.keys() - params.keys():
         raise CheckpointError(f"{path} lacks the weight {min(missing)}")
     if unknown := moments.keys() - set(_MOMENTS):
-        raise CheckpointError(f"{path} has tensors of an unknown kind, {min(unknown)!r}")
-    for name, array in _all(params, *moments.values()):
+        raise CheckpointError(
+            f"{path} has tensors of an unknown kind, {reprlib.repr(min(unknown))}"
+        )
+    groups = (params, *moments.values())
+    for name, array in (pair for group in groups for pair in group.items()):
         if array.dtype != np.float32 or shapes.get(name) != array.shape:
             raise CheckpointError(
-                f"{path}: {name} is {array.dtype} {array.shape}, expected float32 "
+                f"{path}: {reprlib.repr(name)} is {array.dtype} {array.shape}, expected float32 "
                 f"{shapes.get(name, 'no such weight')}"
             )
-
-
-def _all(*groups: Params) -> Iterator[tuple[str, Array]]:
-    for group in groups:
-        yield from group.items()
 
 
 def _digest(header: str, tensors: Params) -> str:
@@ -254,13 +230,6 @@ def _digest(header: str, tensors: Params) -> str:
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.data)
     return digest.hexdigest()
-
-
-def _record(kind: type[_T], values: dict[str, Any]) -> _T:
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown := values.keys() - known:
-        raise ConfigError(f"{kind.__name__} has no field {min(unknown)!r}")
-    return kind(**values)
 
 
 def _name_also(path: Path, other: Path) -> None:

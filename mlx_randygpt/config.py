@@ -6,6 +6,7 @@ Knows nothing of arrays, files or devices, and imports nothing heavy: `mlxgpt --
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,7 @@ class TrainConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("on_nan", self.on_nan, ON_NAN)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("preset", self.preset, tuple(PRESETS))
         _one_of("recipe", self.recipe, tuple(RECIPES))
         parse_interval(self.save_every)
 
@@ -216,7 +218,8 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 def _at_most(name: str, value: int, most: int) -> None:
     if value > most:
-        raise ConfigError(f"{name}={value} is too large; it must be at most {most}")
+        seen = reprlib.repr(value)
+        raise ConfigError(f"{name}={seen} is too large; it must be at most {most}")
 
 
 def _between(name: str, value: float, low: float, high: float, *, top_open: bool = False) -> None:
@@ -226,7 +229,9 @@ def _between(name: str, value: float, low: float, high: float, *, top_open: bool
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{name}={value!r} is unknown; it is one of {', '.join(known)}")
+        raise ConfigError(
+            f"{name}={reprlib.repr(value)} is unknown; it is one of {', '.join(known)}"
+        )
 
 
 def _nearest_divisor(n_embd: int, n_head: int) -> int:

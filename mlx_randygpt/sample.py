@@ -56,7 +56,8 @@ def probabilities(logits: Array, config: SampleConfig, seen: Sequence[int] = ())
     if config.temperature == 0:
         return np.asarray(np.arange(len(scores)) == scores.argmax(), np.float64)
     scores -= scores.max()
-    scores /= config.temperature
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
+        scores /= config.temperature
     if 0 < config.top_k < len(scores):
         scores[scores < np.partition(scores, -config.top_k)[-config.top_k]] = -np.inf
     p = _normalised(np.exp(scores))

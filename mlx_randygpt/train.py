@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.backends.base import Backend, StepResult
-from mlx_randygpt.checkpoint import (
-    BEST,
-    NEWEST,
-    Checkpoint,
-    Progress,
-)
+from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.evaluation import evaluate, overfitting
+from mlx_randygpt.records import Progress
 from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
 from mlx_randygpt.sample import SampleConfig, generate
 from mlx_randygpt.schedule import is_due, learning_rate

@@ -21,7 +21,7 @@ PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "backends.base"},
     {"backends"},
-    {"checkpoint", "data", "schedule", "tokenizer"},
+    {"checkpoint", "records", "data", "schedule", "tokenizer"},
     {"reports"},
     {"writer"},
     {"tally", "curve", "train", "sample", "evaluation"},
@@ -29,7 +29,7 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
-CORE += ("sample", "tokenizer")
+CORE += ("sample", "tokenizer", "records")
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
     "click": ("cli",),

@@ -63,7 +63,9 @@ class MLXBackend:
         self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
         self._splits: list[tuple[Array, mx.array]] = []  # the latest last
 
-        compiled = mx.compile if self._on_gpu else _plain  # on a CPU: 30 s lost, nothing gained
+        compiled = (
+            mx.compile if self._on_gpu else (lambda f: f)
+        )  # on a CPU: 30 s lost, nothing gained
         self._value_and_grad = mx.value_and_grad(self._mean_loss)
         self._training_grads = compiled(self._value_and_grad)
         self._update = compiled(partial(update, train))
@@ -225,7 +227,3 @@ def check_ids(tokens: Array, vocab_size: int, lowest: int = 0) -> None:
 
 def _to_numpy(arrays: Weights) -> Params:
     return {name: np.array(array) for name, array in arrays.items()}
-
-
-def _plain(function: Any) -> Any:
-    return function

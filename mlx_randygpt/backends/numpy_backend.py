@@ -98,10 +98,10 @@ class NumpyBackend:
         ]
         return TrainState(
             self.step,
-            {name: _float32(w) for name, w in self.params.items()},
+            {name: np.array(w, np.float32) for name, w in self.params.items()},
             {
-                "m": {name: _float32(m) for name, m in self._m_views.items()},
-                "v": {name: _float32(self._v_views[name]) for name in adamw_only},
+                "m": {name: np.array(m, np.float32) for name, m in self._m_views.items()},
+                "v": {name: np.array(self._v_views[name], np.float32) for name in adamw_only},
             },
         )
 
@@ -230,10 +230,5 @@ class NumpyBackend:
 
 def available_cores() -> int:
     """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _float32(array: Array) -> Array:
-    return np.array(array, dtype=np.float32)
+    own = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1

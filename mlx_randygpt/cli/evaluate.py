@@ -50,7 +50,9 @@ def command(
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
     if batch_size < 1:
-        raise click.BadParameter(f"{batch_size} is too small", param_hint="--batch-size")
+        raise click.BadParameter(
+            f"{batch_size} is too small; it must be at least 1", param_hint="--batch-size"
+        )
     saved = load_checkpoint(default_checkpoint(checkpoint), weights_only=True)
     settings.resumed({k: v for k, v in options.items() if v is not None}, saved)
     tokenizer = tokenizer_from_json(saved.tokenizer)

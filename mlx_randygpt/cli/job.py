@@ -12,14 +12,7 @@ import numpy as np
 
 from mlx_randygpt.backends import choose, make_backend
 from mlx_randygpt.backends.base import Backend, BackendError
-from mlx_randygpt.checkpoint import (
-    BEST,
-    NEWEST,
-    Checkpoint,
-    CheckpointError,
-    Progress,
-    load_checkpoint,
-)
+from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError, load_checkpoint
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
 from mlx_randygpt.cli.resume import before_decay, changes, same_vocabulary
@@ -29,6 +22,7 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.dashboard import make_view
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import check_length, encode_corpus
+from mlx_randygpt.records import Progress
 from mlx_randygpt.reports import EndLog, SaveLog
 from mlx_randygpt.state import TrainState, initial_params, parameter_count
 from mlx_randygpt.tally import RunInfo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
@@ -181,20 +182,23 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         return
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} is not a TOML file: {error}", ctx, param) from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise click.BadParameter(f"{path} is not a TOML file: {reason}", ctx, param) from error
     known = {_spelled(option): option for option in ctx.command.params}
     values: dict[str, Any] = {}
     for key, value in content.items():
         spelling = key.replace("_", "-")
         if spelling not in known or spelling in ("config", "debug"):
             raise click.BadParameter(
-                f"{path}: {key} is not an option of `mlxgpt {ctx.command.name}`", ctx, param
+                f"{path}: {_shown(key)} is not an option of `mlxgpt {ctx.command.name}`", ctx, param
             )
         try:
             values[str(known[spelling].name)] = _fitting(known[spelling], value)
         except TypeError as error:
-            raise click.BadParameter(f"{path}: {key} = {value!r}: {error}", ctx, param) from error
+            raise click.BadParameter(
+                f"{path}: {key} = {reprlib.repr(value)}: {error}", ctx, param
+            ) from error
     ctx.default_map = {**(ctx.default_map or {}), **values}
 
 
@@ -215,13 +219,19 @@ def _fitting_one(option: click.Parameter, value: Any) -> Any:
         kinds = (int,)
     elif isinstance(option.type, click.types.FloatParamType):
         kinds = (int, float)
-    elif option.name == "resume" and isinstance(value, bool):
-        return RESUME_NEWEST if value else None
+    elif option.name == "resume":
+        if isinstance(value, bool):
+            return RESUME_NEWEST if value else None
+        kinds = (str, bool)
     elif option.name == "save_every" and type(value) is int:
         return str(value)
     if type(value) not in kinds:
         raise TypeError(f"it should be {' or '.join(kind.__name__ for kind in kinds)}")
     return value
+
+
+def _shown(key: str) -> str:
+    return key if key.isprintable() and len(key) < 40 else reprlib.repr(key)
 
 
 def _spelled(option: click.Parameter) -> str:
