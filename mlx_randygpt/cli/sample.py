@@ -21,6 +21,8 @@ from mlx_randygpt.cli.options import (
 if TYPE_CHECKING:
     from mlx_randygpt.sample import Generated, SampleConfig
 
+MOST_STREAMS = 4096  # at once; more would only fill the memory
+
 
 @click.command("sample", cls=Command)
 @click.option(
@@ -62,10 +64,10 @@ def command(
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
     for name, value in (("--beams", beams), ("--num-samples", num_samples)):
-        if value < 1:
-            raise click.BadParameter(
-                f"{value} is too small; it must be at least 1", param_hint=name
-            )
+        if not 1 <= value <= MOST_STREAMS:
+            fits = "too small; it must be at least 1"
+            fits = fits if value < 1 else f"too large; it must be at most {MOST_STREAMS}"
+            raise click.BadParameter(f"{value} is {fits}", param_hint=name)
     if beams > 1 and num_samples > 1:
         raise click.UsageError("--beams finds one text; it does not go with --num-samples")
     config = SampleConfig(stop=stop, **filters)
