@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig, UserError
+from mlx_randygpt.config import MOST, ConfigError, ModelConfig, TrainConfig, UserError
 from mlx_randygpt.records import Progress, header_facts, one_line, progress, record, strict
 from mlx_randygpt.state import Params, TrainState, parameter_shapes
 from mlx_randygpt.tokenizer import tokenizer_from_json
@@ -34,6 +34,7 @@ BEST = "checkpoint_best.safetensors"
 FORMAT = "mlx-randygpt"
 FORMAT_VERSION = "1"
 _MOMENTS = ("m", "v")
+MOST_TENSORS = 3 * (4 * MOST["n_layer"] + 3) + 1000  # 1000: braces in texts and settings
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _T = TypeVar("_T")
 
@@ -151,6 +152,7 @@ def _header(checkpoint: Checkpoint) -> dict[str, Any]:
 def peek_step(path: Path) -> int:
     """The step of a checkpoint by its header alone; CheckpointError where that cannot be read."""
     try:
+        _refuse_crowd(path)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _verify_format(path, metadata)
@@ -161,11 +163,19 @@ def peek_step(path: Path) -> int:
         raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)})") from error
 
 
+def _refuse_crowd(path: Path) -> None:
+    """ValueError for a file of more tensors than any model has: each costs 1 kB once it is read."""
+    with open(path, "rb") as file:
+        n_bytes = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+        n_objects = file.read(n_bytes).count(b"{")  # an index has one for each tensor
+    if n_objects > MOST_TENSORS:
+        raise ValueError(f"{n_objects} tensors are more than the {MOST_TENSORS} of any model")
+
+
 def _read(path: Path) -> tuple[dict[str, Any], Params]:
     """Header and tensors of a file whose checksum holds."""
     try:
-        with open(path, "rb"):  # a missing or forbidden file has its own message
-            pass
+        _refuse_crowd(path)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _verify_format(path, metadata)

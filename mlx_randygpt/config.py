@@ -99,12 +99,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "grad_accum", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("iters", "batch_size", "grad_accum", "threads"):
-            _at_most(name, getattr(self, name), MOST[name])
+        for name in ("iters", "batch_size", "grad_accum", "log_every"):
+            _at_most(name, getattr(self, name), MOST.get(name, (1 << 63) - 1))
         for name in (
             "warmup", "patience", "eval_every", "sample_every", "keep_every", "threads", "seed",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
+            _at_most(name, getattr(self, name), MOST.get(name, (1 << 63) - 1))
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "adamw_lr_ratio"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:

@@ -66,7 +66,11 @@ def progress(values: object) -> Progress:
         raise ConfigError("progress is not an object with a plateau")
     plateau = record(Plateau, known(values["plateau"]))
     rest = {name: value for name, value in known(values).items() if name != "plateau"}
-    return replace(record(Progress, rest), plateau=plateau)
+    found = replace(record(Progress, rest), plateau=plateau)
+    counts = (plateau.evaluations_without_best, plateau.reductions, found.rollbacks)
+    if min(*counts, found.tokens, found.best_step, found.eval_step + 1) < 0:
+        raise ConfigError("progress has a count below 0")
+    return found
 
 
 def header_facts(header: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:

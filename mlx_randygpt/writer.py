@@ -68,8 +68,9 @@ class CheckpointWriter:
     def submit(self, path: Path, checkpoint: Checkpoint) -> None:
         """Have this snapshot written soon; returns at once."""
         with self._changed:
+            self._waiting.pop(path, None)  # behind what is older than this snapshot
             self._waiting[path] = checkpoint
-            self._changed.notify_all()
+            self._changed.notify()
 
     def finished(self) -> list[Saved]:
         """What was written, or failed, since the last call."""

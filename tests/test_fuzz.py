@@ -46,7 +46,6 @@ from mlx_randygpt.cli import group, job
 from mlx_randygpt.cli.settings import fresh
 from mlx_randygpt.cli.train import command
 from mlx_randygpt.config import (
-    BACKENDS,
     PRESETS,
     ConfigError,
     ModelConfig,
@@ -213,7 +212,7 @@ def tensors_edited(raw: bytes, _: bytes, random: Random) -> bytes:
         lambda: index[name].update(dtype="F16", shape=[rows, 2 * columns]),
         lambda: index.update({odd_name(name, random): index.pop(name)}),
         lambda: index.update({odd_name(name, random): empty(len(data))}),
-        lambda: index.update({f"optimizer.m.{n}": empty(len(data)) for n in range(4_000)}),
+        lambda: index.update({f"optimizer.m.{n}": empty(len(data)) for n in range(20_000)}),
     ]
     random.choice(edits)()
     return sealed(index, data, index["__metadata__"]["header"])
@@ -312,6 +311,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("progress.tokens", "9"), ("progress.tokens", 1.5), ("progress.seconds", "<1e999>"),
     ("progress.plateau", "x"), ("progress.plateau", []), ("progress.plateau.best_loss", "x"),
     ("progress.plateau.reductions", "1"), ("progress.plateau.reductions", 10**400),
+    ("progress.plateau.reductions", -1), ("progress.rollbacks", -9),
     ("step", "x"), ("step", "7"), ("step", -1), ("step", 7.5), ("step", True),
     ("step", "<1e999>"), ("step", 10**400), ("backend", None), ("backend", 7),
     ("tokenizer", None), ("tokenizer", "char"), ("tokenizer.type", "bpe"),
@@ -441,7 +441,7 @@ def unfit(saved: Checkpoint) -> str:
         return "a negative count"
     if type(saved.state.step) is not int or not 0 <= saved.state.step < 2**63:
         return f"step={saved.state.step!r:.40}"
-    if saved.backend not in BACKENDS or saved.train.preset not in PRESETS:
+    if not saved.backend.isprintable() or saved.train.preset not in PRESETS:
         return f"backend={saved.backend!r:.40}, preset={saved.train.preset!r:.40}"
     try:
         tokenizer = tokenizer_from_json(saved.tokenizer)

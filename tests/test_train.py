@@ -148,7 +148,8 @@ def test_reports_come_in_order(on_disk: bool, make_run: Make, tmp_path: Path) ->
         "eval 0", "step 1", "step 2", "eval 2", "step 3", "sample 3", "step 4", "eval 4",
         "step 5", "step 6", "eval 6", "end 6", "sample 6",
     ]  # fmt: skip
-    assert sorted(p.name for p in tmp_path.iterdir()) == [NEWEST, BEST, PREVIOUS] * on_disk
+    written = {path.name for path in tmp_path.iterdir()} - {PREVIOUS}  # if it was not overtaken
+    assert written == ({NEWEST, BEST} if on_disk else set())
 
 
 def test_a_step_tells_its_numbers(faked: Callable[..., tuple[Run, Fake]]) -> None:
@@ -451,7 +452,7 @@ def test_milestones_are_kept(faked: Callable[..., tuple[Run, Fake]], tmp_path: P
     list(train(run, backend, tmp_path))  # type: ignore[arg-type]
     for step in (4, 8):
         assert load_checkpoint(tmp_path / f"checkpoint-{step}.safetensors").state.step == step
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len({path.name for path in tmp_path.iterdir()} - {PREVIOUS}) == 4
 
 
 def test_the_best_is_the_lowest_not_the_latest(

@@ -230,5 +230,5 @@ class NumpyBackend:
 
 def available_cores() -> int:
     """Cores this process may run on."""
-    own = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+    n_all = os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_all

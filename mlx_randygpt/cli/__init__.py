@@ -6,6 +6,7 @@ answer without numpy, mlx or rich.
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -72,6 +73,8 @@ def group() -> None:
 
 def main() -> None:
     """The entry point `mlxgpt`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, until a command has begun
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # no text may end a run

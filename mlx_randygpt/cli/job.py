@@ -67,7 +67,10 @@ def train_command(job: Job) -> int:
         saved, skipped = folder.newest() if job.resume_newest else (saved, [])
         if saved is not None and job.resuming:
             _, config = settings.resumed(job.given, saved)
-            if saved.state.step >= config.iters:
+            done = (
+                saved.progress.eval_step >= config.iters
+            )  # a stop may cut the last evaluation off
+            if saved.state.step > config.iters or (saved.state.step == config.iters and done):
                 click.echo(
                     f"Already at iteration {saved.state.step} (target {config.iters}). "
                     "Nothing to train."

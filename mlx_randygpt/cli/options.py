@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
+import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _interruptible():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
@@ -37,6 +40,18 @@ class Command(click.Command):
             if ctx.meta.get(_DEBUG):
                 raise
             raise click.ClickException(_one_line(error)) from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt while a command runs; before and after, it ends the process."""
+    old = signal.getsignal(signal.SIGINT)
+    if old == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 def model_options(defaults: bool = True) -> Callable[[F], F]:
