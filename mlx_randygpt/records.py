@@ -36,6 +36,8 @@ def strict(value: Any) -> Any:
     """`value` as JSON can hold it: what is not finite yet, such as a first loss, becomes null."""
     if isinstance(value, dict):
         return {key: strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

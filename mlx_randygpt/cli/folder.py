@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from mlx_randygpt.checkpoint import (
     peek_step,
 )
 from mlx_randygpt.config import UserError
+from mlx_randygpt.records import strict
 from mlx_randygpt.reports import EvalLog, Report, StepLog
 
 FLUSH_SECONDS = 1.0
@@ -173,20 +173,9 @@ def no_checkpoint(folder: Path) -> str:
 
 def _metrics(report: Report, log_every: int) -> dict[str, Any]:
     if isinstance(report, StepLog) and report.step % log_every == 0:
-        names: tuple[str, ...] = (
-            "step",
-            "loss",
-            "lr",
-            "grad_norm",
-            "tokens",
-            "tokens_per_second",
-            "seconds",
-        )
+        names = "step loss lr grad_norm tokens tokens_per_second seconds"
     elif isinstance(report, EvalLog):
-        names = ("step", "val_loss", "perplexity", "bits_per_byte", "seconds")
+        names = "step val_loss perplexity bits_per_byte seconds"
     else:
         return {}
-    values = {name: getattr(report, name) for name in names}
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+    return {name: strict(getattr(report, name)) for name in names.split()}

@@ -59,17 +59,12 @@ def train_command(job: Job) -> int:
             folder.refuse_if_used()
         source = job.resume or job.init_from
         saved = load_checkpoint(source) if source else None
-        notes_before = list[str]()
-        if job.resume and saved and job.resume.resolve().parent == job.out.resolve():
-            notes_before = [note for note in (folder.keep_best(saved.state.step),) if note]
-        elif job.resume:
+        if job.resume and job.resume.resolve().parent != job.out.resolve():
             folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
         saved, skipped = folder.newest() if job.resume_newest else (saved, [])
         if saved is not None and job.resuming:
             _, config = settings.resumed(job.given, saved)
-            done = (
-                saved.progress.eval_step >= config.iters
-            )  # a stop may cut the last evaluation off
+            done = saved.progress.eval_step >= config.iters  # else a stop has cut it off
             if saved.state.step > config.iters or (saved.state.step == config.iters and done):
                 click.echo(
                     f"Already at iteration {saved.state.step} (target {config.iters}). "
@@ -87,6 +82,7 @@ def train_command(job: Job) -> int:
         name, why = choose(job.backend)
         run, state, description, notes = prepare(job, saved, name)
         backend = make_backend(name, run.model, run.train, state)
+        kept = folder.keep_best(state.step) if job.resume else ""  # nothing can be refused now
         folder.begin(config_toml(job, run), fresh=not job.resuming)
         info = RunInfo(
             model=describe_model(run.model),
@@ -99,7 +95,7 @@ def train_command(job: Job) -> int:
             start_step=state.step,
         )
         del saved, state  # the backend has its own copy
-        notes[:0] = [*skipped, *notes_before]
+        notes[:0] = [*skipped, *([kept] if kept else [])]
         if (device := backend.device).endswith("(Metal)"):
             notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
         return follow(job, run, backend, info, folder, signals, notes)

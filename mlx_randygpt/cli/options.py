@@ -106,16 +106,10 @@ def json_option(function: F) -> F:
 def print_json(values: dict[str, Any]) -> None:
     """One JSON object on stdout; what is not finite becomes null."""
     import json
-    import math
 
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+    from mlx_randygpt.records import strict
 
-    click.echo(json.dumps(finite(values), ensure_ascii=False))
+    click.echo(json.dumps(strict(values), ensure_ascii=False))
 
 
 def default_checkpoint(path: Path | None) -> Path:
