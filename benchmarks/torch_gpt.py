@@ -22,7 +22,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, phases: Tensor | None) -> Tensor:
         b, t, c = x.shape
-        split = self.c_attn(norm(x)).view(b, t, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        split = (
+            self.c_attn(self.read(x)).view(b, t, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        )
         q, k, v = split.unbind(0)  # (B, H, T, D)
         if self.config.qk_norm:
             q, k = norm(q), norm(k)
@@ -30,7 +32,15 @@ class Block(nn.Module):
             q, k = rotate(q, phases), rotate(k, phases)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.mlp_proj(F.relu(self.c_fc(norm(x))).square())
+        return x + self.mlp_proj(F.relu(self.c_fc(self.read(x))).square())
+
+    def read(self, x: Tensor) -> Tensor:
+        """The norm, shifted if the model does so; (B, T, C)."""
+        y = norm(x)
+        if not self.config.token_shift:
+            return y
+        half = y.shape[-1] // 2
+        return torch.cat([F.pad(y[:, :-1, :half], (0, 0, 1, 0)), y[:, :, half:]], dim=-1)
 
 
 class TorchGPT(nn.Module):

@@ -32,6 +32,7 @@ class ModelConfig:
     position: str = "rope"  # "rope" (rotary, interleaved pairs, base 10000) | "learned" (wpe)
     qk_norm: bool = True  # RMSNorm of each query and key, before the rotation
     final_norm: bool = True  # RMSNorm before the head
+    token_shift: bool = False  # half of what each block reads comes from the position before
     zero_init: bool = True  # output projections start at zero instead of GPT-2's scaled normal
     init_scale: float = 1.0  # initial weights are normal(0, init_scale / √n_embd)
 
@@ -179,7 +180,8 @@ DEFAULT_PRESET = "small"
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "classic": {
         "model": {
-            "position": "learned", "qk_norm": False, "final_norm": False, "zero_init": False,
+            "position": "learned", "qk_norm": False, "final_norm": False, "token_shift": False,
+            "zero_init": False,
         },
         "train": {
             "optimizer": "adamw", "lr": 3e-3, "min_lr": 3e-4, "weight_decay": 0.1,
@@ -188,7 +190,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "modern": {
         "model": {
-            "position": "rope", "qk_norm": True, "final_norm": True, "zero_init": True,
+            "position": "rope", "qk_norm": True, "final_norm": True, "token_shift": True,
+            "zero_init": True,
         },
         "train": {
             "optimizer": "muon", "lr": 0.02, "min_lr": 0.0, "weight_decay": 0.0,

@@ -40,9 +40,8 @@ def train_config(recipe: str, **changes: Any) -> TrainConfig:
 
 def lively(config: ModelConfig) -> Params:
     """Weights at which every part of the model matters: no zeros, logits of order 1."""
-    return initial_params(
-        replace(config, zero_init=False, init_scale=0.2 * config.n_embd**0.5), seed=1
-    )
+    scaled = replace(config, zero_init=False, init_scale=0.2 * config.n_embd**0.5)
+    return initial_params(scaled, seed=1)
 
 
 def backend(recipe: str, train: TrainConfig | None = None, **changes: Any) -> MLXBackend:
@@ -60,6 +59,11 @@ def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
 
     def rms(x: Any) -> Any:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+    def shifted(x: Any) -> Any:
+        half = config.n_embd // 2
+        before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+        return np.where(np.arange(2 * half) < half, before, x) if config.token_shift else x
 
     def turned(x: Any, position: int) -> Any:
         pairs = x[0::2] + 1j * x[1::2]  # (D/2,)
@@ -84,8 +88,10 @@ def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
     for x_ids, y_ids in zip(batch.x(), batch.y(), strict=True):
         x = w["wte"][x_ids] + (w["wpe"][: len(x_ids)] if config.position == "learned" else 0)
         for i in range(config.n_layer):
-            x = x + attention(rms(x), w[f"h.{i}.attn.c_attn"]) @ w[f"h.{i}.attn.c_proj"].T
-            x = x + np.maximum(rms(x) @ w[f"h.{i}.mlp.c_fc"].T, 0) ** 2 @ w[f"h.{i}.mlp.c_proj"].T
+            inputs = shifted(rms(x))
+            x = x + attention(inputs, w[f"h.{i}.attn.c_attn"]) @ w[f"h.{i}.attn.c_proj"].T
+            inputs = shifted(rms(x))
+            x = x + np.maximum(inputs @ w[f"h.{i}.mlp.c_fc"].T, 0) ** 2 @ w[f"h.{i}.mlp.c_proj"].T
         logits = (rms(x) if config.final_norm else x) @ w["lm_head"].T  # (T, V)
         counted = np.flatnonzero(y_ids != IGNORED)
         losses += list(np.log(np.exp(logits).sum(-1))[counted] - logits[counted, y_ids[counted]])
@@ -167,7 +173,7 @@ def test_the_ring_past_block_size_equals_feeding_one_by_one(chunks: list[int]) -
 
 
 def test_one_layer_forgets_what_left_the_window() -> None:
-    b, ids = backend("modern", n_layer=1), tokens(1, 30)
+    b, ids = backend("modern", n_layer=1, token_shift=False), tokens(1, 30)
     cache, window = b.new_cache(1), b.new_cache(1)
     for t in range(30):
         slid = b.logits(ids[:, t : t + 1], cache)
@@ -175,8 +181,9 @@ def test_one_layer_forgets_what_left_the_window() -> None:
     np.testing.assert_allclose(slid, fresh, atol=1e-5)  # measured: 5e-7
 
 
-def test_select_reorders_and_repeats_streams() -> None:
-    b, ids = backend("classic"), tokens(3, 8)
+@both_recipes
+def test_select_reorders_and_repeats_streams(recipe: str) -> None:
+    b, ids = backend(recipe), tokens(3, 8)
     cache, chosen = b.new_cache(3), b.new_cache(2)
     b.logits(ids[:, :7], cache)
     cache.select([2, 0])

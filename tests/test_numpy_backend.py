@@ -74,13 +74,22 @@ def turn(x: Array, t: int) -> Array:
     return matrix @ x
 
 
+def shifted(x: Array, config: ModelConfig) -> Array:
+    """Rows (T', C) whose first half is that of the row before, if the model does so."""
+    if not config.token_shift:
+        return x
+    half = x.shape[1] // 2
+    return np.array([[*(x[t - 1] if t else 0 * x[0])[:half], *x[t][half:]] for t in range(len(x))])
+
+
 def naive_logits(w: Params, config: ModelConfig, tokens: Array, window: int = T) -> Array:
     """Logits (T', V) of one sequence; every query sees the last `window` keys up to its own."""
     w = {name.removesuffix(".weight"): a.astype(np.float64) for name, a in w.items()}
     n, h, d = len(tokens), config.n_head, config.head_size
     x = w["wte"][tokens] + (w["wpe"][:n] if config.position == "learned" else 0)
     for i in range(config.n_layer):
-        qkv = (rms(x) @ w[f"h.{i}.attn.c_attn"].T).reshape(n, 3, h, d)
+        qkv = shifted(rms(x), config) @ w[f"h.{i}.attn.c_attn"].T
+        qkv = qkv.reshape(n, 3, h, d)
         if config.qk_norm:
             qkv[:, :2] = rms(qkv[:, :2])
         if config.position == "rope":
@@ -92,7 +101,8 @@ def naive_logits(w: Params, config: ModelConfig, tokens: Array, window: int = T)
             e = np.exp(qkv[seen, 1, head] @ qkv[t, 0, head] / d**0.5)
             y[t, head] = e @ qkv[seen, 2, head] / e.sum()
         x = x + y.reshape(n, -1) @ w[f"h.{i}.attn.c_proj"].T
-        x = x + np.maximum(rms(x) @ w[f"h.{i}.mlp.c_fc"].T, 0) ** 2 @ w[f"h.{i}.mlp.c_proj"].T
+        inputs = shifted(rms(x), config)
+        x = x + np.maximum(inputs @ w[f"h.{i}.mlp.c_fc"].T, 0) ** 2 @ w[f"h.{i}.mlp.c_proj"].T
     return (rms(x) if config.final_norm else x) @ w["lm_head"].T
 
 

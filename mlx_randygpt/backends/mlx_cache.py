@@ -16,10 +16,12 @@ import numpy as np
 
 
 class LayerCache:
-    """The ring of one layer; `offset` is n."""
+    """The ring of one layer; `offset` is n. `last` is what attention and MLP read of the
+    position before, (B, 1, C/2) each, under token shift; None before the first."""
 
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
         self.offset = 0
+        self.last: list[mx.array | None] = [None, None]
         self.keys = mx.zeros(shape)  # (B, H, S, D)
         self.values = mx.zeros(shape)  # (B, H, S, D)
 
@@ -60,7 +62,8 @@ class MLXCache:
 
     def arrays(self) -> list[mx.array]:
         """Everything stored, to be evaluated."""
-        return [ring for layer in self.layers for ring in (layer.keys, layer.values)]
+        stored = ((layer.keys, layer.values, *layer.last) for layer in self.layers)
+        return [array for arrays in stored for array in arrays if array is not None]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these streams, in this order; a row may be named twice or not at all."""
@@ -68,6 +71,7 @@ class MLXCache:
             assert all(0 <= row < len(layer.keys) for row in rows), "MLX checks no bounds"
             layer.keys = layer.keys[mx.array(rows)]
             layer.values = layer.values[mx.array(rows)]
+            layer.last = [x if x is None else x[mx.array(rows)] for x in layer.last]
 
     def mask(self, t: int) -> Any:
         """Which keys each of T new queries sees: the last S up to its own; for the attention."""

@@ -32,6 +32,7 @@ class ModelArgs:
     position: str = "rope"  # "rope" | "learned"
     qk_norm: bool = True
     final_norm: bool = True
+    token_shift: bool = False
 
 
 def rms(x: mx.array) -> mx.array:
@@ -44,6 +45,19 @@ def drop(x: mx.array, p: float, key: mx.array | None) -> mx.array:
     if key is None or p == 0:
         return x
     return mx.where(mx.random.bernoulli(1 - p, x.shape, key), x * (1 / (1 - p)), 0)
+
+
+def shift(x: mx.array, cache: Any, slot: int) -> mx.array:
+    """Token shift (arXiv 2305.13048): the first half of x (B, T, C) is that of the position
+    before. Before the first comes zero, or what the cache kept in this slot."""
+    half = x.shape[-1] // 2
+    before = None if cache is None else cache.last[slot]
+    if before is None:
+        before = mx.zeros_like(x[:, :1, :half])
+    if cache is not None:
+        cache.last[slot] = x[:, -1:, :half]
+    before = mx.concatenate([before, x[:, :-1, :half]], axis=1)  # (B, T, C/2)
+    return mx.concatenate([before, x[:, :, half:]], axis=-1)
 
 
 class Attention(nn.Module):  # type: ignore[misc]
@@ -96,20 +110,26 @@ class Block(nn.Module):  # type: ignore[misc]
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.dropout = args.dropout
+        self.shifted = args.token_shift
         self.attn = Attention(args)
         self.mlp = MLP(args)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
-        x = x + drop(self.attn(rms(x), mask, cache), self.dropout, keys[0])
-        return x + drop(self.mlp(rms(x)), self.dropout, keys[1])
+        x = x + drop(self.attn(self.read(x, cache, 0), mask, cache), self.dropout, keys[0])
+        return x + drop(self.mlp(self.read(x, cache, 1)), self.dropout, keys[1])
+
+    def read(self, x: mx.array, cache: Any, slot: int) -> mx.array:
+        """What attention (slot 0) or MLP (slot 1) reads of the residual stream, (B, T, C)."""
+        return shift(rms(x), cache, slot) if self.shifted else rms(x)
 
 
 class GPT(nn.Module):  # type: ignore[misc]
     """Token ids (B, T) int32 to logits (B, T, V), in the type of the weights.
 
-    `cache` has one object per layer with `offset` (positions seen: an int, or an array (B,)) and
-    `update_and_fetch(k, v)`; `mask` then says which of its S keys each query sees: "causal",
-    None for all, or booleans (T, S). `key` switches dropout on and decides it.
+    `cache` has one object per layer with `offset` (positions seen: an int, or an array (B,)),
+    `update_and_fetch(k, v)` and, for the token shift, a list `last` of two; `mask` then says which
+    of its S keys each query sees: "causal", None for all, or booleans (T, S). `key` switches
+    dropout on and decides it.
     """
 
     def __init__(self, args: ModelArgs) -> None:

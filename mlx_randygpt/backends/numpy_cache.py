@@ -18,16 +18,19 @@ from mlx_randygpt.state import Array, Params
 
 
 class NumpyCache:
-    """Keys and values, (L, B, H, block_size, D) each."""
+    """Keys and values, (L, B, H, block_size, D) each; with token shift also the half of
+    the last position that attention and MLP of each layer read next, (L, 2, B, C/2)."""
 
     def __init__(self, config: ModelConfig, batch_size: int, dtype: type) -> None:
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
         self.k: Array = np.zeros(shape, dtype)
         self.v: Array = np.zeros(shape, dtype)
+        self.last: Array = np.zeros((config.n_layer, 2, batch_size, config.n_embd // 2), dtype)
         self.length = 0
 
     def select(self, rows: Sequence[int]) -> None:
         self.k, self.v = self.k[:, list(rows)], self.v[:, list(rows)]
+        self.last = self.last[:, :, list(rows)]
 
 
 def decode(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache) -> Array:
@@ -57,7 +60,8 @@ def _advance(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache) -
         x = x + w["wpe.weight"][positions]
     phases = ops.rope_phases(positions, config.head_size, 2 * config.n_head, x.dtype.type)
     for i in range(config.n_layer):
-        qkv = _norm(x) @ w[f"h.{i}.attn.c_attn.weight"].T  # (B, T, 3C)
+        inputs = _shift(config, _norm(x), cache.last[i, 0])
+        qkv = inputs @ w[f"h.{i}.attn.c_attn.weight"].T  # (B, T, 3C)
         qk = qkv[:, :, : 2 * config.n_embd]
         if config.qk_norm:
             per_head = qk.reshape(b, t, 2 * config.n_head, config.head_size)
@@ -66,10 +70,21 @@ def _advance(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache) -
             ops.rotate(qk, phases)
         y = _attend(qkv, config, i, cache)  # (B, T, C)
         x = x + y @ w[f"h.{i}.attn.c_proj.weight"].T
-        h = np.maximum(_norm(x) @ w[f"h.{i}.mlp.c_fc.weight"].T, 0)  # (B, T, F)
+        inputs = _shift(config, _norm(x), cache.last[i, 1])
+        h = np.maximum(inputs @ w[f"h.{i}.mlp.c_fc.weight"].T, 0)  # (B, T, F)
         x = x + (h * h) @ w[f"h.{i}.mlp.c_proj.weight"].T
     cache.length += t
     return x[:, -1]
+
+
+def _shift(config: ModelConfig, norm: Array, last: Array) -> Array:
+    """norm (B, T, C), its first half from the position before; `last` (B, C/2) is the latest."""
+    if not config.token_shift:
+        return norm
+    half = last.shape[-1]
+    before = np.concatenate([last[:, None], norm[:, :-1, :half]], axis=1)
+    last[...] = norm[:, -1, :half]
+    return np.concatenate([before, norm[:, :, half:]], axis=-1)
 
 
 def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache) -> Array:

@@ -35,12 +35,14 @@ class Activations:
 
     norm1: Array  # (N, C)
     inv1: Array  # (N,)
+    in1: Array  # (N, C), what the attention reads: norm1 shifted, or norm1 itself
     qkv: Array  # (N, 3C), queries and keys normed, turned and scaled
     inv_qk: Array  # (N, 2H)
     p: Array  # (B, H, Tk, Tq)
     y: Array  # (N, C), the heads' outputs
     norm2: Array  # (N, C)
     inv2: Array  # (N,)
+    in2: Array  # (N, C), what the MLP reads
     r: Array  # (N, F), max(h, 0)
     a: Array  # (N, F), max(h, 0)²
     mask1: Array  # (N, C), dropout after the attention; empty without dropout
@@ -59,13 +61,16 @@ class Chunk:
             return np.empty(shape, dtype)
 
         drop = n if config.dropout else 0
-        self.layers = [
-            Activations(
-                new(n, c), new(n), new(n, 3 * c), new(n, 2 * h), new(rows, h, t, t), new(n, c),
-                new(n, c), new(n), new(n, 4 * c), new(n, 4 * c), new(drop, c), new(drop, c),
-            )
-            for _ in range(config.n_layer)
-        ]  # fmt: skip
+
+        def layer() -> Activations:
+            norm1, norm2 = new(n, c), new(n, c)
+            in1, in2 = (new(n, c), new(n, c)) if config.token_shift else (norm1, norm2)
+            return Activations(
+                norm1, new(n), in1, new(n, 3 * c), new(n, 2 * h), new(rows, h, t, t), new(n, c),
+                norm2, new(n), in2, new(n, 4 * c), new(n, 4 * c), new(drop, c), new(drop, c),
+            )  # fmt: skip
+
+        self.layers = [layer() for _ in range(config.n_layer)]
         self.x, self.dx, self.branch, self.scratch = new(n, c), new(n, c), new(n, c), new(n, c)
         self.final, self.inv_final = new(n, c), new(n)
         self.logits, self.dp = new(n, config.vocab_size), new(rows, h, t, t)
@@ -87,7 +92,7 @@ class Chunk:
         for i, act in enumerate(self.layers):
             branch = self._attention(w, i, act, x, b, t)
             x += self._drop(branch, act.mask1, random)
-            branch = self._mlp(w, i, act, x, n)
+            branch = self._mlp(w, i, act, x, t)
             x += self._drop(branch, act.mask2, random)
         final = x
         if self.config.final_norm:
@@ -106,7 +111,7 @@ class Chunk:
             ops.rms_norm_backward(dx, final, self.inv_final[:n], self.scratch[:n])
         for i in reversed(range(self.config.n_layer)):
             act = self.layers[i]
-            dx += self._mlp_backward(w, i, act, self._undrop(dx, act.mask2, dropped))
+            dx += self._mlp_backward(w, i, act, self._undrop(dx, act.mask2, dropped), t)
             dx += self._attention_backward(w, i, act, self._undrop(dx, act.mask1, dropped), b, t)
         if not self.accumulating:
             self.grads["wte.weight"][...] = 0
@@ -120,9 +125,9 @@ class Chunk:
 
     def _attention(self, w: Params, i: int, act: Activations, x: Array, b: int, t: int) -> Array:
         n, config = b * t, self.config
-        norm, qkv, y = act.norm1[:n], act.qkv[:n], act.y[:n]
-        ops.rms_norm(x, norm, act.inv1[:n])
-        np.matmul(norm, w[f"h.{i}.attn.c_attn.weight"].T, out=qkv)  # (N, 3C)
+        inputs, qkv, y = act.in1[:n], act.qkv[:n], act.y[:n]
+        self._read(x, act.norm1[:n], act.inv1[:n], inputs, t)
+        np.matmul(inputs, w[f"h.{i}.attn.c_attn.weight"].T, out=qkv)  # (N, 3C)
         if config.qk_norm:
             qk = self._per_head(qkv, n)
             ops.rms_norm(qk, qk, act.inv_qk[:n])
@@ -156,27 +161,38 @@ class Chunk:
         if config.position == "rope":
             turned = dqkv.reshape(b, t, -1)[:, :, : 2 * config.n_embd]
             ops.rotate(turned, self.back_phases[:t])
-        self._weight_grad(f"h.{i}.attn.c_attn.weight", dqkv, act.norm1[:n])
-        dnorm = np.matmul(dqkv, w[f"h.{i}.attn.c_attn.weight"], out=self.branch[:n])  # (N, C)
-        ops.rms_norm_backward(dnorm, act.norm1[:n], act.inv1[:n], self.scratch[:n])
-        return dnorm
+        self._weight_grad(f"h.{i}.attn.c_attn.weight", dqkv, act.in1[:n])
+        dx = np.matmul(dqkv, w[f"h.{i}.attn.c_attn.weight"], out=self.branch[:n])  # (N, C)
+        return self._read_backward(dx, act.norm1[:n], act.inv1[:n], t)
 
-    def _mlp(self, w: Params, i: int, act: Activations, x: Array, n: int) -> Array:
-        norm, r, a = act.norm2[:n], act.r[:n], act.a[:n]
-        ops.rms_norm(x, norm, act.inv2[:n])
-        np.matmul(norm, w[f"h.{i}.mlp.c_fc.weight"].T, out=r)  # (N, F)
+    def _mlp(self, w: Params, i: int, act: Activations, x: Array, t: int) -> Array:
+        n = len(x)
+        inputs, r, a = act.in2[:n], act.r[:n], act.a[:n]
+        self._read(x, act.norm2[:n], act.inv2[:n], inputs, t)
+        np.matmul(inputs, w[f"h.{i}.mlp.c_fc.weight"].T, out=r)  # (N, F)
         ops.relu_squared(r, a)
         return np.matmul(a, w[f"h.{i}.mlp.c_proj.weight"].T, out=self.branch[:n])  # (N, C)
 
-    def _mlp_backward(self, w: Params, i: int, act: Activations, dbranch: Array) -> Array:
+    def _mlp_backward(self, w: Params, i: int, act: Activations, dbranch: Array, t: int) -> Array:
         n = len(dbranch)
         self._weight_grad(f"h.{i}.mlp.c_proj.weight", dbranch, act.a[:n])
         dh = np.matmul(dbranch, w[f"h.{i}.mlp.c_proj.weight"], out=self.wide[:n])  # (N, F)
         ops.relu_squared_backward(dh, act.r[:n])
-        self._weight_grad(f"h.{i}.mlp.c_fc.weight", dh, act.norm2[:n])
-        dnorm = np.matmul(dh, w[f"h.{i}.mlp.c_fc.weight"], out=self.branch[:n])  # (N, C)
-        ops.rms_norm_backward(dnorm, act.norm2[:n], act.inv2[:n], self.scratch[:n])
-        return dnorm
+        self._weight_grad(f"h.{i}.mlp.c_fc.weight", dh, act.in2[:n])
+        dx = np.matmul(dh, w[f"h.{i}.mlp.c_fc.weight"], out=self.branch[:n])  # (N, C)
+        return self._read_backward(dx, act.norm2[:n], act.inv2[:n], t)
+
+    def _read(self, x: Array, norm: Array, inv: Array, out: Array, t: int) -> None:
+        """What a branch reads of the residual stream x: its norm, shifted if the model does so."""
+        ops.rms_norm(x, norm, inv)
+        if self.config.token_shift:
+            ops.token_shift(norm.reshape(-1, t, x.shape[-1]), out.reshape(-1, t, x.shape[-1]))
+
+    def _read_backward(self, dx: Array, norm: Array, inv: Array, t: int) -> Array:
+        if self.config.token_shift:
+            ops.token_shift_backward(dx.reshape(-1, t, dx.shape[-1]))
+        ops.rms_norm_backward(dx, norm, inv, self.scratch[: len(dx)])
+        return dx
 
     def _per_head(self, x: Array, n: int) -> Array:
         """Queries and keys of x (N, ≥2C) by head: a view (N, 2H, D)."""

@@ -55,6 +55,22 @@ def _times_rows(x: Array, factor: Array, out: Array) -> None:
         np.multiply(x, np.repeat(factor, x.shape[-1], axis=-1).reshape(x.shape), out=out)
 
 
+def token_shift(x: Array, out: Array) -> None:
+    """y[t] = x[t], but the first half of its channels is that of x[t−1], with x[−1] = 0;
+    (B, T, C). What reads y sees pairs of neighbours (the token shift of RWKV, arXiv:2305.13048)."""
+    half = x.shape[-1] // 2
+    out[:, 0, :half] = 0
+    out[:, 1:, :half] = x[:, :-1, :half]
+    out[:, :, half:] = x[:, :, half:]
+
+
+def token_shift_backward(dy: Array) -> None:
+    """dx[t] = dy[t], but the first half of its channels is that of dy[t+1]; over dy (B, T, C)."""
+    half = dy.shape[-1] // 2
+    dy[:, :-1, :half] = dy[:, 1:, :half]
+    dy[:, -1, :half] = 0
+
+
 def rope_phases(positions: Array, head_size: int, copies: int, dtype: type) -> Array:
     """e^{i·t·ω_j}, ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, for `copies` heads: (T, copies, n).
 
