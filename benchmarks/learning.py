@@ -1,11 +1,13 @@
-"""How well a recipe learns: whole-validation loss after a budget of steps, for several seeds.
+"""How well the recipes learn, beside nanoGPT's: every figure of docs/recipes.md with one command.
 
-    python benchmarks/learning.py --data data/shakespeare.txt [--recipes classic modern]
-        [--seeds 1337 1338 1339] [--steps 2000] [--batch-size 12] [--preset small4] [--n-head 4]
-        [--backend numpy] [--json FILE]
+    pip install '.[bench]'
+    python benchmarks/learning.py [--rows short cpu default wall large] [--data FILE ...]
+        [--seeds 1337 1338 1339] [--backend numpy] [--set NAME=VALUE ...]
+        [--json learning.json] [--plot learning.svg]
 
-The defaults are the sizes and the budget of nanoGPT's CPU recipe (0.80 M parameters, 2,000 steps
-of 12 × 64 characters), which ends at 1.898 on tiny Shakespeare, measured the same way.
+Losses are those of `mlxgpt eval`: the whole last tenth of the text, nats per character. Without
+--data it is the text that `mlxgpt train` takes. `default` takes 20 minutes a seed on two cores;
+`large` is for a GPU. Results are written after each run, so an interrupted call keeps them.
 """
 
 from __future__ import annotations
@@ -15,73 +17,216 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlx_randygpt.backends import make_backend
-from mlx_randygpt.cli import settings
-from mlx_randygpt.config import PRESETS, RECIPES
-from mlx_randygpt.data.corpus import encode_corpus, find_files, read_texts
+from mlx_randygpt.cli import settings, text
+from mlx_randygpt.config import PRESETS
+from mlx_randygpt.data.corpus import Corpus, encode_corpus
+from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.evaluation import evaluate
-from mlx_randygpt.reports import EvalLog
-from mlx_randygpt.state import TrainState, initial_params
+from mlx_randygpt.schedule import learning_rate
+from mlx_randygpt.state import Array, TrainState, initial_params
 from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import Run, train
+
+NANOGPT = "nanogpt"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: who trains at which sizes for how long."""
+
+    who: tuple[str, ...]
+    steps: int
+    given: dict[str, Any] = field(default_factory=dict)  # options of `mlxgpt train`
+
+
+CPU_SIZES = {"preset": "small4", "n_head": 4, "batch_size": 12}  # 4/4/128, 12 × 64 characters
+LARGE_SIZES = {"preset": "xl", "n_layer": 6, "n_head": 6}  # 6/6/384, 64 × 256 characters
+ROWS = {
+    "short": Row(("modern",), 250, CPU_SIZES),
+    "cpu": Row(("modern", "classic", NANOGPT), 2000, CPU_SIZES),
+    "default": Row(("modern",), 5000),
+    "large": Row(("modern",), 5000, LARGE_SIZES),
+}
+WALL = {"modern": 250, NANOGPT: 2000}  # steps that are timed in turns, at CPU_SIZES
+
+
+class Learner(Protocol):
+    def step(self, i: int, tokens: Array) -> None: ...
+    def loss(self, tokens: Array) -> float: ...
+
+
+class Ours:
+    """A run as `mlxgpt train` with these options takes it."""
+
+    def __init__(
+        self, given: dict[str, Any], tokenizer: CharTokenizer, corpus: Corpus, backend: str
+    ) -> None:
+        given = {"prompt": "\n", **given}
+        self.tokenizer = tokenizer
+        self.model, self.train = settings.fresh(given, tokenizer.vocab_size, len(corpus.train))
+        state = TrainState(0, initial_params(self.model, self.train.seed), {})
+        self.backend = make_backend(backend, self.model, self.train, state)
+
+    def step(self, i: int, tokens: Array) -> None:
+        t = self.train
+        batches = [
+            sample_batch(tokens, t.batch_size, self.model.block_size, t.seed, i, micro)
+            for micro in range(t.grad_accum)
+        ]
+        lr = learning_rate(
+            i, iters=t.iters, warmup=t.warmup, lr=t.lr, min_lr=t.min_lr, schedule=t.schedule
+        )
+        self.backend.train_step(batches, lr)
+
+    def loss(self, tokens: Array) -> float:
+        score = evaluate(
+            self.backend, tokens, self.model.block_size, 64, self.tokenizer.token_bytes()
+        )
+        assert score is not None
+        return score.loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--recipes", nargs="+", default=["classic", "modern"], choices=RECIPES)
+    rows = [*ROWS, "wall"]
+    parser.add_argument("--rows", nargs="+", default=["short", "cpu", "wall"], choices=rows)
+    parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338, 1339])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--preset", default="small4", choices=PRESETS)
-    parser.add_argument("--n-head", type=int, default=4)
+    parser.add_argument("--who", nargs="+", help="only these recipes")
     parser.add_argument("--backend", default="numpy")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="a picture of all curves (needs matplotlib)")
     options = parser.parse_args()
 
-    rows = []
-    for recipe in options.recipes:
-        runs = [one_run(options, recipe, seed) for seed in options.seeds]
-        losses = [run["loss"] for run in runs]
-        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        rows.append({"recipe": recipe, "mean": statistics.mean(losses), "runs": runs})
-        print(f"{recipe}: {rows[-1]['mean']:.4f} ± {spread:.4f} over {len(losses)} seeds")
-    if options.json:
-        settings_used = {k: str(v) for k, v in vars(options).items()}
-        options.json.write_text(json.dumps({"settings": settings_used, "rows": rows}, indent=1))
-
-
-def one_run(options: argparse.Namespace, recipe: str, seed: int) -> dict[str, Any]:
-    texts = read_texts(find_files(options.data))
+    texts = text.read(options.data)
     tokenizer = CharTokenizer.train(texts.values())
     corpus = encode_corpus(texts, tokenizer)
-    given = {
-        "recipe": recipe, "preset": options.preset, "n_head": options.n_head, "seed": seed,
-        "iters": options.steps, "batch_size": options.batch_size, "sample_every": 0,
-        "prompt": "\n", **dict(parse(options.set)),
-    }  # fmt: skip
-    model, config = settings.fresh(given, tokenizer.vocab_size)
-    state = TrainState(0, initial_params(model, seed), {})
-    backend = make_backend(options.backend, model, config, state)
-    started, curve = time.perf_counter(), {}
-    for report in train(Run(model, config, tokenizer, corpus.train, corpus.val, {}), backend):
-        if isinstance(report, EvalLog):
-            curve[report.step] = report.val_loss
+    results: list[dict[str, Any]] = []
+    for name in options.rows:
+        runs = (
+            wall(options, tokenizer, corpus)
+            if name == "wall"
+            else row(options, name, tokenizer, corpus)
+        )
+        for result in runs:
+            results.append({"row": name, **result})
+            if options.json:
+                about = {key: str(value) for key, value in vars(options).items()}
+                options.json.write_text(json.dumps({"options": about, "runs": results}, indent=1))
+    if options.plot:
+        plot(results, options.plot)
+
+
+def row(
+    options: argparse.Namespace, name: str, tokenizer: CharTokenizer, corpus: Corpus
+) -> Iterator[dict[str, Any]]:
+    """Every seed of every learner of this row, with the mean and spread of each printed."""
+    spec = ROWS[name]
+    for who in (who for who in spec.who if who in (options.who or spec.who)):
+        losses = []
+        for seed in options.seeds:
+            run = one_run(options, who, spec, seed, tokenizer, corpus)
+            losses.append(run["loss"])
+            yield run
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        print(f"{name} {who}: {statistics.mean(losses):.4f} ± {spread:.4f}, {len(losses)} seeds")
+
+
+def one_run(
+    options: argparse.Namespace, who: str, spec: Row, seed: int,
+    tokenizer: CharTokenizer, corpus: Corpus,
+) -> dict[str, Any]:  # fmt: skip
+    learner = make(options, who, spec.given, spec.steps, seed, tokenizer, corpus)
+    every, curve, started = max(1, spec.steps // 20), {}, time.perf_counter()
+    for i in range(spec.steps):
+        learner.step(i, corpus.train)
+        if (i + 1) % every == 0:
+            curve[i + 1] = learner.loss(corpus.val)
     seconds = time.perf_counter() - started
-    score = evaluate(backend, corpus.val, model.block_size, 64, tokenizer.token_bytes())
-    assert score is not None
-    print(f"  {recipe} seed {seed}: {score.loss:.4f} in {seconds:.0f} s", flush=True)
-    return {"seed": seed, "loss": score.loss, "seconds": seconds, "curve": curve}
+    loss = learner.loss(corpus.val)
+    best = min(curve, key=lambda step: curve[step])
+    print(
+        f"  {who} seed {seed}, {spec.steps} steps: {loss:.4f}, best {curve[best]:.4f} at {best}, "
+        f"{seconds:.0f} s",
+        flush=True,
+    )
+    about = asdict(learner.model) | asdict(learner.train) if isinstance(learner, Ours) else {}
+    return {
+        "who": who, "seed": seed, "steps": spec.steps, "loss": loss, "best_loss": curve[best],
+        "best_step": best, "seconds": seconds, "curve": curve, "settings": about,
+    }  # fmt: skip
+
+
+def make(
+    options: argparse.Namespace, who: str, given: dict[str, Any], steps: int, seed: int,
+    tokenizer: CharTokenizer, corpus: Corpus,
+) -> Learner:  # fmt: skip
+    if who != NANOGPT:
+        more = dict(parse(options.set))
+        all_given = {"recipe": who, "iters": steps, "seed": seed, **given, **more}
+        return Ours(all_given, tokenizer, corpus, options.backend)
+    from nanogpt import NanoGPT
+
+    sizes = asdict(PRESETS[given["preset"]]) | given
+    names = ("block_size", "n_layer", "n_head", "n_embd", "batch_size")
+    return NanoGPT(tokenizer.vocab_size, **{n: sizes[n] for n in names}, steps=steps, seed=seed)
+
+
+def wall(
+    options: argparse.Namespace, tokenizer: CharTokenizer, corpus: Corpus
+) -> Iterator[dict[str, Any]]:
+    """The time of nanoGPT's steps beside that of the few of ours that reach its loss. Both train
+    in turns, in proportion, so that a slow spell of the machine hits both."""
+    learners = {
+        who: make(options, who, CPU_SIZES, steps, options.seeds[0], tokenizer, corpus)
+        for who, steps in WALL.items()
+    }
+    seconds, done = dict.fromkeys(WALL, 0.0), dict.fromkeys(WALL, 0)
+    for turn in range(min(WALL.values())):
+        for who, learner in learners.items():
+            goal = WALL[who] * (turn + 1) // min(WALL.values())
+            started = time.perf_counter()
+            while done[who] < goal:
+                learner.step(done[who], corpus.train)
+                done[who] += 1
+            seconds[who] += time.perf_counter() - started
+    losses = {who: learner.loss(corpus.val) for who, learner in learners.items()}
+    for who in WALL:
+        print(f"wall {who}: {losses[who]:.4f} after {WALL[who]} steps in {seconds[who]:.1f} s")
+        yield {"who": who, "steps": WALL[who], "loss": losses[who], "seconds": seconds[who]}
+    print(f"wall: nanoGPT takes {seconds[NANOGPT] / seconds['modern']:.1f} times as long")
 
 
 def parse(pairs: list[str]) -> Iterator[tuple[str, Any]]:
     for pair in pairs:
         name, value = pair.split("=")
         yield name, json.loads(value)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss over tokens, one panel a row."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(r["row"] for r in results if "curve" in r))
+    figure = Figure(figsize=(5.5 * max(1, len(names)), 4), layout="constrained")
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), index + 1)
+        axes.set(title=name, xlabel="steps", ylabel="validation loss (nats per character)")
+        axes.grid(alpha=0.3)
+        colors: dict[str, str] = {}
+        for run in (r for r in results if r["row"] == name):
+            who = run["who"]
+            label = who if who not in colors else None
+            colors.setdefault(who, f"C{len(colors)}")
+            axes.plot(list(run["curve"]), list(run["curve"].values()), color=colors[who],
+                      label=label, linewidth=1.2)  # fmt: skip
+        axes.legend()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,6 @@ class Preset:
     n_embd: int
     block_size: int
     batch_size: int = 64
-    dropout: float = 0.0
 
 
 BACKENDS = {  # name -> module and class; a third backend is one file and one row here

@@ -103,6 +103,6 @@ def test_every_preset_fits_both_recipes(
 ) -> None:
     p = PRESETS[preset]
     sizes = {"n_layer": p.n_layer, "n_head": p.n_head, "n_embd": p.n_embd}
-    model = tiny_model(recipe, block_size=p.block_size, dropout=p.dropout, **sizes)
+    model = tiny_model(recipe, block_size=p.block_size, **sizes)
     assert model.head_size * p.n_head == p.n_embd
     assert TrainConfig(**RECIPES[recipe]["train"], batch_size=p.batch_size).optimizer

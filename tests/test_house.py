@@ -21,7 +21,7 @@ PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "backends.base"},
     {"backends"},
-    {"checkpoint", "records", "data", "schedule", "tokenizer"},
+    {"checkpoint", "records", "data", "schedule", "tokenizer", "rules"},
     {"reports"},
     {"writer"},
     {"tally", "curve", "train", "sample", "evaluation"},

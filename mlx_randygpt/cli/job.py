@@ -10,6 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
+from mlx_randygpt import rules
 from mlx_randygpt.backends import choose, make_backend
 from mlx_randygpt.backends.base import Backend, BackendError
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError, load_checkpoint
@@ -110,9 +111,9 @@ def prepare(
     tokenizer: Tokenizer = tokenizer_from_json(saved.tokenizer) if saved else own
     if saved and job.resuming:
         same_vocabulary(saved, tokenizer, own)
-    model, config = _settings(job, saved, tokenizer)
-    config = _resolved(job, config, backend_name, texts)
     corpus = encode_corpus(texts, tokenizer)
+    model, config = _settings(job, saved, tokenizer, len(corpus.train))
+    config = _resolved(job, config, backend_name, texts)
     check_length(corpus, model.block_size)
     lost = text.unknown_line(texts, tokenizer), text.unknown_line({"": config.prompt}, tokenizer)
     notes = [line for line in lost if line]
@@ -124,6 +125,12 @@ def prepare(
         state = TrainState(0, saved.state.params, {})
     else:
         state = TrainState(0, initial_params(model, config.seed), {})
+    if not job.resuming and "dropout" not in job.given and model.dropout:
+        n_passes = rules.passes(model, config, len(corpus.train))
+        notes.append(
+            f"Dropout {model.dropout:g}, since {config.iters} iterations read the text "
+            f"{n_passes:.0f} times; --dropout 0 turns it off."
+        )
     data = text.provenance(corpus)
     run = Run(model, config, tokenizer, corpus.train, corpus.val, data, progress)
     return run, state, text.describe(corpus, tokenizer), notes
@@ -231,10 +238,10 @@ def _texts(job: Job, saved: Checkpoint | None) -> dict[str, str]:
 
 
 def _settings(
-    job: Job, saved: Checkpoint | None, tokenizer: Tokenizer
+    job: Job, saved: Checkpoint | None, tokenizer: Tokenizer, n_tokens: int
 ) -> tuple[ModelConfig, TrainConfig]:
     if saved is None:
-        return settings.fresh(job.given, tokenizer.vocab_size)
+        return settings.fresh(job.given, tokenizer.vocab_size, n_tokens)
     if job.resuming:
         return settings.resumed(job.given, saved)
     sizes = {k: v for k, v in job.given.items() if k in (*settings.MODEL_SIZES, "preset", "recipe")}
@@ -243,7 +250,8 @@ def _settings(
         {"recipe": saved.train.recipe, "preset": saved.train.preset} | job.given,
         tokenizer.vocab_size,
     )
-    return model, config
+    dropout = job.given.get("dropout", rules.dropout(model, config, n_tokens))
+    return replace(model, dropout=dropout), config
 
 
 def _resolved(

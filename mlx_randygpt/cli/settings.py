@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_randygpt import rules
 from mlx_randygpt.config import (
     DEFAULT_PRESET,
     PRESETS,
@@ -18,7 +19,7 @@ from mlx_randygpt.config import (
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
 
-MODEL_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+MODEL_SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 PLATEAU_PATIENCE = 5  # evaluations, where --schedule plateau comes without --patience
 
 
@@ -26,13 +27,15 @@ class ResumeError(UserError, ValueError):
     """A setting that a resumed run cannot change."""
 
 
-def fresh(given: dict[str, Any], vocab_size: int) -> tuple[ModelConfig, TrainConfig]:
-    """The settings of a new run: what was given, over recipe and preset."""
+def fresh(
+    given: dict[str, Any], vocab_size: int, n_tokens: int = 0
+) -> tuple[ModelConfig, TrainConfig]:
+    """The settings of a new run on `n_tokens` training tokens (0: not known): what was given,
+    over recipe and preset, over the rules that follow from sizes."""
     recipe = RECIPES[given.get("recipe", "modern")]
     preset = asdict(PRESETS[given.get("preset", DEFAULT_PRESET)])
     batch_size = preset.pop("batch_size")
     sizes = {name: given.get(name, preset[name]) for name in MODEL_SIZES}
-    model = ModelConfig(vocab_size=vocab_size, **recipe["model"], **sizes)
     defaults = TrainConfig.__dataclass_fields__
     chosen = {"batch_size": batch_size, **recipe["train"]}
     if given.get("optimizer", chosen["optimizer"]) != chosen["optimizer"]:
@@ -42,7 +45,12 @@ def fresh(given: dict[str, Any], vocab_size: int) -> tuple[ModelConfig, TrainCon
     if given.get("schedule") == "plateau":
         chosen["patience"] = PLATEAU_PATIENCE
     chosen |= {name: value for name, value in given.items() if name in defaults}
-    return model, TrainConfig(**chosen)
+    train = TrainConfig(**chosen)
+    if "warmup" not in given:
+        train = replace(train, warmup=rules.warmup_steps(train.warmup, train.iters))
+    model = ModelConfig(vocab_size=vocab_size, **recipe["model"], **sizes)
+    dropout = given.get("dropout", rules.dropout(model, train, n_tokens))
+    return replace(model, dropout=dropout), train
 
 
 def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, TrainConfig]:
@@ -69,8 +77,7 @@ def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, Trai
     if given.get("schedule") == "plateau" and not saved.train.patience:
         changes.setdefault("patience", PLATEAU_PATIENCE)
     train = replace(saved.train, **changes)
-    dropout = wanted["dropout"] if "dropout" in given else saved.model.dropout
-    return replace(saved.model, dropout=dropout), train
+    return replace(saved.model, dropout=given.get("dropout", saved.model.dropout)), train
 
 
 def to_toml(values: dict[str, Any]) -> str:

@@ -37,7 +37,10 @@ ITERS = 500
 SAVE_SECONDS = 0.2
 HANDOVER_SECONDS = 1.0  # at most from the moment a save is due to its file; measured: 0.2
 STRIKES = 5  # at most to one run
+STEPS_TO_AIM_AT = 60  # a run with fewer of them left is let alone
+LATEST = 0.8  # of the steps that are left: a signal takes a moment to arrive
 STARTING = 0.3  # share of starting in the life of an undisturbed process
+TRIES = 5  # that a fault may come too late
 PROGRAM = [sys.executable, "-m", "mlx_randygpt", "train", "--plain", "--backend=numpy"]
 SETTINGS = f"""--iters={ITERS} --n-layer=1 --n-head=2 --n-embd=16 --block-size=8 --dropout=0.1
 --batch-size=4 --threads=1 --eval-every=20 --sample-every=0 --save-every={SAVE_SECONDS}s""".split()
@@ -57,8 +60,10 @@ class Fault:
     """Signals to one process of a run."""
 
     kind: str  # of SIGNALS
-    moment: float  # share of the expected life of the process
-    aimed: bool  # it waits for the next write of a checkpoint
+    starting: bool  # while the process starts, else while it trains
+    moment: float  # share of that time: of seconds while it starts, of steps while it trains
+    aimed: bool  # at a write of a checkpoint, if one comes soon after
+    tries: int = 0  # that came too late
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,11 @@ class Plan:
 
     @classmethod
     def drawn(cls, seed: int, kinds: list[str]) -> Plan:
-        """These kinds in random order, at moments that are uniform over the life of a process,
-        its first second included; every third is then aimed at a write."""
+        """These kinds in random order: every fourth while a process starts, the others uniform
+        over its steps, and every third of all aimed at a write."""
         random = Random(seed)
         order = random.sample(kinds, len(kinds))
-        return cls([Fault(k, random.random(), i % 3 == 2) for i, k in enumerate(order)])
+        return cls([Fault(k, i % 4 == 3, random.random(), i % 3 == 2) for i, k in enumerate(order)])
 
 
 def half_killed(n: int) -> list[str]:
@@ -231,20 +236,28 @@ def carry_out(plan: Plan, new_run: Callable[[], Run], undisturbed: Run) -> Outco
 def _strike_repeatedly(
     run: Run, waiting: deque[Fault], whole_life: float, outcome: Outcome
 ) -> None:
-    for _ in range(min(STRIKES, len(waiting))):
+    for _ in range(STRIKES):
+        before = max((peek_step(path) for path in run.files()), default=-1)
+        if not waiting or ITERS - before < STEPS_TO_AIM_AT:
+            return
         fault = waiting.popleft()
-        if not _strike(run, fault, whole_life, outcome):
-            waiting.appendleft(replace(fault, moment=fault.moment * 0.75))  # the next run's
+        if not _strike(run, fault, before, whole_life, outcome):
+            assert fault.tries < TRIES, f"{fault} came too late {TRIES} times"
+            waiting.appendleft(replace(fault, moment=fault.moment / 2, tries=fault.tries + 1))
             return
 
 
-def _strike(run: Run, fault: Fault, whole_life: float, outcome: Outcome) -> bool:
-    """Launch a process and send it the fault's signals; False where it was done before them."""
-    before = max((peek_step(path) for path in run.files()), default=-1)
+def _strike(run: Run, fault: Fault, before: int, whole_life: float, outcome: Outcome) -> bool:
+    """Launch a process that resumes at step `before` (-1: none) and send it the fault's signals
+    when their moment has come; False where it was done before them."""
     life = run.launch()
-    seconds = whole_life * (STARTING + (1 - STARTING) * (1 - max(before, 0) / ITERS))
-    struck = life.outlives(fault.moment * seconds)
-    while fault.aimed and struck and not run.unfinished():
+    if fault.starting:
+        struck = life.outlives(fault.moment * STARTING * whole_life)
+    else:
+        first = max(before, 0) + 1
+        struck = life.passes(first + int(fault.moment * LATEST * (ITERS - first)))
+    began = monotonic()
+    while struck and fault.aimed and not run.unfinished() and monotonic() < began + SAVE_SECONDS:
         struck = life.outlives(0.0002)
     for number in SIGNALS[fault.kind] if struck else ():
         life.send(number)

@@ -6,6 +6,7 @@ has outlived.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from contextlib import suppress
 from threading import Timer
@@ -36,6 +37,16 @@ class Life:
             if line.startswith(start):
                 return self.lines[-1]
         raise AssertionError(f"no line {start!r} in {self.lines}: {self.finish().errors}")
+
+    def passes(self, step: int) -> bool:
+        """Wait for the line of this step or of a later one; False where none comes."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            found = re.match(r"step (\d+)/", line)
+            if found and int(found[1]) >= step:
+                return True
+        return False
 
     def said(self, start: str) -> bool:
         return any(line.startswith(start) for line in self.lines)

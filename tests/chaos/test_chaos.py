@@ -28,9 +28,6 @@ from mlx_randygpt.checkpoint import BEST, NEWEST, PREVIOUS, peek_step
 
 N_KILLS = int(os.environ.get("MLXGPT_CHAOS_KILLS", "24"))
 SEED = 5
-pytestmark = pytest.mark.skipif(  # on a fast machine few kills strike in time, and it goes on long
-    "MLXGPT_CHAOS_KILLS" not in os.environ, reason="asked for with MLXGPT_CHAOS_KILLS=24"
-)
 NewRun = Callable[[], Run]
 can_fill = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux has prlimit")
 can_lock = pytest.mark.skipif(bound_by_permissions() is None, reason="root writes everywhere")
