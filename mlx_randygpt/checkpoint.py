@@ -11,6 +11,7 @@ Tensors: every weight under its published name, moments as `optimizer.m.<name>` 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -116,7 +117,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         if previous is not None and path.exists():
             _name_also(path, previous)
         os.replace(temporary, path)
@@ -126,7 +127,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
             temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise CheckpointError(
-            f"could not write {path}: {reason}; it needs {len(content) / 1e6:.1f} MB"
+            f"could not write {path}: {reason}; it needs {_size(len(content))}"
         ) from error
 
 
@@ -254,9 +255,23 @@ def _name_also(path: Path, other: Path) -> None:
         os.replace(path, other)
 
 
+def _flush(descriptor: int) -> None:
+    """To the disk itself: the fsync of macOS leaves what is written in the cache of the drive."""
+    everything = getattr(fcntl, "F_FULLFSYNC", None)
+    if everything is not None:
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.fcntl(descriptor, everything)
+            return
+    os.fsync(descriptor)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor)
     finally:
         os.close(descriptor)

@@ -236,7 +236,7 @@ def test_a_full_disk_is_told_and_costs_the_exit_code(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr("mlx_randygpt.checkpoint._flush", refuse)
     result = call(*MINE, "--resume", "--iters=5")
     assert "the last state is not on the disk: could not write" in failed(result)
     assert "✗ Could not save checkpoints/checkpoint.safetensors: " in result.stdout
@@ -261,6 +261,14 @@ def test_a_target_that_is_reached_is_no_mistake(run: Path) -> None:
         assert result.exit_code == 0
         line = f"Already at iteration 3 (target {target}). Nothing to train.\n"
         assert (result.stdout, result.stderr) == (line, "")
+
+
+def test_a_target_that_is_reached_is_told_with_what_was_damaged(run: Path) -> None:
+    (run / BEST).write_bytes(b"")
+    result = call(*MINE, "--resume", "--iters=3")
+    skipped, reached = result.stdout.splitlines()
+    assert skipped.startswith(f"Skipped: {run / BEST} ")
+    assert reached.startswith("Already at iteration 3")
 
 
 def test_overwrite_starts_anew_and_resume_goes_on() -> None:
@@ -298,7 +306,7 @@ def test_precedence_is_command_line_environment_config_recipe() -> None:
     assert result.exit_code == 0, result.output
     found = settings()
     assert (found["lr"], found["iters"], found["eval_every"]) == (0.01, 4, 2)
-    assert (found["warmup"], found["optimizer"], found["save_every"]) == (30, "muon", "60s")
+    assert (found["schedule"], found["optimizer"], found["save_every"]) == ("linear", "muon", "60s")
 
 
 def test_on_resume_the_checkpoint_comes_between_config_and_recipe() -> None:

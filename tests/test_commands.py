@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mlx_randygpt.bench import N_WARMUP, measure_sampling, measure_training
+from mlx_randygpt.checkpoint import BEST, NEWEST, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import group, settings
 from mlx_randygpt.cli.doctor import advice, collect, lines
+from mlx_randygpt.cli.options import default_checkpoint
 from mlx_randygpt.config import PRESETS
 from mlx_randygpt.state import TrainState, initial_params
 
@@ -206,3 +209,20 @@ def test_doctor_says_what_to_change_where_it_applies(changes: dict[str, Any], wo
     assert advice(MACHINE) == []
     (line,) = advice(MACHINE | changes)
     assert word in line
+
+
+def test_the_best_checkpoint_is_taken_once_it_has_learned(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run stopped before its second evaluation has an untrained best."""
+    monkeypatch.chdir(tmp_path)
+    trained = load_checkpoint(checkpoint)
+    untrained = replace(trained, state=replace(trained.state, step=0))
+    folder = Path("checkpoints")
+    save_checkpoint(folder / BEST, untrained)
+    assert default_checkpoint(None) == folder / BEST
+    save_checkpoint(folder / NEWEST, trained)
+    assert default_checkpoint(None) == folder / NEWEST
+    save_checkpoint(folder / BEST, trained)
+    assert default_checkpoint(None) == folder / BEST
+    assert default_checkpoint(Path("mine")) == Path("mine")

@@ -67,6 +67,8 @@ def train_command(job: Job) -> int:
             _, config = settings.resumed(job.given, saved)
             done = saved.progress.eval_step >= config.iters  # else a stop has cut it off
             if saved.state.step > config.iters or (saved.state.step == config.iters and done):
+                for line in skipped:
+                    click.echo(line)
                 click.echo(
                     f"Already at iteration {saved.state.step} (target {config.iters}). "
                     "Nothing to train."

@@ -113,14 +113,17 @@ def print_json(values: dict[str, Any]) -> None:
 
 
 def default_checkpoint(path: Path | None) -> Path:
-    """`path`, else the best checkpoint in checkpoints/, else the newest; CheckpointError: none."""
-    from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError
+    """`path`, else the best checkpoint in checkpoints/, else the newest; CheckpointError: none.
+    The best of a run that was only evaluated before its first step is the newest."""
+    from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, peek_step
 
     if path is not None:
         return path
-    for name in (BEST, NEWEST):
-        if (found := Path("checkpoints", name)).exists():
-            return found
+    best, newest = Path("checkpoints", BEST), Path("checkpoints", NEWEST)
+    if best.exists() and not (newest.exists() and peek_step(best) == 0):
+        return best
+    if newest.exists():
+        return newest
     raise CheckpointError(
         f"there is neither {BEST} nor {NEWEST} in checkpoints/; "
         "`mlxgpt train` makes them, or give the path of a checkpoint"
