@@ -263,11 +263,13 @@ def test_a_target_that_is_reached_is_no_mistake(run: Path) -> None:
         assert (result.stdout, result.stderr) == (line, "")
 
 
-def test_a_target_that_is_reached_is_told_with_what_was_damaged(run: Path) -> None:
-    (run / BEST).write_bytes(b"")
+def test_a_target_that_is_reached_is_told_with_what_was_damaged() -> None:
+    trained()
+    best = Path("checkpoints") / BEST
+    best.write_bytes(b"")
     result = call(*MINE, "--resume", "--iters=3")
     skipped, reached = result.stdout.splitlines()
-    assert skipped.startswith(f"Skipped: {run / BEST} ")
+    assert skipped.startswith(f"Skipped: {best} ")
     assert reached.startswith("Already at iteration 3")
 
 
