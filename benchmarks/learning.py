@@ -142,13 +142,14 @@ def one_run(
     tokenizer: CharTokenizer, corpus: Corpus,
 ) -> dict[str, Any]:  # fmt: skip
     learner = make(options, who, spec.given, spec.steps, seed, tokenizer, corpus)
-    every, curve, started = max(1, spec.steps // 20), {}, time.perf_counter()
+    every, curve, seconds = -(-spec.steps // 10), {}, 0.0
     for i in range(spec.steps):
+        started = time.perf_counter()
         learner.step(i, corpus.train)
-        if (i + 1) % every == 0:
+        seconds += time.perf_counter() - started  # of training alone
+        if (i + 1) % every == 0 or i + 1 == spec.steps:
             curve[i + 1] = learner.loss(corpus.val)
-    seconds = time.perf_counter() - started
-    loss = learner.loss(corpus.val)
+    loss = curve[spec.steps]
     best = min(curve, key=lambda step: curve[step])
     print(
         f"  {who} seed {seed}, {spec.steps} steps: {loss:.4f}, best {curve[best]:.4f} at {best}, "

@@ -1,11 +1,17 @@
-"""What a run decides from its sizes where the user has not: warmup and dropout.
+"""What a run decides from its sizes and its text where the user has not.
 
-Pure functions of numbers; the runs that earned each constant are in docs/recipes.md.
+Pure functions of settings; the runs that earned each constant are in docs/recipes.md.
 """
 
 from __future__ import annotations
 
 from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.state import parameter_count
+
+MEMORY_PASSES = 0.5  # of the text, over which Muon's weights forget
+MOST_FORGOTTEN = 0.05  # of a weight in one step at the full rate
+DROPOUT_FROM = 100.0  # passes × parameters per training token
+DROPOUT = 0.1
 
 
 def warmup_steps(longest: int, iters: int) -> int:
@@ -15,9 +21,27 @@ def warmup_steps(longest: int, iters: int) -> int:
 
 def passes(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
     """How often the run reads each of its `n_tokens` training tokens."""
-    return train.iters * train.sequences_per_step * model.block_size / n_tokens
+    return train.iters / _steps_per_pass(model, train, n_tokens)
+
+
+def weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
+    """Muon's decoupled decay, per unit of rate: what a step wrote fades by 1/e in MEMORY_PASSES
+    of the text (after Wang & Aitchison 2024, arXiv:2405.13698), so that the shorter the text,
+    the less of it is learned by heart. AdamW keeps the recipe's; 0 tokens are not known yet."""
+    if train.optimizer != "muon" or n_tokens == 0:
+        return train.weight_decay
+    per_step = 1 / (MEMORY_PASSES * _steps_per_pass(model, train, n_tokens))
+    return float(f"{min(per_step, MOST_FORGOTTEN) / train.lr:.2g}")
 
 
 def dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
-    """Dropout for a text of so many training tokens (0: not known, no dropout)."""
-    return 0.0
+    """Dropout for a text of `n_tokens` training tokens, which may not be known yet (0): none
+    until a model reads a text that is short for its size very often."""
+    if n_tokens == 0:
+        return 0.0
+    strain = passes(model, train, n_tokens) * parameter_count(model) / n_tokens
+    return DROPOUT if strain > DROPOUT_FROM else 0.0
+
+
+def _steps_per_pass(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
+    return n_tokens / (train.sequences_per_step * model.block_size)

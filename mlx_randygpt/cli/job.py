@@ -130,8 +130,8 @@ def prepare(
     if not job.resuming and "dropout" not in job.given and model.dropout:
         n_passes = rules.passes(model, config, len(corpus.train))
         notes.append(
-            f"Dropout {model.dropout:g}, since {config.iters} iterations read the text "
-            f"{n_passes:.0f} times; --dropout 0 turns it off."
+            f"Dropout {model.dropout:g}: the text is read {n_passes:.0f} times and short for a "
+            "model of this size; --dropout 0 turns it off."
         )
     data = text.provenance(corpus)
     run = Run(model, config, tokenizer, corpus.train, corpus.val, data, progress)
@@ -252,8 +252,7 @@ def _settings(
         {"recipe": saved.train.recipe, "preset": saved.train.preset} | job.given,
         tokenizer.vocab_size,
     )
-    dropout = job.given.get("dropout", rules.dropout(model, config, n_tokens))
-    return replace(model, dropout=dropout), config
+    return settings.by_rule(job.given, model, config, n_tokens)
 
 
 def _resolved(

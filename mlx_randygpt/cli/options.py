@@ -77,7 +77,7 @@ def model_options(defaults: bool = True) -> Callable[[F], F]:
         click.option("--n-head", type=int, help="Attention heads."),
         click.option("--n-embd", type=int, help="Width."),
         click.option("--block-size", type=int, help="Context, in tokens."),
-        click.option("--dropout", type=float, help=f"After attention and MLP.{default('0')}"),
+        click.option("--dropout", type=float, help=f"After attention and MLP.{default('rule')}"),
     ]
 
     def decorate(function: F) -> F:

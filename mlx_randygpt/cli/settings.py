@@ -45,10 +45,18 @@ def fresh(
     if given.get("schedule") == "plateau":
         chosen["patience"] = PLATEAU_PATIENCE
     chosen |= {name: value for name, value in given.items() if name in defaults}
-    train = TrainConfig(**chosen)
+    model = ModelConfig(vocab_size=vocab_size, **recipe["model"], **sizes)
+    return by_rule(given, model, TrainConfig(**chosen), n_tokens)
+
+
+def by_rule(
+    given: dict[str, Any], model: ModelConfig, train: TrainConfig, n_tokens: int
+) -> tuple[ModelConfig, TrainConfig]:
+    """The settings with what follows from sizes and text where it was not given."""
     if "warmup" not in given:
         train = replace(train, warmup=rules.warmup_steps(train.warmup, train.iters))
-    model = ModelConfig(vocab_size=vocab_size, **recipe["model"], **sizes)
+    if "weight_decay" not in given:
+        train = replace(train, weight_decay=rules.weight_decay(model, train, n_tokens))
     dropout = given.get("dropout", rules.dropout(model, train, n_tokens))
     return replace(model, dropout=dropout), train
 

@@ -51,12 +51,12 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]")
 @click.option("--min-lr", type=float, help="Where the decay ends.  [default: recipe]")
-@click.option("--weight-decay", type=float, help="Decoupled, on matrices.  [default: recipe]")
+@click.option("--weight-decay", type=float, help="Decoupled, on matrices.  [default: rule]")
 @click.option(
     "--grad-clip", type=float, help="Largest gradient norm, 0 for none.  [default: recipe]"
 )
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="[default: recipe]")
-@click.option("--warmup", type=int, help="Steps of linear warmup.  [default: recipe]")
+@click.option("--warmup", type=int, help="Steps of linear warmup.  [default: rule]")
 @click.option(
     "--patience",
     type=int,

@@ -1,0 +1,66 @@
+"""What follows from sizes and text: the stated rules at worked numbers, and who may overrule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mlx_randygpt import rules
+from mlx_randygpt.cli import settings
+from mlx_randygpt.config import ModelConfig, TrainConfig
+
+Model = Callable[..., ModelConfig]
+SHAKESPEARE = 1_003_854  # training characters
+DEFAULT = {"iters": 5000, "prompt": "\n"}
+
+
+def test_warmup_is_at_most_a_tenth_of_the_run() -> None:
+    assert [rules.warmup_steps(30, iters) for iters in (1, 50, 299, 300, 5000)] == [
+        0,
+        5,
+        29,
+        30,
+        30,
+    ]
+
+
+def test_passes_count_how_often_a_token_is_read(tiny_model: Model) -> None:
+    model = tiny_model("modern", block_size=10)
+    train = TrainConfig(iters=30, batch_size=5, grad_accum=2)
+    assert rules.passes(model, train, 1000) == pytest.approx(3)
+
+
+def test_decay_makes_weights_forget_in_half_a_pass() -> None:
+    _, train = settings.fresh(DEFAULT, 68, SHAKESPEARE)
+    steps_per_pass = SHAKESPEARE / (64 * 64)
+    assert train.weight_decay * train.lr * steps_per_pass == pytest.approx(2, rel=0.02)
+    assert train.weight_decay == 0.41
+    _, twice = settings.fresh({**DEFAULT, "batch_size": 128}, 68, SHAKESPEARE)
+    assert twice.weight_decay == 0.82
+    _, slow = settings.fresh({**DEFAULT, "lr": 0.01}, 68, SHAKESPEARE)
+    assert slow.weight_decay == 0.82
+
+
+def test_a_tiny_text_does_not_wipe_the_weights_out() -> None:
+    _, train = settings.fresh(DEFAULT, 68, 500)
+    assert train.weight_decay * train.lr == pytest.approx(rules.MOST_FORGOTTEN)
+
+
+def test_decay_is_the_recipe_s_where_the_text_is_unknown_or_adamw_trains() -> None:
+    assert settings.fresh(DEFAULT, 68)[1].weight_decay == 0
+    for given in ({"recipe": "classic"}, {"optimizer": "adamw"}):
+        assert settings.fresh({**DEFAULT, **given}, 68, SHAKESPEARE)[1].weight_decay == 0.1
+
+
+def test_dropout_comes_with_many_passes_over_a_text_that_is_short_for_the_model() -> None:
+    assert settings.fresh(DEFAULT, 68, SHAKESPEARE)[0].dropout == 0  # 20 passes, 1.2 a token
+    assert settings.fresh(DEFAULT, 68, SHAKESPEARE // 3)[0].dropout == 0.1  # 61 passes, 3.6
+    assert settings.fresh({**DEFAULT, "preset": "xl"}, 68, SHAKESPEARE)[0].dropout == 0.1
+    assert settings.fresh(DEFAULT, 68)[0].dropout == 0
+
+
+def test_what_is_given_wins() -> None:
+    given = {**DEFAULT, "warmup": 100, "weight_decay": 0.0, "dropout": 0.25, "iters": 50}
+    model, train = settings.fresh(given, 68, 10_000)
+    assert (train.warmup, train.weight_decay, model.dropout) == (100, 0.0, 0.25)
