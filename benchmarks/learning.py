@@ -51,7 +51,7 @@ ROWS = {
     "default": Row(("modern",), 5000),
     "large": Row(("modern",), 5000, LARGE_SIZES),
 }
-WALL = {"modern": 250, NANOGPT: 2000}  # steps that are timed in turns, at CPU_SIZES
+WALL = {"modern": 170, NANOGPT: 2000}  # steps that are timed in turns, at CPU_SIZES
 
 
 class Learner(Protocol):
