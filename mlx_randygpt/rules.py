@@ -10,6 +10,7 @@ from mlx_randygpt.state import parameter_count
 
 MEMORY_PASSES = 0.5  # of the text, over which Muon's weights forget
 MOST_FORGOTTEN = 0.05  # of a weight in one step at the full rate
+MUON_RATE = 0.02  # the full rate; at a lower --lr weights are written and forgotten more slowly
 DROPOUT_FROM = 100.0  # passes × parameters per training token
 DROPOUT = 0.1
 
@@ -31,7 +32,7 @@ def weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float
     if train.optimizer != "muon" or n_tokens == 0:
         return train.weight_decay
     per_step = 1 / (MEMORY_PASSES * _steps_per_pass(model, train, n_tokens))
-    return float(f"{min(per_step, MOST_FORGOTTEN) / train.lr:.2g}")
+    return float(f"{min(per_step, MOST_FORGOTTEN) / MUON_RATE:.2g}")
 
 
 def dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
