@@ -25,11 +25,10 @@ from mlx_randygpt.backends import make_backend
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.config import PRESETS
 from mlx_randygpt.data.corpus import Corpus, encode_corpus
-from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.evaluation import evaluate
-from mlx_randygpt.schedule import learning_rate
 from mlx_randygpt.state import Array, TrainState, initial_params
 from mlx_randygpt.tokenizer import CharTokenizer
+from mlx_randygpt.train import step_batches, step_rate
 
 NANOGPT = "nanogpt"
 
@@ -72,15 +71,8 @@ class Ours:
         self.backend = make_backend(backend, self.model, self.train, state)
 
     def step(self, i: int, tokens: Array) -> None:
-        t = self.train
-        batches = [
-            sample_batch(tokens, t.batch_size, self.model.block_size, t.seed, i, micro)
-            for micro in range(t.grad_accum)
-        ]
-        lr = learning_rate(
-            i, iters=t.iters, warmup=t.warmup, lr=t.lr, min_lr=t.min_lr, schedule=t.schedule
-        )
-        self.backend.train_step(batches, lr)
+        batches = step_batches(self.train, tokens, self.model.block_size, i)
+        self.backend.train_step(batches, step_rate(self.train, i))
 
     def loss(self, tokens: Array) -> float:
         score = evaluate(

@@ -22,7 +22,7 @@ from mlx_randygpt.records import Progress
 from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
 from mlx_randygpt.sample import SampleConfig, generate
 from mlx_randygpt.schedule import is_due, learning_rate
-from mlx_randygpt.state import Array, TrainState
+from mlx_randygpt.state import Array, Batch, TrainState
 from mlx_randygpt.tokenizer import Tokenizer
 from mlx_randygpt.writer import Saver
 
@@ -69,6 +69,21 @@ def train(
         saver.close()
 
 
+def step_batches(config: TrainConfig, tokens: Array, block_size: int, step: int) -> list[Batch]:
+    """The micro-batches of the step that follows `step` finished ones."""
+    size, seed = config.batch_size, config.seed
+    micros = range(config.grad_accum)
+    return [sample_batch(tokens, size, block_size, seed, step, micro) for micro in micros]
+
+
+def step_rate(config: TrainConfig, step: int, reductions: int = 0) -> float:
+    """The learning rate of the step that follows `step` finished ones."""
+    return learning_rate(
+        step, iters=config.iters, warmup=config.warmup, lr=config.lr, min_lr=config.min_lr,
+        schedule=config.schedule, reductions=reductions,
+    )  # fmt: skip
+
+
 class Trainer:
     """One run in progress: the generator methods of `train` and the state between them."""
 
@@ -113,19 +128,9 @@ class Trainer:
         yield from self._finish()
 
     def _take_step(self) -> tuple[int, float, StepResult]:
-        config = self.run.train
-        batches = [
-            sample_batch(
-                self.run.train_tokens, config.batch_size, self.run.model.block_size,
-                config.seed, self.step, micro,
-            )
-            for micro in range(config.grad_accum)
-        ]  # fmt: skip
-        lr = learning_rate(
-            self.step, iters=config.iters, warmup=config.warmup, lr=config.lr,
-            min_lr=config.min_lr, schedule=config.schedule,
-            reductions=self.progress.plateau.reductions,
-        ) * 0.5**self.progress.rollbacks  # fmt: skip
+        run, progress = self.run, self.progress
+        batches = step_batches(run.train, run.train_tokens, run.model.block_size, self.step)
+        lr = step_rate(run.train, self.step, progress.plateau.reductions) * 0.5**progress.rollbacks
         result = self.backend.train_step(batches, lr)
         self.pace.step()
         self.step += 1

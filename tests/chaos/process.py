@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from threading import Timer
 from time import monotonic, time
@@ -31,22 +32,21 @@ class Life:
 
     def until(self, start: str) -> str:
         """The next line that begins so."""
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
+        for line in self._new_lines():
             if line.startswith(start):
-                return self.lines[-1]
+                return line
         raise AssertionError(f"no line {start!r} in {self.lines}: {self.finish().errors}")
 
     def passes(self, step: int) -> bool:
         """Wait for the line of this step or of a later one; False where none comes."""
+        found = (re.match(r"step (\d+)/", line) for line in self._new_lines())
+        return any(match and int(match[1]) >= step for match in found)
+
+    def _new_lines(self) -> Iterator[str]:
         assert self.process.stdout
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
-            found = re.match(r"step (\d+)/", line)
-            if found and int(found[1]) >= step:
-                return True
-        return False
+            yield self.lines[-1]
 
     def said(self, start: str) -> bool:
         return any(line.startswith(start) for line in self.lines)
