@@ -25,6 +25,8 @@ from mlx_randygpt.backends.numpy_backend import NumpyBackend, available_cores
 from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, TrainState, initial_params
 
+TURN = 5  # steps
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,17 +71,24 @@ def make_runners(
 
 
 def interleave(runners: dict[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
-    """Seconds of each step; the runners take turns, so that a slow spell hits all alike."""
+    """Seconds of a step, the median of each turn. The runners take turns of TURN steps, so that a
+    slow spell hits all alike; the first step of a turn is not counted, for the threads of the one
+    before may still be spinning and the caches hold its arrays."""
     for run in runners.values():
         for _ in range(3):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(steps):
+    for _ in range(max(1, steps // TURN)):
         for name, run in runners.items():
-            start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(statistics.median(timed(run) for _ in range(TURN)))
     return seconds
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def report(

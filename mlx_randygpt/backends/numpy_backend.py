@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mlx_randygpt.backends import numpy_ops as ops
 from mlx_randygpt.backends import numpy_optimizer as optimizer
 from mlx_randygpt.backends.base import StepResult, resident_bytes
 from mlx_randygpt.backends.numpy_cache import NumpyCache, decode
@@ -26,7 +26,7 @@ from mlx_randygpt.backends.numpy_model import Chunk, flat_views
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Array, Batch, Params, TrainState, muon_parts, rng
 
-CHUNK_TOKENS = 512  # what a thread works through at a time: activations of one layer fit in L2
+CHUNK_TOKENS = 1024  # what a thread works through at a time; docs/benchmarks.md has the trials
 
 
 class NumpyBackend:
@@ -138,8 +138,8 @@ class NumpyBackend:
     def _run(self, batch: Batch, total: int, work: Callable[..., float]) -> float:
         """Σ work(chunk, x, y, total, first row) over the batch, in a fixed order."""
         x, y = batch.x(), batch.y()
-        edges = np.linspace(0, len(x), self.n_threads + 1).astype(int)
-        rows = max(1, min(CHUNK_TOKENS // batch.block_size, int(np.diff(edges).max())))
+        edges = [-(-len(x) * i // self.n_threads) for i in range(self.n_threads + 1)]
+        rows = max(1, min(CHUNK_TOKENS // batch.block_size, edges[1]))
         self._fit(rows, batch.block_size)
 
         def share(worker: int) -> float:
@@ -152,7 +152,7 @@ class NumpyBackend:
         return sum(self._pool.map(share, range(self.n_threads)))
 
     def _chunk_loss(self, chunk: Chunk, x: Array, y: Array, total: int, row: int) -> float:
-        return ops.cross_entropy(chunk.forward(self.params, x, None), y) / total
+        return chunk.head(self.params, chunk.forward(self.params, x, None), y, None) / total
 
     def _chunk_gradients(
         self, chunk: Chunk, x: Array, y: Array, total: int, row: int,
@@ -163,38 +163,37 @@ class NumpyBackend:
             random = [
                 rng(self.train.seed, "dropout", self.step, *dropout, row + i) for i in range(len(x))
             ]
-        logits = chunk.forward(self.params, x, random)
-        loss = ops.cross_entropy(logits, y) / total
-        ops.cross_entropy_backward(logits, y, 1 / total)
-        chunk.backward(self.params, x, logits, dropped=random is not None)
-        return loss
+        final = chunk.forward(self.params, x, random)
+        loss = chunk.head(self.params, final, y, 1 / total)
+        chunk.backward(self.params, x, dropped=random is not None)
+        return loss / total
 
     def _fit(self, rows: int, block_size: int) -> None:
         have = self._chunks[0] if self._chunks else None
         if have is None or have.rows < rows or have.block_size < block_size:
+            others = (flat_views(self.model, self.dtype) for _ in range(self.n_threads - 1))
             self._chunks = [
-                Chunk(self.model, rows, block_size, self.dtype) for _ in range(self.n_threads)
+                Chunk(self.model, rows, block_size, self.dtype, *gradients)
+                for gradients in [(self._g, self._grads), *others]
             ]
 
     def _reduce(self) -> None:
-        """Sum the chunks' gradients into one vector, slice by slice."""
-        sources = [chunk.flat_grads for chunk in self._chunks if chunk.accumulating]
+        """Add the other threads' gradients to those of the first, slice by slice."""
+        others = [chunk.flat_grads for chunk in self._chunks[1:] if chunk.accumulating]
 
         def add(part: slice) -> None:
-            np.copyto(self._g[part], sources[0][part])
-            for other in sources[1:]:
+            for other in others:
                 self._g[part] += other[part]
 
         list(self._pool.map(add, self._slices(0, len(self._g))))
 
     def _update(self, lr: float) -> None:
-        """AdamW on ranges of the flat vectors, Muon matrix by matrix, both on all threads."""
-        jobs = []
+        """AdamW on ranges of the flat vectors, Muon on stacks of matrices, both on all threads."""
+        jobs: list[Callable[[], None]] = []
         for start, stop, rate in self._adamw_ranges(lr):
             jobs += [partial(self._adamw, part, rate) for part in self._slices(start, stop)]
         if self.train.optimizer == "muon":
-            for name in self.params:
-                jobs += [partial(self._muon, name, i, lr) for i in range(muon_parts(name))]
+            jobs += self._muon_jobs(lr)
         list(self._pool.map(lambda job: job(), jobs))
 
     def _adamw_ranges(self, lr: float) -> list[tuple[int, int, float]]:
@@ -214,14 +213,26 @@ class NumpyBackend:
             t=self.step + 1, lr=lr, decay=self.train.weight_decay, config=self.train,
         )  # fmt: skip
 
-    def _muon(self, name: str, index: int, lr: float) -> None:
-        parts = muon_parts(name)
-        w, g, m = (
-            views[name].reshape(parts, -1, views[name].shape[1])[index]
-            for views in (self.params, self._grads, self._m_views)
-        )
+    def _muon_jobs(self, lr: float) -> Iterator[Callable[[], None]]:
+        """Matrices of one shape are stacked, a few to a job and at least one job for a thread."""
+        by_shape: dict[tuple[int, ...], list[tuple[Array, Array, Array]]] = {}
+        for name, w in self.params.items():
+            if parts := muon_parts(name):
+                thirds = (
+                    view[name].reshape(parts, -1, w.shape[1])
+                    for view in (self.params, self._grads, self._m_views)
+                )
+                for matrices in zip(*thirds, strict=True):
+                    by_shape.setdefault(matrices[0].shape, []).append(matrices)
         train = self.train
-        optimizer.muon(w, g, m, lr=lr, decay=train.weight_decay, momentum=train.momentum)
+        for shape, found in by_shape.items():
+            most = -(-len(found) // self.n_threads)
+            size = max(1, min(most, optimizer.STACK // prod(shape)))
+            for start in range(0, len(found), size):
+                yield partial(
+                    optimizer.muon, *zip(*found[start : start + size], strict=True),
+                    lr=lr, decay=train.weight_decay, momentum=train.momentum,
+                )  # fmt: skip
 
     def _slices(self, start: int, stop: int) -> list[slice]:
         edges = np.linspace(start, stop, self.n_threads + 1).astype(int)

@@ -97,7 +97,7 @@ def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache) -> A
     scores = keys[:, :, :filled] @ q.swapaxes(-1, -2)  # (B, H, S, T)
     scores *= config.head_size**-0.5
     if t > 1:
-        ops.causal_softmax(scores, bounded=config.qk_norm)
+        ops.causal_softmax(scores, 0, config.qk_norm)
     else:
         scores -= scores.max(axis=-2, keepdims=True)
         np.exp(scores, out=scores)

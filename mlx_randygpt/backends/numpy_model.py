@@ -26,6 +26,8 @@ def flat_views(config: ModelConfig, dtype: type) -> tuple[Array, Params]:
     return flat, {name: p.reshape(shapes[name]) for name, p in zip(shapes, pieces, strict=True)}
 
 
+LOGITS = 1 << 24  # numbers: 64 MB
+ATTENTION = 1 << 17  # probabilities worked on at a time: half of a core's L2
 Randoms = list[np.random.Generator]  # one for each sequence
 
 
@@ -36,7 +38,7 @@ class Activations:
     norm1: Array  # (N, C)
     inv1: Array  # (N,)
     in1: Array  # (N, C), what the attention reads: norm1 shifted, or norm1 itself
-    qkv: Array  # (N, 3C), queries and keys normed, turned and scaled
+    qkv: Array  # (N, 3C), queries and keys normed and turned
     inv_qk: Array  # (N, 2H)
     p: Array  # (B, H, Tk, Tq)
     y: Array  # (N, C), the heads' outputs
@@ -50,9 +52,13 @@ class Activations:
 
 
 class Chunk:
-    """Scratch memory and gradients for up to `rows` sequences of `block_size` tokens."""
+    """Scratch memory for up to `rows` sequences of `block_size` tokens, and the vector and views
+    that gradients are added to."""
 
-    def __init__(self, config: ModelConfig, rows: int, block_size: int, dtype: type) -> None:
+    def __init__(
+        self, config: ModelConfig, rows: int, block_size: int, dtype: type,
+        flat_grads: Array, grads: Params,
+    ) -> None:  # fmt: skip
         self.config = config
         self.rows, self.block_size = rows, block_size
         n, c, t, h = rows * block_size, config.n_embd, block_size, config.n_head
@@ -73,17 +79,20 @@ class Chunk:
         self.layers = [layer() for _ in range(config.n_layer)]
         self.x, self.dx, self.branch, self.scratch = new(n, c), new(n, c), new(n, c), new(n, c)
         self.final, self.inv_final = new(n, c), new(n)
-        self.logits, self.dp = new(n, config.vocab_size), new(rows, h, t, t)
+        self.logits = new(max(1, min(n, LOGITS // config.vocab_size)), config.vocab_size)
+        few = max(1, min(rows, ATTENTION // (h * t * t)))
+        self.ds = new(few, h, t, t)
+        self.turned = new(few, h, config.head_size, t)  # heads with time last
         self.wide, self.dqkv, self.dropped = new(n, 4 * c), new(n, 3 * c), new(drop, c)
         copies = 2 * h  # queries and keys turn together
         self.phases = ops.rope_phases(np.arange(t), config.head_size, copies, dtype)
         self.back_phases = self.phases.conj()
-        self.flat_grads, self.grads = flat_views(config, dtype)
-        self.flat_spare, self.spare = flat_views(config, dtype)
+        self.flat_grads, self.grads = flat_grads, grads
+        self.spare = new(max(gradient.size for gradient in self.grads.values()))
         self.accumulating = False
 
     def forward(self, w: Params, tokens: Array, random: Randoms | None) -> Array:
-        """Logits (N, V) of tokens (B, T); with `random`, dropout draws from it."""
+        """What the head reads of tokens (B, T), (N, C); with `random`, dropout draws from it."""
         b, t = tokens.shape
         n = b * t
         x = np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=self.x[:n], mode="clip")
@@ -94,21 +103,34 @@ class Chunk:
             x += self._drop(branch, act.mask1, random)
             branch = self._mlp(w, i, act, x, t)
             x += self._drop(branch, act.mask2, random)
-        final = x
-        if self.config.final_norm:
-            final = self.final[:n]
-            ops.rms_norm(x, final, self.inv_final[:n])
-        return np.matmul(final, w["lm_head.weight"].T, out=self.logits[:n])  # (N, V)
+        if not self.config.final_norm:
+            return x
+        ops.rms_norm(x, self.final[:n], self.inv_final[:n])
+        return self.final[:n]
 
-    def backward(self, w: Params, tokens: Array, dlogits: Array, dropped: bool) -> None:
-        """Add the gradients of the last forward pass to `grads`; dlogits (N, V) is read."""
+    def head(self, w: Params, final: Array, targets: Array, scale: float | None) -> float:
+        """Σ cross-entropy of final (N, C) against targets (N,). With `scale`, also the gradients
+        of scale times that: the head's into `grads`, final's into dx. A large vocabulary is worked
+        through in blocks of positions, so that the logits never stand in memory all at once."""
+        weight, loss = w["lm_head.weight"], 0.0
+        for start in range(0, len(final), len(self.logits)):
+            part = slice(start, start + len(self.logits))
+            inputs, wanted = final[part], targets[part]
+            logits = np.matmul(inputs, weight.T, out=self.logits[: len(inputs)])
+            loss += ops.cross_entropy(logits, wanted)
+            if scale is not None:
+                ops.cross_entropy_backward(logits, wanted, scale)
+                self._weight_grad("lm_head.weight", logits, inputs, more=start > 0)
+                np.matmul(logits, weight, out=self.dx[: len(final)][part])
+        return loss
+
+    def backward(self, w: Params, tokens: Array, dropped: bool) -> None:
+        """Add the gradients of the last forward pass to `grads`, once `head` has left its in dx."""
         b, t = tokens.shape
         n = b * t
-        final = self.final[:n] if self.config.final_norm else self.x[:n]
-        self._weight_grad("lm_head.weight", dlogits, final)
-        dx = np.matmul(dlogits, w["lm_head.weight"], out=self.dx[:n])  # (N, C)
+        dx = self.dx[:n]
         if self.config.final_norm:
-            ops.rms_norm_backward(dx, final, self.inv_final[:n], self.scratch[:n])
+            ops.rms_norm_backward(dx, self.final[:n], self.inv_final[:n], self.scratch[:n])
         for i in reversed(range(self.config.n_layer)):
             act = self.layers[i]
             dx += self._mlp_backward(w, i, act, self._undrop(dx, act.mask2, dropped), t)
@@ -133,10 +155,9 @@ class Chunk:
             ops.rms_norm(qk, qk, act.inv_qk[:n])
         if config.position == "rope":
             ops.rotate(qkv.reshape(b, t, -1)[:, :, : 2 * config.n_embd], self.phases[:t])
-        qkv[:, : config.n_embd] *= config.head_size**-0.5
         ops.attention(
             qkv.reshape(b, t, -1), config.n_head, config.qk_norm,
-            act.p[:b, :, :t, :t], y.reshape(b, t, -1),
+            self.turned[..., :t], act.p[:b, :, :t, :t], y.reshape(b, t, -1),
         )  # fmt: skip
         return np.matmul(y, w[f"h.{i}.attn.c_proj.weight"].T, out=self.branch[:n])  # (N, C)
 
@@ -149,12 +170,10 @@ class Chunk:
         dy = np.matmul(dbranch, w[f"h.{i}.attn.c_proj.weight"], out=self.scratch[:n])  # (N, C)
         ops.attention_backward(
             dy.reshape(b, t, -1), y.reshape(b, t, -1), qkv.reshape(b, t, -1),
-            act.p[:b, :, :t, :t], config.n_head, self.dp[:b, :, :t, :t], dqkv.reshape(b, t, -1),
+            act.p[:b, :, :t, :t], config.n_head,
+            self.turned[..., :t], self.ds[..., :t, :t], dqkv.reshape(b, t, -1),
         )  # fmt: skip
-        scale = config.head_size**-0.5
-        dqkv[:, : config.n_embd] *= scale
         if config.qk_norm:  # the rotation keeps lengths, so the norm goes back in turned space
-            qkv[:, : config.n_embd] *= 1 / scale
             turned, dturned = self._per_head(qkv, n), self._per_head(dqkv, n)
             scratch = self._per_head(self.wide[:n], n)
             ops.rms_norm_backward(dturned, turned, act.inv_qk[:n], scratch)
@@ -199,12 +218,15 @@ class Chunk:
         config = self.config
         return x[:, : 2 * config.n_embd].reshape(n, 2 * config.n_head, config.head_size)
 
-    def _weight_grad(self, name: str, dout: Array, inputs: Array) -> None:
-        """dW += doutᵀ · inputs, (out, in); the first chunk of a step overwrites."""
-        if self.accumulating:
-            self.grads[name] += np.matmul(dout.T, inputs, out=self.spare[name])
+    def _weight_grad(self, name: str, dout: Array, inputs: Array, more: bool = False) -> None:
+        """dW += doutᵀ · inputs, (out, in); the first chunk of a step overwrites, unless it is
+        `more` of the same chunk."""
+        gradient = self.grads[name]
+        if self.accumulating or more:
+            spare = self.spare[: gradient.size].reshape(gradient.shape)
+            gradient += np.matmul(dout.T, inputs, out=spare)
         else:
-            np.matmul(dout.T, inputs, out=self.grads[name])
+            np.matmul(dout.T, inputs, out=gradient)
 
     def _drop(self, branch: Array, mask: Array, random: Randoms | None) -> Array:
         if random is None or not self.config.dropout:

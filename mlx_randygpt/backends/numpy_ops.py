@@ -17,6 +17,8 @@ from mlx_randygpt.state import IGNORED, Array
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
+ATTENTION_BLOCK = 64  # queries whose keys are cut together
+SAFE_SCORE = 60.0  # e^±60, and sums of such numbers, are ordinary float32 numbers
 
 
 def rms_norm(x: Array, out: Array, inv: Array) -> None:
@@ -92,60 +94,82 @@ def rotate(x: Array, phases: Array) -> None:
     np.multiply(pairs, phases, out=pairs)
 
 
-def causal_softmax(scores: Array, bounded: bool) -> None:
-    """p[j, i] = exp(s[j, i]) / Σ_j exp(s[j, i]) over the keys j ≤ i, in place; (B, H, Tk, Tq).
+def attention(qkv: Array, n_head: int, normed: bool, qt: Array, p: Array, out: Array) -> None:
+    """y = softmax(k qᵀ / √D)ᵀ v per head, each query over the keys up to its own; qkv (B, T, 3C).
 
-    Keys come first, so that the maximum and the sum run along whole rows of memory. Where
-    queries and keys are normed, |s| ≤ √D and no maximum need be taken out.
+    Writes the probabilities p (B, H, Tk, Tq), which the backward pass needs, and y (B, T, C); qt
+    (S, H, D, T) is scratch. Keys come first, so that maxima and sums run along whole rows of
+    memory. S sequences at a time stay in a core's cache from the first pass to the last; blocks
+    of queries leave out the keys that none of them may see.
     """
-    visible, hidden, ones = _triangle(scores.shape[-1], scores.dtype)
-    if bounded:
-        np.exp(scores, out=scores)
-        scores *= visible
-    else:
-        scores += hidden
-        scores -= scores.max(axis=-2, keepdims=True)
-        np.exp(scores, out=scores)
-    scores /= ones @ scores  # (B, H, 1, Tq), the sum as a product
-
-
-@lru_cache(maxsize=8)
-def _triangle(t: int, dtype: np.dtype[Any]) -> tuple[Array, Array, Array]:
-    """1 where key ≤ query and else 0; 0 where key ≤ query and else −inf, both (Tk, Tq); ones."""
-    visible = np.triu(np.ones((t, t), dtype))
-    hidden = np.where(visible == 1, 0, -np.inf).astype(dtype)
-    return visible, hidden, np.ones((1, t), dtype)
-
-
-def softmax_backward(dp: Array, p: Array, delta: Array) -> None:
-    """ds = p · (dp − δ), written over dp; δ[i] = Σ_j p[j, i]·dp[j, i] = dy[i]·y[i], (B, H, Tq)."""
-    dp -= delta[..., None, :]
-    dp *= p
-
-
-def attention(qkv: Array, n_head: int, bounded: bool, p: Array, out: Array) -> None:
-    """y = softmax(k qᵀ)ᵀ v per head; qkv (B, T, 3C) with q already scaled by 1/√D.
-
-    Writes the probabilities p (B, H, Tk, Tq), which the backward pass needs, and y (B, T, C).
-    """
-    q, k, v = heads(qkv, n_head, 3)
-    np.matmul(k, q.swapaxes(-1, -2), out=p)  # (B, H, Tk, Tq)
-    causal_softmax(p, bounded)
-    np.matmul(p.swapaxes(-1, -2), v, out=heads(out, n_head, 1)[0])  # (B, H, T, D)
+    for rows in _groups(len(qkv), len(qt)):
+        q, k, v = heads(qkv[rows], n_head, 3)
+        y = heads(out[rows], n_head, 1)[0]
+        turned = qt[: len(q)]
+        np.multiply(q.swapaxes(-1, -2), q.dtype.type(q.shape[-1] ** -0.5), out=turned)
+        for start, stop in _blocks(q.shape[-2]):
+            block = p[rows, :, :stop, start:stop]  # (S, H, stop, Tb)
+            np.matmul(k[:, :, :stop], turned[..., start:stop], out=block)
+            causal_softmax(block, start, normed)
+            np.matmul(block.swapaxes(-1, -2), v[:, :, :stop], out=y[:, :, start:stop])
 
 
 def attention_backward(
-    dy: Array, y: Array, qkv: Array, p: Array, n_head: int, dp: Array, dqkv: Array
+    dy: Array, y: Array, qkv: Array, p: Array, n_head: int, dyt: Array, ds: Array, dqkv: Array
 ) -> None:
-    """dv = p dy; dp = v dyᵀ; dk = ds q; dq = dsᵀ k. Shapes as in `attention`; dp is scratch."""
-    q, k, v = heads(qkv, n_head, 3)
-    dq, dk, dv = heads(dqkv, n_head, 3)
-    dy_heads, y_heads = heads(dy, n_head, 1)[0], heads(y, n_head, 1)[0]
-    np.matmul(p, dy_heads, out=dv)
-    np.matmul(v, dy_heads.swapaxes(-1, -2), out=dp)  # (B, H, Tk, Tq)
-    softmax_backward(dp, p, np.vecdot(dy_heads, y_heads))
-    np.matmul(dp, q, out=dk)
-    np.matmul(dp.swapaxes(-1, -2), k, out=dq)
+    """dv = p dy; dp = v dyᵀ; ds = p · (dp − δ) / √D with δ[i] = Σ_j p[j, i]·dp[j, i] = dy[i]·y[i];
+    dk = ds q; dq = dsᵀ k. Shapes as in `attention`; scratch: dyt (S, H, D, T), ds (S, H, T, T)."""
+    scale = qkv.dtype.type(dyt.shape[-2] ** -0.5)
+    by_head = (*dy.shape[:2], n_head, -1)
+    delta = np.einsum("bthd,bthd->bht", dy.reshape(by_head), y.reshape(by_head)) * scale
+    for rows in _groups(len(qkv), len(dyt)):
+        q, k, v = heads(qkv[rows], n_head, 3)
+        dq, dk, dv = heads(dqkv[rows], n_head, 3)
+        d_heads = heads(dy[rows], n_head, 1)[0]
+        turned = dyt[: len(q)]
+        np.multiply(d_heads.swapaxes(-1, -2), scale, out=turned)
+        for start, stop in _blocks(q.shape[-2]):
+            block = ds[: len(q), :, :stop, start:stop]  # (S, H, stop, Tb)
+            np.matmul(v[:, :, :stop], turned[..., start:stop], out=block)
+            block -= delta[rows, :, None, start:stop]
+            block *= p[rows, :, :stop, start:stop]
+            np.matmul(block.swapaxes(-1, -2), k[:, :, :stop], out=dq[:, :, start:stop])
+        for start, stop in _blocks(q.shape[-2]):  # now of keys, with the queries that see them
+            seen, dseen = (a[:, :, start:stop, start:] for a in (p[rows], ds[: len(q)]))
+            np.matmul(seen, d_heads[:, :, start:], out=dv[:, :, start:stop])
+            np.matmul(dseen, q[:, :, start:], out=dk[:, :, start:stop])
+
+
+def _groups(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _blocks(t: int) -> list[tuple[int, int]]:
+    """Ranges of positions; short contexts stay whole, for small products are slow ones."""
+    size = t if t < 2 * ATTENTION_BLOCK else ATTENTION_BLOCK
+    return [(start, min(start + size, t)) for start in range(0, t, size)]
+
+
+def causal_softmax(scores: Array, first: int, normed: bool) -> None:
+    """p[j, i] = exp(s[j, i]) / Σ_j exp(s[j, i]) over the keys j ≤ first + i, in place;
+    (B, H, first + Tq, Tq). Where queries and keys are normed, |s| ≤ √D; elsewhere the maximum is
+    taken out if a score is so large that its exponential could leave float32."""
+    visible, hidden = _triangle(scores.shape[-1], scores.dtype)
+    if normed or max(scores.max(), -scores.min()) < SAFE_SCORE:
+        np.exp(scores, out=scores)
+        scores[:, :, first:] *= visible
+    else:
+        scores[:, :, first:] += hidden
+        scores -= scores.max(axis=-2, keepdims=True)
+        np.exp(scores, out=scores)
+    scores /= np.ones((1, scores.shape[-2]), scores.dtype) @ scores  # (B, H, 1, Tq), the sums
+
+
+@lru_cache(maxsize=8)
+def _triangle(t: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """1 where key ≤ query and else 0; 0 where key ≤ query and else −inf; both (Tk, Tq)."""
+    visible = np.triu(np.ones((t, t), dtype))
+    return visible, np.where(visible == 1, 0, -np.inf).astype(dtype)
 
 
 def heads(x: Array, n_head: int, parts: int) -> tuple[Array, ...]:

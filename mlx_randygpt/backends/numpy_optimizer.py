@@ -5,12 +5,15 @@ The arithmetic is that of the MLX backend, line for line; `check` compares the t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mlx_randygpt.config import TrainConfig
 from mlx_randygpt.state import Array
 
-BLOCK = 1 << 15  # numbers per pass: five float32 vectors of this length stay in a core's L2
+BLOCK = 1 << 14  # numbers per pass: five float32 vectors of this length stay in a core's L2
+STACK = 1 << 18  # numbers in the matrices that Muon takes at a time
 NS_STEPS = 5
 NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 
@@ -21,53 +24,73 @@ def adamw(
     """One AdamW step on equally long vectors (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
     m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g²; w ← w − lr·(m̂ / (√v̂ + eps) + decay·w), with the
-    hats dividing by 1−βᵗ; t counts from 1.
+    hats dividing by 1−βᵗ; t counts from 1. Both hats are taken out of the fraction.
     """
     b1, b2 = config.beta1, config.beta2
+    root = (1 - b2**t) ** 0.5
+    scratch: Array = np.empty(min(BLOCK, len(w)), w.dtype)
     for start in range(0, len(w), BLOCK):
         block = slice(start, start + BLOCK)
         wb, gb, mb, vb = w[block], g[block], m[block], v[block]
+        step = scratch[: len(wb)]
+        np.multiply(gb, 1 - b1, out=step)
         mb *= b1
-        mb += (1 - b1) * gb
+        mb += step
+        np.multiply(gb, gb, out=step)
+        step *= 1 - b2
         vb *= b2
-        vb += (1 - b2) * gb * gb
-        step = vb / (1 - b2**t)
-        np.sqrt(step, out=step)
-        step += config.adam_eps
+        vb += step
+        np.sqrt(vb, out=step)
+        step += config.adam_eps * root
         np.divide(mb, step, out=step)
-        step *= lr / (1 - b1**t)
+        step *= lr * root / (1 - b1**t)
         wb *= 1 - lr * decay
         wb -= step
 
 
-def muon(w: Array, g: Array, m: Array, *, lr: float, decay: float, momentum: float) -> None:
-    """One Muon step on one matrix (out, in) (Jordan et al. 2024, github.com/KellerJordan/Muon).
+def muon(
+    ws: Sequence[Array], gs: Sequence[Array], ms: Sequence[Array],
+    *, lr: float, decay: float, momentum: float,
+) -> None:  # fmt: skip
+    """One Muon step on matrices (out, in) of one shape (Jordan et al. 2024,
+    github.com/KellerJordan/Muon).
 
     m ← μm + (1−μ)g; u = (1−μ)g + μm; w ← w − lr·(√max(1, out/in)·orthogonal(u) + decay·w).
     """
-    m *= momentum
-    m += (1 - momentum) * g
-    update = orthogonal((1 - momentum) * g + momentum * m)
-    update *= lr * max(1.0, w.shape[0] / w.shape[1]) ** 0.5
-    w *= 1 - lr * decay
-    w -= update
+    n_out, n_in = ws[0].shape
+    u: Array = np.empty((len(ws), n_out, n_in), ws[0].dtype)
+    for g, m, row in zip(gs, ms, u, strict=True):
+        np.multiply(g, 1 - momentum, out=row)
+        m *= momentum
+        m += row
+        row += momentum * m
+    update = orthogonal(u)
+    update *= lr * max(1.0, n_out / n_in) ** 0.5
+    for w, row in zip(ws, update, strict=True):
+        w *= 1 - lr * decay
+        w -= row
 
 
 def orthogonal(u: Array) -> Array:
-    """The nearest semi-orthogonal matrix to u, roughly: five Newton-Schulz steps
-    X ← aX + (bA + cA²)X with A = XXᵀ on X = u / ‖u‖, the shorter side first."""
-    wide = u if u.shape[0] <= u.shape[1] else u.T
-    x: Array = np.ascontiguousarray(wide) / (np.linalg.norm(u) + 1e-7)
+    """The nearest semi-orthogonal matrices to u (K, out, in), roughly: five Newton-Schulz steps
+    X ← (aI + bA + cA²)X with A = XXᵀ on X = u / ‖u‖, the shorter side first."""
+    if u.shape[1] > u.shape[2]:
+        return orthogonal(u.swapaxes(-1, -2)).swapaxes(-1, -2)
+    norms = np.sqrt(np.einsum("kij,kij->k", u, u))
+    x: Array = np.ascontiguousarray(u / (norms + 1e-7)[:, None, None])
+    a, b = (np.empty((*x.shape[:2], x.shape[1]), x.dtype) for _ in range(2))
+    diagonal = np.einsum("kii->ki", b)  # a view
+    spare = np.empty_like(x)
     for _ in range(NS_STEPS):
-        a = x @ x.T  # (rows, rows)
-        b = NS_C * (a @ a)
+        np.matmul(x, x.swapaxes(-1, -2), out=a)
+        np.matmul(a, a, out=b)
+        b *= NS_C
         a *= NS_B
         b += a
-        next_x = b @ x
-        x *= NS_A
-        next_x += x
-        x = next_x
-    return x if wide is u else x.T
+        diagonal += NS_A
+        np.matmul(b, x, out=spare)
+        x, spare = spare, x
+    return x
 
 
 def clip_scale(norm: float, largest: float) -> float:
