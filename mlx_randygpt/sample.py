@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_randygpt.backends.base import Backend, Cache
+from mlx_randygpt.backends.base import ALL, Backend, Cache
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.state import Array, rng
 from mlx_randygpt.tokenizer import Tokenizer
@@ -106,8 +106,8 @@ class Stream:
         """Let every stream read one more token; `logits` is then what follows it."""
         new = np.asarray(tokens, np.int32)[:, None]  # (B, 1)
         self._tokens = np.concatenate([self._tokens, new], axis=1)[:, -self._model.block_size :]
-        if self._model.position == "learned" and self.cache.length == self._model.block_size:
-            self.cache = self._backend.new_cache(len(new))
+        if self._model.position == "learned" and self.cache.lengths[0] == self._model.block_size:
+            self.cache.reset(ALL)
             new = self._tokens[:, -max(1, self._model.block_size // 2) :]
         self.logits = self._backend.logits(new, self.cache)
 

@@ -159,7 +159,7 @@ def test_cached_decoding_equals_the_full_forward(recipe: str) -> None:
     for start, end in [(0, 5), (5, 6), (6, 13), (13, 14)]:
         logits = b.logits(ids[:, start:end], cache)
         np.testing.assert_allclose(logits, full[:, end - 1], atol=1e-5)  # measured: 0
-    assert cache.length == 14
+    assert cache.lengths.tolist() == [14, 14]
 
 
 @pytest.mark.parametrize("chunks", [[16, 16, 8], [9, 1, 16, 14], [1] * 17 + [7, 15, 1]])

@@ -156,7 +156,7 @@ def test_cached_decoding_equals_the_full_model(
     for start, end in [(0, 5), (5, 6), (6, 13), (13, 16)]:
         got = b.logits(tokens[:, start:end], cache)
         assert error(got, full[:, end - 1]) < 5e-6  # measured: 6e-7
-    assert cache.length == T
+    assert cache.lengths.tolist() == [T, T]
 
 
 def test_past_the_context_every_query_sees_the_last_keys(

@@ -141,11 +141,15 @@ class Script:
         return Script.Cache()
 
     class Cache:
-        length = 0
+        def __init__(self) -> None:
+            self.lengths = np.zeros(1, np.int64)  # of stream 0
+
+        def reset(self, rows: slice) -> None:
+            self.lengths[rows] = 0
 
     def logits(self, tokens: Any, cache: Script.Cache) -> Any:
-        self.asked.append((cache.length, tokens[0].tolist()))
-        cache.length += tokens.shape[1]
+        self.asked.append((int(cache.lengths[0]), tokens[0].tolist()))
+        cache.lengths += tokens.shape[1]
         logits = np.zeros((len(tokens), V), np.float32)
         for row, line in enumerate(self.script[: len(tokens)]):
             logits[row, line[min(self.said, len(line) - 1)]] = 100

@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, SupportsFloat
 
-from mlx_randygpt.config import UserError
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_randygpt.config import ModelConfig, UserError
 from mlx_randygpt.state import Array, Batch, Params, TrainState
+
+ALL = slice(None)  # every row of a cache
 
 
 class BackendError(UserError, RuntimeError):
@@ -39,9 +44,16 @@ class StepResult:
 
 
 class Cache(Protocol):
-    """Keys and values of B streams. Holds the last `block_size` tokens of each."""
+    """Keys and values of B streams, one a row. Holds the last `block_size` tokens of each; rows
+    know nothing of each other, so that streams of any length stand side by side."""
 
-    length: int  # tokens seen so far, by every stream alike
+    lengths: NDArray[np.int64]  # (B,) tokens seen so far
+
+    def reset(self, rows: slice) -> None:
+        """Empty these rows."""
+
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` hold what row `source` does."""
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these streams, in this order; a row may be named twice (beams) or not at all."""
@@ -71,13 +83,15 @@ class Backend(Protocol):
         """`loss` and its gradient for every weight, without dropout or clipping."""
 
     def new_cache(self, batch_size: int) -> Any:
-        """An empty Cache for `batch_size` streams."""
+        """A Cache with `batch_size` rows, all of them empty."""
 
-    def logits(self, tokens: Array, cache: Any) -> Array:
-        """Append tokens (B, T) to the cache; float32 logits of the last position, (B, V).
+    def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
+        """Append tokens (B, T) to these rows of the cache; float32 logits of the last position,
+        (B, V).
 
         With rotary positions the window slides: each layer attends to the last `block_size` keys.
-        With learned positions `cache.length + T` must not pass `block_size`.
+        With learned positions no length may pass `block_size`. ValueError where T, an id or a
+        position is out of range.
         """
 
     def state(self) -> TrainState:
@@ -97,3 +111,17 @@ def resident_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_decoding(config: ModelConfig, tokens: Array, lengths: Array) -> None:
+    """ValueError unless tokens (B, T) can follow what rows of these lengths (B,) have read."""
+    (b, t), size = tokens.shape, config.block_size
+    if b != len(lengths):
+        raise ValueError(f"{b} streams of tokens for {len(lengths)} rows of the cache")
+    if not 1 <= t <= size:
+        raise ValueError(f"{t} tokens at once; it must be 1 to block_size={size}")
+    if config.position == "learned" and (longest := int(lengths.max())) + t > size:
+        raise ValueError(f"{longest} + {t} positions pass block_size={size}, the last learned")
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"token id {token} is outside 0..{config.vocab_size - 1}")

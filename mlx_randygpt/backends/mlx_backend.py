@@ -19,8 +19,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_randygpt.backends.base import StepResult, resident_bytes
-from mlx_randygpt.backends.mlx_cache import MLXCache
+from mlx_randygpt.backends.base import ALL, StepResult, check_decoding, resident_bytes
+from mlx_randygpt.backends.mlx_cache import MLXCache, layer_rows, mask
 from mlx_randygpt.backends.mlx_model import GPT, ModelArgs
 from mlx_randygpt.backends.mlx_optimizer import Moments, Weights, rates, update, uses_muon
 from mlx_randygpt.config import ModelConfig, TrainConfig
@@ -104,27 +104,28 @@ class MLXBackend:
         c = self._config
         return MLXCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.head_size))
 
-    def logits(self, tokens: Array, cache: MLXCache) -> Array:
-        """Append tokens (B, T) to the cache; float32 logits of the last position, (B, V).
+    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+        """Append tokens (B, T) to these rows; float32 logits of the last position, (B, V).
 
-        Computed in float32 whatever the training type. Raises ValueError where T, an id or a
-        learned position is out of range.
+        Computed in float32 whatever the training type. Empty rows take up to block_size tokens at
+        once, others take them one by one.
         """
-        t, size = tokens.shape[1], self._config.block_size
-        if not 1 <= t <= size:
-            raise ValueError(f"{t} tokens at once; it must be 1 to block_size={size}")
-        if self._config.position == "learned" and cache.length + t > size:
-            raise ValueError(
-                f"{cache.length} + {t} positions pass block_size={size}; "
-                "learned positions end there: start a new cache with the latest tokens"
-            )
-        check_ids(tokens, self._config.vocab_size)
+        check_decoding(self._config, tokens, cache.lengths[rows])
         self._bind(self._weights)
-        ids = mx.array(tokens.astype(np.int32))  # (B, T)
-        x = self._model.features(ids, cache.layers, cache.mask(t))  # (B, T, C)
-        logits = self._model.lm_head(x[:, -1])  # (B, V)
-        mx.eval(logits, cache.arrays())
-        return np.array(logits)
+        empty = not cache.lengths[rows].any()
+        for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
+            x = self._advance(part, cache, rows)  # (B, T, C)
+        return np.array(self._model.lm_head(x[:, -1]))  # (B, V)
+
+    def _advance(self, tokens: Array, cache: MLXCache, rows: slice) -> mx.array:
+        """Append tokens (B, T) to the rows, empty ones where T > 1; what the head reads."""
+        ids, layers = mx.array(tokens.astype(np.int32)), layer_rows(cache, rows)
+        x = self._model.features(ids, layers, mask(cache, rows, tokens.shape[1]))  # (B, T, C)
+        for layer in layers:
+            layer.keep()
+        cache.lengths[rows] += tokens.shape[1]
+        mx.eval(x, cache.arrays())
+        return x
 
     def state(self) -> TrainState:
         """A copy of step, weights and moments in float32; waits for the device."""

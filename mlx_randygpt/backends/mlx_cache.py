@@ -1,9 +1,9 @@
-"""Keys and values of the last S = block_size positions, in a ring per layer, in MLX.
+"""Keys and values of the last S = block_size positions, in a ring per layer and row, in MLX.
 
 Position p lives in slot p % S. Rotary keys are stored already turned, so where in the ring they
 lie is of no account. Knows nothing of the model beyond the sizes of its heads.
 
-Legend: B streams, H heads, D head size, S slots, T new tokens, n positions seen before them.
+Legend: B streams, H heads, D head size, S slots, T new tokens.
 """
 
 from __future__ import annotations
@@ -13,74 +13,92 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
-
-class LayerCache:
-    """The ring of one layer; `offset` is n. `last` is what attention and MLP read of the
-    position before, (B, 1, C/2) each, under token shift; None before the first."""
-
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        self.offset = 0
-        self.last: list[mx.array | None] = [None, None]
-        self.keys = mx.zeros(shape)  # (B, H, S, D)
-        self.values = mx.zeros(shape)  # (B, H, S, D)
-
-    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Store k and v (B, H, T, D); what the new queries read, as `MLXCache.mask` orders it."""
-        read = push(self.keys, k, self.offset), push(self.values, v, self.offset)
-        self.offset += k.shape[2]
-        return read
-
-
-def push(ring: mx.array, new: mx.array, n: int) -> mx.array:
-    """Write `new` (B, H, T, D) into the ring in place; what its queries read, (B, H, <= S+T, D).
-
-    One token reads the ring it was written to. Several read the ring as it was and themselves,
-    for the last of them may take the slot of a key that the first still sees.
-    """
-    size, t = ring.shape[2], new.shape[2]
-    if t == 1:
-        slot = n % size
-        ring[:, :, slot : slot + 1] = new
-        return ring[:, :, : n + 1]
-    read = mx.concatenate([ring[:, :, :n], new], axis=2)
-    ring[:, :, mx.arange(n, n + t) % size] = new
-    return read
+from mlx_randygpt.backends.base import ALL
 
 
 class MLXCache:
-    """A ring per layer, and which of its keys a new query sees."""
+    """Keys and values of L layers, (B, H, S, D) each, and under token shift what attention and
+    MLP read of the position before, (B, 1, C/2) each."""
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:
-        self.layers = [LayerCache(shape) for _ in range(n_layer)]
-        self.size = shape[2]
+        b, h, _, d = shape
+        self.keys = [mx.zeros(shape) for _ in range(n_layer)]
+        self.values = [mx.zeros(shape) for _ in range(n_layer)]
+        self.last = [[mx.zeros((b, 1, h * d // 2)) for _ in range(2)] for _ in range(n_layer)]
+        self.lengths: NDArray[np.int64] = np.zeros(b, np.int64)
 
-    @property
-    def length(self) -> int:
-        """Tokens seen so far, by every stream alike."""
-        return self.layers[0].offset
+    def reset(self, rows: slice) -> None:
+        """Empty these rows; keys past a row's length are never read."""
+        self.lengths[rows] = 0
+        for last in self.last:
+            last[0][rows], last[1][rows] = 0, 0
 
-    def arrays(self) -> list[mx.array]:
-        """Everything stored, to be evaluated."""
-        stored = ((layer.keys, layer.values, *layer.last) for layer in self.layers)
-        return [array for arrays in stored for array in arrays if array is not None]
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` hold what row `source` does."""
+        for array in self.arrays():
+            array[target] = array[source]
+        self.lengths[target] = self.lengths[source]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these streams, in this order; a row may be named twice or not at all."""
-        for layer in self.layers:
-            assert all(0 <= row < len(layer.keys) for row in rows), "MLX checks no bounds"
-            layer.keys = layer.keys[mx.array(rows)]
-            layer.values = layer.values[mx.array(rows)]
-            layer.last = [x if x is None else x[mx.array(rows)] for x in layer.last]
+        assert all(0 <= row < len(self.lengths) for row in rows), "MLX checks no bounds"
+        at = mx.array(rows)
+        self.keys, self.values = [k[at] for k in self.keys], [v[at] for v in self.values]
+        self.last = [[x[at] for x in last] for last in self.last]
+        self.lengths = self.lengths[list(rows)]
 
-    def mask(self, t: int) -> Any:
-        """Which keys each of T new queries sees: the last S up to its own; for the attention."""
-        n = self.length
-        if t == 1 or n == 0:
-            return "causal" if t > 1 else None
-        slots = np.arange(min(n, self.size))
-        held = n - 1 - (n - 1 - slots) % self.size  # the position in each slot
-        queries = np.arange(n, n + t)
-        keys = np.concatenate([held, queries])
-        age = queries[:, None] - keys  # (T, <= S+T)
-        return mx.array((age >= 0) & (age < self.size))
+    def arrays(self) -> list[mx.array]:
+        """Everything stored."""
+        return [*self.keys, *self.values, *(x for last in self.last for x in last)]
+
+
+class LayerRows:
+    """Some rows of one layer while T tokens pass through it, as `mlx_model.GPT` asks for them."""
+
+    def __init__(self, cache: MLXCache, layer: int, rows: slice, offset: int | mx.array) -> None:
+        self._cache, self._layer, self._rows = cache, layer, rows
+        self.offset = offset  # tokens seen: an int where the rows are of one length, else (B,)
+        self.last = [x if rows == ALL else x[rows] for x in cache.last[layer]]
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Store k and v (B, H, T, D); the slots that the new queries read."""
+        rings = self._cache.keys[self._layer], self._cache.values[self._layer]
+        return self._push(rings[0], k), self._push(rings[1], v)
+
+    def keep(self) -> None:
+        """Store `last` for the next token."""
+        for old, new in zip(self._cache.last[self._layer], self.last, strict=True):
+            old[self._rows] = new
+
+    def _push(self, ring: mx.array, new: mx.array) -> mx.array:
+        size, t = ring.shape[2], new.shape[2]
+        if isinstance(self.offset, int):
+            slot, longest = self.offset % size, self.offset
+            ring[self._rows, :, slot : slot + t] = new
+        else:
+            lengths = self._cache.lengths[self._rows]
+            rows = np.arange(len(ring))[self._rows]
+            ring[mx.array(rows), :, mx.array(lengths % size)] = new[:, :, 0]
+            longest = int(lengths.max())
+        return ring[self._rows, :, : longest + t]
+
+
+def layer_rows(cache: MLXCache, rows: slice) -> list[LayerRows]:
+    """These rows of every layer."""
+    lengths = cache.lengths[rows]
+    same = (lengths == lengths[0]).all()
+    offset = int(lengths[0]) if same else mx.array(lengths.astype(np.int32))
+    return [LayerRows(cache, i, rows, offset) for i in range(len(cache.keys))]
+
+
+def mask(cache: MLXCache, rows: slice, t: int) -> Any:
+    """Which slots the queries of T new tokens see; for the attention. T > 1 in empty rows only."""
+    lengths, size = cache.lengths[rows], cache.keys[0].shape[2]
+    if t > 1:
+        return "causal"
+    filled = np.minimum(lengths + 1, size)
+    if filled.min() == filled.max():
+        return None
+    return mx.array(np.arange(filled.max()) < filled[:, None])[:, None, None]  # (B, 1, 1, S)

@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mlx_randygpt.backends import numpy_optimizer as optimizer
-from mlx_randygpt.backends.base import StepResult, resident_bytes
+from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
 from mlx_randygpt.backends.numpy_cache import NumpyCache, decode
 from mlx_randygpt.backends.numpy_model import Chunk, flat_views
 from mlx_randygpt.config import ModelConfig, TrainConfig
@@ -89,8 +89,8 @@ class NumpyBackend:
     def new_cache(self, batch_size: int) -> NumpyCache:
         return NumpyCache(self.model, batch_size, self.dtype)
 
-    def logits(self, tokens: Array, cache: Any) -> Array:
-        return decode(self.params, self.model, tokens, cache)
+    def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
+        return decode(self.params, self.model, tokens, cache, rows)
 
     def state(self) -> TrainState:
         adamw_only = [

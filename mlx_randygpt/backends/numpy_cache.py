@@ -1,18 +1,21 @@
 """Decoding in NumPy: a KV cache and the forward pass of the newest tokens.
 
-The cache is a ring of `block_size` slots. Turned keys carry their position with them, so the
-order of the slots does not matter and dropping the oldest key is writing over it.
+Each row of the cache is a ring of `block_size` slots: position p lies in slot p % block_size.
+Turned keys carry their position with them, so the order of the slots does not matter and dropping
+the oldest key is writing over it.
 
-Legend: B streams, T new tokens, C n_embd, H heads, D = C/H, S filled slots.
+Legend: B streams, T new tokens, C n_embd, H heads, D = C/H, S slots that are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mlx_randygpt.backends import numpy_ops as ops
+from mlx_randygpt.backends.base import ALL, check_decoding
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import Array, Params
 
@@ -26,54 +29,88 @@ class NumpyCache:
         self.k: Array = np.zeros(shape, dtype)
         self.v: Array = np.zeros(shape, dtype)
         self.last: Array = np.zeros((config.n_layer, 2, batch_size, config.n_embd // 2), dtype)
-        self.length = 0
+        self.lengths: Array = np.zeros(batch_size, np.int64)
+
+    def reset(self, rows: slice) -> None:
+        """Empty these rows; keys past a row's length are never read."""
+        self.lengths[rows] = 0
+        self.last[:, :, rows] = 0
+
+    def move(self, source: int, target: int) -> None:
+        for array in (self.k, self.v):
+            array[:, target] = array[:, source]
+        self.last[:, :, target] = self.last[:, :, source]
+        self.lengths[target] = self.lengths[source]
 
     def select(self, rows: Sequence[int]) -> None:
         self.k, self.v = self.k[:, list(rows)], self.v[:, list(rows)]
-        self.last = self.last[:, :, list(rows)]
+        self.last, self.lengths = self.last[:, :, list(rows)], self.lengths[list(rows)]
 
 
-def decode(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache) -> Array:
-    """`Backend.logits`: (B, T) ids -> (B, V) float32. An empty cache takes up to block_size
-    tokens at once, a filled one takes them one by one. ValueError where T, an id or a learned
-    position is out of range."""
-    t, size = tokens.shape[1], config.block_size
-    if not 1 <= t <= size:
-        raise ValueError(f"{t} tokens at once; it must be 1 to block_size={size}")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise ValueError(f"token ids must be in 0..{config.vocab_size - 1}")
-    if config.position == "learned" and cache.length + t > size:
-        raise ValueError(f"{cache.length} + {t} positions pass block_size={size}, the last learned")
-    for part in [tokens] if cache.length == 0 else np.split(tokens, t, axis=1):
-        x = _advance(w, config, part, cache)
+@dataclass(frozen=True)
+class Place:
+    """Where T new tokens of each of some rows go, and which slots their queries read."""
+
+    rows: slice
+    positions: Array  # (B, T), or (1, T) where the rows are of one length
+    slots: Array  # (B,) or (1,), of the first of them
+    n_read: int  # S, of the fullest row
+    hidden: Array | None  # (B, 1, S, 1), -inf where a row has no key; None where all are full
+
+
+def place(cache: NumpyCache, rows: slice, t: int) -> Place:
+    """The next T positions of these rows."""
+    lengths, size = cache.lengths[rows], cache.k.shape[3]
+    if (lengths == lengths[0]).all():
+        lengths = lengths[:1]
+    filled = np.minimum(lengths + t, size)
+    n_read, hidden = int(filled.max()), None
+    if filled.min() < n_read:
+        empty = np.arange(n_read) >= filled[:, None]  # (B, S)
+        hidden = np.where(empty, -np.inf, 0).astype(cache.k.dtype)[:, None, :, None]
+    return Place(rows, lengths[:, None] + np.arange(t), lengths % size, n_read, hidden)
+
+
+def decode(
+    w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache, rows: slice = ALL
+) -> Array:
+    """`Backend.logits`: (B, T) ids -> (B, V) float32. Empty rows take up to block_size tokens at
+    once, others take them one by one."""
+    check_decoding(config, tokens, cache.lengths[rows])
+    empty = not cache.lengths[rows].any()
+    for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
+        x = _advance(w, config, part, cache, rows)
     if config.final_norm:
         x = _norm(x)
     return (x @ w["lm_head.weight"].T).astype(np.float32, copy=False)  # (B, V)
 
 
-def _advance(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache) -> Array:
-    """Append tokens (B, T) to the cache; the residual stream of the last position, (B, C)."""
+def _advance(
+    w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache, rows: slice
+) -> Array:
+    """Append tokens (B, T) to the rows; the residual stream of the last position, (B, C)."""
     b, t = tokens.shape
-    positions = np.arange(cache.length, cache.length + t)
+    where = place(cache, rows, t)
     x = w["wte.weight"][tokens]  # (B, T, C)
     if config.position == "learned":
-        x = x + w["wpe.weight"][positions]
-    phases = ops.rope_phases(positions, config.head_size, 2 * config.n_head, x.dtype.type)
+        x = x + w["wpe.weight"][where.positions]
+    copies = 2 * config.n_head
+    phases = ops.rope_phases(where.positions, config.head_size, copies, x.dtype.type)
     for i in range(config.n_layer):
-        inputs = _shift(config, _norm(x), cache.last[i, 0])
+        inputs = _shift(config, _norm(x), cache.last[i, 0, rows])
         qkv = inputs @ w[f"h.{i}.attn.c_attn.weight"].T  # (B, T, 3C)
         qk = qkv[:, :, : 2 * config.n_embd]
         if config.qk_norm:
-            per_head = qk.reshape(b, t, 2 * config.n_head, config.head_size)
+            per_head = qk.reshape(b, t, copies, config.head_size)
             per_head[...] = _norm(per_head)
         if config.position == "rope":
             ops.rotate(qk, phases)
-        y = _attend(qkv, config, i, cache)  # (B, T, C)
+        y = _attend(qkv, config, i, cache, where)  # (B, T, C)
         x = x + y @ w[f"h.{i}.attn.c_proj.weight"].T
-        inputs = _shift(config, _norm(x), cache.last[i, 1])
+        inputs = _shift(config, _norm(x), cache.last[i, 1, rows])
         h = np.maximum(inputs @ w[f"h.{i}.mlp.c_fc.weight"].T, 0)  # (B, T, F)
         x = x + (h * h) @ w[f"h.{i}.mlp.c_proj.weight"].T
-    cache.length += t
+    cache.lengths[rows] += t
     return x[:, -1]
 
 
@@ -87,22 +124,27 @@ def _shift(config: ModelConfig, norm: Array, last: Array) -> Array:
     return np.concatenate([before, norm[:, :, half:]], axis=-1)
 
 
-def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache) -> Array:
+def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, where: Place) -> Array:
     b, t, _ = qkv.shape
     q, k, v = ops.heads(qkv, config.n_head, 3)  # (B, H, T, D)
-    slot = cache.length % config.block_size
-    keys, values = cache.k[layer], cache.v[layer]
-    keys[:, :, slot : slot + t], values[:, :, slot : slot + t] = k, v
-    filled = min(cache.length + t, config.block_size)
-    scores = keys[:, :, :filled] @ q.swapaxes(-1, -2)  # (B, H, S, T)
+    keys, values = cache.k[layer, where.rows], cache.v[layer, where.rows]
+    if len(where.slots) == 1:
+        slots = slice(where.slots[0], where.slots[0] + t)
+        keys[:, :, slots], values[:, :, slots] = k, v
+    else:
+        each = np.arange(b)
+        keys[each, :, where.slots], values[each, :, where.slots] = k[:, :, 0], v[:, :, 0]
+    scores = keys[:, :, : where.n_read] @ q.swapaxes(-1, -2)  # (B, H, S, T)
     scores *= config.head_size**-0.5
     if t > 1:
         ops.causal_softmax(scores, 0, config.qk_norm)
     else:
+        if where.hidden is not None:
+            scores += where.hidden
         scores -= scores.max(axis=-2, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-2, keepdims=True)
-    y: Array = scores.swapaxes(-1, -2) @ values[:, :, :filled]  # (B, H, T, D)
+    y: Array = scores.swapaxes(-1, -2) @ values[:, :, : where.n_read]  # (B, H, T, D)
     return y.transpose(0, 2, 1, 3).reshape(b, t, config.n_embd)
 
 

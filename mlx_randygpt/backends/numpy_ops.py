@@ -74,22 +74,25 @@ def token_shift_backward(dy: Array) -> None:
 
 
 def rope_phases(positions: Array, head_size: int, copies: int, dtype: type) -> Array:
-    """e^{i·t·ω_j}, ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, for `copies` heads: (T, copies, n).
+    """e^{i·t·ω_j}, ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, for `copies` heads;
+    positions (…, T) -> (…, T, copies, n).
 
     A head's values 2j and 2j+1 are one complex number; turning it by t·ω_j makes q·k depend on
     the distance alone (Su et al. 2021, arXiv:2104.09864). Angles are float64 until the end.
     """
     n = head_size // 2
-    angles = np.asarray(positions, np.float64)[:, None] * ROPE_BASE ** (-np.arange(n) / n)  # (T, n)
+    rates = ROPE_BASE ** (-np.arange(n) / n)
+    angles = np.asarray(positions, np.float64)[..., None] * rates  # (…, T, n)
     phases = np.exp(1j * angles).astype(np.result_type(dtype, np.complex64))
-    return np.tile(phases[:, None], (1, copies, 1))
+    return np.tile(phases[..., None, :], (copies, 1))
 
 
 def rotate(x: Array, phases: Array) -> None:
-    """x · e^{iθ} in place; x (B, T, copies·D), phases (T, copies, ⌊D/2⌋). Of an odd head the last
-    value stays. The backward of a rotation is the rotation by the conjugate phases."""
+    """x · e^{iθ} in place; x (B, T, copies·D), phases (T, copies, ⌊D/2⌋) or of each sequence (B, T,
+    copies, ⌊D/2⌋). Of an odd head the last value stays. The backward of a rotation is the rotation
+    by the conjugate phases."""
     b, t, _ = x.shape
-    _, copies, n = phases.shape
+    copies, n = phases.shape[-2:]
     pairs = x.reshape(b, t, copies, -1)[..., : 2 * n].view(phases.dtype)  # (B, T, copies, n)
     np.multiply(pairs, phases, out=pairs)
 
