@@ -203,6 +203,7 @@ MACHINE: dict[str, Any] = {
         ({"blas": [{"name": "blas"}]}, "no optimised BLAS"),
         ({"environment": {"OMP_NUM_THREADS": "1"}}, "--threads"),
         ({"cores": 2}, "2 of 8 cores"),
+        ({"packages": {"mlx": None, "numba": None}}, "pip install numba"),
     ],
 )
 def test_doctor_says_what_to_change_where_it_applies(changes: dict[str, Any], word: str) -> None:

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from mlx_randygpt.backends import numpy_optimizer as optimizer
 from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
-from mlx_randygpt.backends.numpy_cache import NumpyCache, decode
+from mlx_randygpt.backends.numpy_cache import Decoder, NumpyCache
 from mlx_randygpt.backends.numpy_model import Chunk, flat_views
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Array, Batch, Params, TrainState, muon_parts, rng
@@ -49,6 +49,7 @@ class NumpyBackend:
         self._chunks: list[Chunk] = []
         self._w, self.params = flat_views(model, dtype)
         self._g, self._grads = flat_views(model, dtype)
+        self._decoder = Decoder(model, self._w, self.params, self._pool, self.n_threads)
         self._m, self._m_views = flat_views(model, dtype)
         self._v, self._v_views = flat_views(model, dtype)
         self.restore(state)
@@ -90,7 +91,7 @@ class NumpyBackend:
         return NumpyCache(self.model, batch_size, self.dtype)
 
     def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
-        return decode(self.params, self.model, tokens, cache, rows)
+        return self._decoder.logits(tokens, cache, rows)
 
     def state(self) -> TrainState:
         adamw_only = [

@@ -10,22 +10,29 @@ Legend: B streams, T new tokens, C n_embd, H heads, D = C/H, S slots that are re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
 
 import numpy as np
 
 from mlx_randygpt.backends import numpy_ops as ops
-from mlx_randygpt.backends.base import ALL, check_decoding
+from mlx_randygpt.backends.base import check_decoding
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import Array, Params
 
+ROWS_PER_THREAD = 8  # streams that pay for a second thread
+COMPILED_FROM = 2000  # tokens; by then waiting for numba to load would have paid for itself
+
 
 class NumpyCache:
-    """Keys and values, (L, B, H, block_size, D) each; with token shift also the half of
+    """Keys and values, (L, B, H, D, block_size) each; with token shift also the half of
     the last position that attention and MLP of each layer read next, (L, 2, B, C/2)."""
 
     def __init__(self, config: ModelConfig, batch_size: int, dtype: type) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
+        shape = (config.n_layer, batch_size, config.n_head, config.head_size, config.block_size)
         self.k: Array = np.zeros(shape, dtype)
         self.v: Array = np.zeros(shape, dtype)
         self.last: Array = np.zeros((config.n_layer, 2, batch_size, config.n_embd // 2), dtype)
@@ -43,8 +50,8 @@ class NumpyCache:
         self.lengths[target] = self.lengths[source]
 
     def select(self, rows: Sequence[int]) -> None:
-        self.k, self.v = self.k[:, list(rows)], self.v[:, list(rows)]
-        self.last, self.lengths = self.last[:, :, list(rows)], self.lengths[list(rows)]
+        self.k, self.v = (np.take(array, rows, axis=1) for array in (self.k, self.v))
+        self.last, self.lengths = np.take(self.last, rows, axis=2), self.lengths[list(rows)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Place:
 
 def place(cache: NumpyCache, rows: slice, t: int) -> Place:
     """The next T positions of these rows."""
-    lengths, size = cache.lengths[rows], cache.k.shape[3]
+    lengths, size = cache.lengths[rows], cache.k.shape[-1]
     if (lengths == lengths[0]).all():
         lengths = lengths[:1]
     filled = np.minimum(lengths + t, size)
@@ -71,18 +78,68 @@ def place(cache: NumpyCache, rows: slice, t: int) -> Place:
     return Place(rows, lengths[:, None] + np.arange(t), lengths % size, n_read, hidden)
 
 
-def decode(
-    w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache, rows: slice = ALL
-) -> Array:
-    """`Backend.logits`: (B, T) ids -> (B, V) float32. Empty rows take up to block_size tokens at
-    once, others take them one by one."""
-    check_decoding(config, tokens, cache.lengths[rows])
-    empty = not cache.lengths[rows].any()
-    for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
-        x = _advance(w, config, part, cache, rows)
-    if config.final_norm:
-        x = _norm(x)
-    return (x @ w["lm_head.weight"].T).astype(np.float32, copy=False)  # (B, V)
+class Decoder:
+    """`Backend.logits` over weights that are changed in place: flat, and as views of it."""
+
+    def __init__(
+        self, config: ModelConfig, flat: Array, params: Params, pool: Executor, n_threads: int
+    ) -> None:
+        self.config, self.flat, self.params = config, flat, params
+        self.pool, self.n_threads = pool, n_threads
+        self.n_decoded = 0
+
+    def logits(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
+        """As promised in base; many rows are shared out among the threads."""
+        check_decoding(self.config, tokens, cache.lengths[rows])
+        self.n_decoded += tokens.size
+        n, start = len(tokens), rows.start or 0
+        n_parts = max(1, min(self.n_threads, n // ROWS_PER_THREAD))
+        if n_parts == 1:
+            return self._logits(tokens, cache, slice(start, start + n))
+        edges = [n * i // n_parts for i in range(n_parts + 1)]
+        parts = [
+            self.pool.submit(self._logits, tokens[a:b], cache, slice(start + a, start + b))
+            for a, b in pairwise(edges)
+        ]
+        return np.concatenate([part.result() for part in parts])
+
+    def _logits(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
+        """Empty rows take up to block_size tokens at once, others take them one by one."""
+        if tokens.shape[1] > 1 and not cache.lengths[rows].any():
+            return self._head(_advance(self.params, self.config, tokens, cache, rows))
+        compiled = self.n_decoded > COMPILED_FROM and has_numba()
+        for column in tokens.T:
+            if compiled:
+                logits = self._compiled(np.array(column, np.int64), cache, rows)
+            else:
+                x = _advance(self.params, self.config, column[:, None], cache, rows)
+        return logits if compiled else self._head(x)
+
+    def _head(self, x: Array) -> Array:
+        """Logits (B, V) of the residual stream (B, C)."""
+        if self.config.final_norm:
+            x = _norm(x)
+        return (x @ self.params["lm_head.weight"].T).astype(np.float32, copy=False)
+
+    def _compiled(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
+        """One token (B,) int64 for each of the rows."""
+        from mlx_randygpt.backends import numba_decode
+
+        config = self.config
+        logits: Array = np.empty((len(tokens), config.vocab_size), self.flat.dtype)
+        numba_decode.advance(
+            self.flat, numba_decode.weight_starts(config),
+            config.position == "learned", config.position == "rope",
+            config.qk_norm, config.token_shift, config.final_norm,
+            tokens, cache.lengths, cache.k, cache.v, cache.last, rows.start, logits,
+        )  # fmt: skip
+        return logits.astype(np.float32, copy=False)
+
+
+@lru_cache(maxsize=1)
+def has_numba() -> bool:
+    """Whether numba_decode can be compiled."""
+    return find_spec("numba") is not None
 
 
 def _advance(
@@ -127,15 +184,16 @@ def _shift(config: ModelConfig, norm: Array, last: Array) -> Array:
 def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, where: Place) -> Array:
     b, t, _ = qkv.shape
     q, k, v = ops.heads(qkv, config.n_head, 3)  # (B, H, T, D)
-    keys, values = cache.k[layer, where.rows], cache.v[layer, where.rows]
+    keys, values = cache.k[layer, where.rows], cache.v[layer, where.rows]  # (B, H, D, W)
     if len(where.slots) == 1:
         slots = slice(where.slots[0], where.slots[0] + t)
-        keys[:, :, slots], values[:, :, slots] = k, v
+        keys[..., slots], values[..., slots] = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
     else:
         each = np.arange(b)
-        keys[each, :, where.slots], values[each, :, where.slots] = k[:, :, 0], v[:, :, 0]
-    scores = keys[:, :, : where.n_read] @ q.swapaxes(-1, -2)  # (B, H, S, T)
+        keys[each, :, :, where.slots], values[each, :, :, where.slots] = k[:, :, 0], v[:, :, 0]
+    scores = q @ keys[..., : where.n_read]  # (B, H, T, S)
     scores *= config.head_size**-0.5
+    scores = scores.swapaxes(-1, -2)  # (B, H, S, T)
     if t > 1:
         ops.causal_softmax(scores, 0, config.qk_norm)
     else:
@@ -144,8 +202,8 @@ def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, wher
         scores -= scores.max(axis=-2, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-2, keepdims=True)
-    y: Array = scores.swapaxes(-1, -2) @ values[:, :, : where.n_read]  # (B, H, T, D)
-    return y.transpose(0, 2, 1, 3).reshape(b, t, config.n_embd)
+    y: Array = values[..., : where.n_read] @ scores  # (B, H, D, T)
+    return y.transpose(0, 3, 1, 2).reshape(b, t, config.n_embd)
 
 
 def _norm(x: Array) -> Array:

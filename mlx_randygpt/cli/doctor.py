@@ -19,7 +19,7 @@ from mlx_randygpt.cli.options import Command, json_option, print_json, readable_
 
 Facts = dict[str, Any]
 
-PACKAGES = ("numpy", "mlx", "safetensors", "rich", "click", "threadpoolctl")
+PACKAGES = ("numpy", "mlx", "safetensors", "rich", "click", "threadpoolctl", "numba")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 FAST_BLAS = ("openblas", "mkl", "blis", "flexiblas", "accelerate")
 SLOW = 1 / 3  # of NumPy's rate: MLX with the reference BLAS reaches 1/30
@@ -84,6 +84,9 @@ def _cpu_advice(found: Facts) -> Iterator[str]:
             "NumPy has no optimised BLAS: `pip install --force-reinstall numpy` brings a wheel "
             "with OpenBLAS (conda: `conda install 'libblas=*=*openblas'`)."
         )
+    has_gpu = (found["mlx"] or {}).get("has_gpu")
+    if not has_gpu and (found["packages"] or {}).get("numba", "") is None:
+        yield "`pip install numba` compiles NumPy's decoding: long texts come three times as fast."
     for name, value in (found["environment"] or {}).items():
         yield (
             f"{name}={value} is set: it does not change the NumPy backend, `--threads` does; "
@@ -107,7 +110,7 @@ def lines(found: Facts) -> Iterator[tuple[str, str]]:
     for library in found["blas"] or ():
         version, threads = library["version"] or "", library["threads"] or "its own"
         yield "BLAS", f"{library['name']} {version}, threads: {threads}"
-    yield "NumPy", _rate(found["numpy_gflops"])
+    yield "NumPy", f"{_rate(found['numpy_gflops'])}, {found['split']}"
     yield "MLX", _mlx_line(found)
     yield "Compiler", str(found["compiler"] or "none (mx.compile on a CPU would need one)")
     if choice := found["backend"]:
@@ -180,6 +183,12 @@ def _blas() -> list[Facts]:
     return [{"name": name, "version": None, "threads": None}]
 
 
+def _split() -> str:
+    from mlx_randygpt.backends.numpy_backend import CHUNK_TOKENS, available_cores
+
+    return f"{available_cores()} threads, each {CHUNK_TOKENS:,} tokens at a time"
+
+
 def _gflops(backend: str) -> float:
     from mlx_randygpt.backends import make_backend
     from mlx_randygpt.cli import settings
@@ -230,6 +239,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "memory_bytes": lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     "blas": _blas,  # before a NumPy backend sets its threads to 1
     "numpy_gflops": lambda: _gflops("numpy"),
+    "split": _split,
     "mlx": _mlx,
     "mlx_gflops": _mlx_gflops,
     "nvidia_smi": lambda: shutil.which("nvidia-smi"),
