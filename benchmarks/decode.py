@@ -1,0 +1,129 @@
+"""Decoding beside PyTorch: one stream and many, sampling included, interleaved, medians.
+
+    python benchmarks/decode.py [--preset small] [--tokens 100] [--turns 7] [--streams 32]
+                                [--json FILE]
+
+`nanogpt generate` reads the whole context again for each token, as nanoGPT does; `torch kv` keeps
+keys and values. Both draw with temperature 0.8 from the top 50. Ours draws with temperature 0.8
+and top-p 0.9, the defaults of `mlxgpt sample`. Needs the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import nanogpt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from turns import Runners, interleave, rows, save, show
+
+from mlx_randygpt.backends import numpy_cache
+from mlx_randygpt.backends.numpy_backend import NumpyBackend, available_cores
+from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.sample import SampleConfig, Stream, pick, probabilities
+from mlx_randygpt.state import TrainState, initial_params, rng
+
+VOCAB = 67
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
+    parser.add_argument("--tokens", type=int, default=100, help="in one run")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    preset, n = PRESETS[options.preset], options.tokens
+    sizes = (VOCAB, preset.block_size, preset.n_layer, preset.n_head, preset.n_embd)
+    model = nanogpt.Model(*sizes).eval()
+    many = f"ours, {options.streams} streams"
+    runners: Runners = {
+        "ours": ours(options.preset, 1, n, compiled=True),
+        "ours without numba": ours(options.preset, 1, n, compiled=False),
+        many: ours(options.preset, options.streams, n, compiled=True),
+        "torch kv, 1 thread": lambda: torch_kv(model, n, 1),
+        "torch kv": lambda: torch_kv(model, n, available_cores()),
+        "nanogpt generate": lambda: nanogpt_generate(model, preset.block_size, n),
+    }
+    tokens = dict.fromkeys(runners, n) | {many: options.streams * n}
+    found = rows(interleave(runners, options.turns, 1), tokens)
+    show(f"{options.preset}, {n} tokens of a stream", found)
+    save(options.json, torch=torch.__version__, settings=vars(options), rows=found)
+
+
+def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callable[[], object]:
+    preset = PRESETS[preset_name]
+    model = ModelConfig(
+        vocab_size=VOCAB, block_size=preset.block_size, n_layer=preset.n_layer,
+        n_head=preset.n_head, n_embd=preset.n_embd, **RECIPES["modern"]["model"],
+    )  # fmt: skip
+    train = TrainConfig(recipe="modern", **RECIPES["modern"]["train"])
+    backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    config = SampleConfig(seed=1)
+    randoms = [rng(1, "sample", i) for i in range(n_streams)]
+
+    def run() -> None:
+        numpy_cache.COMPILED_FROM = 0 if compiled else 10**12
+        stream = Stream(backend, model, np.zeros((n_streams, 1), np.int32))
+        for _ in range(n):
+            pairs = zip(stream.logits, randoms, strict=True)
+            stream.append([pick(probabilities(row, config), random) for row, random in pairs])
+
+    return run
+
+
+def draw(logits: Tensor) -> Tensor:
+    """As nanoGPT draws: (1, V) -> (1, 1)."""
+    logits = logits / 0.8
+    smallest = torch.topk(logits, 50).values[:, -1:]
+    p = F.softmax(logits.masked_fill(logits < smallest, -torch.inf), dim=-1)
+    return torch.multinomial(p, 1)
+
+
+@torch.no_grad()
+def nanogpt_generate(model: nanogpt.Model, block_size: int, n: int) -> None:
+    torch.set_num_threads(available_cores())
+    tokens = torch.zeros((1, 1), dtype=torch.long)
+    for _ in range(n):
+        tokens = torch.cat([tokens, draw(model(tokens[:, -block_size:])[:, -1])], dim=1)
+
+
+@torch.inference_mode()
+def torch_kv(model: nanogpt.Model, n: int, n_threads: int) -> None:
+    """One token at a time over keys and values that were allocated once; a full window starts
+    again, which costs it nothing."""
+    torch.set_num_threads(n_threads)
+    block_size, c = model.wpe.weight.shape
+    n_head = model.blocks[0].n_head
+    cache = torch.zeros(len(model.blocks), 2, n_head, block_size, c // n_head)
+    weights = [
+        (
+            b.norm1.weight, b.c_attn.weight, b.attn_proj.weight,
+            b.norm2.weight, b.c_fc.weight, b.mlp_proj.weight,
+        )
+        for b in model.blocks
+    ]  # fmt: skip
+    wte, wpe, last_norm = model.wte.weight, model.wpe.weight, model.norm.weight
+    token = torch.zeros((1, 1), dtype=torch.long)
+    for i in range(n):
+        at = i % block_size
+        x = wte[token[0]] + wpe[at]  # (1, C)
+        for kv, (norm1, c_attn, attn_proj, norm2, c_fc, mlp_proj) in zip(
+            cache, weights, strict=True
+        ):
+            qkv = F.linear(F.layer_norm(x, (c,), norm1), c_attn).view(3, n_head, 1, -1)
+            kv[:, :, at] = qkv[1:, :, 0]
+            seen = kv[:, :, : at + 1]
+            y = F.scaled_dot_product_attention(qkv[0], seen[0], seen[1])
+            x = x + F.linear(y.view(1, c), attn_proj)
+            x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, (c,), norm2), c_fc)), mlp_proj)
+        token = draw(F.linear(F.layer_norm(x, (c,), last_norm), wte))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Where a NumPy step's time goes, beside what this machine can do: matrix rate and bandwidth.
+
+    python benchmarks/roofline.py [--preset small] [--recipe modern] [--rows 16] [--steps 60]
+                                  [--json FILE]
+
+One thread works through one chunk, forward and backward. Every operation and product is timed at
+each call; a row is the best sum over one step. Products are set against the machine's rate for
+large matrices, everything else against the rate at which it copies memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from turns import save, timed
+
+from mlx_randygpt.backends import numpy_ops
+from mlx_randygpt.backends.numpy_model import Chunk, flat_views
+from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig
+from mlx_randygpt.state import flops_per_token, initial_params
+
+VOCAB = 67
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
+    parser.add_argument("--recipe", default="modern", choices=sorted(RECIPES))
+    parser.add_argument("--rows", type=int, default=16, help="sequences of the chunk")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    threadpool_limits(1, user_api="blas")
+    preset = PRESETS[options.preset]
+    model = ModelConfig(
+        vocab_size=VOCAB, block_size=preset.block_size, n_layer=preset.n_layer,
+        n_head=preset.n_head, n_embd=preset.n_embd, **RECIPES[options.recipe]["model"],
+    )  # fmt: skip
+    flops, bandwidth = matrix_rate(), copy_rate()
+    seconds, found = measure(model, options.rows, options.steps)
+    n_tokens = options.rows * model.block_size
+    fraction = flops_per_token(model) * n_tokens / seconds / flops
+    print(f"{flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s copied, one thread")
+    print(
+        f"{options.preset}, {options.recipe}, {n_tokens} tokens: {1e3 * seconds:.1f} ms, ", end=""
+    )
+    print(f"{fraction:.2f} of the matrix rate")
+    table = [row(name, *values, seconds, flops, bandwidth) for name, values in found.items()]
+    rest = seconds - sum(time for time, _, _ in found.values())
+    table.append({"operation": "sums and the rest", "share": rest / seconds, "us": 1e6 * rest})
+    for line in sorted(table, key=lambda line: -line["share"]):
+        reached = f"{line['of_machine']:5.0%} of {line['limit']}" if "limit" in line else ""
+        print(f"{line['operation']:34} {line['us']:8.0f} us {line['share']:6.1%}  {reached}")
+    save(options.json, settings=vars(options), flops=flops, bandwidth=bandwidth, rows=table)
+
+
+def matrix_rate() -> float:
+    """FLOP/s of large float32 products on one thread, the best of ten."""
+    x = np.ones((1024, 1024), np.float32)
+    out = np.empty_like(x)
+    return 2 * 1024**3 / min(timed(lambda: np.matmul(x, x, out=out)) for _ in range(10))
+
+
+def copy_rate() -> float:
+    """Bytes read and written a second in a copy that fits no cache, the best of ten."""
+    x = np.ones(1 << 25, np.float32)
+    out = np.empty_like(x)
+    return 2 * x.nbytes / min(timed(lambda: np.copyto(out, x)) for _ in range(10))
+
+
+def measure(
+    model: ModelConfig, n_rows: int, n_steps: int
+) -> tuple[float, dict[str, tuple[float, float, float]]]:
+    """The best seconds of a step; for each operation seconds, FLOP and bytes of its arguments."""
+    random = np.random.default_rng(0)
+    weights = initial_params(model, 1)
+    chunk = Chunk(model, n_rows, model.block_size, np.float32, *flat_views(model, np.float32))
+    windows = random.integers(0, VOCAB, (n_rows, model.block_size + 1)).astype(np.int32)
+    x, y = windows[:, :-1].copy(), windows[:, 1:].reshape(-1).copy()
+
+    def step() -> None:
+        chunk.accumulating = True
+        chunk.head(weights, chunk.forward(weights, x, None), y, 1 / y.size)
+        chunk.backward(weights, x, dropped=False)
+
+    step()
+    seconds = min(timed(step) for _ in range(n_steps))
+    best: dict[str, tuple[float, float, float]] = {}
+    for _ in range(n_steps):
+        for name, values in recorded(step).items():
+            best[name] = min(best.get(name, values), values)
+    return seconds, best
+
+
+def recorded(step: Callable[[], None]) -> dict[str, tuple[float, float, float]]:
+    """Sums over the calls of one step. An operation's own products are its own."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    inside: list[str] = []
+
+    def watch(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if inside:
+                return call(*args, **kwargs)
+            inside.append(name)
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            inside.pop()
+            arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
+            key, flop = name, 0.0
+            if name == "matmul":
+                (m, k), n = args[0].shape, args[1].shape[1]
+                key, flop = f"({m}, {k}) × ({k}, {n})", 2.0 * m * k * n
+            amounts = (seconds, flop, float(sum(a.nbytes for a in arrays)))
+            sums[key] = [a + b for a, b in zip(sums[key], amounts, strict=True)]
+            return result
+
+        return watched
+
+    names = [n for n in vars(numpy_ops) if getattr(numpy_ops, n) in operations()]
+    plain = {name: getattr(numpy_ops, name) for name in names}
+    matmul = np.matmul
+    try:
+        for name, call in plain.items():
+            setattr(numpy_ops, name, watch(name, call))
+        np.matmul = watch("matmul", matmul)  # type: ignore[assignment]
+        step()
+    finally:
+        np.matmul = matmul
+        for name, call in plain.items():
+            setattr(numpy_ops, name, call)
+    return {name: (a, b, c) for name, (a, b, c) in sums.items()}
+
+
+def operations() -> list[Any]:
+    """The public functions of numpy_ops that a step calls."""
+    functions = [f for f in vars(numpy_ops).values() if callable(f)]
+    own = [f for f in functions if getattr(f, "__module__", "") == numpy_ops.__name__]
+    return [f for f in own if not f.__name__.startswith("_") and f.__name__ != "heads"]
+
+
+def row(
+    name: str,
+    seconds: float,
+    flop: float,
+    n_bytes: float,
+    total: float,
+    flops: float,
+    copied: float,
+) -> dict[str, Any]:
+    limit = ("the matrix rate", flop / flops) if flop else ("the copy rate", n_bytes / copied)
+    return {
+        "operation": name,
+        "us": 1e6 * seconds,
+        "share": seconds / total,
+        "limit": limit[0],
+        "of_machine": limit[1] / seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()
