@@ -1,16 +1,18 @@
 """Where a NumPy step's time goes, beside what this machine can do: matrix rate and bandwidth.
 
     python benchmarks/roofline.py [--preset small] [--recipe modern] [--rows 16] [--steps 60]
-                                  [--json FILE]
+                                  [--json FILE] [--counts]
 
 One thread works through one chunk, forward and backward. Every operation and product is timed at
 each call; a row is the best sum over one step. Products are set against the machine's rate for
-large matrices, everything else against the rate at which it copies memory.
+large matrices, everything else against the rate at which it copies memory. `--counts` writes
+counts.json instead: how often one step calls what, which a test holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig
 from mlx_randygpt.state import flops_per_token, initial_params
 
 VOCAB = 67
+COUNTS = Path(__file__).parent / "counts.json"
 
 
 def main() -> None:
@@ -36,13 +39,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="sequences of the chunk")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--counts", action="store_true", help="write counts.json")
     options = parser.parse_args()
+    if options.counts:
+        COUNTS.write_text(json.dumps(counts(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        return
     threadpool_limits(1, user_api="blas")
-    preset = PRESETS[options.preset]
-    model = ModelConfig(
-        vocab_size=VOCAB, block_size=preset.block_size, n_layer=preset.n_layer,
-        n_head=preset.n_head, n_embd=preset.n_embd, **RECIPES[options.recipe]["model"],
-    )  # fmt: skip
+    model = sized(options.preset, options.recipe)
     flops, bandwidth = matrix_rate(), copy_rate()
     seconds, found = measure(model, options.rows, options.steps)
     n_tokens = options.rows * model.block_size
@@ -53,12 +56,30 @@ def main() -> None:
     )
     print(f"{fraction:.2f} of the matrix rate")
     table = [row(name, *values, seconds, flops, bandwidth) for name, values in found.items()]
-    rest = seconds - sum(time for time, _, _ in found.values())
+    rest = seconds - sum(values[0] for values in found.values())
     table.append({"operation": "sums and the rest", "share": rest / seconds, "us": 1e6 * rest})
     for line in sorted(table, key=lambda line: -line["share"]):
         reached = f"{line['of_machine']:5.0%} of {line['limit']}" if "limit" in line else ""
         print(f"{line['operation']:34} {line['us']:8.0f} us {line['share']:6.1%}  {reached}")
     save(options.json, settings=vars(options), flops=flops, bandwidth=bandwidth, rows=table)
+
+
+def sized(preset_name: str, recipe: str) -> ModelConfig:
+    preset = PRESETS[preset_name]
+    return ModelConfig(
+        vocab_size=VOCAB, block_size=preset.block_size, n_layer=preset.n_layer,
+        n_head=preset.n_head, n_embd=preset.n_embd, **RECIPES[recipe]["model"],
+    )  # fmt: skip
+
+
+def counts() -> dict[str, dict[str, int]]:
+    """Calls of each operation and product in one step of 1,024 tokens of `small`, by recipe."""
+    found = {}
+    for recipe in sorted(RECIPES):
+        step = stepper(sized("small", recipe), 16)
+        step()
+        found[recipe] = {name: int(values[3]) for name, values in recorded(step).items()}
+    return found
 
 
 def matrix_rate() -> float:
@@ -75,10 +96,8 @@ def copy_rate() -> float:
     return 2 * x.nbytes / min(timed(lambda: np.copyto(out, x)) for _ in range(10))
 
 
-def measure(
-    model: ModelConfig, n_rows: int, n_steps: int
-) -> tuple[float, dict[str, tuple[float, float, float]]]:
-    """The best seconds of a step; for each operation seconds, FLOP and bytes of its arguments."""
+def stepper(model: ModelConfig, n_rows: int) -> Callable[[], None]:
+    """One chunk forward and backward, its gradients added to what is there."""
     random = np.random.default_rng(0)
     weights = initial_params(model, 1)
     chunk = Chunk(model, n_rows, model.block_size, np.float32, *flat_views(model, np.float32))
@@ -90,18 +109,27 @@ def measure(
         chunk.head(weights, chunk.forward(weights, x, None), y, 1 / y.size)
         chunk.backward(weights, x, dropped=False)
 
+    return step
+
+
+def measure(
+    model: ModelConfig, n_rows: int, n_steps: int
+) -> tuple[float, dict[str, tuple[float, ...]]]:
+    """The best seconds of a step, and of what `recorded` finds in it."""
+    step = stepper(model, n_rows)
     step()
     seconds = min(timed(step) for _ in range(n_steps))
-    best: dict[str, tuple[float, float, float]] = {}
+    best: dict[str, tuple[float, ...]] = {}
     for _ in range(n_steps):
         for name, values in recorded(step).items():
             best[name] = min(best.get(name, values), values)
     return seconds, best
 
 
-def recorded(step: Callable[[], None]) -> dict[str, tuple[float, float, float]]:
-    """Sums over the calls of one step. An operation's own products are its own."""
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+def recorded(step: Callable[[], None]) -> dict[str, tuple[float, ...]]:
+    """Sums over one step: seconds, FLOP of products, bytes of arguments, calls. What an operation
+    calls itself counts as its own."""
+    sums: dict[str, tuple[float, ...]] = defaultdict(lambda: (0.0, 0.0, 0.0, 0.0))
     inside: list[str] = []
 
     def watch(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,8 +146,8 @@ def recorded(step: Callable[[], None]) -> dict[str, tuple[float, float, float]]:
             if name == "matmul":
                 (m, k), n = args[0].shape, args[1].shape[1]
                 key, flop = f"({m}, {k}) × ({k}, {n})", 2.0 * m * k * n
-            amounts = (seconds, flop, float(sum(a.nbytes for a in arrays)))
-            sums[key] = [a + b for a, b in zip(sums[key], amounts, strict=True)]
+            amounts = (seconds, flop, float(sum(a.nbytes for a in arrays)), 1.0)
+            sums[key] = tuple(a + b for a, b in zip(sums[key], amounts, strict=True))
             return result
 
         return watched
@@ -136,7 +164,7 @@ def recorded(step: Callable[[], None]) -> dict[str, tuple[float, float, float]]:
         np.matmul = matmul
         for name, call in plain.items():
             setattr(numpy_ops, name, call)
-    return {name: (a, b, c) for name, (a, b, c) in sums.items()}
+    return dict(sums)
 
 
 def operations() -> list[Any]:
@@ -147,17 +175,13 @@ def operations() -> list[Any]:
 
 
 def row(
-    name: str,
-    seconds: float,
-    flop: float,
-    n_bytes: float,
-    total: float,
-    flops: float,
-    copied: float,
-) -> dict[str, Any]:
+    name: str, seconds: float, flop: float, n_bytes: float, n_calls: float,
+    total: float, flops: float, copied: float,
+) -> dict[str, Any]:  # fmt: skip
     limit = ("the matrix rate", flop / flops) if flop else ("the copy rate", n_bytes / copied)
     return {
         "operation": name,
+        "calls": int(n_calls),
         "us": 1e6 * seconds,
         "share": seconds / total,
         "limit": limit[0],
