@@ -21,24 +21,27 @@ from mlx_randygpt.backends.numpy_backend import NumpyBackend, available_cores
 from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, TrainState, initial_params
 
-IN_A_ROW = 5  # steps of a turn
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
-    parser.add_argument("--n-head", type=int, help="override the preset's heads")
+    for name in ("--n-layer", "--n-head", "--n-embd", "--block-size"):
+        parser.add_argument(name, type=int, help="instead of the preset's")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--recipe", default="classic", choices=sorted(RECIPES))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--in-a-row", type=int, default=5, help="steps of a turn")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     preset = PRESETS[options.preset]
     model = ModelConfig(
-        vocab_size=67, block_size=preset.block_size, n_layer=preset.n_layer,
-        n_head=options.n_head or preset.n_head, n_embd=preset.n_embd,
+        vocab_size=67,
+        block_size=options.block_size or preset.block_size,
+        n_layer=options.n_layer or preset.n_layer,
+        n_head=options.n_head or preset.n_head,
+        n_embd=options.n_embd or preset.n_embd,
         **RECIPES[options.recipe]["model"],
     )  # fmt: skip
     train = TrainConfig(
@@ -46,9 +49,10 @@ def main() -> None:
     )
     windows = np.random.default_rng(0).integers(0, 67, (options.batch_size, model.block_size + 1))
     runners = make_runners(model, train, windows, compiled=options.compiled)
-    seconds = interleave(runners, max(1, options.steps // IN_A_ROW), IN_A_ROW)
+    seconds = interleave(runners, max(1, options.steps // options.in_a_row), options.in_a_row)
     found = rows(seconds, dict.fromkeys(runners, options.batch_size * model.block_size))
-    title = f"{options.preset}, {options.recipe}, batch {options.batch_size} × {model.block_size}"
+    title = f"{model.n_layer} layers of {model.n_embd}, {options.recipe}, "
+    title += f"batch {options.batch_size} × {model.block_size}"
     show(title, found)
     save(options.json, torch=torch.__version__, settings=vars(options), rows=found)
 
