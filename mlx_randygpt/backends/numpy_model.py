@@ -46,7 +46,6 @@ class Activations:
     inv2: Array  # (N,)
     in2: Array  # (N, C), what the MLP reads
     r: Array  # (N, F), max(h, 0)
-    a: Array  # (N, F), max(h, 0)²
     mask1: Array  # (N, C), dropout after the attention; empty without dropout
     mask2: Array  # (N, C), dropout after the MLP
 
@@ -73,7 +72,7 @@ class Chunk:
             in1, in2 = (new(n, c), new(n, c)) if config.token_shift else (norm1, norm2)
             return Activations(
                 norm1, new(n), in1, new(n, 3 * c), new(n, 2 * h), new(rows, h, t, t), new(n, c),
-                norm2, new(n), in2, new(n, 4 * c), new(n, 4 * c), new(drop, c), new(drop, c),
+                norm2, new(n), in2, new(n, 4 * c), new(drop, c), new(drop, c),
             )  # fmt: skip
 
         self.layers = [layer() for _ in range(config.n_layer)]
@@ -186,7 +185,7 @@ class Chunk:
 
     def _mlp(self, w: Params, i: int, act: Activations, x: Array, t: int) -> Array:
         n = len(x)
-        inputs, r, a = act.in2[:n], act.r[:n], act.a[:n]
+        inputs, r, a = act.in2[:n], act.r[:n], self.wide[:n]
         self._read(x, act.norm2[:n], act.inv2[:n], inputs, t)
         np.matmul(inputs, w[f"h.{i}.mlp.c_fc.weight"].T, out=r)  # (N, F)
         ops.relu_squared(r, a)
@@ -194,7 +193,8 @@ class Chunk:
 
     def _mlp_backward(self, w: Params, i: int, act: Activations, dbranch: Array, t: int) -> Array:
         n = len(dbranch)
-        self._weight_grad(f"h.{i}.mlp.c_proj.weight", dbranch, act.a[:n])
+        a = np.multiply(act.r[:n], act.r[:n], out=self.wide[:n])  # cheaper than keeping it
+        self._weight_grad(f"h.{i}.mlp.c_proj.weight", dbranch, a)
         dh = np.matmul(dbranch, w[f"h.{i}.mlp.c_proj.weight"], out=self.wide[:n])  # (N, F)
         ops.relu_squared_backward(dh, act.r[:n])
         self._weight_grad(f"h.{i}.mlp.c_fc.weight", dh, act.in2[:n])
