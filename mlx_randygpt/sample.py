@@ -139,6 +139,7 @@ def generate(
 
     Yields the same list after each token. Sample i draws from the generator of (seed, i), so it
     reads the same whatever its neighbours. A stop text ends a sample and is cut from its text.
+    Half a character at the end is left out.
     """
     if not len(prompt):
         raise ConfigError("the prompt is empty; give at least one token")
@@ -146,6 +147,7 @@ def generate(
     if config.max_tokens == 0:
         yield samples
     randoms = [rng(config.seed, "sample", i) for i in range(n_samples)]
+    decoders = [tokenizer.decoder() for _ in samples]
     banned = list(tokenizer.never_sampled())
     stream = Stream(backend, model, np.tile(np.asarray(prompt, np.int32), (n_samples, 1)))
     for n in range(config.max_tokens):
@@ -153,12 +155,14 @@ def generate(
             break
         if n:
             stream.append([s.ids[-1] for s in samples])
-        for sample, random, logits in zip(samples, randoms, stream.logits, strict=True):
+        rows = zip(samples, randoms, decoders, stream.logits, strict=True)
+        for sample, random, decoder, logits in rows:
             if sample.finish_reason:
                 continue  # reads its last token again, to keep the batch in step
             logits[banned] = -np.inf
             seen = [*prompt, *sample.ids] if config.repetition_penalty != 1 else ()
-            _extend(sample, pick(probabilities(logits, config, seen), random), tokenizer, config)
+            token = pick(probabilities(logits, config, seen), random)
+            _extend(sample, token, sample.text + decoder(token), tokenizer.eos, config)
         yield samples
         if all(sample.finish_reason for sample in samples):
             break
@@ -166,12 +170,12 @@ def generate(
         sample.finish_reason = sample.finish_reason or "length"
 
 
-def _extend(sample: Generated, token: int, tokenizer: Tokenizer, config: SampleConfig) -> None:
+def _extend(sample: Generated, token: int, text: str, eos: int, config: SampleConfig) -> None:
     sample.ids.append(token)
-    if token == tokenizer.eos:
+    sample.text = text
+    if token == eos:
         sample.finish_reason = "stop"
         return
-    sample.text = tokenizer.decode(sample.ids)
     ends = [at for stop in config.stop if (at := sample.text.find(stop)) >= 0]
     if ends:
         sample.text = sample.text[: min(ends)]
@@ -202,7 +206,8 @@ def beam_search(
         rows, growing, kept = [], list[Generated](), list[float]()
         for row, token in zip(*np.unravel_index(best, total.shape), strict=True):
             beam = Generated(list(beams[row].ids))
-            _extend(beam, int(token), tokenizer, config)
+            text = tokenizer.decode([*beam.ids, int(token)])
+            _extend(beam, int(token), text, tokenizer.eos, config)
             if beam.finish_reason:
                 ended.append((float(total[row, token]) / (n + 1), beam))
             elif len(growing) < n_beams:

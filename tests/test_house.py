@@ -21,7 +21,7 @@ PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "backends.base"},
     {"backends"},
-    {"checkpoint", "records", "data", "schedule", "tokenizer", "rules"},
+    {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
     {"tally", "curve", "train", "sample", "evaluation"},
@@ -38,6 +38,7 @@ MAY_IMPORT = {  # third parties, and where they may be named
     "rich": ("cli", "dashboard"),
     "threadpoolctl": ("cli", "backends."),
     "signal": ("cli",),
+    "tokenizers": ("subword",),
 }
 
 

@@ -88,7 +88,7 @@ def test_json_gives_an_equal_tokenizer_back() -> None:
     ("data", "message"),
     [
         ([], r"\[\] is not a JSON object"),
-        ({"type": "bpe"}, "type='bpe' is unknown"),
+        ({"type": "bytes"}, "type='bytes' is unknown"),
         ({"type": "char"}, "chars=None is not a list"),
         ({"type": "char", "chars": "abc"}, "chars='abc' is not a list"),
         ({"type": "char", "chars": ["a", 7]}, r"chars\[1\]=7 is not one character"),
