@@ -24,10 +24,12 @@ from typing import Any, Protocol
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.config import PRESETS
-from mlx_randygpt.data.corpus import Corpus, encode_corpus
+from mlx_randygpt.data.corpus import Corpus
+from mlx_randygpt.data.reading import Reading
+from mlx_randygpt.data.vocabulary import Vocabulary
 from mlx_randygpt.evaluation import evaluate
 from mlx_randygpt.state import Array, TrainState, initial_params
-from mlx_randygpt.tokenizer import CharTokenizer
+from mlx_randygpt.tokenizer import Tokenizer
 from mlx_randygpt.train import step_batches, step_rate
 
 NANOGPT = "nanogpt"
@@ -62,7 +64,7 @@ class Ours:
     """A run as `mlxgpt train` with these options takes it."""
 
     def __init__(
-        self, given: dict[str, Any], tokenizer: CharTokenizer, corpus: Corpus, backend: str
+        self, given: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus, backend: str
     ) -> None:
         given = {"prompt": "\n", **given}
         self.tokenizer = tokenizer
@@ -95,9 +97,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a picture of all curves (needs matplotlib)")
     options = parser.parse_args()
 
-    texts = text.read(options.data)
-    tokenizer = CharTokenizer.train(texts.values())
-    corpus = encode_corpus(texts, tokenizer)
+    files = text.files_of(options.data)
+    tokenizer, corpus = text.load(files, Reading(), Vocabulary())
     results: list[dict[str, Any]] = []
     for name in options.rows:
         runs = (
@@ -115,7 +116,7 @@ def main() -> None:
 
 
 def row(
-    options: argparse.Namespace, name: str, tokenizer: CharTokenizer, corpus: Corpus
+    options: argparse.Namespace, name: str, tokenizer: Tokenizer, corpus: Corpus
 ) -> Iterator[dict[str, Any]]:
     """Every seed of every learner of this row, with the mean and spread of each printed."""
     spec = ROWS[name]
@@ -131,7 +132,7 @@ def row(
 
 def one_run(
     options: argparse.Namespace, who: str, spec: Row, seed: int,
-    tokenizer: CharTokenizer, corpus: Corpus,
+    tokenizer: Tokenizer, corpus: Corpus,
 ) -> dict[str, Any]:  # fmt: skip
     learner = make(options, who, spec.given, spec.steps, seed, tokenizer, corpus)
     every, curve, seconds = -(-spec.steps // 10), {}, 0.0
@@ -157,7 +158,7 @@ def one_run(
 
 def make(
     options: argparse.Namespace, who: str, given: dict[str, Any], steps: int, seed: int,
-    tokenizer: CharTokenizer, corpus: Corpus,
+    tokenizer: Tokenizer, corpus: Corpus,
 ) -> Learner:  # fmt: skip
     if who != NANOGPT:
         more = dict(parse(options.set))
@@ -171,7 +172,7 @@ def make(
 
 
 def wall(
-    options: argparse.Namespace, tokenizer: CharTokenizer, corpus: Corpus
+    options: argparse.Namespace, tokenizer: Tokenizer, corpus: Corpus
 ) -> Iterator[dict[str, Any]]:
     """The time of nanoGPT's steps beside that of the few of ours that reach its loss. Both train
     in turns, in proportion, so that a slow spell of the machine hits both."""

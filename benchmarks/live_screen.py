@@ -22,7 +22,9 @@ from mlx_randygpt.backends import choose, make_backend
 from mlx_randygpt.cli import settings
 from mlx_randygpt.cli.job import describe_backend, describe_model
 from mlx_randygpt.dashboard import screen
-from mlx_randygpt.data.corpus import encode_corpus, find_files, read_texts
+from mlx_randygpt.data.corpus import encode_corpus
+from mlx_randygpt.data.files import find_files
+from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.state import TrainState, initial_params
 from mlx_randygpt.tally import RunInfo, Tally
 from mlx_randygpt.tokenizer import CharTokenizer
@@ -44,7 +46,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/live.svg"))
     options = parser.parse_args()
 
-    texts, output = read_texts(find_files([options.data])), options.output.resolve()
+    texts = {str(file): read_text(file) for file in find_files([options.data])}
+    output = options.output.resolve()
     os.chdir(tempfile.mkdtemp())  # for ./checkpoints
     tokenizer = CharTokenizer.train(texts.values())
     corpus = encode_corpus(texts, tokenizer)

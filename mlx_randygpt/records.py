@@ -30,6 +30,7 @@ class Progress:
     eval_step: int = -1
     plateau: Plateau = field(default_factory=Plateau)
     rollbacks: int = 0  # by --on-nan, each of which halved the rate
+    bits_per_byte: float = math.nan  # of the last evaluation
 
 
 def strict(value: Any) -> Any:

@@ -22,6 +22,7 @@ class StepLog:
     tokens_per_second: float  # recent, without evaluations
     seconds: float  # spent training so far, earlier parts of the run included
     memory_bytes: int
+    bits_per_byte: float = math.nan  # `loss` over the bytes of what was predicted
 
 
 @dataclass(frozen=True)

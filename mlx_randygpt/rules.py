@@ -5,6 +5,8 @@ Pure functions of settings; the runs that earned each constant are in docs/recip
 
 from __future__ import annotations
 
+import math
+
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import parameter_count
 
@@ -13,6 +15,15 @@ MOST_FORGOTTEN = 0.05  # of a weight in one step at the full rate
 MUON_RATE = 0.02  # the full rate; at a lower --lr weights are written and forgotten more slowly
 DROPOUT_FROM = 100.0  # passes × parameters per training token
 DROPOUT = 0.1
+
+
+# Parameters, and bytes of text: the least that helps, what is better, and what it takes in.
+TEXT_SIZES = (
+    (0.11e6, 10e3, 50e3, 500e3),
+    (1.2e6, 100e3, 500e3, 2e6),
+    (4.8e6, 500e3, 2e6, 10e6),
+    (38e6, 1e6, 5e6, 50e6),
+)
 
 
 def warmup_steps(longest: int, iters: int) -> int:
@@ -42,6 +53,28 @@ def dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
         return 0.0
     strain = passes(model, train, n_tokens) * parameter_count(model) / n_tokens
     return DROPOUT if strain > DROPOUT_FROM else 0.0
+
+
+def text_advice(model: ModelConfig, n_bytes: int) -> str:
+    """One line where a text is too short or too long for the model, by the table of the project's
+    forerunners; else ""."""
+    n = parameter_count(model)
+    _, least, better, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
+    if n_bytes < least:
+        return (
+            f"Short text: {_bytes(n_bytes)} for {n:,} parameters, which ask for {_bytes(least)} at "
+            f"least and better {_bytes(better)}; more text or a smaller --preset learns better."
+        )
+    if n_bytes > most:
+        return (
+            f"Long text: {_bytes(n_bytes)} for {n:,} parameters, which take in about "
+            f"{_bytes(most)}; a larger --preset makes more of it."
+        )
+    return ""
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 1e6:,.3g} MB" if n >= 1e6 else f"{n / 1e3:,.3g} kB"
 
 
 def _steps_per_pass(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:

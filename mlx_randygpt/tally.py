@@ -155,7 +155,8 @@ def step_line(tally: Tally) -> str:
     log = tally.last
     assert log is not None
     return (
-        f"step {log.step}/{tally.info.iters} | loss {log.loss:.4f} | lr {log.lr:.2e} | "
+        f"step {log.step}/{tally.info.iters} | loss {log.loss:.4f} | "
+        f"{log.bits_per_byte:.2f} bits/byte | lr {log.lr:.2e} | "
         f"grad {short(log.grad_norm, 2)} | {log.tokens_per_second:,.0f} tok/s | "
         f"{speed(tally.steps_per_second)} | {duration(tally.elapsed)} elapsed | "
         f"{duration(tally.left)} left"
@@ -177,7 +178,7 @@ def numbers(tally: Tally) -> list[tuple[str, ...]]:
         return [("loss", "–", "first step …"), ("validation", "–"), ("best", "–")]
     pace = (f"{log.tokens_per_second:,.0f} tok/s", speed(tally.steps_per_second))
     return [
-        ("loss", f"{tally.loss:.4f}", f"raw {log.loss:.4f}"),
+        ("loss", f"{tally.loss:.4f}", f"raw {log.loss:.4f}", f"{log.bits_per_byte:.2f} bpb"),
         *(_validation(val) if val else [("validation", "–"), ("best", "–")]),
         ("learning rate", f"{log.lr:.2e}", f"gradient {short(log.grad_norm, 2)}"),
         ("speed", *pace, size(log.memory_bytes)),

@@ -16,6 +16,7 @@ from typing import Any
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
+from mlx_randygpt.data.documents import Documents
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.evaluation import evaluate, overfitting
 from mlx_randygpt.records import Progress
@@ -30,6 +31,9 @@ MAX_SKIPS = 10  # steps in a row that `--on-nan skip` leaves out
 MAX_ROLLBACKS = 3  # of a run, each at half the rate
 EVAL_BATCH_TOKENS = 4096  # at least, in one batch of an evaluation
 EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
+
+
+Pending = tuple[int, float, int, StepResult]  # step, rate, bytes of its targets
 
 
 class TrainingDiverged(UserError, ArithmeticError):
@@ -47,6 +51,7 @@ class Run:
     val_tokens: Array
     data: dict[str, Any]  # for the checkpoint: where the text came from
     progress: Progress = field(default_factory=Progress)
+    documents: Documents | None = None  # where given, training windows stay inside one
 
 
 def train(
@@ -69,11 +74,14 @@ def train(
         saver.close()
 
 
-def step_batches(config: TrainConfig, tokens: Array, block_size: int, step: int) -> list[Batch]:
+def step_batches(
+    config: TrainConfig, tokens: Array, block_size: int, step: int,
+    documents: Documents | None = None,
+) -> list[Batch]:  # fmt: skip
     """The micro-batches of the step that follows `step` finished ones."""
     size, seed = config.batch_size, config.seed
     micros = range(config.grad_accum)
-    return [sample_batch(tokens, size, block_size, seed, step, micro) for micro in micros]
+    return [sample_batch(tokens, size, block_size, seed, step, i, documents) for i in micros]
 
 
 def step_rate(config: TrainConfig, step: int, reductions: int = 0) -> float:
@@ -99,7 +107,8 @@ class Trainer:
         self.should_stop, self.clock = should_stop, clock
         self.progress = run.progress
         self.step = backend.step
-        self.pending: tuple[int, float, StepResult] | None = None  # a step whose loss is unread
+        self.token_bytes = run.tokenizer.token_bytes()
+        self.pending: Pending | None = None  # a step whose loss is unread
         self.pace = Pace(clock)
         self.started = clock() - run.progress.seconds
         rolls_back = run.train.on_nan == "rollback"
@@ -127,17 +136,19 @@ class Trainer:
         yield from self._flush()
         yield from self._finish()
 
-    def _take_step(self) -> tuple[int, float, StepResult]:
+    def _take_step(self) -> Pending:
         run, progress = self.run, self.progress
-        batches = step_batches(run.train, run.train_tokens, run.model.block_size, self.step)
+        block_size = run.model.block_size
+        batches = step_batches(run.train, run.train_tokens, block_size, self.step, run.documents)
         lr = step_rate(run.train, self.step, progress.plateau.reductions) * 0.5**progress.rollbacks
         result = self.backend.train_step(batches, lr)
         self.pace.step()
         self.step += 1
-        return self.step, lr, result
+        n_bytes = sum(int(self.token_bytes[batch.y()].sum()) for batch in batches)
+        return self.step, lr, n_bytes, result
 
-    def _report(self, pending: tuple[int, float, StepResult]) -> Report:
-        step, lr, result = pending
+    def _report(self, pending: Pending) -> Report:
+        step, lr, n_bytes, result = pending
         loss, grad_norm = result.loss, result.grad_norm
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self._not_finite(step, lr, loss, grad_norm)
@@ -149,6 +160,7 @@ class Trainer:
         return StepLog(
             step, loss, lr, grad_norm, self.progress.tokens, n_tokens * self.pace.steps_per_second,
             self._seconds(), self.backend.memory_bytes(),
+            loss * n_tokens / math.log(2) / max(1, n_bytes),
         )  # fmt: skip
 
     def _not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Report:
@@ -192,7 +204,7 @@ class Trainer:
         score = evaluate(
             self.backend, run.val_tokens, run.model.block_size,
             max(run.train.batch_size, EVAL_BATCH_TOKENS // run.model.block_size),
-            run.tokenizer.token_bytes(), self.should_stop, max_tokens=EVAL_TOKENS,
+            self.token_bytes, self.should_stop, max_tokens=EVAL_TOKENS,
         )  # fmt: skip
         if score is None:
             return  # asked to stop; a resumed run evaluates this step again
@@ -202,6 +214,7 @@ class Trainer:
         self.progress = replace(
             old,
             val_loss=score.loss,
+            bits_per_byte=score.bits_per_byte,
             eval_step=self.step,
             best_loss=score.loss if is_best else old.best_loss,
             best_step=self.step if is_best else old.best_step,

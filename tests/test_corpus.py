@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.corpus import (
-    check_length,
-    default_source,
-    encode_corpus,
-    find_files,
-    read_text,
-    read_texts,
-    sample_corpus_path,
-)
+from mlx_randygpt.data.corpus import check_length, encode_corpus
+from mlx_randygpt.data.files import default_source, find_files, sample_corpus_path
+from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.tokenizer import CharTokenizer
 
 NO_NETWORK = "could not download: no connection"
@@ -40,9 +34,21 @@ def refuse(target: Path) -> None:
 
 
 def test_a_directory_gives_its_visible_texts_sorted(folder: Path) -> None:
-    for name in ("d/b.txt", "d/a.md", "d/sub/C.TXT", "d/x.py", "d/.h.txt", "d/.git/y.txt"):
+    for name in ("d/b.txt", "d/a.md", "d/sub/C.TXT", "d/x.jpg", "d/.h.txt", "d/.git/y.txt"):
         write(name)
     assert find_files(["d"]) == [Path("d/a.md"), Path("d/b.txt"), Path("d/sub/C.TXT")]
+
+
+def test_a_directory_gives_source_and_rows_too_packed_or_not(folder: Path) -> None:
+    for name in ("d/a.py", "d/b.jsonl.zst", "d/c.txt.gz", "d/e.bin", "d/f.zip"):
+        write(name)
+    assert find_files(["d"]) == [Path("d/a.py"), Path("d/b.jsonl.zst"), Path("d/c.txt.gz")]
+
+
+def test_a_directory_with_a_train_bin_gives_its_token_files_alone(folder: Path) -> None:
+    for name in ("d/train.bin", "d/val.bin", "d/prepare.py", "d/input.txt"):
+        write(name)
+    assert find_files(["d"]) == [Path("d/train.bin"), Path("d/val.bin")]
 
 
 def test_a_file_named_twice_is_read_once_and_the_order_stays(folder: Path) -> None:
@@ -66,7 +72,7 @@ def test_an_existing_file_is_no_glob(folder: Path) -> None:
         ("/no/where.txt", "no such file: '/no/where.txt'$"),
         ("", r"no such file: ''"),
         ("*.log", r"no file matches '\*.log' \(looked in .+\)$"),
-        ("d", r"^d holds no text: no .txt or .md file in it or below$"),
+        ("d", "^d holds no text: no .txt, .md, .jsonl or .parquet file in it or below, and no "),
     ],
 )
 def test_a_path_that_leads_nowhere_is_said(folder: Path, name: str, message: str) -> None:
@@ -104,7 +110,7 @@ def test_a_file_without_permission_is_said(folder: Path, monkeypatch: pytest.Mon
     def denied(*_: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)  # chmod does not stop root
+    monkeypatch.setattr("builtins.open", denied)  # chmod does not stop root
     with pytest.raises(DataError, match=r"^a.txt cannot be read: Permission denied$"):
         read_text(Path("a.txt"))
 
@@ -136,7 +142,7 @@ def test_then_tiny_shakespeare_is_downloaded(folder: Path) -> None:
     files, note = default_source(Path(), download)
     assert files == [Path("data/shakespeare.txt")]
     assert note == "Text: tiny Shakespeare, downloaded to data/shakespeare.txt"
-    assert read_texts(files) == {"data/shakespeare.txt": "ROMEO:"}
+    assert read_text(files[0]) == "ROMEO:"
 
 
 def test_without_network_the_sample_corpus_is_taken_and_said(folder: Path) -> None:
@@ -158,7 +164,8 @@ def test_documents_are_framed_and_the_last_tenth_is_validation() -> None:
     assert corpus.tokens.tolist() == [2, 0, 1, 0, 1, 3, 2, 1, 1, 1, 1, 3]
     assert (corpus.train.tolist(), corpus.val.tolist()) == ([2, 0, 1, 0, 1, 3, 2, 1, 1, 1], [1, 3])
     assert corpus.train is corpus.train  # a backend keeps it on its device
-    assert [(d.name, d.characters) for d in corpus.documents] == [("one", 4), ("two", 4)]
+    assert (corpus.names, corpus.characters) == (("one", "two"), 8)
+    assert corpus.starts.tolist() == [0, 6]
 
 
 def test_the_digest_is_that_of_the_text_and_sees_where_documents_end() -> None:

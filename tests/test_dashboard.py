@@ -40,7 +40,9 @@ class Now:
 
 
 def step(n: int, loss: float = 2.0) -> StepLog:
-    return StepLog(n, loss, 3.91e-2, 0.42, n * 4096, 4096 * 5.2, n / 5.2, 312_000_000)
+    return StepLog(
+        n, loss, 3.91e-2, 0.42, n * 4096, 4096 * 5.2, n / 5.2, 312_000_000, loss / 0.6931
+    )
 
 
 def evaluation(n: int, loss: float, best: float, best_step: int) -> EvalLog:
@@ -105,8 +107,8 @@ def test_plain_lines_hold_no_control_codes() -> None:
 def test_plain_step_and_eval_lines_read_as_documented() -> None:
     log = plain(step(250, 1.9231), evaluation(250, 1.821, 1.821, 250))
     assert (
-        "step 250/1000 | loss 1.9231 | lr 3.91e-02 | grad 0.42 | 21,299 tok/s | 5.2 it/s | "
-        "00:00 elapsed | 02:24 left" in log
+        "step 250/1000 | loss 1.9231 | 2.77 bits/byte | lr 3.91e-02 | grad 0.42 | "
+        "21,299 tok/s | 5.2 it/s | 00:00 elapsed | 02:24 left" in log
     )
     assert "eval 250 | val loss 1.8210 | perplexity 6.18 | 2.63 bits/byte | best" in log
 

@@ -53,7 +53,8 @@ from mlx_randygpt.config import (
     parse_interval,
 )
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.corpus import encode_corpus, read_text
+from mlx_randygpt.data.corpus import encode_corpus
+from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.data.windows import eval_batches, sample_batch
 from mlx_randygpt.sample import SampleConfig, pick, probabilities
 from mlx_randygpt.schedule import Plateau
@@ -426,7 +427,7 @@ def unfit(saved: Checkpoint) -> str:
     """What docs/checkpoint-format.md says of a header and this one is not; "" where it fits."""
     types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     records = [saved.model, saved.train, saved.progress, saved.progress.plateau]
-    open_ended = {"best_loss", "val_loss"}
+    open_ended = {"best_loss", "val_loss", "bits_per_byte"}
     for record in records:
         for field in fields(record):  # type: ignore[arg-type]
             value = getattr(record, field.name)

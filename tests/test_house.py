@@ -39,6 +39,8 @@ MAY_IMPORT = {  # third parties, and where they may be named
     "threadpoolctl": ("cli", "backends."),
     "signal": ("cli",),
     "tokenizers": ("subword",),
+    "pyarrow": ("data.",),
+    "zstandard": ("data.",),
 }
 
 

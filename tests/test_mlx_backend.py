@@ -23,6 +23,7 @@ from mlx_randygpt.backends import mlx_backend
 from mlx_randygpt.backends.mlx_backend import MLXBackend
 from mlx_randygpt.backends.mlx_optimizer import newton_schulz
 from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.state import IGNORED, Batch, Params, TrainState, initial_params, rng
 
 V, T = 29, 16
@@ -134,6 +135,16 @@ def test_windows_gathered_on_the_device_equal_the_batch(dtype: Any, monkeypatch:
         assert x.dtype == y.dtype == mx.int32
         assert np.array_equal(x, batch.x())
         assert np.array_equal(y, batch.y())
+
+
+@pytest.mark.parametrize("limit", [mlx_backend.RESIDENT_TOKENS, 10])
+def test_a_mapped_file_is_the_array_it_holds(tmp_path: Any, monkeypatch: Any, limit: int) -> None:
+    monkeypatch.setattr(mlx_backend, "RESIDENT_TOKENS", limit)
+    tokens(90).astype(np.uint16).tofile(tmp_path / "tokens")
+    mapped = np.memmap(tmp_path / "tokens", np.uint16, "r")[:80]
+    for step in range(3):
+        one, other = (sample_batch(split, 4, T, 1, step) for split in (mapped, tokens(90)[:80]))
+        assert backend("modern").loss(one) == backend("modern").loss(other)
 
 
 def test_few_token_arrays_stay_resident() -> None:

@@ -64,3 +64,24 @@ def test_what_is_given_wins() -> None:
     given = {**DEFAULT, "warmup": 100, "weight_decay": 0.0, "dropout": 0.25, "iters": 50}
     model, train = settings.fresh(given, 68, 10_000)
     assert (train.warmup, train.weight_decay, model.dropout) == (100, 0.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "n_bytes", "said"),
+    [
+        (64, 9_000, "Short text: 9 kB for 105,216 parameters, which ask for 10 kB at least"),
+        (64, 10_000, ""),
+        (64, 500_000, ""),
+        (64, 1_115_394, "Long text: 1.12 MB for 105,216 parameters, which take in about 500 kB"),
+        (256, 400_000, "Short text: 400 kB for 4,746,240 parameters, which ask for 500 kB"),
+        (256, 10_000_000, ""),
+    ],
+)
+def test_a_text_is_told_where_it_does_not_fit_the_model(
+    tiny_model: Model, n_embd: int, n_bytes: int, said: str
+) -> None:
+    n_layer = {64: 2, 256: 6}[n_embd]
+    model = tiny_model("modern", n_embd=n_embd, n_layer=n_layer, vocab_size=54)
+    advice = rules.text_advice(model, n_bytes)
+    assert advice.startswith(said)
+    assert bool(advice) == bool(said)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.config import ConfigError
-from mlx_randygpt.data.corpus import sample_corpus_path
+from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.subword import KINDS, SMALLEST, SubwordTokenizer, spelling
 from mlx_randygpt.tokenizer import tokenizer_from_json
 

@@ -1,9 +1,13 @@
 """Training windows can start anywhere and nowhere else; evaluation sees each token once."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError
+from mlx_randygpt.data.documents import Documents
 from mlx_randygpt.data.windows import eval_batches, sample_batch
 from mlx_randygpt.state import IGNORED, Batch
 
@@ -70,3 +74,43 @@ def test_a_limit_past_the_end_changes_nothing() -> None:
 def test_one_token_has_nothing_to_predict() -> None:
     with pytest.raises(DataError, match="1 tokens leave nothing to predict"):
         next(eval_batches(TOKENS[:1], 8, 4))
+
+
+@pytest.mark.parametrize("n_tokens", [100, 93])
+def test_no_window_crosses_from_one_document_to_the_next(n_tokens: int) -> None:
+    first = np.array([0, 30, 35, 44, 60, 95])
+    documents = Documents.within(first, n_tokens, 8)
+    assert documents.n_left_out == {100: 2, 93: 1}[n_tokens]  # of 5 tokens each
+    document = np.searchsorted(first, np.arange(100), side="right")
+    starts = set[int]()
+    for step in range(200):
+        batch = sample_batch(TOKENS[:n_tokens], 16, 8, 1, step, documents=documents)
+        for start in batch.starts.tolist():
+            assert len(set(document[start : start + 9].tolist())) == 1
+            starts.add(start)
+    inside = [s for s in range(n_tokens - 8) if document[s] == document[s + 8]]
+    assert sorted(starts) == inside  # each of them, and no other
+
+
+def test_documents_that_are_all_too_short_are_refused() -> None:
+    first = np.array([0, 5, 12])
+    with pytest.raises(DataError, match=r"the longest document has 8 tokens; .* needs one of 9"):
+        Documents.within(first, 20, 8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_pages_of_a_map_are_given_back(tmp_path: Path) -> None:
+    """Else a process would in time hold all of the file it reads from."""
+    np.arange(1 << 22, dtype=np.uint16).tofile(tmp_path / "tokens")
+    tokens = np.memmap(tmp_path / "tokens", np.uint16, "r")[: 1 << 21]
+    for step in range(100):
+        sample_batch(tokens, 64, 64, 1, step).x()
+    sample_batch(tokens, 64, 64, 1, 100)
+    held = sum(
+        int(line.split()[1])
+        for part in Path("/proc/self/smaps").read_text().split("VmFlags")
+        if str(tmp_path) in part
+        for line in part.splitlines()
+        if line.startswith("Rss:")
+    )
+    assert held < 200  # kB of 8192

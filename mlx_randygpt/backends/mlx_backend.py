@@ -27,7 +27,7 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import IGNORED, Array, Batch, Params, TrainState, parameter_shapes, rng
 
 RESIDENT_SPLITS = 4  # token arrays kept on the device: train, validation and two to spare
-RESIDENT_TOKENS = 2**28  # longer ones are gathered on the host
+RESIDENT_TOKENS = 2**26  # longer ones are gathered on the host while the device is busy
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mlx_randygpt.cli.options import (
     model_options,
     print_json,
 )
+from mlx_randygpt.cli.text_options import reading_options
 
 
 @click.command("eval", cls=Command)
@@ -28,6 +29,7 @@ from mlx_randygpt.cli.options import (
 @click.option(
     "--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True
 )
+@reading_options
 @model_options(defaults=False)
 @click.option("--batch-size", type=int, default=64, show_default=True)
 @backend_option
@@ -45,7 +47,6 @@ def command(
     from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.cli import settings, text
     from mlx_randygpt.cli.job import describe_backend
-    from mlx_randygpt.data.corpus import encode_corpus
     from mlx_randygpt.evaluation import evaluate
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
@@ -56,10 +57,10 @@ def command(
     saved = load_checkpoint(default_checkpoint(checkpoint), weights_only=True)
     settings.resumed({k: v for k, v in options.items() if v is not None}, saved)
     tokenizer = tokenizer_from_json(saved.tokenizer)
-    texts = text.read(data or saved.data["paths"])
-    if line := text.unknown_line(texts, tokenizer):
+    files = text.files_of(data or saved.data["paths"])
+    _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
+    if line := text.unknown_line(corpus.unknown):
         click.echo(line, err=True)
-    corpus = encode_corpus(texts, tokenizer)
     tokens = {"val": corpus.val, "train": corpus.train, "all": corpus.tokens}[split]
     name, why = choose(backend)
     engine = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)

@@ -13,6 +13,7 @@ from mlx_randygpt.cli.options import (
     model_options,
     print_json,
 )
+from mlx_randygpt.cli.text_options import reading_options, tokenizer_options
 from mlx_randygpt.config import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ WIDTH, HEIGHT = 64, 12  # of the curve, in characters
 
 @click.command("find-lr", cls=Command)
 @click.option("--data", multiple=True, help="As for train.")
+@tokenizer_options
+@reading_options
 @model_options()
 @click.option("--batch-size", type=int, help="[default: preset, 64]")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
@@ -43,20 +46,19 @@ def command(
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.cli import settings, text
     from mlx_randygpt.cli.job import describe_backend
-    from mlx_randygpt.data.corpus import check_length, encode_corpus
+    from mlx_randygpt.data.corpus import check_length
     from mlx_randygpt.find_lr import range_test, suggest
     from mlx_randygpt.state import TrainState, initial_params
-    from mlx_randygpt.tokenizer import CharTokenizer
 
     if not 0 < lowest < highest < float("inf") or iters < 2:
         raise click.UsageError(
             f"--from {lowest:g} --to {highest:g} --iters {iters}: rates must grow from above 0, "
             "over at least 2 steps"
         )
-    texts = text.read(data)
-    tokenizer = CharTokenizer.train(texts.values())
-    corpus = encode_corpus(texts, tokenizer)
     given = {name: value for name, value in options.items() if value is not None}
+    tokenizer, corpus = text.load(
+        text.files_of(data), text.reading(given), text.wanted(given)
+    )  # fmt: skip
     model, train = settings.fresh(given | {"iters": iters}, tokenizer.vocab_size)
     check_length(corpus, model.block_size)
     name, why = choose(backend)

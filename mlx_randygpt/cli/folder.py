@@ -173,7 +173,7 @@ def no_checkpoint(folder: Path) -> str:
 
 def _metrics(report: Report, log_every: int) -> dict[str, Any]:
     if isinstance(report, StepLog) and report.step % log_every == 0:
-        names = "step loss lr grad_norm tokens tokens_per_second seconds"
+        names = "step loss bits_per_byte lr grad_norm tokens tokens_per_second seconds"
     elif isinstance(report, EvalLog):
         names = "step val_loss perplexity bits_per_byte seconds"
     else:

@@ -58,6 +58,7 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
         "val_loss": progress.val_loss,
         "val_step": progress.eval_step if progress.eval_step >= 0 else None,
         "perplexity": _perplexity(progress.val_loss),
+        "bits_per_byte": progress.bits_per_byte,
         "best_loss": progress.best_loss,
         "best_step": progress.best_step,
         "vocab_size": saved.model.vocab_size,
@@ -89,8 +90,9 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
         ),
     )
     yield "Step", f"{saved.state.step:,} of {train.iters:,}"
-    yield "Validation", _loss(progress.val_loss, progress.eval_step)
-    yield "Best", _loss(progress.best_loss, progress.best_step)
+    bits = progress.bits_per_byte / progress.val_loss  # per nat: each evaluation has the same text
+    yield "Validation", _loss(progress.val_loss, progress.eval_step, bits)
+    yield "Best", _loss(progress.best_loss, progress.best_step, bits)
     yield "Trained on", f"{progress.tokens:,} tokens in {duration(progress.seconds)}"
     yield "Tokenizer", _tokenizer(saved)
     yield "Recipe", f"{train.recipe}, preset {train.preset}, seed {train.seed}"
@@ -106,10 +108,13 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
     yield "Written by", f"the {saved.backend} backend"
 
 
-def _loss(loss: float, step: int) -> str:
+def _loss(loss: float, step: int, bits: float) -> str:
     if not math.isfinite(loss):
         return "not evaluated yet"
-    return f"{loss:.4f} (perplexity {_perplexity(loss):.2f}) at step {step:,}"
+    measures = f"perplexity {_perplexity(loss):.2f}"
+    if math.isfinite(bits):  # older files do not say
+        measures += f", {loss * bits:.3f} bits/byte"
+    return f"{loss:.4f} ({measures}) at step {step:,}"
 
 
 def _perplexity(loss: float) -> float:

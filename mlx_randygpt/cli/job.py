@@ -16,18 +16,19 @@ from mlx_randygpt.backends.base import Backend, BackendError
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError, load_checkpoint
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
-from mlx_randygpt.cli.resume import before_decay, changes, same_vocabulary
+from mlx_randygpt.cli.resume import before_decay, changes, same_tokenizer, same_vocabulary
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.view import Shown, choose_console
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.dashboard import make_view
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.corpus import check_length, encode_corpus
+from mlx_randygpt.data.corpus import Corpus, check_length
+from mlx_randygpt.data.documents import Documents
 from mlx_randygpt.records import Progress
 from mlx_randygpt.reports import EndLog, SaveLog
 from mlx_randygpt.state import TrainState, initial_params, parameter_count
 from mlx_randygpt.tally import RunInfo
-from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizer import Tokenizer, tokenizer_from_json
 from mlx_randygpt.train import Run, TrainingDiverged, train
 
 
@@ -108,16 +109,11 @@ def prepare(
     job: Job, saved: Checkpoint | None, backend_name: str
 ) -> tuple[Run, TrainState, str, list[str]]:
     """The run, its first state, the data line and what the user should be told."""
-    texts = _texts(job, saved)
-    own = CharTokenizer.train(texts.values())
-    tokenizer: Tokenizer = tokenizer_from_json(saved.tokenizer) if saved else own
-    if saved and job.resuming:
-        same_vocabulary(saved, tokenizer, own)
-    corpus = encode_corpus(texts, tokenizer)
+    tokenizer, corpus = _corpus(job, saved)
     model, config = _settings(job, saved, tokenizer, len(corpus.train))
-    config = _resolved(job, config, backend_name, texts)
+    config = _resolved(job, config, backend_name, corpus)
     check_length(corpus, model.block_size)
-    lost = text.unknown_line(texts, tokenizer), text.unknown_line({"": config.prompt}, tokenizer)
+    lost = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(config.prompt))
     notes = [line for line in lost if line]
     state, progress = TrainState(0, {}, {}), Progress()
     if saved and job.resuming:
@@ -133,8 +129,21 @@ def prepare(
             f"Dropout {model.dropout:g}: the text is read {n_passes:.0f} times and short for a "
             "model of this size; --dropout 0 turns it off."
         )
-    data = text.provenance(corpus)
-    run = Run(model, config, tokenizer, corpus.train, corpus.val, data, progress)
+    if not job.resuming and (advice := text.advice(corpus, model)):
+        notes.append(advice)
+    remembered = saved.data if saved and job.resuming else {}
+    whole = bool(job.given.get("respect_documents", remembered.get("respect_documents", False)))
+    n_train, size = len(corpus.train), model.block_size
+    documents = Documents.within(corpus.starts, n_train, size) if whole else None
+    if documents and documents.n_left_out:
+        notes.append(
+            f"{documents.n_left_out:,} of {len(documents.first):,} documents are left out: shorter "
+            f"than a context of {size} and the token after it."
+        )
+    data = text.provenance(corpus, text.reading(job.given, remembered), whole)
+    run = Run(
+        model, config, tokenizer, corpus.train, corpus.val, data, progress, documents
+    )  # fmt: skip
     return run, state, text.describe(corpus, tokenizer), notes
 
 
@@ -185,6 +194,8 @@ def config_toml(job: Job, run: Run) -> str:
     shared = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
     values = {
         "data": run.data["paths"],
+        **{name: run.data[name] for name in (*text.READING, "respect_documents")},
+        **text.tokenizer_options(run.tokenizer, job.given),
         "out": str(job.out),
         "backend": job.backend,
         **{name: getattr(run.model, name) for name in shared},
@@ -230,13 +241,26 @@ def sample_line(job: Job) -> str:
     return shlex.join(words)
 
 
-def _texts(job: Job, saved: Checkpoint | None) -> dict[str, str]:
-    if job.data or not (saved and job.resuming):
-        return text.read(job.data)
+def _corpus(job: Job, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
+    """The text, and the tokenizer: the checkpoint's own, or what the options ask for."""
+    remembered = saved.data if saved and job.resuming else {}
+    how = text.reading(job.given, remembered)
+    if saved is None:
+        return text.load(text.files_of(job.data), how, text.wanted(job.given))
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    same_tokenizer(tokenizer, job.given)
+    if not job.resuming:
+        return text.load(text.files_of(job.data), how, tokenizer)
     try:
-        return text.read(saved.data["paths"])
+        files = text.files_of(job.data or saved.data["paths"])
+        _, corpus = text.load(files, how, tokenizer)
     except DataError as error:
+        if job.data:
+            raise
         raise DataError(f"the text of this checkpoint: {error}; give it with --data") from error
+    if corpus.sha256 != saved.data.get("sha256"):
+        same_vocabulary(tokenizer, files, how)
+    return tokenizer, corpus
 
 
 def _settings(
@@ -255,9 +279,7 @@ def _settings(
     return settings.by_rule(job.given, model, config, n_tokens)
 
 
-def _resolved(
-    job: Job, config: TrainConfig, backend_name: str, texts: dict[str, str]
-) -> TrainConfig:
+def _resolved(job: Job, config: TrainConfig, backend_name: str, corpus: Corpus) -> TrainConfig:
     """Defaults that depend on machine and text, written down so that a resume keeps them."""
     if backend_name == "numpy":
         if config.dtype != "float32":
@@ -267,8 +289,7 @@ def _resolved(
         asked = job.given.get("threads") or min(config.threads, available_cores())
         config = replace(config, threads=asked or available_cores())
     if not config.prompt:
-        has_romeo = any("ROMEO:" in t for t in texts.values())
-        config = replace(config, prompt="ROMEO:" if has_romeo else "\n")
+        config = replace(config, prompt="ROMEO:" if corpus.has_romeo else "\n")
     return config
 
 

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_randygpt.checkpoint import Checkpoint, CheckpointError, kept_name, load_checkpoint
+from mlx_randygpt.cli import text
+from mlx_randygpt.cli.settings import ResumeError
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import Corpus
+from mlx_randygpt.data.reading import Reading
+from mlx_randygpt.data.vocabulary import Vocabulary, chosen
 from mlx_randygpt.schedule import decay_start
-from mlx_randygpt.tokenizer import Tokenizer
+from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer
 
 
-def same_vocabulary(saved: Checkpoint, tokenizer: Tokenizer, own: Tokenizer) -> None:
-    """CheckpointError where the text's characters are not the checkpoint's."""
-    if tokenizer == own:
+def same_tokenizer(tokenizer: Tokenizer, given: Mapping[str, Any]) -> None:
+    """ResumeError where the options ask for another tokenizer than the checkpoint's."""
+    kind = tokenizer.to_json()["type"]
+    name, size = given.get("tokenizer"), given.get("vocab_size")
+    if isinstance(tokenizer, CharTokenizer):
+        size = size if size is not None and size < len(tokenizer.chars) else None  # a limit
+    if name is not None and name != kind and chosen(name, 0) != tokenizer:
+        raise ResumeError(
+            f"Checkpoint tokenizer {kind} != tokenizer {name}; its weights go with its own "
+            "tokenizer: leave the option out"
+        )
+    if size is not None and size != tokenizer.vocab_size:
+        raise ResumeError(
+            f"Checkpoint vocab_size {tokenizer.vocab_size} != vocab_size {size}; its weights go "
+            "with its own tokenizer: leave the option out"
+        )
+
+
+def same_vocabulary(tokenizer: Tokenizer, files: Sequence[Path], how: Reading) -> None:
+    """CheckpointError where the text's characters are not the checkpoint's; subwords spell any
+    text."""
+    if not isinstance(tokenizer, CharTokenizer):
+        return
+    with text.ProgressBar() as bar:
+        own = text.loader(how, bar).learn(files, Vocabulary())
+    if own == tokenizer:
         return
     hint = "give the --data it was trained on, or --init-from to start a new run from its weights"
     if tokenizer.vocab_size != own.vocab_size:

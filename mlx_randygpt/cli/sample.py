@@ -57,7 +57,7 @@ def command(
     from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.cli.job import describe_backend
     from mlx_randygpt.cli.text import unknown_line
-    from mlx_randygpt.data.corpus import read_text
+    from mlx_randygpt.data.reading import read_text
     from mlx_randygpt.sample import SampleConfig, beam_search, generate
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
@@ -76,7 +76,7 @@ def command(
     if prompt_file is not None:
         prompt = read_text(prompt_file)
     prompt = saved.train.prompt if prompt is None else prompt
-    if line := unknown_line({"prompt": prompt}, tokenizer):
+    if line := unknown_line(tokenizer.unknown(prompt)):
         click.echo(line, err=True)
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.bos]
     name, why = choose(backend)

@@ -13,6 +13,7 @@ from mlx_randygpt.cli.options import (
     backend_option,
     model_options,
 )
+from mlx_randygpt.cli.text_options import reading_options, tokenizer_options
 from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 
 
@@ -23,8 +24,16 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 @click.option(
     "--data",
     multiple=True,
-    help="Text file, directory or glob; may be given several "
-    "times.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a sample]",
+    help="Text, source, .jsonl, .parquet, .gz, .zst, train.bin, a directory or a glob; may be "
+    "given several times.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a sample]",
+)
+@tokenizer_options
+@reading_options
+@click.option(
+    "--respect-documents",
+    is_flag=True,
+    default=None,
+    help="Keep each training window inside one document.",
 )
 @click.option(
     "--out",

@@ -1,37 +1,34 @@
-"""From paths to one array of tokens: finding files, reading them strictly, encoding, splitting.
+"""From files to one array of tokens and its split: in memory where they are short, else through a
+cache on the disk that is mapped.
 
-Owns what counts as text (UTF-8, nothing else) and where it is looked for when nobody says. How
-a file is fetched comes in as an argument; what is reported, and how, is the caller's.
+Owns what a corpus is and where train ends and validation begins. Progress goes to a callback.
 """
 
 from __future__ import annotations
 
-import difflib
-import glob
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from hashlib import sha256
+from hashlib import file_digest
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.data import DataError
-from mlx_randygpt.tokenizer import Tokenizer
+from mlx_randygpt.data import DataError, cache, token_files
+from mlx_randygpt.data.encoding import Found, blocks
+from mlx_randygpt.data.files import is_tokens, kind
+from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
+from mlx_randygpt.data.vocabulary import Vocabulary
+from mlx_randygpt.tokenizer import Tokenizer, tokenizer_from_json
 
-SUFFIXES = (".txt", ".md")
 TRAIN_SHARE = 0.9
-
-
-@dataclass(frozen=True)
-class Document:
-    """One file as it was read."""
-
-    name: str
-    characters: int
+SMALL = 1 << 24  # bytes of files that are read into memory
+Array = NDArray[Any]
+Progress = Callable[[str, int, int], None]  # what is being done, bytes so far, bytes in all
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,35 +38,155 @@ class Corpus:
     `train` and `val` are the same array objects at every call, so a backend may keep them.
     """
 
-    documents: tuple[Document, ...]
-    sha256: str  # of the texts in UTF-8, with a NUL between documents
-    tokens: NDArray[np.int32]  # (n,)
-
-    @property
-    def characters(self) -> int:
-        return sum(document.characters for document in self.documents)
-
-    @cached_property
-    def train(self) -> NDArray[np.int32]:
-        """The first 90 % of the tokens, a view."""
-        return self.tokens[: _split(len(self.tokens))]
+    names: tuple[str, ...]  # of the files
+    tokens: Array  # (n,) int32, or a map of uint16 or uint32
+    starts: NDArray[np.int64]  # the first token of each document
+    sha256: str  # of the documents in UTF-8, with a NUL between them; or of the token files
+    characters: int = 0  # 0 for token files
+    n_bytes: int = 0  # of the characters in UTF-8
+    n_train: int | None = None  # tokens; None: nine tenths
+    unknown: dict[str, int] = field(default_factory=dict)  # characters that became <unk>
+    has_romeo: bool = False
 
     @cached_property
-    def val(self) -> NDArray[np.int32]:
-        """The last 10 % of the tokens, a view."""
-        return self.tokens[_split(len(self.tokens)) :]
+    def train(self) -> Array:
+        """The first 90 % of the tokens, or what the files say, a view."""
+        return self.tokens[: self._n_train()]
+
+    @cached_property
+    def val(self) -> Array:
+        """The tokens after those, a view."""
+        return self.tokens[self._n_train() :]
+
+    def _n_train(self) -> int:
+        return _split(len(self.tokens)) if self.n_train is None else self.n_train
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Where corpora come from and what is told on the way."""
+
+    reading: Reading = field(default_factory=Reading)
+    folder: Path = Path()  # of caches
+    threads: int = 1
+    progress: Progress = lambda what, done, size: None
+    small: int = SMALL
+
+    def load(
+        self, files: Sequence[Path], wanted: Tokenizer | Vocabulary
+    ) -> tuple[Tokenizer, Corpus]:
+        """The tokens of the files, by a tokenizer that is there or is learned from them."""
+        if any(map(is_tokens, files)):
+            files = token_files.in_order([*files])
+            if other := [file for file in files if not is_tokens(file)]:
+                ids = next(filter(is_tokens, files))
+                raise DataError(f"{other[0]} is text and {ids} tokens; give one or the other")
+            if isinstance(wanted, Vocabulary):
+                raise DataError(
+                    f"{files[0]} holds token ids; give the tokenizer that made them: "
+                    "--tokenizer tokenizer.json (that of GPT-2 for nanoGPT's and llm.c's files)"
+                )
+        found = Found()
+        if self._size(files) <= self.small:
+            tokenizer = self._tokenizer(files, wanted)
+            tokens = np.concatenate([*self._blocks(files, tokenizer, found)])
+            return tokenizer, self._corpus(files, tokens, np.array(found.starts), _facts(found))
+        content = self._content(files)
+        tokenizer = self._kept_tokenizer(files, wanted, content)
+        path = self.folder / f"{cache.key(content, tokenizer.to_json())}.tokens"
+        if (mapped := cache.read(path)) is None:
+            made = self._blocks(files, tokenizer, found)
+            cache.write(path, made, tokenizer.vocab_size, lambda: (found.starts, _facts(found)))
+            mapped = cache.read(path)
+            assert mapped is not None
+        return tokenizer, self._corpus(files, mapped.tokens, mapped.starts, mapped.facts)
+
+    def learn(self, files: Sequence[Path], wanted: Vocabulary) -> Tokenizer:
+        """The tokenizer of the files' text."""
+        size = self._size(files)
+        texts = (piece.text for piece in self._pieces(files, "Learning the vocabulary"))
+        try:
+            return wanted.learn(texts, size)
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(str(error)) from error
+
+    def _tokenizer(self, files: Sequence[Path], wanted: Tokenizer | Vocabulary) -> Tokenizer:
+        return self.learn(files, wanted) if isinstance(wanted, Vocabulary) else wanted
+
+    def _kept_tokenizer(
+        self, files: Sequence[Path], wanted: Tokenizer | Vocabulary, content: str
+    ) -> Tokenizer:
+        """What was learned from a long text is kept beside its tokens."""
+        if not isinstance(wanted, Vocabulary):
+            return wanted
+        path = self.folder / f"{cache.key(content, asdict(wanted))}.tokenizer.json"
+        try:
+            return tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # not there yet, or damaged
+            tokenizer = self.learn(files, wanted)
+            cache.write_small(path, json.dumps(tokenizer.to_json()).encode())
+            return tokenizer
+
+    def _blocks(
+        self, files: Sequence[Path], tokenizer: Tokenizer, found: Found
+    ) -> Iterator[NDArray[np.int32]]:
+        if is_tokens(files[0]):
+            seen = self._seen("Reading tokens", self._size(files))
+            return token_files.token_blocks([*files], tokenizer, found, seen)
+        return blocks(self._pieces(files, "Making tokens"), tokenizer, found, self.threads)
+
+    def _pieces(self, files: Sequence[Path], what: str) -> Iterator[Piece]:
+        seen = self._seen(what, self._size(files))
+        for file in files:
+            yield from pieces(file, self.reading, seen)
+
+    def _seen(self, what: str, size: int) -> Seen:
+        done = 0
+
+        def seen(n: int) -> None:
+            nonlocal done
+            done += n
+            self.progress(what, done, size)
+
+        return seen
+
+    def _size(self, files: Sequence[Path]) -> int:
+        try:
+            return sum(file.stat().st_size for file in files)
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    def _content(self, files: Sequence[Path]) -> str:
+        """A digest of what the files hold and how they are read; not of their names."""
+        seen, parts = self._seen("Looking for changes", self._size(files)), []
+        for file in files:
+            try:
+                with open(file, "rb") as stream:
+                    digest = file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"{file} cannot be read: {error.strerror}") from error
+            parts.append([kind(file), digest])
+            seen(file.stat().st_size)
+        return cache.key(parts, asdict(self.reading))
+
+    def _corpus(
+        self, files: Sequence[Path], tokens: Array, starts: Array, facts: dict[str, Any]
+    ) -> Corpus:
+        names = tuple(map(str, files))
+        n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
+        wanted = ("sha256", "characters", "n_bytes", "unknown", "has_romeo")
+        known = {name: facts[name] for name in wanted}
+        return Corpus(names, tokens, starts, n_train=n_train, **known)
 
 
 def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
-    """The corpus of texts by name, in their order."""
-    digest = sha256()
-    parts: list[NDArray[np.int32]] = []
-    for text in texts.values():
-        digest.update((b"\0" if parts else b"") + text.encode("utf-8", "surrogatepass"))
-        ids = tokenizer.encode(text)
-        parts.append(np.concatenate([[tokenizer.bos], ids, [tokenizer.eos]], dtype=np.int32))
-    documents = tuple(Document(name, len(text)) for name, text in texts.items())
-    return Corpus(documents, digest.hexdigest(), np.concatenate(parts))
+    """The corpus of texts by name, in their order, each of them one document."""
+    found = Found()
+    documents = (Piece(text, True, True) for text in texts.values())
+    tokens = np.concatenate([*blocks(documents, tokenizer, found)])
+    return Corpus(tuple(texts), tokens, np.array(found.starts), **_facts(found))
 
 
 def check_length(corpus: Corpus, block_size: int) -> None:
@@ -80,133 +197,23 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     least = max(n, int(block_size / (1 - TRAIN_SHARE)) - 1)
     need = next(m for m in count(least) if min(_split(m), m - _split(m)) > block_size)
     smaller = f" or a --block-size of at most {fits}" if fits > 0 else ""
+    amount = f"{corpus.characters} characters ({n} tokens)" if corpus.characters else f"{n} tokens"
     raise DataError(
-        f"the text has {corpus.characters} characters ({n} tokens); a context of {block_size} needs"
+        f"the text has {amount}; a context of {block_size} needs"
         f" at least {need} tokens (train and validation each one block and one token);"
         f" give more text{smaller}"
     )
 
 
-def read_texts(files: Iterable[Path]) -> dict[str, str]:
-    """The text of each file by its name; see `read_text`."""
-    return {str(file): read_text(file) for file in files}
-
-
-def read_text(file: Path) -> str:
-    r"""The text of a UTF-8 file, without its byte order mark and with "\r\n" and "\r" as "\n".
-
-    DataError where it cannot be read, is empty, binary or not UTF-8.
-    """
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{file} is UTF-16, not UTF-8; {_iconv(file, 'utf-16')}")
-    if (nul := raw.find(0)) >= 0:
-        raise DataError(f"{file} is binary, not text: a NUL byte {_place(raw, nul)}")
-    try:
-        text = raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8 text: byte {raw[error.start]:#04x} {_place(raw, error.start)};"
-            f" if it is in an older encoding, {_iconv(file, 'latin1')}"
-        ) from error
-    if not text:
-        raise DataError(f"{file} is empty; put text into it or leave it out")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files that paths name: files, directories (their .txt and .md files at any depth,
-    sorted, without hidden ones) and globs; each file once, in the order of its first mention."""
-    found: dict[Path, Path] = {}
-    for name in paths:
-        try:
-            for file in _expand(name):
-                found.setdefault(file.resolve(), file)
-        except OSError as error:
-            raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
-    return list(found.values())
-
-
-def default_source(cwd: Path, download: Callable[[Path], None]) -> tuple[list[Path], str]:
-    """Files to train on when nobody named any, and one line for the user that says which.
-
-    ./train.txt; else data/*.txt; else `download` makes data/shakespeare.txt; else, where it
-    raises DataError or the folder cannot be made, the sample corpus inside the package.
-    """
-    if (own := cwd / "train.txt").is_file():
-        return [own], f"Text: {own}"
-    if files := sorted(file for file in (cwd / "data").glob("*.txt") if _is_visible_file(file)):
-        return files, f"Text: {', '.join(map(str, files))}"
-    target = cwd / "data" / "shakespeare.txt"
-    try:
-        target.parent.mkdir(exist_ok=True)
-        download(target)
-    except OSError as error:
-        return _sample(f"{target.parent} cannot be made: {error.strerror}")
-    except DataError as error:
-        return _sample(str(error))
-    return [target], f"Text: tiny Shakespeare, downloaded to {target}"
-
-
-def sample_corpus_path() -> Path:
-    """The corpus that comes with the package."""
-    return Path(__file__).with_name("sample.txt")
-
-
-def _sample(reason: str) -> tuple[list[Path], str]:
-    return [sample_corpus_path()], f"Text: the sample corpus inside the package ({reason})"
-
-
-def _expand(name: str) -> Iterator[Path]:
-    path = Path(name).expanduser()
-    if path.is_dir() and name:
-        yield from _texts_under(path)
-    elif path.exists() and name:
-        yield path
-    elif set(name) & set("*?["):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-        if not any(file.is_file() for file in files):
-            raise DataError(f"no file matches {name!r} (looked in {Path.cwd()})")
-        yield from (file for file in files if file.is_file())
-    else:
-        raise DataError(_no_such_file(name, path))
-
-
-def _texts_under(folder: Path) -> list[Path]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += (Path(parent, name) for name in names if name.lower().endswith(SUFFIXES))
-    if texts := sorted(file for file in files if _is_visible_file(file)):
-        return texts
-    raise DataError(f"{folder} holds no text: no {' or '.join(SUFFIXES)} file in it or below")
-
-
-def _is_visible_file(file: Path) -> bool:
-    return file.is_file() and not file.name.startswith(".")
-
-
-def _no_such_file(name: str, path: Path) -> str:
-    looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, 1)
-    hint = f"; is it {path.with_name(near[0])}?" if near else ""
-    return f"no such file: {name!r}{looked}{hint}"
+def _facts(found: Found) -> dict[str, Any]:
+    return {
+        "sha256": found.digest.hexdigest(),
+        "characters": found.characters,
+        "n_bytes": found.n_bytes,
+        "unknown": dict(found.unknown),
+        "has_romeo": found.has_romeo,
+    }
 
 
 def _split(n: int) -> int:
     return int(TRAIN_SHARE * n)
-
-
-def _place(raw: bytes, offset: int) -> str:
-    return f"at offset {offset} (line {len((raw[:offset] + b'.').splitlines())})"
-
-
-def _iconv(file: Path, encoding: str) -> str:
-    return f"convert it, e.g. iconv -f {encoding} -t utf-8 {file} > {file.stem}-utf8{file.suffix}"

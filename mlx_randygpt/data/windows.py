@@ -7,22 +7,29 @@ Legend: B batch, T block_size, n tokens of the split.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
 
 from mlx_randygpt.data import DataError
+from mlx_randygpt.data.documents import Documents
 from mlx_randygpt.state import Array, Batch, rng
 
 
 def sample_batch(
-    tokens: Array, batch_size: int, block_size: int, seed: int, step: int, micro: int = 0
-) -> Batch:
-    """B windows that start anywhere a whole one and the token after it fit; `tokens` is (n,)."""
+    tokens: Array, batch_size: int, block_size: int, seed: int, step: int, micro: int = 0,
+    documents: Documents | None = None,
+) -> Batch:  # fmt: skip
+    """B windows that start anywhere a whole one and the token after it fit; `tokens` is (n,).
+    With `documents`, none crosses from one to the next."""
     assert len(tokens) > block_size, "check_length comes first"
+    _give_back(tokens)
+    random = rng(seed, "batch", step, micro)
+    if documents is not None:
+        return Batch(tokens, documents.starts(random, batch_size), block_size)
     last = len(tokens) - block_size - 1
-    starts = rng(seed, "batch", step, micro).integers(0, last, size=batch_size, endpoint=True)
-    return Batch(tokens, starts, block_size)
+    return Batch(tokens, random.integers(0, last, size=batch_size, endpoint=True), block_size)
 
 
 def eval_batches(
@@ -44,4 +51,12 @@ def eval_batches(
     batch_size = min(batch_size, n_kept)
     padding = np.full(-n_kept % batch_size, len(tokens), dtype=np.int64)
     for rows in np.concatenate([starts, padding]).reshape(-1, batch_size):
+        _give_back(tokens)
         yield Batch(tokens, rows, block_size)
+
+
+def _give_back(tokens: Array) -> None:
+    """Where tokens are a map of a file, let go of the pages read so far: they would count as this
+    process's memory until all of the file does."""
+    if (pages := getattr(tokens, "_mmap", None)) is not None:
+        pages.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,170 @@
+"""Tokens on the disk: written once, whole or not at all, and read through a memory map.
+
+Owns the file and its place; knows nothing of text or tokenizers. A file holds, one after the
+other: the tokens (uint16 or uint32), the starts of documents (int64), JSON, its SHA-256, its length
+and MAGIC. So it begins as a plain token file, and its end says whether all of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_randygpt.data import DataError
+
+MAGIC = b"mlxgptk1"
+TAIL = 32 + 8 + len(MAGIC)  # bytes after the JSON
+PLACE = "MLXGPT_CACHE"  # environment: another folder
+SHORT = 1 << 16  # vocabularies up to it take two bytes a token
+Array = NDArray[Any]
+
+
+class Mapped(NamedTuple):
+    """A file that was opened; the arrays are maps of it."""
+
+    tokens: Array  # (n,) uint16 or uint32
+    starts: NDArray[np.int64]  # (documents,)
+    facts: dict[str, Any]  # as they were written
+
+
+def place(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of caches: MLXGPT_CACHE, else mlx-randygpt in XDG_CACHE_HOME or ~/.cache."""
+    if own := environ.get(PLACE):
+        return Path(own).expanduser()
+    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-randygpt"
+
+
+def key(*parts: object) -> str:
+    """A name that says what a file was made of."""
+    return sha256(json.dumps([MAGIC.decode(), *parts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write(
+    path: Path,
+    blocks: Iterable[Array],
+    vocab_size: int,
+    finish: Callable[[], tuple[Any, dict[str, Any]]],
+) -> None:
+    """Write the blocks as one file; `finish` then gives the starts of documents and the facts.
+
+    The name is there once the whole file is on the disk. DataError where it cannot be written.
+    """
+    dtype = np.dtype(np.uint16 if vocab_size <= SHORT else np.uint32)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        with _Temporary(path) as file:
+            n_tokens = 0
+            for block in blocks:
+                n_tokens += len(block)
+                file.write(block.astype(dtype).tobytes())
+            file.write(bytes(-n_tokens * dtype.itemsize % 8))  # the starts begin at a multiple of 8
+            starts, facts = finish()
+            file.write(np.asarray(starts, np.int64).tobytes())
+            head = {"tokens": n_tokens, "dtype": dtype.name, "documents": len(starts), **facts}
+            content = json.dumps(head, sort_keys=True).encode()
+            length = len(content).to_bytes(8, "little")
+            file.write(content + sha256(content).digest() + length + MAGIC)
+    except OSError as error:
+        raise DataError(
+            f"the tokens cannot be written to {path.parent}: {error.strerror or error}; "
+            f"set {PLACE} to a folder with room for two to four bytes a token"
+        ) from error
+
+
+def write_small(path: Path, content: bytes) -> None:
+    """A small file beside the tokens, in the same way."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _Temporary(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def read(path: Path) -> Mapped | None:
+    """The tokens of a file that is whole; None where there is none or it is not."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(0, size - TAIL))
+            tail = file.read()
+            n_bytes = int.from_bytes(tail[32:40], "little")
+            if tail[40:] != MAGIC or n_bytes > size - TAIL:
+                return None
+            file.seek(size - TAIL - n_bytes)
+            content = file.read(n_bytes)
+    except OSError:
+        return None
+    if sha256(content).digest() != tail[:32]:
+        return None
+    facts = json.loads(content)
+    dtype, n_starts = np.dtype(facts["dtype"]), facts["documents"]
+    end = facts["tokens"] * dtype.itemsize
+    end += -end % 8
+    if end + 8 * n_starts + n_bytes + TAIL != size or not facts["tokens"]:
+        return None
+    tokens = np.memmap(path, dtype, "r", shape=(facts["tokens"],))
+    starts = np.empty(0, np.int64)
+    if n_starts:
+        starts = np.asarray(np.memmap(path, np.int64, "r", offset=end, shape=(n_starts,)))
+    return Mapped(tokens, starts, facts)
+
+
+class _Temporary:
+    """A file beside `path` that takes its name at the end of the block, if all went well. Its lock
+    tells others that it is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._name = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Any:
+        self._file = open(self._name, "wb")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return self._file
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                _flush(self._file.fileno())
+                os.replace(self._name, self._path)
+                _sync(self._path.parent)
+        finally:
+            self._file.close()
+            self._name.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that died while writing have left."""
+    for left in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while someone writes
+            left.unlink(missing_ok=True)
+
+
+def _flush(descriptor: int) -> None:
+    """To the disk itself: the fsync of macOS leaves what is written in the cache of the drive."""
+    everything = getattr(fcntl, "F_FULLFSYNC", None)
+    if everything is None:
+        os.fsync(descriptor)
+    else:
+        fcntl.fcntl(descriptor, everything)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

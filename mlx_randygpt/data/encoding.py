@@ -1,0 +1,97 @@
+"""From pieces of text to blocks of tokens, on several threads and in order.
+
+Owns how documents are framed (BOS document EOS) and what is found out about a text on the way.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_randygpt.data.reading import PIECE, Piece
+from mlx_randygpt.tokenizer import Tokenizer
+
+Ids = NDArray[np.int32]
+
+
+@dataclass
+class Found:
+    """What is known of a text once its blocks have been taken."""
+
+    characters: int = 0
+    n_bytes: int = 0  # of the same in UTF-8
+    has_romeo: bool = False  # whether ROMEO: is in it, the default prompt
+    unknown: Counter[str] = field(default_factory=Counter)  # characters that became <unk>
+    digest: Any = field(default_factory=sha256)  # of the documents in UTF-8, a NUL between them
+    n_tokens: int = 0
+    starts: array[int] = field(default_factory=lambda: array("q"))  # where documents begin
+    _n_read: int = 0  # documents
+
+    def read(self, piece: Piece) -> None:
+        between = b"\0" if piece.begins and self._n_read else b""
+        self._n_read += piece.begins
+        raw = piece.text.encode("utf-8", "surrogatepass")
+        self.digest.update(between + raw)
+        self.characters += len(piece.text)
+        self.n_bytes += len(raw)
+        self.has_romeo = self.has_romeo or "ROMEO:" in piece.text
+
+
+def blocks(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, found: Found, threads: int = 1
+) -> Iterator[Ids]:
+    """The tokens of the pieces in order, some 100,000 at a time. `found` grows with each block;
+    no more of the text than a few jobs is in memory."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[tuple[Ids, list[int], dict[str, int]]]] = deque()
+        for job in _jobs(pieces, found):
+            waiting.append(pool.submit(_encode, job, tokenizer))
+            if len(waiting) > threads + 1:
+                yield _taken(waiting.popleft().result(), found)
+        while waiting:
+            yield _taken(waiting.popleft().result(), found)
+
+
+def _jobs(pieces: Iterable[Piece], found: Found) -> Iterator[list[Piece]]:
+    job: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        found.read(piece)
+        job.append(piece)
+        size += len(piece.text)
+        if size >= PIECE // 2:
+            yield job
+            job, size = [], 0
+    if job:
+        yield job
+
+
+def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dict[str, int]]:
+    """The tokens of a job, where documents begin in them, and what is not in the vocabulary."""
+    ends = [tokenizer.eos] * (tokenizer.eos != tokenizer.bos)  # else the next BOS ends it
+    bos, eos = np.array([tokenizer.bos], np.int32), np.array(ends, np.int32)
+    parts, starts, n = list[Ids](), list[int](), 0
+    texts = [piece.text for piece in job]
+    for piece, ids in zip(job, tokenizer.encode_batch(texts), strict=True):
+        if piece.begins:
+            starts.append(n)
+        framed = bos[: piece.begins], ids, eos[: piece.ends]
+        parts += framed
+        n += sum(map(len, framed))
+    return np.concatenate(parts), starts, tokenizer.unknown("".join(texts))
+
+
+def _taken(block: tuple[Ids, list[int], dict[str, int]], found: Found) -> Ids:
+    ids, starts, unknown = block
+    found.starts.extend(found.n_tokens + start for start in starts)
+    found.n_tokens += len(ids)
+    found.unknown.update(unknown)
+    return ids

@@ -1,0 +1,137 @@
+"""Which files a path means: the file, what is in a folder, what a pattern matches.
+
+Owns the suffixes and where text is looked for when nobody says. How a file is fetched comes in as
+an argument; what is reported, and how, is the caller's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mlx_randygpt.data import DataError
+
+PROSE = (".txt", ".md", ".markdown", ".rst", ".org", ".tex", ".html")
+SOURCE = (
+    ".c", ".cc", ".cpp", ".css", ".cu", ".go", ".h", ".hpp", ".hs", ".java", ".jl", ".js", ".kt",
+    ".lua", ".m", ".metal", ".ml", ".php", ".pl", ".py", ".r", ".rb", ".rs", ".scala", ".sh",
+    ".sql", ".swift", ".ts", ".zig",
+)  # fmt: skip
+ROWS = (".jsonl", ".ndjson", ".parquet")  # many documents in a file
+PACKED = (".gz", ".zst")
+SUFFIXES = (*PROSE, *SOURCE, *ROWS)
+TOKENS = ".bin"
+VALIDATION = re.compile(r"(^|[_.-])(val|valid|validation)([_.-]|$)")
+
+
+def kind(file: Path) -> str:
+    """The last suffix below any compression, in lower case: `.jsonl` of `a.jsonl.zst`."""
+    name = file.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return os.path.splitext(name)[1]
+
+
+def is_tokens(file: Path) -> bool:
+    """A file of token ids, as nanoGPT and llm.c write them."""
+    return file.name.lower().endswith(TOKENS)
+
+
+def is_validation(file: Path) -> bool:
+    """A token file that names itself the validation split: val.bin, fineweb_val_000000.bin."""
+    return bool(VALIDATION.search(file.stem.lower()))
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """The files that paths name: files, directories (their texts at any depth, sorted, without
+    hidden ones; or their token files, where they hold a train.bin) and globs; each file once, in
+    the order of its first mention."""
+    found: dict[Path, Path] = {}
+    for name in paths:
+        try:
+            for file in _expand(name):
+                found.setdefault(file.resolve(), file)
+        except OSError as error:
+            raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
+    return list(found.values())
+
+
+def default_source(cwd: Path, download: Callable[[Path], None]) -> tuple[list[Path], str]:
+    """Files to train on when nobody named any, and one line for the user that says which.
+
+    ./train.txt; else data/*.txt; else `download` makes data/shakespeare.txt; else, where it
+    raises DataError or the folder cannot be made, the sample corpus inside the package.
+    """
+    if (own := cwd / "train.txt").is_file():
+        return [own], f"Text: {own}"
+    if files := sorted(file for file in (cwd / "data").glob("*.txt") if _is_visible_file(file)):
+        return files, f"Text: {', '.join(map(str, files))}"
+    target = cwd / "data" / "shakespeare.txt"
+    try:
+        target.parent.mkdir(exist_ok=True)
+        download(target)
+    except OSError as error:
+        return _sample(f"{target.parent} cannot be made: {error.strerror}")
+    except DataError as error:
+        return _sample(str(error))
+    return [target], f"Text: tiny Shakespeare, downloaded to {target}"
+
+
+def sample_corpus_path() -> Path:
+    """The corpus that comes with the package."""
+    return Path(__file__).with_name("sample.txt")
+
+
+def _sample(reason: str) -> tuple[list[Path], str]:
+    return [sample_corpus_path()], f"Text: the sample corpus inside the package ({reason})"
+
+
+def _expand(name: str) -> Iterator[Path]:
+    path = Path(name).expanduser()
+    if path.is_dir() and name:
+        yield from _texts_under(path)
+    elif path.exists() and name:
+        yield path
+    elif set(name) & set("*?["):
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+        if not any(file.is_file() for file in files):
+            raise DataError(f"no file matches {name!r} (looked in {Path.cwd()})")
+        yield from (file for file in files if file.is_file())
+    else:
+        raise DataError(_no_such_file(name, path))
+
+
+def _texts_under(folder: Path) -> list[Path]:
+    def stop(error: OSError) -> None:
+        raise error
+
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += (Path(parent, name) for name in names)
+    visible = sorted(file for file in files if _is_visible_file(file))
+    tokens = [file for file in visible if is_tokens(file)]
+    if any("train" in file.stem.lower() for file in tokens):
+        return tokens
+    if texts := [file for file in visible if kind(file) in SUFFIXES]:
+        return texts
+    raise DataError(
+        f"{folder} holds no text: no .txt, .md, .jsonl or .parquet file in it or below, and no "
+        "source code or train.bin"
+    )
+
+
+def _is_visible_file(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith(".")
+
+
+def _no_such_file(name: str, path: Path) -> str:
+    looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, 1)
+    hint = f"; is it {path.with_name(near[0])}?" if near else ""
+    return f"no such file: {name!r}{looked}{hint}"

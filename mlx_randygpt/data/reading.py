@@ -1,0 +1,270 @@
+"""From any file to pieces of text: strict, and never more of it in memory than a few megabytes.
+
+Owns encodings, line ends, compression and the formats that hold many documents. A piece ends
+where no subword crosses, so that encoding pieces gives the tokens of the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from mlx_randygpt.data import DataError
+from mlx_randygpt.data.files import kind
+from mlx_randygpt.extras import missing
+
+CHUNK_BYTES = 1 << 20
+PIECE = 1 << 18  # characters at most
+TRIES = 1000  # spaces looked at for one between two words
+Seen = Callable[[int], None]  # bytes of the file that were read since the last call
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read, where they do not say themselves."""
+
+    encoding: str = "utf-8"
+    text_field: str = "text"  # of a row of .jsonl or .parquet
+
+    def __post_init__(self) -> None:
+        try:
+            "".encode(self.encoding)  # a codec of text; codecs.lookup finds others, such as zip
+        except (LookupError, ValueError) as error:
+            raise DataError(
+                f"encoding={self.encoding!r} is unknown; try utf-8, utf-16, latin-1 or cp1252"
+            ) from error
+
+
+class Piece(NamedTuple):
+    """A part of a document, in order."""
+
+    text: str
+    begins: bool  # a document
+    ends: bool
+
+
+def read_text(file: Path, reading: Reading | None = None) -> str:
+    r"""The text of a file, without its byte order mark and with "\r\n" and "\r" as "\n".
+
+    DataError where it cannot be read, is empty, binary or not in its encoding.
+    """
+    return "".join(piece.text for piece in pieces(file, reading))
+
+
+def pieces(
+    file: Path,
+    reading: Reading | None = None,
+    seen: Seen = lambda n: None,
+    size: int = PIECE,
+) -> Iterator[Piece]:
+    """The documents of a file in pieces of at most `size` characters: one document, or one a row.
+    DataError as for `read_text`."""
+    reading, suffix, empty = reading or Reading(), kind(file), True
+    documents: Iterator[Iterator[str]]
+    if suffix in (".jsonl", ".ndjson"):
+        documents = (iter([row]) for row in _json_rows(file, reading, seen))
+    elif suffix == ".parquet":
+        documents = (iter([row]) for row in _parquet_rows(file, reading, seen))
+    else:
+        documents = iter([_decoded(file, reading.encoding, seen)])
+    for document in documents:
+        for piece in _cut(document, size):
+            empty = False
+            yield piece
+    if empty:
+        raise DataError(f"{file} is empty; put text into it or leave it out")
+
+
+def _cut(parts: Iterator[str], size: int) -> Iterator[Piece]:
+    """One document in pieces; nothing for an empty one. The last piece waits for the end."""
+    waiting, begins = "", True
+    for part in parts:
+        text, start = waiting + part, 0
+        while len(text) - start > size:
+            end = _seam(text, start, start + size)
+            yield Piece(text[start:end], begins, False)
+            start, begins = end, False
+        waiting = text[start:]
+    if waiting:
+        yield Piece(waiting, begins, True)
+
+
+def _seam(text: str, start: int, end: int) -> int:
+    """Where to cut `text` before `end`: ahead of a space between two words, which every usual
+    tokenizer leaves to the word that follows; else ahead of white space; else at `end`."""
+    at = end
+    for _ in range(TRIES):
+        at = text.rfind(" ", start + 1, at)
+        if at < 0:
+            break
+        if text[at - 1].isalnum() and text[at + 1].isalnum():
+            return at
+    spaces = (i for i in range(end - 1, start, -1) if text[i].isspace())
+    return next((i for i in spaces if not text[i - 1].isspace()), end)
+
+
+def _decoded(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
+    r"""The text as it comes, "\n" at the end of its lines."""
+    inner = codecs.getincrementaldecoder(encoding)("strict")
+    decoder = io.IncrementalNewlineDecoder(inner, translate=True)
+    utf8 = codecs.lookup(encoding).name == "utf-8"
+    offset, first = 0, True
+    for chunk in _chunks(file, seen):
+        if utf8 and not offset and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(
+                f"{file} is UTF-16, not UTF-8; {_iconv(file, 'utf-16')}, or give --encoding utf-16"
+            )
+        if utf8 and (nul := chunk.find(0)) >= 0:
+            place = _place(file, offset + nul)
+            raise DataError(f"{file} is binary, not text: a NUL byte {place}")
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            at = offset + len(chunk) - len(error.object) + error.start
+            raise DataError(
+                f"{file} is not {encoding.upper()} text: byte {error.object[error.start]:#04x} "
+                f"{_place(file, at)}; if it is in an older encoding, {_iconv(file, 'latin1')}"
+                ", or name it with --encoding"
+            ) from error
+        if not utf8 and "\0" in text:
+            raise DataError(f"{file} is binary, not {encoding} text: it holds a NUL")
+        offset += len(chunk)
+        if first and text:
+            text, first = text.removeprefix("\ufeff"), False
+        if text:
+            yield text
+
+
+def _chunks(file: Path, seen: Seen) -> Iterator[bytes]:
+    """The content, unpacked, and b"" at its end."""
+    unpack = {".gz": _gunzip, ".zst": _unzstd}.get(file.suffix.lower(), _as_it_is)
+    try:
+        with open(file, "rb") as raw:
+            done = 0
+            for chunk in unpack(raw):
+                seen(raw.tell() - done)
+                done = raw.tell()
+                yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file} is damaged or cut off: {error}") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    yield b""
+
+
+def _as_it_is(raw: IO[bytes]) -> Iterator[bytes]:
+    while chunk := raw.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _gunzip(raw: IO[bytes]) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=raw) as unpacked:
+        while chunk := unpacked.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _unzstd(raw: IO[bytes]) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise missing("a .zst file", "zstandard", "zst") from error
+    unpacker = zstandard.ZstdDecompressor()
+    frame = unpacker.decompressobj()
+    try:
+        while packed := raw.read(CHUNK_BYTES >> 4):  # a little of it may unpack to much
+            while packed:
+                frame = unpacker.decompressobj() if frame.eof else frame
+                if chunk := frame.decompress(packed):
+                    yield chunk
+                packed = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from error
+    if not frame.eof:
+        raise EOFError("it ends inside a frame")
+
+
+def _json_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
+    """The text of each line, which is a JSON object."""
+    for number, line in enumerate(_lines(_decoded(file, reading.encoding, seen)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get(reading.text_field), str):
+            have = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
+            raise DataError(
+                f"{file}: line {number} has no text under {reading.text_field!r}{have}; "
+                "--text-field names another"
+            )
+        yield _with_newlines(row[reading.text_field])
+
+
+def _lines(parts: Iterator[str]) -> Iterator[str]:
+    waiting: list[str] = []
+    for part in parts:
+        head, *rest = part.split("\n")
+        waiting.append(head)
+        for line in rest:
+            yield "".join(waiting)
+            waiting = [line]
+    yield "".join(waiting)
+
+
+def _parquet_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise missing(str(file), "pyarrow", "parquet") from error
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if reading.text_field not in names:
+                raise DataError(
+                    f"{file} has no column {reading.text_field!r}; it has {', '.join(names)}; "
+                    "--text-field names another"
+                )
+            n_rows, size = max(1, table.metadata.num_rows), file.stat().st_size
+            for batch in table.iter_batches(256, columns=[reading.text_field]):
+                seen(size * batch.num_rows // n_rows)
+                yield from _texts(file, reading.text_field, batch.column(0).to_pylist())
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _texts(file: Path, field: str, values: list[Any]) -> Iterator[str]:
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{file}: column {field!r} holds {type(value).__name__}, not text")
+        yield _with_newlines(value or "")
+
+
+def _with_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _place(file: Path, offset: int) -> str:
+    """Where a byte is; the file is read again, up to it, to count its lines."""
+    lines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("latin-1")(), translate=True)
+    n_lines, left = 1, offset
+    for chunk in _chunks(file, lambda n: None):
+        n_lines += lines.decode(chunk[:left], final=len(chunk) >= left).count("\n")
+        left -= len(chunk)
+        if left <= 0:
+            break
+    return f"at offset {offset} (line {n_lines})"
+
+
+def _iconv(file: Path, encoding: str) -> str:
+    return f"convert it, e.g. iconv -f {encoding} -t utf-8 {file} > {file.stem}-utf8{file.suffix}"

@@ -1,0 +1,94 @@
+"""Files of token ids that other programs wrote: nanoGPT's train.bin and those of llm.c.
+
+nanoGPT writes bare uint16 ids. llm.c puts 256 int32 before them: a magic number that tells the
+width of an id, a version, and how many follow. The files do not say which tokenizer made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_randygpt.data import DataError
+from mlx_randygpt.data.encoding import Found
+from mlx_randygpt.data.files import is_validation
+from mlx_randygpt.data.reading import Seen
+from mlx_randygpt.tokenizer import Tokenizer
+
+HEADER_BYTES = 256 * 4
+MAGICS: dict[int, tuple[int, np.dtype[Any]]] = {  # version, type of an id
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
+CHUNK_TOKENS = 1 << 19
+
+
+def in_order(files: list[Path]) -> list[Path]:
+    """Training files first, then those that name themselves validation."""
+    return sorted(files, key=is_validation)
+
+
+def token_blocks(
+    files: list[Path], tokenizer: Tokenizer, found: Found, seen: Seen = lambda n: None
+) -> Iterator[NDArray[np.int32]]:
+    """The ids of the files; DataError for one that the tokenizer does not have."""
+    for file in files:
+        dtype, offset = _layout(file)
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            found.starts.append(found.n_tokens)
+            while raw := stream.read(CHUNK_TOKENS * dtype.itemsize):
+                ids = np.frombuffer(raw, dtype)
+                if ids.max() >= tokenizer.vocab_size:
+                    raise DataError(
+                        f"{file} holds the token id {ids.max()}, which is not in a vocabulary of "
+                        f"{tokenizer.vocab_size}; give the --tokenizer that made the file"
+                    )
+                seen(len(raw))
+                found.digest.update(raw)
+                begins = np.flatnonzero(ids == tokenizer.bos) + found.n_tokens
+                found.starts.extend(int(at) for at in begins if at > found.starts[-1])
+                found.n_tokens += len(ids)
+                yield ids.astype(np.int32)
+
+
+def n_train(files: list[Path]) -> int | None:
+    """How many tokens come before the validation files; None where there are none."""
+    if not any(map(is_validation, files)):
+        return None
+    if all(map(is_validation, files)):
+        raise DataError(f"{files[0]} is for validation; give the training file too")
+    return sum(_n_tokens(file) for file in files if not is_validation(file))
+
+
+def _n_tokens(file: Path) -> int:
+    dtype, offset = _layout(file)
+    return (file.stat().st_size - offset) // dtype.itemsize
+
+
+def _layout(file: Path) -> tuple[np.dtype[Any], int]:
+    """The type of an id and where the first one is."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(12)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    magic, version, n_tokens = np.frombuffer(head.ljust(12, b"\0"), "<i4").tolist()
+    if magic not in MAGICS:
+        if size % 2 or not size:
+            raise DataError(f"{file} is no token file: {size} bytes, and each id takes two")
+        return np.dtype("<u2"), 0
+    known, dtype = MAGICS[magic]
+    if version != known:
+        raise DataError(f"{file} has version {version} of llm.c's format; {known} can be read")
+    if HEADER_BYTES + n_tokens * dtype.itemsize != size:
+        raise DataError(
+            f"{file} is cut off or damaged: its header names {n_tokens} tokens, "
+            f"{HEADER_BYTES + n_tokens * dtype.itemsize} bytes, and it has {size}"
+        )
+    return dtype, HEADER_BYTES

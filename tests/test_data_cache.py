@@ -1,0 +1,148 @@
+"""A cache is whole or not there, and its name says what it was made of."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_randygpt.data import DataError, cache
+
+BLOCKS = [np.arange(5, dtype=np.int32), np.arange(5, 12, dtype=np.int32)]
+
+
+def write(path: Path, vocab_size: int = 100, starts: tuple[int, ...] = (0, 4)) -> None:
+    cache.write(path, BLOCKS, vocab_size, lambda: (starts, {"characters": 12}))
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_what_was_written_is_mapped(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    write(tmp_path / "new" / "a.tokens", vocab_size)
+    mapped = cache.read(tmp_path / "new" / "a.tokens")
+    assert mapped is not None
+    assert (mapped.tokens.tolist(), mapped.starts.tolist()) == ([*range(12)], [0, 4])
+    assert isinstance(mapped.tokens, np.memmap)
+    assert (mapped.tokens.dtype, mapped.facts["characters"]) == (dtype, 12)
+    assert os.listdir(tmp_path / "new") == ["a.tokens"]
+
+
+def test_a_file_that_is_cut_off_at_any_byte_is_not_read(tmp_path: Path) -> None:
+    write(path := tmp_path / "a.tokens")
+    whole = path.read_bytes()
+    for n in range(len(whole)):
+        path.write_bytes(whole[:n])
+        assert cache.read(path) is None
+    path.write_bytes(whole + b"x")
+    assert cache.read(path) is None
+    assert cache.read(tmp_path / "none") is None
+
+
+def test_a_changed_byte_of_the_end_is_seen(tmp_path: Path) -> None:
+    write(path := tmp_path / "a.tokens")
+    whole = path.read_bytes()
+    for at in range(whole.index(b"{"), len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert cache.read(path) is None
+
+
+def test_where_the_blocks_fail_nothing_is_left(tmp_path: Path) -> None:
+    def broken() -> Iterator[Any]:
+        yield BLOCKS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.write(tmp_path / "a.tokens", broken(), 9, lambda: ((), {}))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left on device; set MLXGPT_CACHE to a folder"):
+        write(tmp_path / "a.tokens")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_the_dead_left_is_swept_and_what_the_living_write_is_not(tmp_path: Path) -> None:
+    (tmp_path / ".b.tokens.1.tmp").write_bytes(b"half")
+    seen: list[str] = []
+
+    def blocks() -> Iterator[Any]:
+        write(tmp_path / "c.tokens")  # another process, so to speak
+        seen.extend(os.listdir(tmp_path))
+        yield BLOCKS[0]
+
+    cache.write(tmp_path / "a.tokens", blocks(), 9, lambda: ((), {}))
+    assert sorted(seen) == [f".a.tokens.{os.getpid()}.tmp", "c.tokens"]
+    assert sorted(os.listdir(tmp_path)) == ["a.tokens", "c.tokens"]
+
+
+def test_the_name_depends_on_every_part() -> None:
+    names = {cache.key("a", {"x": 1}), cache.key("a", {"x": 2}), cache.key("b", {"x": 1})}
+    assert len(names) == 3
+    assert cache.key("a", {"x": 1, "y": 2}) == cache.key("a", {"y": 2, "x": 1})
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"MLXGPT_CACHE": "/fast"}, "/fast"),
+        ({"XDG_CACHE_HOME": "/home/x"}, "/home/x/mlx-randygpt"),
+        ({}, str(Path("~/.cache/mlx-randygpt").expanduser())),
+    ],
+)
+def test_the_place_is_that_of_the_environment(environ: dict[str, str], folder: str) -> None:
+    assert str(cache.place(environ)) == folder
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from mlx_randygpt.data.corpus import Loader
+from mlx_randygpt.data.vocabulary import Vocabulary
+text, folder = map(Path, sys.argv[1:])
+print("begun", flush=True)
+_, corpus = Loader(folder=folder, small=0).load([text], Vocabulary())
+print(corpus.sha256, len(corpus.tokens), int(corpus.tokens.astype("u8").sum()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_moment_leaves_a_whole_cache_or_none(
+    tmp_path: Path, text: str
+) -> None:
+    """The kills are spread over the time that a whole run takes, measured first."""
+    (file := tmp_path / "a.txt").write_text(text * 2000)
+    command = [sys.executable, "-c", PREPARE, str(file), str(tmp_path / "cache")]
+
+    def struck(after: float) -> str:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            try:
+                process.wait(after)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return process.stdout.read()
+
+    began = time.monotonic()
+    whole = struck(60)
+    seconds = time.monotonic() - began
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    for i in range(12):
+        assert struck(seconds * i / 14) in ("", whole)
+        for path in (tmp_path / "cache").glob("*.tokens"):
+            assert cache.read(path) is not None
+            path.unlink()
+    assert struck(60) == whole
+    assert not list((tmp_path / "cache").glob(".*.tmp"))
+    assert json.loads(next((tmp_path / "cache").glob("*.json")).read_text())["type"] == "char"
