@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -13,7 +14,9 @@ from mlx_randygpt.data import DataError, download
 from mlx_randygpt.data.download import (
     TINY_SHAKESPEARE,
     URL_VARIABLE,
+    Remote,
     fetch,
+    fetch_large,
     fetch_tiny_shakespeare,
 )
 
@@ -25,6 +28,8 @@ class Server(BaseHTTPRequestHandler):
     """Answers by path; /silent waits until the test is over."""
 
     over = threading.Event()
+    tag = '"one"'
+    asked: ClassVar[list[int]] = []  # where each answer of /resume began
 
     def do_GET(self) -> None:
         if self.path == "/missing":
@@ -43,6 +48,8 @@ class Server(BaseHTTPRequestHandler):
             self.start(len(BODY))
             self.wfile.write(BODY[:1000])
             self.over.wait(5)
+        elif self.path.startswith("/resume"):
+            self.resume()
         elif self.path == "/redirect":
             self.send_response(302)
             self.send_header("Location", "/good")
@@ -50,6 +57,25 @@ class Server(BaseHTTPRequestHandler):
         else:
             self.start(len(BODY))
             self.wfile.write(BODY if self.path == "/good" else BODY.swapcase())
+
+    def resume(self) -> None:
+        """40,000 bytes of what is asked for, then the line is dropped; `tag` is the version."""
+        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")
+        same = self.headers.get("If-Range", self.tag) == self.tag
+        begin = int(asked) if same and "Range" in self.headers else 0
+        self.asked.append(begin)
+        if begin > len(BODY):
+            self.send_error(416)
+            return
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(BODY) - 1}/{len(BODY)}")
+        if not self.path.endswith("untagged"):
+            self.send_header("ETag", self.tag)
+        self.send_header("Content-Length", str(len(BODY) - begin))
+        self.end_headers()
+        body = BODY.swapcase() if self.path.endswith("swapped") else BODY
+        self.wfile.write(body[begin : begin + 40_000])
 
     def start(self, length: int) -> None:
         self.send_response(200)
@@ -64,6 +90,8 @@ class Server(BaseHTTPRequestHandler):
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "*")
     Server.over.clear()
+    Server.asked.clear()
+    monkeypatch.setattr(Server, "tag", '"one"')
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -176,3 +204,91 @@ def test_tiny_shakespeare_may_come_from_a_mirror(url: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=rf"{url}/good.*ended after {len(BODY)} of 1115394 bytes"):
         fetch_tiny_shakespeare(tmp_path / "a.txt", quiet, {URL_VARIABLE: f"{url}/good"})
     assert TINY_SHAKESPEARE.url.startswith("https://")
+
+
+WHOLE = [*range(0, len(BODY), 40_000)]
+
+
+def large(url: str, path: Path, sha256: str = SHA, size: int = len(BODY)) -> str:
+    return fetch_large(Remote(url, size, sha256), path, quiet, 5.0, lambda seconds: None)
+
+
+def refused(url: str, path: Path, sha256: str = SHA, size: int = len(BODY)) -> str:
+    with pytest.raises(DataError) as caught:
+        large(url, path, sha256, size)
+    return str(caught.value).removeprefix(f"could not download {url} to {path}: ")
+
+
+@pytest.mark.parametrize("size", [len(BODY), 0])
+def test_a_dropped_line_is_taken_up_where_it_broke_off(url: str, size: int, tmp_path: Path) -> None:
+    assert large(f"{url}/resume", tmp_path / "new" / "a.txt", SHA, size) == SHA
+    assert (tmp_path / "new" / "a.txt").read_bytes() == BODY
+    assert Server.asked == WHOLE
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.txt"]
+
+
+def test_ctrl_c_keeps_what_came_and_the_next_call_goes_on(url: str, tmp_path: Path) -> None:
+    def interrupt(done: int, size: int) -> None:
+        if done > 60_000:
+            raise KeyboardInterrupt
+
+    remote = Remote(f"{url}/resume", len(BODY), SHA)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_large(remote, tmp_path / "a.txt", interrupt, 5.0, lambda seconds: None)
+    had = (tmp_path / ".a.txt.part").stat().st_size
+    Server.asked.clear()
+    large(f"{url}/resume", tmp_path / "a.txt")
+    assert Server.asked[0] == had > 40_000
+    assert (tmp_path / "a.txt").read_bytes() == BODY
+
+
+def test_a_file_that_changed_meanwhile_is_begun_anew(url: str, tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.part").write_bytes(b"older" * 2000)
+    (tmp_path / ".a.txt.part.tag").write_text('"older"')
+    large(f"{url}/resume", tmp_path / "a.txt")
+    assert Server.asked == WHOLE
+    assert (tmp_path / "a.txt").read_bytes() == BODY
+
+
+def test_a_part_that_is_too_long_is_begun_anew(url: str, tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.part").write_bytes(bytes(len(BODY) + 1))
+    (tmp_path / ".a.txt.part.tag").write_text('"one"')
+    large(f"{url}/resume", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == BODY
+
+
+def test_without_a_version_nothing_is_put_together(url: str, tmp_path: Path) -> None:
+    reason = refused(f"{url}/resume-untagged", tmp_path / "a.txt")
+    assert reason == "the connection broke off"
+    assert set(Server.asked) == {0}
+
+
+def test_a_line_that_brings_nothing_is_given_up(url: str, tmp_path: Path) -> None:
+    pauses: list[float] = []
+    with pytest.raises(DataError, match="Remote end closed connection without response"):
+        fetch_large(Remote(f"{url}/dropped"), tmp_path / "a.txt", quiet, 5.0, pauses.append)
+    assert pauses == [2.0, 4.0, 8.0, 16.0]
+
+
+def test_a_length_that_is_a_lie_is_seen(url: str, tmp_path: Path) -> None:
+    said = f"it is longer than the {len(BODY)} bytes it should have"
+    assert refused(f"{url}/long", tmp_path / "a.txt") == said
+    assert refused(f"{url}/half", tmp_path / "b.txt", "", 0) == "the connection broke off"
+    wrong = sha256(BODY).hexdigest()
+    assert refused(f"{url}/good", tmp_path / "c.txt", "0" * 64, 0) == (
+        f"its SHA-256 is {wrong}, not {'0' * 64}"
+    )
+    assert not (tmp_path / ".c.txt.part").exists()
+
+
+def test_an_unknown_checksum_is_that_of_the_first_time(url: str, tmp_path: Path) -> None:
+    assert large(f"{url}/good", tmp_path / "a.txt", "", 0) == SHA
+    assert (tmp_path / "a.txt.sha256").read_text() == f"{SHA}  a.txt\n"
+    large(f"{url}/good", tmp_path / "a.txt", "", 0)
+    reason = refused(f"{url}/swapped", tmp_path / "a.txt", "", 0)
+    assert f"not {SHA}, as when it was first fetched; remove {tmp_path}/a.txt.sha256" in reason
+    assert (tmp_path / "a.txt").read_bytes() == BODY
+
+
+def test_an_http_error_is_no_reason_to_try_again(url: str, tmp_path: Path) -> None:
+    assert refused(f"{url}/missing", tmp_path / "a.txt") == "the server answered 404 Not Found"

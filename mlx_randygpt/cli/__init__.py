@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": ("sample", "Let a trained model write."),
     "eval": ("evaluate", "Score a checkpoint on a whole split: loss, perplexity, bits per byte."),
     "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
+    "data": ("data", "Fetch a corpus by name; make tokens ahead of a run."),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
     "presets": ("presets", "List the named sizes with their parameter counts."),
