@@ -11,7 +11,6 @@ Tensors: every weight under its published name, moments as `optimizer.m.<name>` 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from mlx_randygpt import durable
 from mlx_randygpt.config import MOST, ConfigError, ModelConfig, TrainConfig, UserError
 from mlx_randygpt.records import Progress, header_facts, one_line, progress, record, strict
 from mlx_randygpt.state import Params, TrainState, parameter_shapes
@@ -117,11 +117,11 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            _flush(file.fileno())
+            durable.flush(file.fileno())
         if previous is not None and path.exists():
             _name_also(path, previous)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        durable.sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -255,23 +255,5 @@ def _name_also(path: Path, other: Path) -> None:
         os.replace(path, other)
 
 
-def _flush(descriptor: int) -> None:
-    """To the disk itself: the fsync of macOS leaves what is written in the cache of the drive."""
-    everything = getattr(fcntl, "F_FULLFSYNC", None)
-    if everything is not None:
-        with contextlib.suppress(OSError):  # not every file system has it
-            fcntl.fcntl(descriptor, everything)
-            return
-    os.fsync(descriptor)
-
-
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _flush(descriptor)
-    finally:
-        os.close(descriptor)

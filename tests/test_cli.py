@@ -236,7 +236,7 @@ def test_a_full_disk_is_told_and_costs_the_exit_code(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mlx_randygpt.checkpoint._flush", refuse)
+    monkeypatch.setattr("mlx_randygpt.durable.flush", refuse)
     result = call(*MINE, "--resume", "--iters=5")
     assert "the last state is not on the disk: could not write" in failed(result)
     assert "✗ Could not save checkpoints/checkpoint.safetensors: " in result.stdout

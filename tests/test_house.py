@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "backends.base"},
-    {"backends"},
+    {"backends", "durable"},
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
@@ -29,7 +29,7 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
-CORE += ("sample", "records", "data.windows")
+CORE += ("sample", "records", "durable", "data.windows")
 OPTIONAL = {"backends.numba_decode"}  # numpy_cache says the same and runs without it
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt import durable
 from mlx_randygpt.data import DataError
 
 MAGIC = b"mlxgptk1"
@@ -137,9 +138,9 @@ class _Temporary:
         try:
             if kind is None:
                 self._file.flush()
-                _flush(self._file.fileno())
+                durable.flush(self._file.fileno())
                 os.replace(self._name, self._path)
-                _sync(self._path.parent)
+                durable.sync_folder(self._path.parent)
         finally:
             self._file.close()
             self._name.unlink(missing_ok=True)
@@ -151,20 +152,3 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError), open(left, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while someone writes
             left.unlink(missing_ok=True)
-
-
-def _flush(descriptor: int) -> None:
-    """To the disk itself: the fsync of macOS leaves what is written in the cache of the drive."""
-    everything = getattr(fcntl, "F_FULLFSYNC", None)
-    if everything is None:
-        os.fsync(descriptor)
-    else:
-        fcntl.fcntl(descriptor, everything)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
