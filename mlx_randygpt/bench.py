@@ -16,7 +16,8 @@ import numpy as np
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.sample import SampleConfig, Stream, pick, probabilities
+from mlx_randygpt.filters import SampleConfig, pick, probabilities
+from mlx_randygpt.sample import Streams
 from mlx_randygpt.state import flops_per_token, parameter_count, parameter_shapes, rng
 
 N_WARMUP = 3  # steps before the clock counts: scratch memory, compilation, caches
@@ -63,13 +64,15 @@ def measure_sampling(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Bench:  # fmt: skip
     """`batch_size` streams decoded from one token each, picking as `mlxgpt sample` does."""
-    config = SampleConfig(seed=train.seed)
-    randoms = [rng(train.seed, "sample", i) for i in range(train.batch_size)]
-    stream = Stream(backend, model, np.zeros((train.batch_size, 1), np.int32))
+    configs = [SampleConfig(seed=train.seed)] * train.batch_size
+    random = rng(train.seed, "sample")
+    streams = Streams(backend, model, train.batch_size)
+    logits = streams.join(np.zeros((train.batch_size, 1), np.int32))
 
     def step(_: int) -> None:
-        pairs = zip(stream.logits, randoms, strict=True)
-        stream.append([pick(probabilities(logits, config), random) for logits, random in pairs])
+        nonlocal logits
+        tokens = pick(probabilities(logits, configs), random.random(train.batch_size))
+        logits = streams.append(tokens.tolist())
 
     seconds = _median_seconds(step, n_tokens, clock)
     shapes = parameter_shapes(model).items()

@@ -19,9 +19,10 @@ from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.data.documents import Documents
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.evaluation import evaluate, overfitting
+from mlx_randygpt.filters import SampleConfig
 from mlx_randygpt.records import Progress
 from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
-from mlx_randygpt.sample import SampleConfig, generate
+from mlx_randygpt.sample import generate
 from mlx_randygpt.schedule import is_due, learning_rate
 from mlx_randygpt.state import Array, Batch, TrainState
 from mlx_randygpt.tokenizer import Tokenizer

@@ -19,7 +19,8 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import NEWEST, load_checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.sample import SampleConfig, generate
+from mlx_randygpt.filters import SampleConfig
+from mlx_randygpt.sample import generate
 from mlx_randygpt.state import Batch, Params, TrainState, rng
 from mlx_randygpt.tokenizer import CharTokenizer
 from mlx_randygpt.train import Run, train

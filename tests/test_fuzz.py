@@ -56,7 +56,7 @@ from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.data.windows import eval_batches, sample_batch
-from mlx_randygpt.sample import SampleConfig, pick, probabilities
+from mlx_randygpt.filters import SampleConfig, penalise, pick, probabilities
 from mlx_randygpt.schedule import Plateau
 from mlx_randygpt.state import IGNORED, Batch, Params, TrainState
 from mlx_randygpt.tokenizer import MAX_CHARS, CharTokenizer, tokenizer_from_json
@@ -678,7 +678,8 @@ logits = st.lists(
 filters = st.builds(
     SampleConfig,
     temperature=st.floats(0, 1e3), top_k=st.integers(0, 50), top_p=st.floats(0, 1),
-    min_p=st.floats(0, 1), repetition_penalty=st.floats(1e-3, 1e3),
+    min_p=st.floats(0, 1), typical_p=st.floats(0, 1), repetition_penalty=st.floats(1e-3, 1e3),
+    presence_penalty=st.floats(-100, 100), frequency_penalty=st.floats(-100, 100),
 )  # fmt: skip
 
 
@@ -687,13 +688,14 @@ filters = st.builds(
 def test_probabilities_sum_to_one(
     row: list[float], config: SampleConfig, seen: list[int], seed: int
 ) -> None:
-    scores = np.array(row, np.float32)
-    p = probabilities(scores, config, [i for i in seen if i < len(row)])
+    scores, known = np.array(row), [i for i in seen if i < len(row)]
+    penalise(scores, config, known, known)
+    [p] = probabilities(scores[None], [config])
     assert p.shape == scores.shape
     assert (p >= 0).all()
     assert p.sum() == pytest.approx(1, rel=1e-12)
     assert (p[scores == -np.inf] == 0).all()
-    assert p[pick(p, np.random.default_rng(seed))] > 0
+    assert p[pick(p[None], np.random.default_rng(seed).random(1))] > 0
 
 
 # Settings

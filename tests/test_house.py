@@ -24,8 +24,8 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
-    {"tally", "curve", "train", "sample", "evaluation"},
-    {"dashboard", "serve", "exchange", "check", "bench", "find_lr"},
+    {"tally", "curve", "train", "filters", "sample", "beams", "evaluation"},
+    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr"},
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,9 @@ class Fake:
         return self.val_at(self.step)
 
     def new_cache(self, batch_size: int) -> Any:
-        return None
+        return SimpleNamespace(reset=lambda rows: None, lengths=np.zeros(batch_size))
 
-    def logits(self, tokens: Any, cache: Any) -> Any:
+    def logits(self, tokens: Any, cache: Any, rows: slice) -> Any:
         return np.zeros((len(tokens), self.params["wte.weight"].shape[0]), np.float32)
 
     def state(self) -> TrainState:

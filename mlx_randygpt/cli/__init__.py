@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("train", "Train a model on your text; Ctrl-C saves and stops, --resume goes on."),
     "find-lr": ("find_lr", "Find a learning rate in under a minute, with a curve."),
     "sample": ("sample", "Let a trained model write."),
+    "chat": ("chat", "Talk with a trained model."),
     "eval": ("evaluate", "Score a checkpoint on a whole split: loss, perplexity, bits per byte."),
     "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
     "data": ("data", "Fetch a corpus by name; make tokens ahead of a run."),

@@ -4,98 +4,120 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.cli.options import (
-    Command,
-    backend_option,
-    default_checkpoint,
-    json_option,
-    print_json,
-)
+from mlx_randygpt.cli.model import Loaded, biases, checkpoint_option, load, sampling_options
+from mlx_randygpt.cli.options import Command, backend_option, json_option, print_json
 
 if TYPE_CHECKING:
-    from mlx_randygpt.sample import Generated, SampleConfig
+    from mlx_randygpt.filters import SampleConfig
+    from mlx_randygpt.sample import Generated
 
 MOST_STREAMS = 4096  # at once; more would only fill the memory
+N_ALTERNATIVES = 5  # shown beside each token
 
 
 @click.command("sample", cls=Command)
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="[default: the best of checkpoints/, else the newest]",
-)
+@checkpoint_option
 @click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
 @click.option("--prompt-file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--max-tokens", default=200, show_default=True)
-@click.option("--temperature", default=0.8, show_default=True, help="0 always takes the likeliest.")
-@click.option("--top-p", default=0.9, show_default=True, help="Likeliest tokens up to this sum.")
-@click.option("--top-k", default=0, show_default=True, help="The k likeliest; 0 is off.")
-@click.option(
-    "--min-p", default=0.0, show_default=True, help="At least this share of the likeliest."
-)
-@click.option("--repetition-penalty", default=1.0, show_default=True)
+@sampling_options
 @click.option("--beams", default=1, show_default=True, help="Beam search where above 1.")
+@click.option(
+    "--length-penalty", default=1.0, show_default=True, help="Of beams: above 1 favours long texts."
+)
 @click.option("--num-samples", default=1, show_default=True)
-@click.option("--stop", multiple=True, help="Text to stop before; may be given several times.")
-@click.option("--seed", default=1337, show_default=True)
 @click.option("--no-echo", is_flag=True, help="Leave the prompt out.")
+@click.option("--show-probs", is_flag=True, help="Tint each token; list what it might have been.")
+@click.option("--interactive", is_flag=True, help="A conversation; the same as `mlxgpt chat`.")
 @backend_option
 @json_option
+@click.pass_context
 def command(
-    checkpoint: Path | None, prompt: str | None, prompt_file: Path | None, beams: int,
-    num_samples: int, stop: tuple[str, ...], no_echo: bool, backend: str, json: bool,
+    ctx: click.Context, /, checkpoint: Path | None, prompt: str | None, prompt_file: Path | None,
+    beams: int, length_penalty: float, num_samples: int, stop: tuple[str, ...], no_echo: bool,
+    show_probs: bool, interactive: bool, logit_bias: tuple[str, ...], backend: str, json: bool,
     **filters: Any,
 ) -> None:  # fmt: skip
     """Let a trained model write. The same seed and settings give the same text."""
-    from mlx_randygpt.backends import choose, make_backend
-    from mlx_randygpt.checkpoint import load_checkpoint
-    from mlx_randygpt.cli.job import describe_backend
     from mlx_randygpt.cli.text import unknown_line
     from mlx_randygpt.data.reading import read_text
-    from mlx_randygpt.sample import SampleConfig, beam_search, generate
-    from mlx_randygpt.tokenizer import tokenizer_from_json
+    from mlx_randygpt.filters import SampleConfig
 
-    if prompt is not None and prompt_file is not None:
+    _check_usage(ctx.params)
+    SampleConfig(stop=stop, **filters)  # what is wrong is told before anything is loaded
+    loaded = load(checkpoint, backend)
+    bias = biases(logit_bias, loaded.tokenizer)
+    config = SampleConfig(stop=stop, logit_bias=bias, **filters)
+    if interactive:
+        from mlx_randygpt.cli.chat import converse
+
+        converse(loaded, config)
+        return
+    if prompt_file is not None:
+        prompt = read_text(prompt_file)
+    prompt = loaded.saved.train.prompt if prompt is None else prompt
+    if line := unknown_line(loaded.tokenizer.unknown(prompt)):
+        click.echo(line, err=True)
+    show = Printer("" if no_echo else prompt, config, json or num_samples > 1 or show_probs)
+    started, samples = time.perf_counter(), list["Generated"]()
+    n_likely = N_ALTERNATIVES if show_probs else None
+    for samples in _grow(loaded, prompt, config, beams, length_penalty, num_samples, n_likely):
+        show(samples)
+    seconds = time.perf_counter() - started
+    if json:
+        print_json(_report(samples, prompt, seconds, loaded))
+    elif show_probs:
+        from mlx_randygpt.cli.shades import show_choices
+
+        for sample in samples:
+            show_choices("" if no_echo else prompt, sample, loaded.tokenizer)
+    else:
+        show.end(samples)
+
+
+def _check_usage(given: dict[str, Any]) -> None:
+    """Usage errors of options that exclude each other."""
+    if given["prompt"] is not None and given["prompt_file"] is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
-    for name, value in (("--beams", beams), ("--num-samples", num_samples)):
+    for name in ("beams", "num_samples"):
+        value, option = given[name], f"--{name.replace('_', '-')}"
         if not 1 <= value <= MOST_STREAMS:
             fits = "too small; it must be at least 1"
             fits = fits if value < 1 else f"too large; it must be at most {MOST_STREAMS}"
-            raise click.BadParameter(f"{value} is {fits}", param_hint=name)
-    if beams > 1 and num_samples > 1:
-        raise click.UsageError("--beams finds one text; it does not go with --num-samples")
-    config = SampleConfig(stop=stop, **filters)
-    saved = load_checkpoint(default_checkpoint(checkpoint), weights_only=True)
-    tokenizer = tokenizer_from_json(saved.tokenizer)
-    if prompt_file is not None:
-        prompt = read_text(prompt_file)
-    prompt = saved.train.prompt if prompt is None else prompt
-    if line := unknown_line(tokenizer.unknown(prompt)):
-        click.echo(line, err=True)
+            raise click.BadParameter(f"{value} is {fits}", param_hint=option)
+    if given["beams"] > 1:
+        for name, what in (("num_samples", "--num-samples"), ("show_probs", "--show-probs")):
+            if given[name] > 1 or given[name] is True:
+                raise click.UsageError(f"--beams finds one text; it does not go with {what}")
+    if given["interactive"]:
+        alone = {
+            "--json": given["json"], "--beams": given["beams"] > 1,
+            "--num-samples": given["num_samples"] > 1, "--show-probs": given["show_probs"],
+            "--prompt": given["prompt"] is not None, "--prompt-file": bool(given["prompt_file"]),
+        }  # fmt: skip
+        if wrong := [option for option, is_given in alone.items() if is_given]:
+            raise click.UsageError(f"--interactive is a conversation; it takes no {wrong[0]}")
+
+
+def _grow(
+    loaded: Loaded, prompt: str, config: SampleConfig, beams: int, length_penalty: float,
+    num_samples: int, n_likely: int | None,
+) -> Iterator[list[Generated]]:  # fmt: skip
+    """The samples after each token."""
+    from mlx_randygpt.beams import beam_search
+    from mlx_randygpt.sample import generate
+
+    tokenizer, model, backend = loaded.tokenizer, loaded.saved.model, loaded.backend
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.bos]
-    name, why = choose(backend)
-    engine = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
-    click.echo(f"Backend: {describe_backend(engine, why)}", err=True)
-    show = Printer("" if no_echo else prompt, config, quiet=json or num_samples > 1)
-    started = time.perf_counter()
     if beams > 1:
-        samples = [beam_search(engine, saved.model, tokenizer, ids, config, beams)]
-        show(samples)
-    else:
-        samples = []
-        for samples in generate(engine, saved.model, tokenizer, ids, config, num_samples):
-            show(samples)
-    seconds = time.perf_counter() - started
-    if json:
-        print_json(_report(samples, prompt, seconds))
-    else:
-        show.end(samples)
+        yield [beam_search(backend, model, tokenizer, ids, config, beams, length_penalty)]
+        return
+    yield from generate(backend, model, tokenizer, ids, config, num_samples, n_likely=n_likely)
 
 
 class Printer:
@@ -130,16 +152,30 @@ class Printer:
         sys.stdout.flush()
 
 
-def _report(samples: list[Generated], prompt: str, seconds: float) -> dict[str, Any]:
+def _report(
+    samples: list[Generated], prompt: str, seconds: float, loaded: Loaded
+) -> dict[str, Any]:
+    from mlx_randygpt.cli.shades import spelled
+
     total = sum(len(sample.ids) for sample in samples)
-    rows = [
-        {
+    rows = []
+    for sample in samples:
+        row: dict[str, Any] = {
             "text": sample.text,
             "prompt": prompt,
             "tokens": len(sample.ids),
             "tokens_per_second": round(total / seconds, 1),
             "finish_reason": sample.finish_reason,
         }
-        for sample in samples
-    ]
+        if sample.choices:
+            name = spelled(loaded.tokenizer)
+            row["choices"] = [
+                {
+                    "token": name(choice.token),
+                    "logprob": choice.logprob,
+                    "likeliest": [[name(i), logprob] for i, logprob in choice.likeliest],
+                }
+                for choice in sample.choices
+            ]
+        rows.append(row)
     return rows[0] if len(rows) == 1 else {"samples": rows}

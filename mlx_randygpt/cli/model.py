@@ -1,0 +1,113 @@
+"""What `sample`, `chat` and `serve` share: a trained model, ready to write, and how it picks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlx_randygpt.cli.options import default_checkpoint
+
+if TYPE_CHECKING:
+    from mlx_randygpt.backends.base import Backend
+    from mlx_randygpt.checkpoint import Checkpoint
+    from mlx_randygpt.tokenizer import Tokenizer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint, and the backend that holds its weights."""
+
+    path: Path
+    saved: Checkpoint
+    tokenizer: Tokenizer
+    backend: Backend
+
+
+def load(checkpoint: Path | None, backend: str) -> Loaded:
+    """The checkpoint, else the best of checkpoints/; says on stderr what computes."""
+    from mlx_randygpt.backends import choose, make_backend
+    from mlx_randygpt.checkpoint import load_checkpoint
+    from mlx_randygpt.cli.job import describe_backend
+    from mlx_randygpt.tokenizer import tokenizer_from_json
+
+    path = default_checkpoint(checkpoint)
+    saved = load_checkpoint(path, weights_only=True)
+    name, why = choose(backend)
+    built = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
+    click.echo(f"Backend: {describe_backend(built, why)}", err=True)
+    return Loaded(path, saved, tokenizer_from_json(saved.tokenizer), built)
+
+
+def checkpoint_option(function: F) -> F:
+    """--checkpoint, of every command that lets a model write."""
+    return click.option(
+        "--checkpoint",
+        type=click.Path(path_type=Path),
+        help="[default: the best of checkpoints/, else the newest]",
+    )(function)
+
+
+def sampling_options(function: F) -> F:
+    """What decides which token comes next; the names are the fields of SampleConfig."""
+    options = [
+        click.option("--max-tokens", default=200, show_default=True),
+        click.option(
+            "--temperature", default=0.8, show_default=True, help="0 always takes the likeliest."
+        ),
+        click.option(
+            "--top-p", default=0.9, show_default=True, help="Likeliest tokens up to this sum."
+        ),
+        click.option("--top-k", default=0, show_default=True, help="The k likeliest; 0 is off."),
+        click.option(
+            "--min-p", default=0.0, show_default=True, help="At least this share of the likeliest."
+        ),
+        click.option(
+            "--typical-p", default=1.0, show_default=True,
+            help="About as surprising as the average, up to this sum; 1 is off.",
+        ),
+        click.option("--repetition-penalty", default=1.0, show_default=True),
+        click.option("--presence-penalty", default=0.0, show_default=True),
+        click.option("--frequency-penalty", default=0.0, show_default=True),
+        click.option(
+            "--logit-bias", multiple=True, metavar="TOKEN=X",
+            help="Add X to the logit of a token, its text or #id; may be given several times.",
+        ),
+        click.option(
+            "--stop", multiple=True, help="Text to stop before; may be given several times."
+        ),
+        click.option("--seed", default=1337, show_default=True),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def biases(given: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
+    """`e=-5` and `#12=3.5` as token ids and numbers."""
+    return tuple(_bias(text, tokenizer) for text in given)
+
+
+def _bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
+    token, _, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not TOKEN=NUMBER, such as e=-5", param_hint="--logit-bias"
+        ) from None
+    if token.startswith("#") and token[1:].isdecimal():
+        return int(token[1:]), value
+    ids = tokenizer.encode(token).tolist()
+    if len(ids) != 1 or tokenizer.unknown(token):
+        what = "is not known" if tokenizer.unknown(token) else f"is {len(ids)} tokens"
+        raise click.BadParameter(
+            f"{token!r} {what}; give the text of one token, or its id as #12",
+            param_hint="--logit-bias",
+        )
+    return ids[0], value

@@ -1,0 +1,144 @@
+"""Which tokens stay and how likely each is: penalties, temperature, filters, the draw.
+
+In this order: logit bias, repetition penalty, presence and frequency penalty, temperature, top-k,
+top-p, min-p, typical; after each filter what is left is renormalised. Works on many streams at
+once, each with settings of its own, in float64 on the host: a stream reads the same alone and
+among others, and on each backend. Definitions with their sources: docs/sampling.md.
+
+Legend: N streams, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_randygpt.config import ConfigError
+from mlx_randygpt.state import Array
+
+RANGES = {  # what a setting may be
+    "temperature": (0, 1e3), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
+    "repetition_penalty": (1e-3, 1e3), "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to pick; the defaults are the command's."""
+
+    max_tokens: int = 200
+    temperature: float = 0.8  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 0.9  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    typical_p: float = 1.0  # 1 is off
+    repetition_penalty: float = 1.0  # 1 is off; of prompt and text
+    presence_penalty: float = 0.0  # 0 is off; of the text
+    frequency_penalty: float = 0.0  # 0 is off; of the text
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    seed: int = 1337
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"{name}={value} is negative; it must be at least 0")
+        for name, (low, high) in RANGES.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ConfigError(f"{name}={value} is not in [{low:g}, {high:g}]")
+        for token, bias in self.logit_bias:
+            if not -100 <= bias <= 100:
+                raise ConfigError(f"logit_bias of token {token}: {bias} is not in [-100, 100]")
+        if "" in self.stop:
+            raise ConfigError("stop='' would stop before the first token; give a text")
+
+
+def penalise(
+    scores: Array, config: SampleConfig, prompt: Sequence[int], ids: Sequence[int]
+) -> None:
+    """Bias and penalties on the logits (V,) of one stream, in place; `ids` is the text so far."""
+    for token, bias in config.logit_bias:
+        scores[token] += bias
+    if (penalty := config.repetition_penalty) != 1 and (len(prompt) or len(ids)):
+        seen = np.unique([*prompt, *ids])  # Keskar et al. 2019, arXiv:1909.05858
+        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    if (config.presence_penalty or config.frequency_penalty) and len(ids):
+        counts = np.bincount(ids, minlength=len(scores))  # (V,)
+        scores -= config.frequency_penalty * counts + config.presence_penalty * (counts > 0)
+
+
+def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
+    """What `pick` draws from, (N, V) float64, each row summing to 1, of penalised logits (N, V)."""
+    scores = np.array(scores, np.float64)
+    temperature = _column(configs, "temperature")
+    scores -= scores.max(axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
+        scores /= np.where(temperature > 0, temperature, 1)
+    p = _normalised(np.exp(scores))
+    for name, off, keep in FILTERS:
+        value = _column(configs, name)
+        on = (value != off)[:, 0]
+        if on.any():
+            p[on] = _normalised(np.where(keep(p[on], value[on]), p[on], 0))
+    greedy = temperature[:, 0] == 0
+    p[greedy] = np.arange(p.shape[1]) == scores[greedy].argmax(axis=-1, keepdims=True)
+    return p
+
+
+def pick(p: Array, draws: Array) -> Array:
+    """The token at each draw (N,) of [0, 1), by inverting the cumulative sums of p (N, V)."""
+    last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=-1)
+    at = (np.cumsum(p, axis=-1) <= np.asarray(draws)[:, None]).sum(axis=-1)
+    return np.asarray(np.minimum(at, last))
+
+
+def _top_k(p: Array, k: Array) -> Array:
+    """The k likeliest (Fan et al. 2018) and all that tie with the last of them."""
+    at = p.shape[1] - np.clip(k, 1, p.shape[1]).astype(int)
+    return np.asarray(p >= np.take_along_axis(np.sort(p, axis=-1), at, axis=-1))
+
+
+def _top_p(p: Array, top_p: Array) -> Array:
+    """The fewest most likely tokens whose sum reaches top_p (Holtzman et al. 2020), at least one:
+    a token stays while what is ahead of it sums to less than top_p. Ties go to the lower id."""
+    return _fewest(p, np.argsort(-p, axis=-1, kind="stable"), top_p)
+
+
+def _min_p(p: Array, min_p: Array) -> Array:
+    """At least this share of the likeliest (Nguyen et al. 2024)."""
+    return np.asarray(p >= min_p * p.max(axis=-1, keepdims=True))
+
+
+def _typical(p: Array, typical_p: Array) -> Array:
+    """The fewest tokens whose sum reaches typical_p, those first whose surprise −log p is nearest
+    to the entropy of p (Meister et al. 2023)."""
+    surprise = -np.log(np.where(p > 0, p, 1))
+    entropy = (p * surprise).sum(axis=-1, keepdims=True)
+    distance = np.where(p > 0, np.abs(surprise - entropy), np.inf)
+    return _fewest(p, np.argsort(distance, axis=-1, kind="stable"), typical_p)
+
+
+def _fewest(p: Array, order: Array, mass: Array) -> Array:
+    """The first of each row in this order, as few as sum to the mass, at least one."""
+    ordered = np.take_along_axis(p, order, axis=-1)
+    keep: Array = np.cumsum(ordered, axis=-1) - ordered < mass
+    keep[:, 0] = True
+    kept: Array = np.empty_like(keep)
+    np.put_along_axis(kept, order, keep, axis=-1)
+    return kept
+
+
+FILTERS = (  # setting, the value that is off, what stays of p (N, V) under values (N, 1)
+    ("top_k", 0, _top_k), ("top_p", 1, _top_p), ("min_p", 0, _min_p), ("typical_p", 1, _typical),
+)  # fmt: skip
+
+
+def _column(configs: Sequence[SampleConfig], name: str) -> Array:
+    return np.array([[getattr(config, name)] for config in configs], np.float64)  # (N, 1)
+
+
+def _normalised(p: Array) -> Array:
+    return np.asarray(p / p.sum(axis=-1, keepdims=True))
