@@ -123,6 +123,8 @@ class Writer:
         """The text goes on with this token, up to the end of text, a stop text, or the limit."""
         if self.forced:
             self.prompt.append(self.forced.popleft())
+            if not self.forced and self.config.max_tokens == 0:
+                self.sample.finish_reason = "length"
             return
         sample, stops = self.sample, self.config.stop
         sample.ids.append(token)
@@ -146,7 +148,8 @@ def write(writers: Sequence[Writer], logits: Array) -> list[int]:
     for writer, row in zip(writers, scores, strict=True):
         penalise(row, writer.config, writer.prompt, writer.sample.ids)
     p = probabilities(scores, [writer.config for writer in writers])
-    tokens: list[int] = pick(p, np.array([w.random.random() for w in writers])).tolist()
+    draws = [0.0 if writer.forced else writer.random.random() for writer in writers]
+    tokens: list[int] = pick(p, np.array(draws)).tolist()
     for i, writer in enumerate(writers):
         tokens[i] = writer.forced[0] if writer.forced else tokens[i]
         if i in chances:

@@ -36,6 +36,8 @@ MAY_IMPORT = {  # third parties, and where they may be named
     "numba": ("backends.numba_",),
     "click": ("cli",),
     "rich": ("cli", "dashboard"),
+    "starlette": ("serve", "cli.serve"),
+    "uvicorn": ("cli.serve",),
     "threadpoolctl": ("cli", "backends."),
     "signal": ("cli",),
     "tokenizers": ("subword",),

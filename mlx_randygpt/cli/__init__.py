@@ -20,6 +20,7 @@ COMMANDS = {
     "find-lr": ("find_lr", "Find a learning rate in under a minute, with a curve."),
     "sample": ("sample", "Let a trained model write."),
     "chat": ("chat", "Talk with a trained model."),
+    "serve": ("serve", "Serve a trained model: the OpenAI API, and a page in the browser."),
     "eval": ("evaluate", "Score a checkpoint on a whole split: loss, perplexity, bits per byte."),
     "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
     "data": ("data", "Fetch a corpus by name; make tokens ahead of a run."),

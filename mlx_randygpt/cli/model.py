@@ -31,17 +31,29 @@ class Loaded:
 
 def load(checkpoint: Path | None, backend: str) -> Loaded:
     """The checkpoint, else the best of checkpoints/; says on stderr what computes."""
-    from mlx_randygpt.backends import choose, make_backend
+    path, saved, tokenizer = read(checkpoint)
+    return Loaded(path, saved, tokenizer, build(saved, backend))
+
+
+def read(checkpoint: Path | None) -> tuple[Path, Checkpoint, Tokenizer]:
+    """The checkpoint, else the best of checkpoints/, and its tokenizer."""
     from mlx_randygpt.checkpoint import load_checkpoint
-    from mlx_randygpt.cli.job import describe_backend
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
     path = default_checkpoint(checkpoint)
     saved = load_checkpoint(path, weights_only=True)
+    return path, saved, tokenizer_from_json(saved.tokenizer)
+
+
+def build(saved: Checkpoint, backend: str) -> Backend:
+    """A backend with the weights of the checkpoint; says on stderr what computes."""
+    from mlx_randygpt.backends import choose, make_backend
+    from mlx_randygpt.cli.job import describe_backend
+
     name, why = choose(backend)
     built = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
     click.echo(f"Backend: {describe_backend(built, why)}", err=True)
-    return Loaded(path, saved, tokenizer_from_json(saved.tokenizer), built)
+    return built
 
 
 def checkpoint_option(function: F) -> F:

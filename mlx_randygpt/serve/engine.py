@@ -1,0 +1,167 @@
+"""The one thread that owns the model: it decodes all texts together, a token at a time.
+
+A text joins between two tokens, when its prompt has been read, and leaves when it ends or nobody
+waits for it any more. What a text reads and draws does not depend on who is beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.config import ModelConfig, UserError
+from mlx_randygpt.sample import Streams, Writer, write
+from mlx_randygpt.serve.metrics import Metrics
+from mlx_randygpt.state import Array
+
+
+class Full(UserError):
+    """More texts are waiting than may."""
+
+
+class Job:
+    """One text that was asked for. The engine's thread writes it and lets `tell` be called, after
+    each token or at the end alone; `cancelled` may be set from anywhere. Whoever reads it looks at
+    `finished` first and at the text after."""
+
+    def __init__(self, writer: Writer, tell: Callable[[], None], *, each_token: bool) -> None:
+        self.writer, self.tell, self.each_token = writer, tell, each_token
+        self.cancelled = False
+        self.error: Exception | None = None  # of the engine; the text ends there
+        self.asked = time.perf_counter()
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.writer.sample.finish_reason or self.error or self.cancelled)
+
+
+class Engine:
+    """At most `n_streams` texts are decoded together, `n_waiting` more may wait."""
+
+    def __init__(
+        self, build: Callable[[], Backend], model: ModelConfig, metrics: Metrics,
+        n_streams: int, n_waiting: int,
+    ) -> None:  # fmt: skip
+        self._build, self._model, self._metrics = build, model, metrics
+        self._n_streams, self._n_waiting = n_streams, n_waiting
+        self.deliver: Callable[[list[Job]], None] = lambda jobs: None  # called in the thread
+        self.backend_name = ""
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Build the model in its thread; raises what goes wrong there."""
+        self._thread.start()
+        self._ready.wait()
+        if self._error is not None:
+            raise self._error
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Let these texts be written; Full where not all of them may wait."""
+        with self._changed:
+            if len(self._waiting) + len(jobs) > self._n_waiting + self._n_streams:
+                raise Full(f"{len(self._waiting)} texts are waiting already; try again in a second")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End at once; texts that are not finished are cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            backend = self._build()
+            self.backend_name = f"{backend.name} on {backend.device}"
+            batch = Batch(Streams(backend, self._model, self._n_streams), self._metrics)
+        except BaseException as error:
+            self._error = error
+            return
+        finally:
+            self._ready.set()
+        while (arrived := self._arrived(batch)) is not None:
+            told = batch.step(arrived, self._model.block_size)
+            if batch.broken:
+                batch = Batch(Streams(backend, self._model, self._n_streams), self._metrics)
+            self._metrics.set("streams", len(batch.jobs))
+            self.deliver(told)
+        for job in [*batch.jobs, *self._waiting]:
+            job.cancelled = True
+        self.deliver([*batch.jobs, *self._waiting])
+
+    def _arrived(self, batch: Batch) -> list[Job] | None:
+        """Who may join now, waiting for somebody where nothing is being written; None: stop."""
+        with self._changed:
+            while not (self._waiting or batch.jobs or self._stopping):
+                self._changed.wait()
+            if self._stopping:
+                return None
+            free = self._n_streams - len(batch.jobs)
+            arrived = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._metrics.set("waiting", len(self._waiting))
+        return arrived
+
+
+class Batch:
+    """The texts that are being written, by rows of the streams."""
+
+    def __init__(self, streams: Streams, metrics: Metrics) -> None:
+        self._streams, self._metrics = streams, metrics
+        self.jobs: list[Job] = []
+        self._tokens: list[int] = []  # the newest of each, not yet read
+        self.broken = False
+
+    def step(self, arrived: list[Job], block_size: int) -> list[Job]:
+        """One more token for everybody; who is to be told of it."""
+        everybody = [*self.jobs, *arrived]
+        try:
+            self._leave()
+            if self.jobs:
+                self._write(self.jobs, self._streams.append(self._tokens), first=0)
+            new = sorted((job for job in arrived if not job.finished), key=_n_read(block_size))
+            for _, group in groupby(new, _n_read(block_size)):
+                self._join(list(group), block_size)
+            self._leave()
+        except Exception as error:  # the server goes on; whoever was in here learns of it
+            for job in everybody:
+                job.error = job.error or (None if job.finished else error)
+            self.broken = True
+        return [job for job in everybody if job.each_token or job.finished]
+
+    def _join(self, jobs: list[Job], block_size: int) -> None:
+        """Read prompts of one length and write the first token after each."""
+        prompts = np.array([job.writer.prompt[-block_size:] for job in jobs], np.int32)
+        self.jobs += jobs
+        self._metrics.add("prompt_tokens_total", prompts.size)
+        self._write(jobs, self._streams.join(prompts), first=len(self.jobs) - len(jobs))
+        now = time.perf_counter()
+        for job in jobs:
+            self._metrics.observe("first_token_seconds", now - job.asked)
+
+    def _write(self, jobs: list[Job], logits: Array, first: int) -> None:
+        self._tokens[first:] = write([job.writer for job in jobs], logits)
+        self._metrics.add("generated_tokens_total", len(jobs))
+
+    def _leave(self) -> None:
+        """Whoever is finished makes room; the last takes the row."""
+        for row in reversed(range(len(self.jobs))):
+            if self.jobs[row].finished:
+                self._streams.leave(row)
+                self.jobs[row], self._tokens[row] = self.jobs[-1], self._tokens[-1]
+                del self.jobs[-1], self._tokens[-1]
+
+
+def _n_read(block_size: int) -> Callable[[Job], int]:
+    return lambda job: min(len(job.writer.prompt), block_size)
