@@ -153,6 +153,20 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{SAMPLE} --checkpoint=none", 1, "could not read none: No such file or directory"),
     (f"{SAMPLE} --checkpoint=cut", 1, "cut is not a checkpoint of mlxgpt, or is truncated"),
     (f"{SAMPLE} --backend=torch", 2, "'torch' is not one of 'auto', 'mlx', 'numpy'"),
+    (f"{SAMPLE} --typical-p=2", 1, "typical_p=2.0 is not in [0, 1]"),
+    (f"{SAMPLE} --logit-bias=a", 2, "--logit-bias: 'a' is not TOKEN=NUMBER, such as e=-5"),
+    (f"{SAMPLE} --logit-bias=aa=1", 2, "'aa' is 2 tokens; give the text of one token"),
+    (f"{SAMPLE} --logit-bias=#9999=1", 2, "--logit-bias: #9999 is not known; ids are 0 to"),
+    (f"{SAMPLE} --interactive --json", 2, "--interactive is a conversation; it takes no --json"),
+    # chat
+    (f"chat --backend=numpy --checkpoint={FILE} --top-p=-1", 1, "top_p=-1.0 is not in [0, 1]"),
+    (f"chat --backend=numpy --checkpoint={FILE} --replay=no", 1, "could not read no: No such file"),
+    (f"chat --backend=numpy --checkpoint={FILE} --replay=text.txt", 1, "text.txt is not a saved"),
+    # serve
+    (f"serve --checkpoint={FILE} --port=99999", 2, "99999 is not in the range 0<=x<=65535"),
+    (f"serve --checkpoint={FILE} --host=999.1.1.1", 1, "cannot listen on 999.1.1.1:8080: "),
+    (f"serve --checkpoint={FILE} --temperature=-1", 1, "temperature=-1.0 is not in [0, 1000]"),
+    ("serve --checkpoint=no.safetensors", 1, "no.safetensors"),
     # eval
     (f"{EVAL} --split=test", 2, "'test' is not one of 'val', 'train', 'all'"),
     (f"{EVAL} --batch-size=0", 2, "--batch-size: 0 is too small; it must be at least 1"),

@@ -82,8 +82,12 @@ def shifted(x: Array, config: ModelConfig) -> Array:
     return np.array([[*(x[t - 1] if t else 0 * x[0])[:half], *x[t][half:]] for t in range(len(x))])
 
 
-def naive_logits(w: Params, config: ModelConfig, tokens: Array, window: int = T) -> Array:
-    """Logits (T', V) of one sequence; every query sees the last `window` keys up to its own."""
+def naive_logits(
+    w: Params, config: ModelConfig, tokens: Array, window: int = T,
+    shares: dict[tuple[int, int, int], Array] | None = None,
+) -> Array:  # fmt: skip
+    """Logits (T', V) of one sequence; every query sees the last `window` keys up to its own.
+    `shares` is filled with the attention of (layer, head, query)."""
     w = {name.removesuffix(".weight"): a.astype(np.float64) for name, a in w.items()}
     n, h, d = len(tokens), config.n_head, config.head_size
     x = w["wte"][tokens] + (w["wpe"][:n] if config.position == "learned" else 0)
@@ -100,6 +104,8 @@ def naive_logits(w: Params, config: ModelConfig, tokens: Array, window: int = T)
             seen = slice(max(0, t - window + 1), t + 1)
             e = np.exp(qkv[seen, 1, head] @ qkv[t, 0, head] / d**0.5)
             y[t, head] = e @ qkv[seen, 2, head] / e.sum()
+            if shares is not None:
+                shares[i, head, t] = e / e.sum()
         x = x + y.reshape(n, -1) @ w[f"h.{i}.attn.c_proj"].T
         inputs = shifted(rms(x), config)
         x = x + np.maximum(inputs @ w[f"h.{i}.mlp.c_fc"].T, 0) ** 2 @ w[f"h.{i}.mlp.c_proj"].T

@@ -114,6 +114,9 @@ def _bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
             f"{text!r} is not TOKEN=NUMBER, such as e=-5", param_hint="--logit-bias"
         ) from None
     if token.startswith("#") and token[1:].isdecimal():
+        if int(token[1:]) >= tokenizer.vocab_size:
+            known = f"ids are 0 to {tokenizer.vocab_size - 1}"
+            raise click.BadParameter(f"{token} is not known; {known}", param_hint="--logit-bias")
         return int(token[1:]), value
     ids = tokenizer.encode(token).tolist()
     if len(ids) != 1 or tokenizer.unknown(token):

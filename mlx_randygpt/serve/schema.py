@@ -14,6 +14,7 @@ from typing import Any
 from mlx_randygpt.serve import MOST_CHOICES, MOST_LOGPROBS, MOST_TOKENS, ApiError
 
 Schema = dict[str, Any]
+WRONG_TYPE = "invalid_type"
 LARGEST = 2**53 - 1  # integers beyond are not the same in every JSON reader
 
 
@@ -191,7 +192,8 @@ def check(value: Any, schema: Schema, path: str) -> None:
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if not any(TYPES[kind](value) for kind in kinds):
         shown = reprlib.repr(value)
-        raise _wrong(path, f"{_named(path)} is {shown}; it must be of type {' or '.join(kinds)}")
+        message = f"{_named(path)} is {shown}; it must be of type {' or '.join(kinds)}"
+        raise ApiError(400, message, param=path or None, code=WRONG_TYPE)
     if isinstance(value, int | float) and not isinstance(value, bool):
         _check_number(value, schema, path)
     elif isinstance(value, str):
@@ -205,14 +207,14 @@ def check(value: Any, schema: Schema, path: str) -> None:
 
 
 def _check_any(value: Any, choices: list[Schema], path: str) -> None:
-    """Any of them; where none fits, the complaint of one that has its type, the closest."""
-    errors = []
+    """Any of them; where none fits, the complaint of the one that comes closest."""
+    errors: list[ApiError] = []
     for choice in choices:
         try:
             return check(value, choice, path)
         except ApiError as error:
-            errors.append((len(error.param or ""), error))
-    raise max(errors, key=lambda pair: pair[0])[1]
+            errors.append(error)
+    raise max(errors, key=lambda error: (len(error.param or ""), error.code != WRONG_TYPE))
 
 
 def _check_number(value: float, schema: Schema, path: str) -> None:

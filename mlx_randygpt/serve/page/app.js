@@ -108,12 +108,12 @@ function tokenSpan(token, logprob, likeliest) {
   const span = document.createElement("span");
   const p = Math.exp(logprob);
   const shade = SHADES.findIndex((most) => p <= most);
-  span.className = `token t${shade < 0 ? SHADES.length : shade}`;
+  span.className = `token t${shade < 0 ? SHADES.length : shade}${token === "\n" ? " line" : ""}`;
   span.textContent = token;
   span.tell = () => {
     const others = Object.entries(likeliest).filter(([other]) => other !== token);
     const listed = others.map(([other, q]) => `${quoted(other)} ${percent(Math.exp(q))}`);
-    describe($("choice"), `${quoted(token)} ${percent(p)}`, ` instead of ${listed.join("  ")}`);
+    describe($("choice"), `${quoted(token)} ${percent(p)}`, ` instead of ${listed.join(" · ")}`);
   };
   return span;
 }
@@ -170,13 +170,13 @@ function tintShares(spans, row, at, tokens) {
   });
   const best = row.map((share, j) => [share, j]).sort((a, b) => b[0] - a[0]).slice(0, 4);
   const listed = best.map(([share, j]) => `${quoted(tokens[j])} ${at - j ? `${at - j} back` : "itself"} ${percent(share)}`);
-  describe($("shares"), quoted(tokens[at]), ` looks at ${listed.join("  ")}`);
+  describe($("shares"), quoted(tokens[at]), ` looks at ${listed.join(" · ")}`);
 }
 
 function drawCurve(curve) {
   const { loss = [], val_loss: val = [] } = curve;
   if (!loss.length) return $("curve").replaceChildren("No metrics.jsonl beside the checkpoint.");
-  const [w, h, edge] = [640, 260, 40];
+  const [w, h, edge] = [$("curve").clientWidth || 640, 260, 40];
   const all = [...loss, ...val];
   const last = Math.max(...all.map(([step]) => step), 1);
   const values = all.map(([, y]) => y), low = Math.min(...values), high = Math.max(...values);
@@ -261,7 +261,8 @@ function build() {
   $("dice").onclick = newSeed;
   $("layer").onchange = $("head").onchange = attend;
   $("attention").ontoggle = () => $("attention").open && attend();
-  $("use-key").onclick = () => { sessionStorage.setItem("key", $("key").value); begin().then(() => tell(""), failed); };
+  $("key-row").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("key", $("key").value); begin().then(() => tell(""), failed); };
+  $("run").ontoggle = () => drawCurve(model?.curve ?? {});
   $("settings").onsubmit = (event) => event.preventDefault();
   $("theme").onclick = toggleTheme;
   addEventListener("keydown", (event) => {
@@ -284,7 +285,6 @@ async function begin() {
   $("key-row").hidden = true;
   $("name").textContent = document.title = model.name;
   $("facts").textContent = `${model.parameters.toLocaleString("en")} parameters, step ${model.step.toLocaleString("en")}, context ${model.block_size}, ${model.backend}`;
-  drawCurve(model.curve);
   if (!first) return;
   for (const [name] of SLIDERS) { $(name).value = model.defaults[name]; $(name).show(); }
   $("seed").value = model.defaults.seed;

@@ -1,0 +1,196 @@
+"""The page in a real browser, as a person uses it. Skipped where Chromium or playwright is not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from served import Host
+
+from mlx_randygpt.serve import Settings
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def host(make_run: Callable[..., Any]) -> Iterator[Host]:
+    host = Host(*make_run("modern", prompt="The old"))
+    host.start()
+    yield host
+    host.stop()
+
+
+@pytest.fixture
+def page(browser: Browser, host: Host) -> Iterator[Page]:
+    yield from opened(browser, host)
+
+
+def opened(browser: Browser, host: Host, **context: Any) -> Iterator[Page]:
+    """A page that has learned of the model; nothing may have gone wrong on it at the end."""
+    page = browser.new_context(**context).new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda asked: asked.url.startswith(host.url) or wrong.append(asked.url))
+    page.on("console", lambda said: "Content Security" not in said.text or wrong.append(said.text))
+    page.goto(host.url)
+    expect(page.locator("#facts")).to_contain_text("parameters")
+    yield page
+    page.context.close()
+    assert wrong == []
+
+
+def set_slider(page: Page, name: str, value: float) -> None:
+    page.locator(f"#{name}").fill(str(value))
+
+
+def write(page: Page, prompt: str, seed: int) -> str:
+    """Type, write, wait; the text without the prompt."""
+    page.locator("#prompt").fill(prompt)
+    page.locator("#seed").fill(str(seed))
+    page.locator("#keep-seed").check()
+    page.locator("#write").click()
+    expect(page.locator("#write")).to_be_enabled()
+    expect(page.locator("#status")).to_contain_text("tokens")
+    return str(page.locator("#text").text_content()).removeprefix(prompt)
+
+
+def test_what_is_written_is_the_text_of_the_command(page: Page, host: Host) -> None:
+    set_slider(page, "max_tokens", 40)
+    assert write(page, "The king", 7) == host.text("The king", seed=7, max_tokens=40)
+    expect(page.locator("#command")).to_have_text(
+        "mlxgpt sample --prompt 'The king' --max-tokens 40 --seed 7"
+    )
+
+
+def test_a_slider_changes_the_text(page: Page, host: Host) -> None:
+    set_slider(page, "max_tokens", 30)
+    set_slider(page, "temperature", 0)
+    set_slider(page, "top_k", 5)
+    assert write(page, "A", 7) == host.text("A", seed=7, max_tokens=30, temperature=0, top_k=5)
+
+
+def test_a_stream_is_seen_and_stopped_with_the_keyboard(page: Page, host: Host) -> None:
+    page.locator("#max_tokens").evaluate("slider => { slider.max = 30000; slider.value = 30000 }")
+    set_slider(page, "temperature", 0)  # repeats itself and does not end
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#text .token").nth(30)).to_be_attached()
+    expect(page.locator("#stop")).to_be_enabled()
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_contain_text("stopped after")
+    expect(page.locator("#write")).to_be_enabled()
+
+
+def test_tokens_tell_what_they_might_have_been(page: Page) -> None:
+    set_slider(page, "max_tokens", 30)
+    write(page, "The", 3)
+    page.locator("#text").focus()
+    page.keyboard.press("ArrowRight")
+    first = page.locator("#choice").inner_text()
+    assert "instead of" in first
+    page.keyboard.press("End")
+    assert page.locator("#choice").inner_text() != first
+    page.locator("#text .token").first.hover()
+    expect(page.locator("#choice")).to_have_text(first)
+
+
+def test_attention_of_a_head_is_shown_for_the_chosen_token(page: Page) -> None:
+    set_slider(page, "max_tokens", 12)
+    write(page, "The", 3)
+    page.locator("#attention summary").click()
+    expect(page.locator("#shares")).to_contain_text("looks at")
+    before = page.locator("#shares").inner_text()
+    page.locator("#head").select_option("2")
+    expect(page.locator("#shares")).not_to_have_text(before)
+    page.locator("#map").focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#shares")).to_contain_text("itself 100 %")
+
+
+def test_the_loss_of_the_run_is_drawn(page: Page) -> None:
+    page.locator("#run summary").click()
+    expect(page.locator("#curve polyline")).to_have_count(2)
+    expect(page.locator("#curve svg")).to_have_attribute(
+        "aria-label", "Loss from 3.00 down to 2.00 in 3 steps"
+    )
+
+
+def test_two_tabs_write_side_by_side(page: Page, host: Host) -> None:
+    other = page.context.new_page()
+    other.goto(host.url)
+    expect(other.locator("#facts")).to_contain_text("parameters")
+    for tab, seed in ((page, 1), (other, 2)):
+        set_slider(tab, "max_tokens", 300)
+        tab.locator("#seed").fill(str(seed))
+        tab.locator("#keep-seed").check()
+    page.locator("#write").click()
+    other.locator("#write").click()
+    for tab, seed in ((page, 1), (other, 2)):
+        expect(tab.locator("#write")).to_be_enabled()
+        expect(tab.locator("#status")).to_contain_text("tokens")
+        expected = "The old" + host.text("The old", seed=seed, max_tokens=300)
+        assert tab.locator("#text").text_content() == expected
+
+
+def test_a_server_that_went_away_and_came_back_is_noticed(page: Page, host: Host) -> None:
+    host.stop()
+    page.locator("#write").click()
+    expect(page.locator("#status")).to_contain_text("The server is gone")
+    host.start()
+    expect(page.locator("#status")).to_have_text("The server is back.", timeout=20_000)
+    set_slider(page, "max_tokens", 20)
+    assert write(page, "A", 4) == host.text("A", seed=4, max_tokens=20)
+
+
+def test_a_key_is_asked_for(browser: Browser, make_run: Callable[..., Any]) -> None:
+    host = Host(*make_run("modern"), settings=Settings(api_key="s3cret"))
+    host.start()
+    try:
+        page = browser.new_context().new_page()
+        page.goto(host.url)
+        page.locator("#key").fill("s3cret")
+        page.locator("#key").press("Enter")
+        expect(page.locator("#facts")).to_contain_text("parameters")
+        expect(page.locator("#key-row")).to_be_hidden()
+        page.context.close()
+    finally:
+        host.stop()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_follows_light_and_dark(
+    scheme: Any, browser: Browser, host: Host
+) -> None:
+    size = {"width": 360, "height": 740}
+    for page in opened(browser, host, viewport=size, color_scheme=scheme, has_touch=True):
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, ground[4:-1].split(","))) < 200) == (scheme == "dark")
+        page.locator("#theme").tap()
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
+        set_slider(page, "max_tokens", 20)
+        write(page, "The", 1)
+        page.locator("#text .token").first.tap()
+        expect(page.locator("#choice")).to_contain_text("instead of")
