@@ -1,0 +1,229 @@
+"""`mlxgpt serve` under load: are the answers right, how fast do they come, does memory stay flat.
+
+A thousand requests of mixed lengths, 64 at a time, a tenth of them cancelled midway and a tenth
+malformed. Each text is compared with what the same seed writes alone, without a server. Then the
+speed of one stream, and the time to a first token, idle and beside fifteen endless streams.
+
+    python benchmarks/serve.py --checkpoint checkpoints/checkpoint_best.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from mlx_randygpt.backends import make_backend
+from mlx_randygpt.checkpoint import load_checkpoint
+from mlx_randygpt.filters import SampleConfig
+from mlx_randygpt.sample import generate
+from mlx_randygpt.tokenizer import tokenizer_from_json
+
+MALFORMED = (
+    b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": 3}', b'{"prompt": "a", "n": "many"}',
+    b'{"prompt": "a", "temperature": NaN}', b'{"prompt": [99999]}', b'{"prompt": []}',
+)  # fmt: skip
+WORDS = "ROMEO: what light through yonder window breaks, it is the east and so on"
+LONG = {"prompt": "ROMEO:", "max_tokens": 400, "temperature": 0.8, "seed": 1}
+
+
+@dataclass
+class Request:
+    """One of the thousand, and what the same settings write alone."""
+
+    kind: str  # "whole" | "stream" | "cancelled" | "malformed"
+    body: bytes
+    expected: str = ""
+
+
+def plan(n: int, checkpoint: Path, backend: str) -> list[Request]:
+    """The requests, the same each time; the texts are written one by one."""
+    saved = load_checkpoint(checkpoint, weights_only=True)
+    built = make_backend(backend, saved.model, replace(saved.train, threads=0), saved.state)
+    tokenizer, random, requests = tokenizer_from_json(saved.tokenizer), Random(1), []
+    for seed in range(n):
+        kind = random.choices(("malformed", "cancelled", "whole", "stream"), (10, 10, 60, 20))[0]
+        prompt = WORDS[: random.randint(1, min(60, saved.model.block_size))]
+        settings = {
+            "max_tokens": random.randint(1, 120), "seed": seed,
+            "temperature": random.choice((0.0, 0.7, 0.8, 1.2)), "top_p": random.choice((0.9, 1.0)),
+        }  # fmt: skip
+        if kind == "malformed":
+            requests.append(Request(kind, random.choice(MALFORMED)))
+            continue
+        body = {"prompt": prompt, **settings, "stream": kind != "whole"}
+        expected, ids = "", tokenizer.encode(prompt).tolist()
+        config = SampleConfig(**settings)  # type: ignore[arg-type]
+        for [sample] in generate(built, saved.model, tokenizer, ids, config):
+            expected = sample.text
+        requests.append(Request(kind, json.dumps(body).encode(), expected))
+    return requests
+
+
+class Client:
+    """Asks as cheaply as can be, so that the load is the server's."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def send(self, path: str, body: bytes) -> asyncio.StreamReader:
+        reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        self.writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return reader
+
+    async def whole(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        reader = await self.send(path, body)
+        answer = await reader.read()
+        self.writer.close()
+        head, _, content = answer.partition(b"\r\n\r\n")
+        if b"chunked" in head:
+            content = b"".join(re.split(rb"(?:^|\r\n)[0-9a-f]+\r\n", content))
+        return int(head.split(b" ", 2)[1]), content
+
+    async def first_token(self, body: dict[str, Any]) -> float:
+        """Seconds from the request to the first piece of its text."""
+        started = time.perf_counter()
+        reader = await self.send("/v1/completions", json.dumps({**body, "stream": True}).encode())
+        await reader.readuntil(b"data: ")
+        seconds = time.perf_counter() - started
+        self.writer.close()
+        return seconds
+
+
+async def carry_out(request: Request, port: int) -> tuple[str, int]:
+    """What came of one request, and how many tokens it brought."""
+    client = Client(port)
+    if request.kind == "cancelled":
+        reader = await client.send("/v1/completions", request.body)
+        await reader.readuntil(b"data: ")
+        client.writer.close()
+        return "cancelled", 0
+    status, content = await client.whole("/v1/completions", request.body)
+    if request.kind == "malformed":
+        return ("refused" if status == 400 else f"wrong status {status}"), 0
+    if status != 200:
+        return f"status {status}", 0
+    if request.kind == "stream":
+        events = [json.loads(part) for part in re.findall(rb"data: (\{.*?\})\n\n", content)]
+        text = "".join(event["choices"][0]["text"] for event in events)
+        n_tokens = len(text)
+    else:
+        answer = json.loads(content)
+        text, n_tokens = answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+    return ("right" if text == request.expected else "wrong"), n_tokens
+
+
+async def load(requests: list[Request], port: int, at_once: int) -> dict[str, Any]:
+    """All of them, `at_once` at a time."""
+    waiting, outcomes, tokens = list(reversed(requests)), Counter[str](), 0
+
+    async def worker() -> None:
+        nonlocal tokens
+        while waiting:
+            outcome, n = await asyncio.wait_for(carry_out(waiting.pop(), port), 120)
+            outcomes[outcome] += 1
+            tokens += n
+
+    started = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(at_once)))
+    seconds = time.perf_counter() - started
+    return {"outcomes": dict(outcomes), "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+async def one_stream(port: int) -> float:
+    """Tokens per second of one text at a time, streamed; the median of five."""
+    rates = []
+    for _ in range(5):
+        started = time.perf_counter()
+        _, content = await Client(port).whole(
+            "/v1/completions", json.dumps({**LONG, "stream": True}).encode()
+        )
+        rates.append(content.count(b'"text": "') / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+async def first_tokens(port: int) -> dict[str, float]:
+    """Milliseconds to a first token: idle, beside 15 endless streams, and of 16 that come at
+    once; medians."""
+    short = {**LONG, "max_tokens": 8}
+    idle = [await Client(port).first_token(short) for _ in range(40)]
+    endless = json.dumps({**LONG, "max_tokens": 30_000, "stream": True}).encode()
+    others = [Client(port) for _ in range(15)]
+    drains = [
+        asyncio.create_task((await c.send("/v1/completions", endless)).read()) for c in others
+    ]
+    await asyncio.sleep(1)
+    beside = [await Client(port).first_token(short) for _ in range(40)]
+    for client in others:
+        client.writer.close()
+    await asyncio.gather(*drains, return_exceptions=True)
+    await asyncio.sleep(1)
+    together = []
+    for _ in range(5):
+        together += await asyncio.gather(*(Client(port).first_token(short) for _ in range(16)))
+        await asyncio.sleep(0.2)
+    named = {"idle": idle, "beside_15": beside, "16_at_once": together}
+    return {name: 1e3 * statistics.median(values) for name, values in named.items()}
+
+
+def resident_mb(pid: int) -> float:
+    """Memory of a process now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(found[1]) / 1e3 if found else 0.0
+
+
+async def measure(requests: list[Request], port: int, pid: int, at_once: int) -> dict[str, Any]:
+    await load(requests[:50], port, at_once)  # warm
+    memory, rounds = [resident_mb(pid)], list[dict[str, Any]]()
+    for part in range(4):
+        rounds.append(await load(requests[part::4], port, at_once))
+        memory.append(resident_mb(pid))
+    outcomes: Counter[str] = Counter()
+    for found in rounds:
+        outcomes.update(found["outcomes"])
+    total = sum(found["seconds"] * found["tokens_per_second"] for found in rounds)
+    rate, single = total / sum(found["seconds"] for found in rounds), await one_stream(port)
+    return {
+        "requests": len(requests), "at_once": at_once, "outcomes": dict(outcomes),
+        "tokens_per_second": rate, "one_stream_tokens_per_second": single,
+        "ratio": rate / single, "memory_mb": memory, "first_token_ms": await first_tokens(port),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--at-once", type=int, default=64)
+    parser.add_argument("--backend", default="numpy")
+    given = parser.parse_args()
+    requests = plan(given.requests, given.checkpoint, given.backend)
+    command = [sys.executable, "-m", "mlx_randygpt", "serve", "--port", "0"]
+    command += ["--checkpoint", str(given.checkpoint), "--backend", given.backend]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = [process.stderr.readline() for _ in range(2)]
+        found = re.search(r":(\d+) ", said[1])
+        assert found is not None, said
+        try:
+            port = int(found[1])
+            print(json.dumps(asyncio.run(measure(requests, port, process.pid, given.at_once))))
+        finally:
+            process.terminate()
+
+
+if __name__ == "__main__":
+    main()
