@@ -62,5 +62,5 @@ def _longer(beam: Writer, token: int, tokenizer: Tokenizer) -> Writer:
     """A beam with one more token."""
     longer = Writer(tokenizer, beam.prompt, beam.config)
     longer.sample.ids += beam.sample.ids
-    longer.take(token)
+    longer.grow(token, tokenizer.decode([*beam.sample.ids, token]))
     return longer

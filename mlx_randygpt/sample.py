@@ -19,8 +19,6 @@ from mlx_randygpt.filters import SampleConfig, penalise, pick, probabilities
 from mlx_randygpt.state import Array, rng
 from mlx_randygpt.tokenizer import Tokenizer
 
-INCOMPLETE = "\ufffd"  # what a decoder shows of a character whose last bytes are still to come
-
 
 class Streams:
     """Up to `n_most` texts that are read together, in rows 0 to n-1 of one cache.
@@ -117,7 +115,8 @@ class Writer:
         self.config, self.sample, self.prompt = config, Generated(), list(prompt)
         self.random = rng(config.seed, "sample", index)
         self.n_likely, self.forced = n_likely, deque(forced)
-        self._tokenizer, self.banned = tokenizer, list(tokenizer.never_sampled())
+        self._eos, self._spell = tokenizer.eos, tokenizer.decoder()
+        self.banned = list(tokenizer.never_sampled())
 
     def take(self, token: int) -> None:
         """The text goes on with this token, up to the end of text, a stop text, or the limit."""
@@ -126,12 +125,16 @@ class Writer:
             if not self.forced and self.config.max_tokens == 0:
                 self.sample.finish_reason = "length"
             return
+        self.grow(token, self._spell(token))
+
+    def grow(self, token: int, spelled: str) -> None:
+        """The text goes on with this token, which adds what is `spelled`."""
         sample, stops = self.sample, self.config.stop
         sample.ids.append(token)
-        if token == self._tokenizer.eos:
+        if token == self._eos:
             sample.finish_reason = "stop"
             return
-        sample.text = self._tokenizer.decode(sample.ids)
+        sample.text += spelled
         ends = [at for stop in stops if (at := sample.text.find(stop)) >= 0]
         if ends:
             sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
@@ -207,10 +210,8 @@ def generate(
 
 
 def unambiguous(text: str, stops: Sequence[str]) -> int:
-    """How much of a growing text can be shown: what might be the start of a stop text waits, and
-    what may be half a character."""
-    whole = len(text.rstrip(INCOMPLETE))
-    for n in range(min(whole, max(map(len, stops), default=1) - 1), 0, -1):
-        if any(stop.startswith(text[whole - n : whole]) for stop in stops):
-            return whole - n
-    return whole
+    """How much of a growing text can be shown: what might be the start of a stop text waits."""
+    for n in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
+        if any(stop.startswith(text[-n:]) for stop in stops):
+            return len(text) - n
+    return len(text)
