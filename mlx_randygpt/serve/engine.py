@@ -92,11 +92,16 @@ class Engine:
         finally:
             self._ready.set()
         while (arrived := self._arrived(batch)) is not None:
-            told = batch.step(arrived, self._model.block_size)
-            if batch.broken:
+            everybody = [*batch.jobs, *arrived]
+            try:
+                self.deliver(batch.join(arrived, self._model.block_size))
+                self.deliver(batch.step())
+            except Exception as error:  # the server goes on; whoever was in here learns of it
+                for job in everybody:
+                    job.error = job.error or (None if job.finished else error)
                 batch = Batch(Streams(backend, self._model, self._n_streams), self._metrics)
+                self.deliver(everybody)
             self._metrics.set("streams", len(batch.jobs))
-            self.deliver(told)
         for job in [*batch.jobs, *self._waiting]:
             job.cancelled = True
         self.deliver([*batch.jobs, *self._waiting])
@@ -121,27 +126,26 @@ class Batch:
         self._streams, self._metrics = streams, metrics
         self.jobs: list[Job] = []
         self._tokens: list[int] = []  # the newest of each, not yet read
-        self.broken = False
 
-    def step(self, arrived: list[Job], block_size: int) -> list[Job]:
-        """One more token for everybody; who is to be told of it."""
-        everybody = [*self.jobs, *arrived]
-        try:
-            self._leave()
-            if self.jobs:
-                self._write(self.jobs, self._streams.append(self._tokens), first=0)
-            new = sorted((job for job in arrived if not job.finished), key=_n_read(block_size))
-            for _, group in groupby(new, _n_read(block_size)):
-                self._join(list(group), block_size)
-            self._leave()
-        except Exception as error:  # the server goes on; whoever was in here learns of it
-            for job in everybody:
-                job.error = job.error or (None if job.finished else error)
-            self.broken = True
-        return [job for job in everybody if job.each_token or job.finished]
+    def join(self, arrived: list[Job], block_size: int) -> list[Job]:
+        """Read the prompts of new texts and write the first token of each; who is to be told."""
+        self._leave()
+        new = sorted((job for job in arrived if not job.finished), key=_n_read(block_size))
+        for _, group in groupby(new, _n_read(block_size)):
+            self._read(list(group), block_size)
+        return [job for job in arrived if job.each_token or job.finished]
 
-    def _join(self, jobs: list[Job], block_size: int) -> None:
-        """Read prompts of one length and write the first token after each."""
+    def step(self) -> list[Job]:
+        """One more token for everybody who is not finished; who is to be told of it."""
+        self._leave()
+        if self.jobs:
+            self._write(self.jobs, self._streams.append(self._tokens), first=0)
+        told = [job for job in self.jobs if job.each_token or job.finished]
+        self._leave()
+        return told
+
+    def _read(self, jobs: list[Job], block_size: int) -> None:
+        """Prompts of one length, in one pass."""
         prompts = np.array([job.writer.prompt[-block_size:] for job in jobs], np.int32)
         self.jobs += jobs
         self._metrics.add("prompt_tokens_total", prompts.size)

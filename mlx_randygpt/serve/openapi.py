@@ -67,7 +67,7 @@ def _answers(body: Body, *errors: int, kind: str = "application/json") -> Body:
 def _post(summary: str, request: Body, answer: Body, *errors: int, streams: bool = False) -> Body:
     answers = _answers(answer, 400, 404, 408, 413, 500, 503, *errors)
     if streams:
-        answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        answers["200"]["content"]["text/event-stream"] = {"schema": {}}  # data: JSON, [DONE] last
     content = {"application/json": {"schema": request}}
     return {
         "summary": summary,
