@@ -81,7 +81,8 @@ def test_texts_together_read_as_each_alone(host: Host) -> None:
 
 def test_who_is_cancelled_makes_room_and_others_go_on(host: Host) -> None:
     seen: list[int] = []
-    endless = [host.job("The", lambda: seen.append(1), max_tokens=10**9) for _ in range(4)]
+    never = {"max_tokens": 10**9, "logit_bias": ((host.run.tokenizer.eos, -100.0),)}
+    endless = [host.job("The", lambda: seen.append(1), **never) for _ in range(4)]
     host.engine.submit(endless)  # all rows are taken
     short = host.job("A king", seed=3)
     host.engine.submit([short])
