@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Host:
     n_streams: int = 8
     n_waiting: int = 64
     port: int = 0
+    build: Callable[[], Any] | None = None  # in the engine's thread, where not `backend`
 
     def start(self) -> None:
         run, self.metrics = self.run, Metrics()
@@ -36,7 +38,7 @@ class Host:
         served = Served(
             "tale", run.model, run.tokenizer, params, 1, "abc", 3, run.train.prompt, CURVE
         )
-        build = lambda: self.backend  # noqa: E731
+        build = self.build or (lambda: self.backend)
         self.engine = Engine(build, run.model, self.metrics, self.n_streams, self.n_waiting)
         self.engine.start()
         self._listening = socket.create_server(("127.0.0.1", self.port), backlog=200)

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import httpx
 import openai
 from served import Host
 
+from mlx_randygpt.backends import make_backend
 from mlx_randygpt.serve import MOST_BODY_BYTES, Settings
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizer import CharTokenizer
@@ -30,9 +32,6 @@ ENDPOINTS = ["/", "/v1/completions", "/v1/chat/completions", "/attention"]
 @pytest.fixture(scope="module")
 def lively_run(text: str, tiny_model: Any, tiny_train: Any, lively: Any) -> Any:
     """(model changes) -> a run whose model's chances are far from even, and its backend."""
-    from types import SimpleNamespace
-
-    from mlx_randygpt.backends import make_backend
 
     def build(**changes: Any) -> Any:
         tokenizer = CharTokenizer.train(text + "UserAssistantSystem:\n")
@@ -210,6 +209,22 @@ def test_a_long_prompt_may_be_cut(host: Host, client: Any) -> None:
     prompt = "The old red ship and a small grey bird over hill under moon king queen"
     answer = ask(client, prompt, extra_body={"truncate_prompt": True})
     assert answer.choices[0].text == host.text(prompt, seed=3, max_tokens=20)
+
+
+def test_the_other_backend_serves_the_same_text(lively_run: Any) -> None:
+    pytest.importorskip("mlx.core", exc_type=ImportError)
+    run, numpy = lively_run()
+    build = lambda: make_backend("mlx", run.model, run.train, numpy.state())  # noqa: E731
+    host = Host(run, numpy, build=build)
+    host.start()
+    try:
+        body = {"prompt": ["The old", "A"], "seed": 3, "max_tokens": 20, "n": 2}
+        answer = post(host, "/v1/completions", body).json()
+        texts = [choice["text"] for choice in answer["choices"]]
+        prompts = [("The old", 0), ("The old", 1), ("A", 0), ("A", 1)]
+        assert texts == [host.text(p, i, seed=3, max_tokens=20) for p, i in prompts]
+    finally:
+        host.stop()
 
 
 def test_with_a_key_only_those_who_have_it_may_ask(lively_run: Any) -> None:

@@ -101,7 +101,6 @@ class Engine:
                     job.error = job.error or (None if job.finished else error)
                 batch = Batch(Streams(backend, self._model, self._n_streams), self._metrics)
                 self.deliver(everybody)
-            self._metrics.set("streams", len(batch.jobs))
         for job in [*batch.jobs, *self._waiting]:
             job.cancelled = True
         self.deliver([*batch.jobs, *self._waiting])
@@ -149,6 +148,7 @@ class Batch:
         prompts = np.array([job.writer.prompt[-block_size:] for job in jobs], np.int32)
         self.jobs += jobs
         self._metrics.add("prompt_tokens_total", prompts.size)
+        self._metrics.set("streams", len(self.jobs))
         self._write(jobs, self._streams.join(prompts), first=len(self.jobs) - len(jobs))
         now = time.perf_counter()
         for job in jobs:
@@ -165,6 +165,7 @@ class Batch:
                 self._streams.leave(row)
                 self.jobs[row], self._tokens[row] = self.jobs[-1], self._tokens[-1]
                 del self.jobs[-1], self._tokens[-1]
+        self._metrics.set("streams", len(self.jobs))
 
 
 def _n_read(block_size: int) -> Callable[[Job], int]:
