@@ -14,6 +14,7 @@ import click
 from mlx_randygpt.cli.model import biases, build, checkpoint_option, read, sampling_options
 from mlx_randygpt.cli.options import Command, backend_option
 from mlx_randygpt.config import UserError
+from mlx_randygpt.extras import missing
 
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
@@ -102,9 +103,7 @@ def _require_extra() -> None:
 
         del starlette, uvicorn
     except ImportError as error:
-        raise ServeError(
-            f"{error.name} is missing; pip install 'mlx-randygpt[serve]' brings it"
-        ) from error
+        raise missing("`mlxgpt serve`", str(error.name), "serve") from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
