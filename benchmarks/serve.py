@@ -33,6 +33,7 @@ MALFORMED = (
     b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": 3}', b'{"prompt": "a", "n": "many"}',
     b'{"prompt": "a", "temperature": NaN}', b'{"prompt": [99999]}', b'{"prompt": []}',
 )  # fmt: skip
+N_ROUNDS = 4
 WORDS = "ROMEO: what light through yonder window breaks, it is the east and so on"
 LONG = {"prompt": "ROMEO:", "max_tokens": 400, "temperature": 0.8, "seed": 1}
 
@@ -143,39 +144,33 @@ async def load(requests: list[Request], port: int, at_once: int) -> dict[str, An
 
 
 async def one_stream(port: int) -> float:
-    """Tokens per second of one text at a time, streamed; the median of five."""
-    rates = []
-    for _ in range(5):
-        started = time.perf_counter()
-        _, content = await Client(port).whole(
-            "/v1/completions", json.dumps({**LONG, "stream": True}).encode()
-        )
-        rates.append(content.count(b'"text": "') / (time.perf_counter() - started))
-    return statistics.median(rates)
+    """Tokens per second of one text at a time, streamed."""
+    started = time.perf_counter()
+    body = json.dumps({**LONG, "stream": True}).encode()
+    _, content = await Client(port).whole("/v1/completions", body)
+    return content.count(b'"text": "') / (time.perf_counter() - started)
 
 
-async def first_tokens(port: int) -> dict[str, float]:
-    """Milliseconds to a first token: idle, beside 15 endless streams, and of 16 that come at
-    once; medians."""
+async def first_tokens(port: int) -> tuple[float, float, float]:
+    """Seconds to a first token: idle, beside 15 endless streams, and of 16 that come at once;
+    medians."""
     short = {**LONG, "max_tokens": 8}
-    idle = [await Client(port).first_token(short) for _ in range(40)]
+    idle = [await Client(port).first_token(short) for _ in range(20)]
     endless = json.dumps({**LONG, "max_tokens": 30_000, "stream": True}).encode()
     others = [Client(port) for _ in range(15)]
-    drains = [
-        asyncio.create_task((await c.send("/v1/completions", endless)).read()) for c in others
-    ]
-    await asyncio.sleep(1)
-    beside = [await Client(port).first_token(short) for _ in range(40)]
+    readers = [await client.send("/v1/completions", endless) for client in others]
+    drains = [asyncio.create_task(reader.read()) for reader in readers]
+    await asyncio.sleep(0.5)
+    beside = [await Client(port).first_token(short) for _ in range(20)]
     for client in others:
         client.writer.close()
     await asyncio.gather(*drains, return_exceptions=True)
-    await asyncio.sleep(1)
-    together = []
-    for _ in range(5):
+    await asyncio.sleep(0.5)
+    together = list[float]()
+    for _ in range(3):
         together += await asyncio.gather(*(Client(port).first_token(short) for _ in range(16)))
         await asyncio.sleep(0.2)
-    named = {"idle": idle, "beside_15": beside, "16_at_once": together}
-    return {name: 1e3 * statistics.median(values) for name, values in named.items()}
+    return statistics.median(idle), statistics.median(beside), statistics.median(together)
 
 
 def resident_mb(pid: int) -> float:
@@ -186,21 +181,25 @@ def resident_mb(pid: int) -> float:
 
 
 async def measure(requests: list[Request], port: int, pid: int, at_once: int) -> dict[str, Any]:
+    """Loads, single streams and first tokens in turns, so that a slow spell hits all alike."""
     await load(requests[:50], port, at_once)  # warm
-    memory, rounds = [resident_mb(pid)], list[dict[str, Any]]()
-    for part in range(4):
-        rounds.append(await load(requests[part::4], port, at_once))
-        memory.append(resident_mb(pid))
-    outcomes: Counter[str] = Counter()
-    for found in rounds:
+    memory, rounds, outcomes = [resident_mb(pid)], list[dict[str, float]](), Counter[str]()
+    for part in range(N_ROUNDS):
+        single = [await one_stream(port) for _ in range(2)]
+        found = await load(requests[part::N_ROUNDS], port, at_once)
+        single += [await one_stream(port) for _ in range(2)]
         outcomes.update(found["outcomes"])
-    total = sum(found["seconds"] * found["tokens_per_second"] for found in rounds)
-    rate, single = total / sum(found["seconds"] for found in rounds), await one_stream(port)
-    return {
-        "requests": len(requests), "at_once": at_once, "outcomes": dict(outcomes),
-        "tokens_per_second": rate, "one_stream_tokens_per_second": single,
-        "ratio": rate / single, "memory_mb": memory, "first_token_ms": await first_tokens(port),
-    }  # fmt: skip
+        memory.append(resident_mb(pid))
+        idle, beside, together = await first_tokens(port)
+        one = statistics.median(single)
+        rounds.append({
+            "tokens_per_second": found["tokens_per_second"], "one_stream_tokens_per_second": one,
+            "ratio": found["tokens_per_second"] / one, "first_token_idle_ms": 1e3 * idle,
+            "beside_15_over_idle": beside / idle, "16_at_once_over_idle": together / idle,
+        })  # fmt: skip
+    medians = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+    counts = {"requests": len(requests), "at_once": at_once, "outcomes": dict(outcomes)}
+    return {**counts, **medians, "memory_mb": memory}
 
 
 def main() -> None:

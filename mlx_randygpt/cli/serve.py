@@ -61,9 +61,7 @@ def command(
     from mlx_randygpt.filters import SampleConfig
 
     SampleConfig(stop=stop, **filters)
-    _require_extra()
     from mlx_randygpt.serve import Settings
-    from mlx_randygpt.serve.api import Api
     from mlx_randygpt.serve.engine import Engine
     from mlx_randygpt.serve.metrics import Metrics
 
@@ -78,6 +76,9 @@ def command(
     )
     served, metrics = _served(name, path, saved, tokenizer), Metrics()
     listening = _listen(host, port)
+    _require_extra()
+    from mlx_randygpt.serve.api import Api
+
     engine = Engine(lambda: build(saved, backend), saved.model, metrics, batch_size, queue)
     engine.start()
     _serve(Api(served, settings, engine, metrics).app(), listening, host)
