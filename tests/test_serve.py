@@ -21,6 +21,7 @@ import openai
 from served import Host
 
 from mlx_randygpt.backends import make_backend
+from mlx_randygpt.filters import SampleConfig
 from mlx_randygpt.serve import MOST_BODY_BYTES, Settings
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizer import CharTokenizer
@@ -345,6 +346,22 @@ def test_the_page_is_told_of_the_run(host: Host) -> None:
     told = httpx.get(f"{host.url}/run").json()
     assert (told["name"], told["step"], told["n_head"]) == ("tale", 3, 4)
     assert told["curve"]["val_loss"] == [[0.0, 3.1], [3.0, 2.2]]
+
+
+def test_what_the_page_has_no_slider_for_is_told_as_options(lively_run: Any) -> None:
+    bias = ((3, -2.0),)
+    defaults = SampleConfig(stop=("a b", "q"), presence_penalty=0.5, logit_bias=bias)
+    host = Host(*lively_run(), settings=Settings(defaults=defaults))
+    host.start()
+    try:
+        told = httpx.get(f"{host.url}/run").json()["options"]
+        assert told == " --presence-penalty 0.5 --logit-bias '#3=-2.0' --stop 'a b' --stop q"
+        body = {"prompt": "The old", "seed": 3}
+        answer = post(host, "/v1/completions", body).json()["choices"][0]["text"]
+        settings = {"stop": ("a b", "q"), "presence_penalty": 0.5, "logit_bias": bias}
+        assert answer == host.text("The old", seed=3, **settings)
+    finally:
+        host.stop()
 
 
 # Clients that misbehave

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shlex
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -215,6 +216,7 @@ class Api:
             "n_layer": served.model.n_layer, "n_head": served.model.n_head,
             "vocab_size": served.model.vocab_size, "backend": self._engine.backend_name,
             "prompt": served.prompt,
+            "options": _other_options(defaults),
             "defaults": {name: getattr(defaults, name) for name in named},
             "plain": {name: getattr(SampleConfig(), name) for name in named},
         })  # fmt: skip
@@ -237,6 +239,17 @@ class Api:
     async def _page(self, request: Request) -> Response:
         content, kind = self._files[request.url.path]
         return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+
+
+def _other_options(config: SampleConfig) -> str:
+    """What the page has no slider for, as words of the command line."""
+    words = []
+    for name in ("presence_penalty", "frequency_penalty"):
+        if value := getattr(config, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [word for token, x in config.logit_bias for word in ("--logit-bias", f"#{token}={x}")]
+    words += [word for stop in config.stop for word in ("--stop", stop)]
+    return " " + shlex.join(words) if words else ""
 
 
 def _tell(jobs: Sequence[Job]) -> None:

@@ -218,7 +218,7 @@ function command(prompt, values) {
   const word = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
   const options = SLIDERS.filter(([name]) => values[name] !== model.plain[name]);
   const named = options.map(([name, , , , , option]) => ` ${option} ${values[name]}`).join("");
-  return `mlxgpt sample --prompt ${word(prompt)}${named} --seed ${values.seed}`;
+  return `mlxgpt sample --prompt ${word(prompt)}${named}${model.options} --seed ${values.seed}`;
 }
 
 function tell(text, wrong = false) {
