@@ -24,10 +24,13 @@ from turns import Runners, interleave, rows, save, show
 from mlx_randygpt.backends import numpy_cache
 from mlx_randygpt.backends.numpy_backend import NumpyBackend, available_cores
 from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig, TrainConfig
-from mlx_randygpt.sample import SampleConfig, Stream, pick, probabilities
-from mlx_randygpt.state import TrainState, initial_params, rng
+from mlx_randygpt.filters import SampleConfig
+from mlx_randygpt.sample import Streams, Writer, write
+from mlx_randygpt.state import TrainState, initial_params
+from mlx_randygpt.tokenizer import CharTokenizer
 
-VOCAB = 67
+TOKENIZER = CharTokenizer("".join(map(chr, range(64, 128))))
+VOCAB = TOKENIZER.vocab_size  # 67
 
 
 def main() -> None:
@@ -64,15 +67,15 @@ def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callabl
     )  # fmt: skip
     train = TrainConfig(recipe="modern", **RECIPES["modern"]["train"])
     backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
-    config = SampleConfig(seed=1)
-    randoms = [rng(1, "sample", i) for i in range(n_streams)]
+    config = SampleConfig(seed=1, max_tokens=n + 1)
 
     def run() -> None:
         numpy_cache.COMPILED_FROM = 0 if compiled else 10**12
-        stream = Stream(backend, model, np.zeros((n_streams, 1), np.int32))
+        writers = [Writer(TOKENIZER, [0], config, i) for i in range(n_streams)]
+        streams = Streams(backend, model, n_streams)
+        logits = streams.join(np.zeros((n_streams, 1), np.int32))
         for _ in range(n):
-            pairs = zip(stream.logits, randoms, strict=True)
-            stream.append([pick(probabilities(row, config), random) for row, random in pairs])
+            logits = streams.append(write(writers, logits))
 
     return run
 

@@ -10,8 +10,10 @@ Legend: N streams, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +27,7 @@ RANGES = {  # what a setting may be
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that a step looks up what it knows of them by identity
 class SampleConfig:
     """How to pick; the defaults are the command's."""
 
@@ -72,27 +74,28 @@ def penalise(
 
 def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
     """What `pick` draws from, (N, V) float64, each row summing to 1, of penalised logits (N, V)."""
+    columns = _columns(tuple(configs))
     scores = np.array(scores, np.float64)
-    temperature = _column(configs, "temperature")
     scores -= scores.max(axis=-1, keepdims=True)
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
-        scores /= np.where(temperature > 0, temperature, 1)
+        scores /= columns.temperature
     p = _normalised(np.exp(scores))
-    for name, off, keep in FILTERS:
-        value = _column(configs, name)
-        on = (value != off)[:, 0]
-        if on.any():
-            p[on] = _normalised(np.where(keep(p[on], value[on]), p[on], 0))
-    greedy = temperature[:, 0] == 0
-    p[greedy] = np.arange(p.shape[1]) == scores[greedy].argmax(axis=-1, keepdims=True)
+    for keep, on, value in columns.filters:
+        p[on] = _normalised(np.where(keep(p[on], value), p[on], 0))
+    if columns.greedy.any():
+        best = scores[columns.greedy].argmax(axis=-1, keepdims=True)
+        p[columns.greedy] = np.arange(p.shape[1]) == best
     return p
 
 
 def pick(p: Array, draws: Array) -> Array:
     """The token at each draw (N,) of [0, 1), by inverting the cumulative sums of p (N, V)."""
-    last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=-1)
-    at = (np.cumsum(p, axis=-1) <= np.asarray(draws)[:, None]).sum(axis=-1)
-    return np.asarray(np.minimum(at, last))
+    sums, draws = np.cumsum(p, axis=-1), np.asarray(draws)[:, None]
+    at = (sums <= draws).sum(axis=-1)
+    if (sums[:, -1:] <= draws).any():  # a sum that rounding left below 1
+        last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=-1)
+        at = np.minimum(at, last)
+    return np.asarray(at)
 
 
 def _top_k(p: Array, k: Array) -> Array:
@@ -123,17 +126,40 @@ def _typical(p: Array, typical_p: Array) -> Array:
 
 def _fewest(p: Array, order: Array, mass: Array) -> Array:
     """The first of each row in this order, as few as sum to the mass, at least one."""
-    ordered = np.take_along_axis(p, order, axis=-1)
+    rows = np.arange(len(p))[:, None]
+    ordered = p[rows, order]
     keep: Array = np.cumsum(ordered, axis=-1) - ordered < mass
     keep[:, 0] = True
     kept: Array = np.empty_like(keep)
-    np.put_along_axis(kept, order, keep, axis=-1)
+    kept[rows, order] = keep
     return kept
 
 
 FILTERS = (  # setting, the value that is off, what stays of p (N, V) under values (N, 1)
     ("top_k", 0, _top_k), ("top_p", 1, _top_p), ("min_p", 0, _min_p), ("typical_p", 1, _typical),
 )  # fmt: skip
+
+
+class Columns(NamedTuple):
+    """The settings of N streams, as a step needs them."""
+
+    temperature: Array  # (N, 1), 1 for greedy streams
+    greedy: Array  # (N,) bool
+    filters: list[tuple[Callable[[Array, Array], Array], Array | slice, Array]]
+    # each that is on: what stays, the streams it is on for, their values (n, 1)
+
+
+@lru_cache(maxsize=64)
+def _columns(configs: tuple[SampleConfig, ...]) -> Columns:
+    temperature = _column(configs, "temperature")
+    filters: list[tuple[Callable[[Array, Array], Array], Array | slice, Array]] = []
+    for name, off, keep in FILTERS:
+        value = _column(configs, name)
+        on = (value != off)[:, 0]
+        if on.any():
+            filters.append((keep, slice(None) if on.all() else on, value[on]))
+    greedy = temperature[:, 0] == 0
+    return Columns(np.where(temperature > 0, temperature, 1), greedy, filters)
 
 
 def _column(configs: Sequence[SampleConfig], name: str) -> Array:

@@ -145,8 +145,7 @@ class Writer:
 def write(writers: Sequence[Writer], logits: Array) -> list[int]:
     """The next token of each text, drawn from logits (n, V) and taken by its writer."""
     scores = np.array(logits, np.float64)
-    for writer, row in zip(writers, scores, strict=True):
-        row[writer.banned] = -np.inf
+    scores[:, writers[0].banned] = -np.inf  # of one model, so of one tokenizer
     chances = {i: log_softmax(scores[i]) for i, w in enumerate(writers) if w.n_likely is not None}
     for writer, row in zip(writers, scores, strict=True):
         penalise(row, writer.config, writer.prompt, writer.sample.ids)

@@ -140,7 +140,7 @@ class CharTokenizer:
         return str(self._code_of_id[spelled].tobytes(), "utf-32-le")
 
     def decoder(self) -> Callable[[int], str]:
-        return lambda token: self.decode([token])
+        return self._texts.__getitem__
 
     def unknown(self, text: str) -> dict[str, int]:
         lost = self.encode(text) == self.unk
@@ -164,6 +164,10 @@ class CharTokenizer:
         table = np.full(ord(self.chars[-1]) + 2, self.unk, np.int32)
         table[_code_points(self.chars)] = np.arange(len(self.chars))
         return table
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [self.decode([token]) for token in range(self.vocab_size)]
 
     @cached_property
     def _code_of_id(self) -> NDArray[np.uint32]:

@@ -155,7 +155,7 @@ def _advance(
     phases = ops.rope_phases(where.positions, config.head_size, copies, x.dtype.type)
     for i in range(config.n_layer):
         inputs = _shift(config, _norm(x), cache.last[i, 0, rows])
-        qkv = inputs @ w[f"h.{i}.attn.c_attn.weight"].T  # (B, T, 3C)
+        qkv = _product(inputs, w[f"h.{i}.attn.c_attn.weight"])  # (B, T, 3C)
         qk = qkv[:, :, : 2 * config.n_embd]
         if config.qk_norm:
             per_head = qk.reshape(b, t, copies, config.head_size)
@@ -163,10 +163,10 @@ def _advance(
         if config.position == "rope":
             ops.rotate(qk, phases)
         y = _attend(qkv, config, i, cache, where)  # (B, T, C)
-        x = x + y @ w[f"h.{i}.attn.c_proj.weight"].T
+        x = x + _product(y, w[f"h.{i}.attn.c_proj.weight"])
         inputs = _shift(config, _norm(x), cache.last[i, 1, rows])
-        h = np.maximum(inputs @ w[f"h.{i}.mlp.c_fc.weight"].T, 0)  # (B, T, F)
-        x = x + (h * h) @ w[f"h.{i}.mlp.c_proj.weight"].T
+        h = np.maximum(_product(inputs, w[f"h.{i}.mlp.c_fc.weight"]), 0)  # (B, T, F)
+        x = x + _product(h * h, w[f"h.{i}.mlp.c_proj.weight"])
     cache.lengths[rows] += t
     return x[:, -1]
 
@@ -204,6 +204,12 @@ def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, wher
         scores /= scores.sum(axis=-2, keepdims=True)
     y: Array = values[..., : where.n_read] @ scores  # (B, H, D, T)
     return y.transpose(0, 3, 1, 2).reshape(b, t, config.n_embd)
+
+
+def _product(x: Array, w: Array) -> Array:
+    """x wᵀ as one product of two matrices: NumPy would make one of each sequence. (B, T, K) and
+    (M, K) to (B, T, M)."""
+    return np.asarray((x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], len(w)))
 
 
 def _norm(x: Array) -> Array:
