@@ -100,7 +100,8 @@ def torch_kv(model: nanogpt.Model, n: int, n_threads: int) -> None:
     torch.set_num_threads(n_threads)
     block_size, c = model.wpe.weight.shape
     n_head = model.blocks[0].n_head
-    cache = torch.zeros(len(model.blocks), 2, n_head, block_size, c // n_head)
+    device = model.wpe.weight.device
+    cache = torch.zeros(len(model.blocks), 2, n_head, block_size, c // n_head, device=device)
     weights = [
         (
             b.norm1.weight, b.c_attn.weight, b.attn_proj.weight,
@@ -109,7 +110,7 @@ def torch_kv(model: nanogpt.Model, n: int, n_threads: int) -> None:
         for b in model.blocks
     ]  # fmt: skip
     wte, wpe, last_norm = model.wte.weight, model.wpe.weight, model.norm.weight
-    token = torch.zeros((1, 1), dtype=torch.long)
+    token = torch.zeros((1, 1), dtype=torch.long, device=device)
     for i in range(n):
         at = i % block_size
         x = wte[token[0]] + wpe[at]  # (1, C)
