@@ -82,13 +82,16 @@ def table(name: str, model: str, found: dict[str, dict[str, float]]) -> Found:
 
 
 class Peer:
-    """One of them, in its process, ready to run."""
+    """One of them in its process; `ready` before anything is timed."""
 
     def __init__(self, python: str, spec: dict[str, Any]) -> None:
         command = [python, __file__, json.dumps(spec)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.tokens = self.answer()["tokens"]  # of one run
+
+    def ready(self) -> int:
+        """Waits until it is; the tokens of one run."""
+        return int(self.answer()["tokens"])
 
     def run(self, n: int) -> float:
         """Seconds of n runs."""
@@ -119,12 +122,13 @@ def turns(
             python = sys.executable if spec["recipe"] else options.torch_python
             spec = {**spec, "cpu": options.device == "cpu"}
             peers[who] = stack.enter_context(contextlib.closing(Peer(python, spec)))
+        tokens = {who: peer.ready() for who, peer in peers.items()}
         seconds: dict[str, list[float]] = {who: [] for who in peers}
         for _ in range(2 if options.small else TURNS):
             for who, peer in peers.items():
                 peer.run(1)
                 seconds[who].append(peer.run(n) / n)
-        return rows(seconds, {who: peer.tokens for who, peer in peers.items()})
+        return rows(seconds, tokens)
 
 
 def peer(spec: dict[str, Any]) -> None:

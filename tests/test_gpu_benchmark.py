@@ -111,3 +111,21 @@ def options(**changes: Any) -> Namespace:
 def test_a_proof_that_does_not_hold_fails_the_part(gpu: Any) -> None:
     assert gpu.outcome({"holds": False, "tables": {}}) == "does not hold"
     assert gpu.outcome({"holds": True, "tables": {"t": [{"failed": "no memory"}]}}) == "failed"
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [("train", 4 * 8), ("decode", 1)])
+def test_peers_take_turns_each_in_its_process(mode: str, tokens: int, gpu: Any) -> None:
+    gpu_torch = importlib.import_module("gpu_torch")
+    given = {"preset": "mini", "batch_size": 4}
+    spec = {"mode": mode, "given": given, "vocab_size": 67, "small": True, "device": "cpu"}
+    specs = {recipe: {**spec, "recipe": recipe} for recipe in ("modern", "classic")}
+    found = gpu_torch.turns(options(), specs, 2)
+    assert list(found) == ["modern", "classic"]
+    for row in found.values():
+        assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["ms"], rel=0.01)
+
+
+def test_a_peer_that_dies_is_an_error_and_not_a_wait(gpu: Any) -> None:
+    gpu_torch = importlib.import_module("gpu_torch")
+    with pytest.raises(RuntimeError, match="a peer ended with code"):
+        gpu_torch.turns(options(), {"broken": {"recipe": "modern", "mode": "none"}}, 1)
