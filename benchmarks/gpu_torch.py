@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from turns import rows
@@ -28,7 +29,7 @@ WHICH += "print('cuda' if c.is_available() else 'mps' if m.is_available() else '
 
 def beside_torch(options: argparse.Namespace) -> Found:
     """Training at 6/6/384 × 256 and gpt2, and one stream of text."""
-    from gpu_training import GPT2, LARGE, TINY, attempt, goal
+    from gpu_training import DEFAULT, GPT2, LARGE, TINY, attempt, goal
 
     from mlx_randygpt.backends.mlx_backend import probe
 
@@ -39,7 +40,7 @@ def beside_torch(options: argparse.Namespace) -> Found:
     spec = {"device": where, "small": options.small}
     kinds = [(LARGE, 10, 1.0), (GPT2, 3, 0.9)] if not options.small else [(TINY, 2, 1.0)]
     for case, n, least in kinds:
-        more = {**spec, "mode": "train", "given": case.given, "vocab_size": case.vocab_size}
+        more = {**spec, "mode": "train", **shape(case)}
         peers = [("ours modern", "modern"), ("ours classic", "classic"), ("nanoGPT", "")]
 
         def measure(case: Any = case, n: int = n, more: Any = more, peers: Any = peers,
@@ -52,8 +53,7 @@ def beside_torch(options: argparse.Namespace) -> Found:
         yield from attempt("training", {"model": case.name}, measure)
 
     def decode() -> Found:
-        given = TINY.given if options.small else {}
-        more = {**spec, "mode": "decode", "given": given, "vocab_size": 67}
+        more = {**spec, "mode": "decode", **shape(TINY if options.small else DEFAULT)}
         peers = {"ours": {**more, "recipe": "modern"}, "PyTorch, KV cache": {**more, "recipe": ""}}
         found = turns(options, peers, 4 if options.small else 100)
         yield from table("decoding", "one stream", found)
@@ -61,6 +61,17 @@ def beside_torch(options: argparse.Namespace) -> Found:
         yield "goals", goal("one stream of text: × a PyTorch KV loop", ratio, 3.0)
 
     yield from attempt("decoding", {"model": "one stream"}, decode)
+
+
+def shape(case: Any) -> dict[str, Any]:
+    """What a peer must know of it: ours its options, PyTorch, which may lack this program's
+    libraries, its numbers."""
+    model, train = case.settings()
+    sizes = (model.vocab_size, model.block_size, model.n_layer, model.n_head, model.n_embd)
+    return {
+        "given": case.given, "vocab_size": case.vocab_size, "sizes": sizes,
+        "batch_size": train.batch_size,
+    }  # fmt: skip
 
 
 def torch_device(python: str, mlx_has_gpu: bool) -> tuple[str, str]:
@@ -86,8 +97,11 @@ class Peer:
 
     def __init__(self, python: str, spec: dict[str, Any]) -> None:
         command = [python, __file__, json.dumps(spec)]
+        env = dict(os.environ)
+        if not spec["recipe"]:  # PyTorch's interpreter may lack this package
+            env["PYTHONPATH"] = str(Path(__file__).parents[1])
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
 
     def ready(self) -> int:
         """Waits until it is; the tokens of one run."""
@@ -180,46 +194,36 @@ def ours(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     return speed.built(model, train), model, train
 
 
-def sizes(spec: dict[str, Any]) -> tuple[Any, Any]:
-    """Model and training settings of the same sizes, for PyTorch's side: no MLX there."""
-    from mlx_randygpt.cli import settings
-
-    return settings.fresh(spec["given"], spec["vocab_size"])
-
-
 def their_training(spec: dict[str, Any]) -> tuple[Run, int]:
     import nanogpt
     import numpy as np
     import torch
 
     torch.set_float32_matmul_precision("high")  # TF32, as MLX has it by default
-    model, train = sizes(spec)
+    vocab_size, block_size, *_ = spec["sizes"]
     trainer = nanogpt.NanoGPT(
-        model.vocab_size, model.block_size, model.n_layer, model.n_head, model.n_embd,
-        train.batch_size, 10_000, 1, spec["device"], "bfloat16", not spec["small"],
+        *spec["sizes"], spec["batch_size"], 10_000, 1, spec["device"], "bfloat16",
+        not spec["small"],
     )  # fmt: skip
-    size = max(2**18, 2 * model.block_size)
-    tokens = np.random.default_rng(0).integers(model.vocab_size, size=size, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(vocab_size, size=2**18, dtype=np.int32)
 
     def run(n: int) -> None:
         for i in range(n):
             trainer.step(i, tokens)
         next(trainer.model.parameters()).sum().item()  # waits for the device
 
-    return run, train.batch_size * model.block_size
+    return run, spec["batch_size"] * block_size
 
 
 def their_text(spec: dict[str, Any]) -> tuple[Run, int]:
     import nanogpt
     import torch
-    from decode import torch_kv
+    from torch_decode import torch_kv
 
-    model, _ = sizes(spec)
-    shape = (model.vocab_size, model.block_size, model.n_layer, model.n_head, model.n_embd)
-    net = nanogpt.Model(*shape).eval().to(spec["device"])
+    net = nanogpt.Model(*spec["sizes"]).eval().to(spec["device"])
 
     def run(n: int) -> None:
-        torch_kv(net, n, torch.get_num_threads())
+        torch_kv(net, n)
         if spec["device"] == "cuda":
             torch.cuda.synchronize()
 
