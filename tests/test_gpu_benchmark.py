@@ -129,3 +129,14 @@ def test_a_peer_that_dies_is_an_error_and_not_a_wait(gpu: Any) -> None:
     gpu_torch = importlib.import_module("gpu_torch")
     with pytest.raises(RuntimeError, match="a peer ended with code"):
         gpu_torch.turns(options(), {"broken": {"recipe": "modern", "mode": "none"}}, 1)
+
+
+def test_the_sizes_are_those_of_the_table(gpu: Any) -> None:
+    from mlx_randygpt.state import parameter_count
+
+    speed = importlib.import_module("gpu_training")
+    models = [case.settings()[0] for case in speed.cases(small=False)]
+    shapes = [(m.n_layer, m.n_head, m.n_embd, m.block_size) for m in models]
+    assert shapes == [(6, 8, 128, 64), (6, 6, 384, 256), (12, 12, 768, 1024)]
+    assert all(m.block_size % 128 == 0 and m.head_size == 64 for m in models[1:])
+    assert parameter_count(models[2]) == 84_934_656 + 2 * 50304 * 768
