@@ -17,8 +17,7 @@ from pathlib import Path
 import nanogpt
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch_decode import nanogpt_generate, torch_kv
 from turns import Runners, interleave, rows, save, show
 
 from mlx_randygpt.backends import numpy_cache
@@ -49,9 +48,11 @@ def main() -> None:
         "ours": ours(options.preset, 1, n, compiled=True),
         "ours without numba": ours(options.preset, 1, n, compiled=False),
         many: ours(options.preset, options.streams, n, compiled=True),
-        "torch kv, 1 thread": lambda: torch_kv(model, n, 1),
-        "torch kv": lambda: torch_kv(model, n, available_cores()),
-        "nanogpt generate": lambda: nanogpt_generate(model, preset.block_size, n),
+        "torch kv, 1 thread": threaded(1, lambda: torch_kv(model, n)),
+        "torch kv": threaded(available_cores(), lambda: torch_kv(model, n)),
+        "nanogpt generate": threaded(
+            available_cores(), lambda: nanogpt_generate(model, preset.block_size, n)
+        ),
     }
     tokens = dict.fromkeys(runners, n) | {many: options.streams * n}
     found = rows(interleave(runners, options.turns, 1), tokens)
@@ -80,52 +81,12 @@ def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callabl
     return run
 
 
-def draw(logits: Tensor) -> Tensor:
-    """As nanoGPT draws: (1, V) -> (1, 1)."""
-    logits = logits / 0.8
-    smallest = torch.topk(logits, 50).values[:, -1:]
-    p = F.softmax(logits.masked_fill(logits < smallest, -torch.inf), dim=-1)
-    return torch.multinomial(p, 1)
+def threaded(n_threads: int, run: Callable[[], None]) -> Callable[[], None]:
+    def with_threads() -> None:
+        torch.set_num_threads(n_threads)
+        run()
 
-
-@torch.no_grad()
-def nanogpt_generate(model: nanogpt.Model, block_size: int, n: int) -> None:
-    torch.set_num_threads(available_cores())
-    tokens = torch.zeros((1, 1), dtype=torch.long)
-    for _ in range(n):
-        tokens = torch.cat([tokens, draw(model(tokens[:, -block_size:])[:, -1])], dim=1)
-
-
-@torch.inference_mode()
-def torch_kv(model: nanogpt.Model, n: int, n_threads: int) -> None:
-    """One token at a time over keys and values that were allocated once; a full window starts
-    again, which costs it nothing."""
-    torch.set_num_threads(n_threads)
-    block_size, c = model.wpe.weight.shape
-    n_head = model.blocks[0].n_head
-    cache = torch.zeros(len(model.blocks), 2, n_head, block_size, c // n_head)
-    weights = [
-        (
-            b.norm1.weight, b.c_attn.weight, b.attn_proj.weight,
-            b.norm2.weight, b.c_fc.weight, b.mlp_proj.weight,
-        )
-        for b in model.blocks
-    ]  # fmt: skip
-    wte, wpe, last_norm = model.wte.weight, model.wpe.weight, model.norm.weight
-    token = torch.zeros((1, 1), dtype=torch.long)
-    for i in range(n):
-        at = i % block_size
-        x = wte[token[0]] + wpe[at]  # (1, C)
-        for kv, (norm1, c_attn, attn_proj, norm2, c_fc, mlp_proj) in zip(
-            cache, weights, strict=True
-        ):
-            qkv = F.linear(F.layer_norm(x, (c,), norm1), c_attn).view(3, n_head, 1, -1)
-            kv[:, :, at] = qkv[1:, :, 0]
-            seen = kv[:, :, : at + 1]
-            y = F.scaled_dot_product_attention(qkv[0], seen[0], seen[1])
-            x = x + F.linear(y.view(1, c), attn_proj)
-            x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, (c,), norm2), c_fc)), mlp_proj)
-        token = draw(F.linear(F.layer_norm(x, (c,), last_norm), wte))
+    return with_threads
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02 / (2 * n_layer) ** 0.5 if "proj" in name else 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.wte(x) + self.wpe(torch.arange(x.shape[1]))  # (B, T, C)
+        h = self.wte(x) + self.wpe(torch.arange(x.shape[1], device=x.device))  # (B, T, C)
         for block in self.blocks:
             h = block(h)
         return self.norm(h) @ self.wte.weight.T  # (B, T, V)
@@ -59,9 +59,14 @@ class NanoGPT:
     def __init__(
         self, vocab: int, block_size: int, n_layer: int, n_head: int, n_embd: int,
         batch_size: int, steps: int, seed: int,
+        device: str = "cpu", dtype: str = "float32", compiled: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
-        self.model = Model(vocab, block_size, n_layer, n_head, n_embd)
+        self.model = Model(vocab, block_size, n_layer, n_head, n_embd).to(device)
+        self.run = torch.compile(self.model) if compiled else self.model
+        half = dtype == "bfloat16"
+        self.cast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
+        self.device = device
         self.block_size, self.batch_size = block_size, batch_size
         self.steps, self.seed = steps, seed
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
@@ -76,20 +81,28 @@ class NanoGPT:
         lr = learning_rate(i, iters=self.steps, warmup=100, lr=1e-3, min_lr=1e-4, schedule="cosine")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        x, y = torch.from_numpy(batch.x()).long(), torch.from_numpy(batch.y()).long()
-        loss = F.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
+        x, y = self.there(batch.x()), self.there(batch.y())
+        with self.cast:
+            loss = F.cross_entropy(self.run(x).flatten(0, 1), y.flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+
+    def there(self, ids: Array) -> Tensor:
+        """Token ids on the device, without waiting for it where it can."""
+        tokens = torch.from_numpy(ids).long()
+        if self.device == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def loss(self, tokens: Array) -> float:
         """Mean over all of `tokens`, in the windows that `mlxgpt eval` takes."""
         nats, n_targets = 0.0, 0
         for batch in eval_batches(tokens, self.block_size, 64):
-            logits = self.model(torch.from_numpy(batch.x()).long()).flatten(0, 1)
-            y = torch.from_numpy(batch.y()).long().flatten()
+            logits = self.model(self.there(batch.x())).flatten(0, 1)
+            y = self.there(batch.y()).flatten()
             nats += float(F.cross_entropy(logits, y, ignore_index=-1, reduction="sum"))
             n_targets += batch.n_targets()
         return nats / n_targets

@@ -69,14 +69,18 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
         yield Finding("finite differences (float64) · NumPy", name, float(error), DIFFERENCE_BOUND)
 
 
-def cross_check(model: ModelConfig, params: Params, seed: int, other: str) -> Iterator[Finding]:
-    """Gradients of NumPy against another backend's, float32, tensor by tensor."""
+def cross_check(
+    model: ModelConfig, params: Params, seed: int, other: str,
+    dtype: str = "float32", bound: float = GRADIENT_BOUND,
+) -> Iterator[Finding]:  # fmt: skip
+    """Gradients of NumPy, float32, against another backend's in `dtype`, tensor by tensor."""
     batch, train, state = _batch(model, seed, 0), TrainConfig(seed=seed), TrainState(0, params, {})
     _, ours = make_backend("numpy", model, train, state).loss_and_grads(batch)
+    train = replace(train, dtype=dtype)
     _, theirs = make_backend(other, model, train, state).loss_and_grads(batch)
     for name in ours:
         error = distance(theirs[name], ours[name])
-        yield Finding(f"gradients · NumPy, {other}", name, error, GRADIENT_BOUND)
+        yield Finding(f"gradients · NumPy, {other}", name, error, bound)
 
 
 def trajectory(

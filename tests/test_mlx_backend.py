@@ -19,7 +19,7 @@ pytest.importorskip("mlx.core", exc_type=ImportError)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_randygpt.backends import mlx_backend
+from mlx_randygpt.backends import mlx_backend, mlx_model
 from mlx_randygpt.backends.mlx_backend import MLXBackend
 from mlx_randygpt.backends.mlx_optimizer import newton_schulz
 from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
@@ -230,9 +230,32 @@ def test_two_half_batches_make_the_step_of_one_whole(recipe: str) -> None:
         np.testing.assert_allclose(got[name], m, atol=5e-6 * abs(m).max())  # measured: 6e-7
 
 
+@pytest.mark.parametrize("few_rows", [mlx_model.FEW_ROWS, 0])
+def test_bfloat16_adds_up_the_gradient_of_the_embedding_in_float32(
+    few_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlx_model, "FEW_ROWS", few_rows)
+    batch = Batch.of(tokens(1024, T + 1) % 3)  # 5,000 positions of each id that occurs
+    half = backend("modern", train_config("modern", dtype="bfloat16"), n_layer=1)
+    full = backend("modern", n_layer=1)
+    got, expected = (b.loss_and_grads(batch)[1]["wte.weight"] for b in (half, full))
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert error < 0.1  # measured: 0.012; added up in bfloat16, 0.62
+
+
+@pytest.mark.parametrize("few_rows", [mlx_model.FEW_ROWS, 0])
+def test_the_embedding_gives_its_rows_to_the_bit(
+    few_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlx_model, "FEW_ROWS", few_rows)
+    table = mlx_model.Embedding(V, 8)
+    ids = mx.array(tokens(3, T))
+    assert np.array_equal(table(ids), np.array(table.weight)[np.array(ids)])
+
+
 @pytest.fixture
 def on_the_cpu() -> Iterator[None]:
-    """A GPU may add up the gradient of wte in any order; a CPU has one."""
+    """It has one order for each sum; what a GPU does, benchmarks/gpu.py says."""
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield

@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 EPS = 1e-5  # of every RMSNorm
 ROPE_BASE = 10000.0
+FEW_ROWS = 1024  # of an embedding; for more, its product would cost as much as the head's
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,22 @@ def shift(x: mx.array, cache: Any, slot: int) -> mx.array:
         cache.last[slot] = x[:, -1:, :half]
     before = mx.concatenate([before, x[:, :-1, :half]], axis=1)  # (B, T, C/2)
     return mx.concatenate([before, x[:, :, half:]], axis=-1)
+
+
+class Embedding(nn.Embedding):  # type: ignore[misc]
+    """MLX's values, with another gradient: that of a frequent id is a sum over thousands of
+    positions, of which bfloat16 loses most, and a GPU adds them in any order. A product adds in
+    float32 and in one order."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        table = self.weight  # (V, C)
+        if ids.shape[-1] == 1:  # decoding
+            return table[ids]
+        if len(table) > FEW_ROWS:
+            return table.astype(mx.float32)[ids].astype(table.dtype)  # (B, T, C)
+        hot = (ids[..., None] == mx.arange(len(table))).astype(table.dtype)  # (B, T, V)
+        product = hot @ table  # (B, T, C)
+        return mx.stop_gradient(table[ids] - product) + product  # TF32 rounds products
 
 
 class Attention(nn.Module):  # type: ignore[misc]
@@ -135,7 +152,7 @@ class GPT(nn.Module):  # type: ignore[misc]
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.wte = nn.Embedding(args.vocab_size, args.n_embd)
+        self.wte = Embedding(args.vocab_size, args.n_embd)
         if args.position == "learned":
             self.wpe = nn.Embedding(args.block_size, args.n_embd)
         self.h = [Block(args) for _ in range(args.n_layer)]
