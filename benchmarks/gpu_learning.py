@@ -11,8 +11,10 @@ from gpu_training import LARGE, TINY, goal, steps
 from learning import Ours
 from turns import timed
 
-from mlx_randygpt.data.corpus import Corpus, encode_corpus, find_files, read_texts
-from mlx_randygpt.tokenizer import CharTokenizer
+from mlx_randygpt.data.corpus import Corpus, Loader
+from mlx_randygpt.data.files import find_files
+from mlx_randygpt.data.vocabulary import Vocabulary
+from mlx_randygpt.tokenizer import Tokenizer
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 MOST_STEPS = 2000
@@ -26,9 +28,7 @@ def learning(options: argparse.Namespace) -> Found:
     if not options.data:
         yield "skipped", {"why": "no text; give tiny Shakespeare with --data"}
         return
-    texts = read_texts(find_files([options.data]))
-    tokenizer = CharTokenizer.train(texts.values())
-    corpus = encode_corpus(texts, tokenizer)
+    tokenizer, corpus = Loader().load(find_files([options.data]), Vocabulary())
     given = {**(TINY if options.small else LARGE).given, "dtype": "bfloat16"}
     iters = 40 if options.small else affordable(given, tokenizer, corpus)
     run = Ours({**given, "iters": iters}, tokenizer, corpus, "mlx")
@@ -48,7 +48,7 @@ def learning(options: argparse.Namespace) -> Found:
     yield "goals", goal(f"seconds to a validation loss of {GOAL_LOSS}", reached, most=GOAL_SECONDS)
 
 
-def affordable(given: dict[str, Any], tokenizer: CharTokenizer, corpus: Corpus) -> int:
+def affordable(given: dict[str, Any], tokenizer: Tokenizer, corpus: Corpus) -> int:
     """Steps that fit RUN_SECONDS, at the pace of a few."""
     trial = Ours({**given, "iters": MOST_STEPS}, tokenizer, corpus, "mlx")
     steps(trial.backend, trial.train, corpus.train, 5)

@@ -169,16 +169,20 @@ def our_training(spec: dict[str, Any]) -> tuple[Run, int]:
 
 
 def our_text(spec: dict[str, Any]) -> tuple[Run, int]:
-    from mlx_randygpt.sample import SampleConfig, Stream, pick, probabilities
+    import numpy as np
+
+    from mlx_randygpt.filters import SampleConfig, pick, probabilities
+    from mlx_randygpt.sample import Streams
     from mlx_randygpt.state import rng
 
     backend, model, _ = ours(spec)
-    config, random = SampleConfig(seed=1), rng(1, "sample", 0)
+    configs, random = [SampleConfig(seed=1)], rng(1, "sample", 0)
 
     def run(n: int) -> None:
-        stream = Stream(backend, model, [[0]])
+        streams = Streams(backend, model, 1)
+        logits = streams.join(np.zeros((1, 1), np.int32))
         for _ in range(n):
-            stream.append([pick(probabilities(stream.logits[0], config), random)])
+            logits = streams.append(pick(probabilities(logits, configs), random.random(1)).tolist())
 
     return run, 1
 
