@@ -24,8 +24,9 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules"},
     {"reports"},
     {"writer"},
-    {"tally", "curve", "train", "sample", "evaluation"},
-    {"dashboard", "serve", "exchange", "check", "bench", "find_lr"},
+    {"tally", "curve", "metrics", "train", "sample", "evaluation"},
+    {"dashboard", "serve", "exchange", "check", "bench", "find_lr", "charts"},
+    {"chart_png"},
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
@@ -34,6 +35,7 @@ OPTIONAL = {"backends.numba_decode"}  # numpy_cache says the same and runs witho
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
     "numba": ("backends.numba_",),
+    "matplotlib": ("chart_png",),
     "click": ("cli",),
     "rich": ("cli", "dashboard"),
     "threadpoolctl": ("cli", "backends."),

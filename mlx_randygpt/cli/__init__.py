@@ -21,6 +21,8 @@ COMMANDS = {
     "sample": ("sample", "Let a trained model write."),
     "eval": ("evaluate", "Score a checkpoint on a whole split: loss, perplexity, bits per byte."),
     "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
+    "plot": ("plot", "Draw the curves of runs, in the terminal or as a picture."),
+    "runs": ("runs", "List and compare runs, the best first."),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
     "presets": ("presets", "List the named sizes with their parameter counts."),
