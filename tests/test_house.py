@@ -25,8 +25,8 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"reports"},
     {"writer"},
     {"tally", "curve", "metrics", "train", "sample", "evaluation"},
-    {"dashboard", "serve", "exchange", "check", "bench", "find_lr", "charts"},
-    {"chart_png"},
+    {"dashboard", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"},
+    {"chart_png", "insight_page"},
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")

@@ -23,6 +23,7 @@ COMMANDS = {
     "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
     "plot": ("plot", "Draw the curves of runs, in the terminal or as a picture."),
     "runs": ("runs", "List and compare runs, the best first."),
+    "inspect": ("inspect", "Show what a model has learned, as a page."),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
     "presets": ("presets", "List the named sizes with their parameter counts."),

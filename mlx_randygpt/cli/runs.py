@@ -73,7 +73,8 @@ def _table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         settings = "  ".join(f"{name}={shown(value)}" for name, value in row["settings"].items())
         table.add_row(
-            Text(clean(row["run"]), "bold"), _loss(row["best_loss"]), f"{row['best_step'] or 0:,}", _loss(row["last_loss"]),
+            Text(clean(row["run"]), "bold"),
+            _loss(row["best_loss"]), f"{row['best_step'] or 0:,}", _loss(row["last_loss"]),
             _loss(row["train_loss"]), f"{row['step']:,}", duration(row["seconds"]),
             _count(row["tokens"]),
         )  # fmt: skip
