@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from mlx_randygpt import metrics
+from mlx_randygpt.cli.folder import metrics_row
 from mlx_randygpt.metrics import MetricsError, differing, read_run, smooth
+from mlx_randygpt.reports import EvalLog, StepLog
 
 
 def row(step: int, loss: float, **more: Any) -> str:
@@ -75,13 +77,16 @@ def test_torn_lines_and_values_that_are_not_finite_are_left_out(tmp_path: Path) 
     assert run.evaluations == []
 
 
-def test_what_was_written_by_a_run_is_read_without_json(tmp_path: Path) -> None:
+def test_rows_of_a_run_are_read_without_json() -> None:
     """Else a million rows take four times as long."""
-    text = row(1, 2.123456789012345) + row(2, 11.5, lr=6.6e-05) + evaluation(2, 1.25)
-    table, evaluations = metrics._parse(text.encode())
-    assert len(metrics._ROW.findall(text.encode())) == len(table) == 2
-    assert table[:, 2].tolist() == [0.01, 6.6e-05]
-    assert evaluations[0]["val_loss"] == 1.25
+    logs = [StepLog(1, 2.1234567890123, 0.01, 11.5, 64, 1000.5, 0.5, 0),
+            StepLog(2, 0.5, 6.6e-05, 0.25, 128, 99999.0, 1e-05, 0),
+            EvalLog(2, 1.25, 1.8, 1.25, 2, 0.5)]  # fmt: skip
+    text = "".join(json.dumps(metrics_row(log, 1)) + "\n" for log in logs).encode()
+    table, evaluations = metrics._parse(text)
+    assert len(metrics._ROW.findall(text)) == len(table) == 2
+    assert table.tolist() == [[1, 2.123456789, 0.01, 11.5, 1000], [2, 0.5, 6.6e-05, 0.25, 99999]]
+    assert [found["val_loss"] for found in evaluations] == [1.25]
 
 
 def test_a_smoothed_line_keeps_a_constant_and_the_middle_of_a_slope() -> None:

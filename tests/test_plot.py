@@ -41,6 +41,15 @@ def test_the_terminal_shows_four_charts_in_80_columns(two: list[str]) -> None:
     assert "●" in done.stdout
 
 
+def test_the_highest_rate_is_inside_its_chart(tmp_path: Path) -> None:
+    rates = [0.02 * min(s / 10, 1 - s / 200, 1) for s in range(1, 201)]
+    write(tmp_path / "a", "".join(row(s, 2.0, lr=lr) for s, lr in enumerate(rates, 1)))
+    lines = call("plot", str(tmp_path / "a")).stdout.splitlines()
+    at = lines.index("learning rate")
+    assert float(lines[at + 1].split()[0]) == pytest.approx(max(rates), rel=0.06)
+    assert float(lines[at + 5].split()[0]) == 0.0
+
+
 @pytest.mark.parametrize("suffix", ["svg", "html"])
 def test_a_picture_is_whole_and_asks_for_nothing(
     suffix: str, two: list[str], tmp_path: Path

@@ -82,10 +82,12 @@ def _draw(records: list[RunRecord], span: float) -> None:
 def chart(records: list[RunRecord], name: str, title: str, width: int, span: float) -> list[Text]:
     """A title, the lines of all runs in braille dots, each with its letter at its end, and the
     steps below; of the loss also the evaluations, as ●."""
+    import numpy as np
     from rich.text import Text
 
     from mlx_randygpt.charts import drawn as line_of
-    from mlx_randygpt.curve import draw, frame
+    from mlx_randygpt.charts import limits
+    from mlx_randygpt.curve import Frame, draw, frame
 
     lines = [
         list(zip(table[:, 0].tolist(), line_of(name, table, span).tolist(), strict=True))
@@ -100,7 +102,11 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
         return []
     n_rows, last = HEIGHTS[name != "loss"], int(max(step for step, _ in points))
     size = (width - AXIS - 3, n_rows)
-    area = frame(points, (), (0, last), size)
+    if name in ("loss", "grad_norm"):  # their first values may leave the top
+        area = frame(points, (), (0, last), size)
+    else:
+        low, high = limits(np.array([value for _, value in points]), log=False)
+        area = Frame(0, last, low, high, *size)
     rows = [[(" ", "")] * (size[0] + 2) for _ in range(n_rows)]
     for i, (line, mark) in enumerate(zip(lines, marks, strict=True)):
         style = STYLES[i % len(STYLES)]
@@ -124,7 +130,7 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
 
 
 def _value(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _letter(i: int) -> str:
