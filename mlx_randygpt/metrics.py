@@ -28,10 +28,11 @@ HABITS = ("eval_every", "sample_every", "save_every", "log_every", "keep_every",
 N_BUCKETS = 2048  # of a series: more than a picture has columns
 BLOCK = 1 << 18  # bytes parsed at a time: they stay in a core's cache
 _ROW = re.compile(
-    rb'\{"step": (\d+), "loss": (\d+\.\d{1,9})\d*, "lr": ([^,]+), "grad_norm": (\d+\.\d{1,9})\d*, '
-    rb'"tokens": \d+, "tokens_per_second": (\d+)\.\d+, "seconds": [\d.e-]+\}\n'
+    rb'\{"step": (\d{1,15}), "loss": (\d+\.\d{1,9})\d*, "lr": (\d[\d.e-]*), '
+    rb'"grad_norm": (\d+\.\d{1,9})\d*, "tokens": \d+, "tokens_per_second": (\d+)\.\d+, '
+    rb'"seconds": [\d.e-]+\}\n'
 )  # as `mlxgpt train` writes it, to nine places; a block with any other line is read as JSON
-_EVALUATION = re.compile(rb'\{"step": \d+, "val_loss": .*\}\n')
+_EVALUATION = b'"val_loss"'
 
 
 class MetricsError(UserError, ValueError):
@@ -170,27 +171,41 @@ def _parse(block: bytes) -> tuple[Array, list[dict[str, Any]]]:
     """Steps as (n, 5) of step and `NAMES`, in the order of the lines; and the evaluations. A line
     that is no JSON object is left out: a torn last one, or what a full disk left."""
     found = [text for row in _ROW.findall(block) for text in row]
-    columns = [list(map(float, found[i::5])) for i in range(5)]
-    evaluations = _EVALUATION.findall(block)
-    if len(columns[0]) + len(evaluations) == block.count(b"\n") and block.endswith(b"\n"):
-        return np.array(columns).T, [row for line in evaluations if (row := _row(line))]
+    evaluations = list(_lines_with(_EVALUATION, block))
+    if len(found) // 5 + len(evaluations) == block.count(b"\n") and block.endswith(b"\n"):
+        table = np.empty((len(found) // 5, 5))
+        for i in range(5):
+            table[:, i] = np.fromiter(map(float, found[i::5]), np.float64, len(table))
+        return table, [row for line in evaluations if (row := _row(line))]
     rows = [row for line in block.split(b"\n") if line and (row := _row(line))]
     steps = [[_value(row, n) for n in ("step", *NAMES)] for row in rows if "val_loss" not in row]
     return np.array(steps).reshape(-1, 5), [row for row in rows if "val_loss" in row]
 
 
+def _lines_with(mark: bytes, block: bytes) -> Iterator[bytes]:
+    """The whole lines that hold `mark`: a search that costs next to nothing."""
+    at = block.find(mark)
+    while at >= 0:
+        start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at)
+        end = len(block) if end < 0 else end
+        yield block[start:end]
+        at = block.find(mark, end)
+
+
 def _row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    fits = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
+    fits = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 10**15
     return row if fits else {}
 
 
 def _value(row: dict[str, Any], name: str) -> float:
     value = row.get(name)
-    return float(value) if isinstance(value, int | float) else math.nan
+    if isinstance(value, int | float) and abs(value) < 1e300:
+        return float(value)
+    return math.nan
 
 
 def _unrepeated(table: Array, earliest: float) -> Array:
@@ -207,5 +222,5 @@ def _last_row(block: bytes) -> dict[str, Any]:
 def _settings(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # a metrics file alone has none

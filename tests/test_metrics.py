@@ -71,9 +71,10 @@ def test_of_a_step_taken_twice_the_later_line_counts(
 def test_torn_lines_and_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     strange = row(2, math.nan) + row(3, math.inf) + row(4, 1.0).replace("1.0", "null", 1)
     text = row(1, 4.0) + strange + row(5, 2.0) + evaluation(5, math.nan) + "[1]\nnonsense\n"
+    text += "[" * 99999 + "\n" + row(9, 1.0).replace("9", "9" * 400, 1) + row(5, 2.0, lr=10**400)
     run = read_run(write(tmp_path / "a", text + row(6, 1.0)[:40]))
     assert run.series["loss"][:, :2].tolist() == [[1, 4.0], [5, 2.0]]
-    assert run.series["lr"][:, 0].tolist() == [1, 2, 3, 4, 5]
+    assert run.series["lr"][:, 0].tolist() == [1, 2, 3, 4]
     assert run.evaluations == []
 
 
