@@ -44,4 +44,4 @@ def write_png(path: Path, records: Sequence[RunRecord], span: float) -> None:
 
 def _losses(records: Sequence[RunRecord]) -> Array:
     tables = [record.series[name] for record in records for name in ("loss", "val_loss")]
-    return np.concatenate([table[:, 1] for table in tables])
+    return np.concatenate([table[:, 1:].ravel() for table in tables])

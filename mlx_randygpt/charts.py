@@ -95,7 +95,7 @@ def _panel(
     marks = [
         record.series["val_loss"] if name == "loss" else np.empty((0, 4)) for record in records
     ]
-    values = np.concatenate([*(t[:, 1] for t in tables), *(m[:, 1] for m in marks)])
+    values = np.concatenate([t[:, 1:].ravel() for t in (*tables, *marks)])
     note = " · training, smoothed; ● validation" if name == "loss" else ""
     parts = [f'<text x="{LEFT}" y="-10" font-weight="600">{title}'
              f'<tspan font-weight="400" opacity=".7">{note}</tspan></text>']  # fmt: skip

@@ -74,7 +74,8 @@ def test_the_line_of_a_picture_is_where_its_values_are(two: list[str], tmp_path:
     root = ElementTree.parse(file).getroot()
     dots = root.findall(".//{http://www.w3.org/2000/svg}circle")
     low, high = limits(
-        np.array([4 / (1 + 0.2 * s) for s in range(1, 101)] + [5.0, 5 / 11, 5 / 21]), log=False
+        np.array([4 / (1 + 0.2 * s) for s in range(1, 101)] + [5.0, 5 / 11, 5 / 21]).repeat(3),
+        log=False,
     )
     at = [260 * (1 - (5.0 / (1 + 0.2 * s) - low) / (high - low)) for s in (50, 100)]
     found = [float(dot.get("cy", "nan")) for dot in dots[1:]]
