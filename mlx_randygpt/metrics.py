@@ -29,8 +29,7 @@ N_BUCKETS = 2048  # of a series: more than a picture has columns
 BLOCK = 1 << 18  # bytes parsed at a time: they stay in a core's cache
 _ROW = re.compile(
     rb'\{"step": (\d{1,15}), "loss": (\d+\.\d{1,9})\d*, "lr": (\d[\d.e-]*), '
-    rb'"grad_norm": (\d+\.\d{1,9})\d*, "tokens": \d+, "tokens_per_second": (\d+)\.\d+, '
-    rb'"seconds": [\d.e-]+\}\n'
+    rb'"grad_norm": (\d+\.\d{1,9})\d*, "tokens": \d+, "tokens_per_second": (\d+)\.\d'
 )  # as `mlxgpt train` writes it, to nine places; a block with any other line is read as JSON
 _EVALUATION = b'"val_loss"'
 
@@ -170,12 +169,12 @@ def _blocks_from_the_end(file: Path) -> Iterator[bytes]:
 def _parse(block: bytes) -> tuple[Array, list[dict[str, Any]]]:
     """Steps as (n, 5) of step and `NAMES`, in the order of the lines; and the evaluations. A line
     that is no JSON object is left out: a torn last one, or what a full disk left."""
-    found = [text for row in _ROW.findall(block) for text in row]
+    found = _ROW.findall(block)
     evaluations = list(_lines_with(_EVALUATION, block))
-    if len(found) // 5 + len(evaluations) == block.count(b"\n") and block.endswith(b"\n"):
-        table = np.empty((len(found) // 5, 5))
-        for i in range(5):
-            table[:, i] = np.fromiter(map(float, found[i::5]), np.float64, len(table))
+    if len(found) + len(evaluations) == block.count(b"\n") and block.endswith(b"\n"):
+        table = np.empty((len(found), 5))
+        for i, texts in enumerate(zip(*found, strict=True)):
+            table[:, i] = np.fromiter(map(float, texts), np.float64, len(table))
         return table, [row for line in evaluations if (row := _row(line))]
     rows = [row for line in block.split(b"\n") if line and (row := _row(line))]
     steps = [[_value(row, n) for n in ("step", *NAMES)] for row in rows if "val_loss" not in row]
