@@ -24,8 +24,9 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
-    {"tally", "curve", "train", "filters", "sample", "beams", "evaluation"},
-    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr"},
+    {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"},
+    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"},
+    {"chart_png", "insight_page"},
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
@@ -34,6 +35,7 @@ OPTIONAL = {"backends.numba_decode"}  # numpy_cache says the same and runs witho
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
     "numba": ("backends.numba_",),
+    "matplotlib": ("chart_png",),
     "click": ("cli",),
     "rich": ("cli", "dashboard"),
     "starlette": ("serve", "cli.serve"),

@@ -40,7 +40,8 @@ def command(mode: str, backend: str, json: bool, **options: Any) -> None:
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.bench import measure_sampling, measure_training
     from mlx_randygpt.cli import settings
-    from mlx_randygpt.cli.job import describe_backend, describe_model
+    from mlx_randygpt.cli.job import describe_model
+    from mlx_randygpt.cli.model import describe_backend
     from mlx_randygpt.state import TrainState, initial_params
 
     given = {name: value for name, value in options.items() if value is not None}

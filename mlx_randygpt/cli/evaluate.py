@@ -46,7 +46,7 @@ def command(
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.cli import settings, text
-    from mlx_randygpt.cli.job import describe_backend
+    from mlx_randygpt.cli.model import describe_backend
     from mlx_randygpt.evaluation import evaluate
     from mlx_randygpt.tokenizer import tokenizer_from_json
 

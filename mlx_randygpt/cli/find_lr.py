@@ -45,7 +45,7 @@ def command(
     """
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.cli import settings, text
-    from mlx_randygpt.cli.job import describe_backend
+    from mlx_randygpt.cli.model import describe_backend
     from mlx_randygpt.data.corpus import check_length
     from mlx_randygpt.find_lr import range_test, suggest
     from mlx_randygpt.state import TrainState, initial_params

@@ -143,7 +143,7 @@ class RunFolder:
         """One line of metrics.jsonl; a disk that refuses is noted in `problem`, once."""
         if self.problem:
             return
-        values = _metrics(report, log_every)
+        values = metrics_row(report, log_every)
         try:
             if values:
                 self._metrics.write(json.dumps(values) + "\n")
@@ -171,7 +171,8 @@ def no_checkpoint(folder: Path) -> str:
     )
 
 
-def _metrics(report: Report, log_every: int) -> dict[str, Any]:
+def metrics_row(report: Report, log_every: int) -> dict[str, Any]:
+    """The row of metrics.jsonl that a report makes; {} where it makes none."""
     if isinstance(report, StepLog) and report.step % log_every == 0:
         names = "step loss bits_per_byte lr grad_norm tokens tokens_per_second seconds"
     elif isinstance(report, EvalLog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from mlx_randygpt.backends.base import Backend, BackendError
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError, load_checkpoint
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
+from mlx_randygpt.cli.loggers import Loggers
+from mlx_randygpt.cli.model import describe_backend
 from mlx_randygpt.cli.resume import before_decay, changes, same_tokenizer, same_vocabulary
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.view import Shown, choose_console
@@ -86,6 +89,8 @@ def train_command(job: Job) -> int:
         name, why = choose(job.backend)
         run, state, description, notes = prepare(job, saved, name)
         backend = make_backend(name, run.model, run.train, state)
+        loggers = Loggers(job.given.get("log", ()), notes.append)
+        loggers.begin(job.out, asdict(run.model) | asdict(run.train))
         kept = folder.keep_best(state.step) if job.resume else ""  # nothing can be refused now
         folder.begin(config_toml(job, run), fresh=not job.resuming)
         info = RunInfo(
@@ -102,7 +107,7 @@ def train_command(job: Job) -> int:
         notes[:0] = [*skipped, *([kept] if kept else [])]
         if (device := backend.device).endswith("(Metal)"):
             notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
-        return follow(job, run, backend, info, folder, signals, notes)
+        return follow(job, run, backend, info, folder, signals, notes, loggers)
 
 
 def prepare(
@@ -149,19 +154,21 @@ def prepare(
 
 def follow(
     job: Job, run: Run, backend: Backend, info: RunInfo, folder: RunFolder, signals: StopSignals,
-    notes: list[str],
+    notes: list[str], loggers: Loggers,
 ) -> int:  # fmt: skip
     """Show every report, record it, and say at the end what can be done next."""
     console, plain = choose_console(job.plain)
     saves: dict[str, SaveLog] = {}  # the latest of each file
     end: EndLog | None = None
-    with Shown(make_view(info, console, plain)) as view:
+    with Shown(make_view(info, console, plain)) as view, contextlib.closing(loggers):
+        loggers.note = view.note
         signals.defer(view.restore)
         for note in notes:
             view.note(note)
         try:
             for report in train(run, backend, job.out, lambda: signals.asked() or view.lost):
                 folder.record(report, run.train.log_every)
+                loggers.record(report, run.train.log_every)
                 if isinstance(report, EndLog):
                     end = report
                     if end.reason == "stopped":
@@ -217,17 +224,11 @@ def describe_model(model: ModelConfig) -> str:
     )
 
 
-def describe_backend(backend: Backend, why: str) -> str:
-    """`MLX on Apple M3 Max (Metal)`, `NumPy on 2 threads (MLX has no GPU here)`."""
-    names = {"mlx": "MLX", "numpy": "NumPy"}
-    line = f"{names.get(backend.name, backend.name)} on {backend.device}"
-    return f"{line} ({why})" if why else line
-
-
 def resume_line(job: Job, run: Run) -> str:
     """The command that goes on with this run."""
     words = ["mlxgpt", "train", "--iters", str(run.train.iters), "--resume"]
     words += ["--out", str(job.out)] if str(job.out) != "checkpoints" else []
+    words += [word for name in job.given.get("log", ()) for word in ("--log", name)]
     words += ["--backend", job.backend] if job.backend != "auto" else []
     return shlex.join(words)
 

@@ -35,6 +35,13 @@ def load(checkpoint: Path | None, backend: str) -> Loaded:
     return Loaded(path, saved, tokenizer, build(saved, backend))
 
 
+def describe_backend(backend: Backend, why: str) -> str:
+    """`MLX on Apple M3 Max (Metal)`, `NumPy on 2 threads (MLX has no GPU here)`."""
+    names = {"mlx": "MLX", "numpy": "NumPy"}
+    line = f"{names.get(backend.name, backend.name)} on {backend.device}"
+    return f"{line} ({why})" if why else line
+
+
 def read(checkpoint: Path | None) -> tuple[Path, Checkpoint, Tokenizer]:
     """The checkpoint, else the best of checkpoints/, and its tokenizer."""
     from mlx_randygpt.checkpoint import load_checkpoint
@@ -48,7 +55,6 @@ def read(checkpoint: Path | None) -> tuple[Path, Checkpoint, Tokenizer]:
 def build(saved: Checkpoint, backend: str) -> Backend:
     """A backend with the weights of the checkpoint; says on stderr what computes."""
     from mlx_randygpt.backends import choose, make_backend
-    from mlx_randygpt.cli.job import describe_backend
 
     name, why = choose(backend)
     built = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)

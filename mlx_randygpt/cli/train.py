@@ -77,6 +77,12 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 @click.option("--save-every", help="Steps (1000) or a time (60s, 5m).  [default: 60s]")
 @click.option("--log-every", type=int, help="Steps per line of metrics.jsonl.  [default: 1]")
 @click.option(
+    "--log",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb", "trackio"]),
+    help="Log there too; may be given several times.",
+)
+@click.option(
     "--keep-every",
     type=int,
     help="Also keep checkpoint-<step>.safetensors every N steps.  [default: off]",

@@ -1,0 +1,57 @@
+"""`mlxgpt inspect`: what a model has learned, as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_randygpt.cli.options import Command, default_checkpoint
+
+DEFAULT_TOKENS = 50_000
+
+
+@click.command("inspect", cls=Command)
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default="inspect.html",
+    show_default=True, help="The page to write.",
+)  # fmt: skip
+@click.option("--text", help="Whose attention is shown.  [default: from the validation text]")
+@click.option("--data", multiple=True, help="Text to judge it by.  [default: the run's own]")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True,
+    help="Of the validation text that are scored.",
+)  # fmt: skip
+def command(
+    checkpoint: Path | None, output: Path, text: str | None, data: tuple[str, ...], max_tokens: int
+) -> None:
+    """Show what a model has learned: a page with its attention, its embeddings and its errors.
+
+    The page needs nothing else and asks nobody for anything.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from mlx_randygpt.checkpoint import load_checkpoint
+    from mlx_randygpt.cli import text as texts
+    from mlx_randygpt.config import ConfigError
+    from mlx_randygpt.insight_page import page
+    from mlx_randygpt.tokenizer import tokenizer_from_json
+
+    path = default_checkpoint(checkpoint)
+    saved = load_checkpoint(path, weights_only=True)
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    if text == "":
+        raise ConfigError("--text '' is empty; give at least one character")
+    files = texts.files_of(data or saved.data["paths"])
+    _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
+    for lost in (corpus.unknown, tokenizer.unknown(text or "")):
+        if line := texts.unknown_line(lost):
+            click.echo(line, err=True)
+    with threadpool_limits(1):  # many small products: threads would only wait for each other
+        html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens)
+    try:
+        output.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    click.echo(f"✓ Saved {output}")

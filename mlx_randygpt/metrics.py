@@ -1,0 +1,226 @@
+"""What runs left behind, read again: `metrics.jsonl` of any length in bounded memory, and settings.
+
+The file is read from its end in blocks. The last line tells how many steps there are, so every row
+goes straight into its bucket; and where a resumed run took a step again, the later line is seen
+first and counts. Knows nothing of screens and pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_randygpt.config import UserError
+from mlx_randygpt.state import Array
+
+NAMES = ("loss", "lr", "grad_norm", "tokens_per_second")  # of a step; of an evaluation: val_loss
+PLACES = ("out", "data", "prompt", "threads", "backend")  # where, not how, a run was made
+HABITS = ("eval_every", "sample_every", "save_every", "log_every", "keep_every", "on_nan")
+N_BUCKETS = 2048  # of a series: more than a picture has columns
+BLOCK = 1 << 18  # bytes parsed at a time: they stay in a core's cache
+_ROW = re.compile(
+    rb'\{"step": (\d{1,15}), "loss": (\d+\.\d{1,9})\d*, '
+    rb'(?:"bits_per_byte": [^,]+, )?"lr": (\d[\d.e-]*), '
+    rb'"grad_norm": (\d+\.\d{1,9})\d*, "tokens": \d+, "tokens_per_second": (\d+)\.\d'
+)  # as `mlxgpt train` writes it, to nine places; a block with any other line is read as JSON
+_EVALUATION = b'"val_loss"'
+
+
+class MetricsError(UserError, ValueError):
+    """A folder without metrics that can be read."""
+
+
+class Series:
+    """Values over steps in `N_BUCKETS` buckets, each with its mean, lowest and highest value.
+
+    With no more steps than buckets every value has its own.
+    """
+
+    def __init__(self, last_step: int) -> None:
+        self._last = max(last_step, 1)
+        self.n, self._steps, self._sums = (np.zeros(N_BUCKETS) for _ in range(3))
+        self._lows, self._highs = np.full(N_BUCKETS, np.inf), np.full(N_BUCKETS, -np.inf)
+
+    def add(self, steps: Array, values: Array) -> None:
+        """Take in (n,) values; what is not finite is left out."""
+        good = np.isfinite(values)
+        steps, values = steps[good], values[good]
+        at = (steps * N_BUCKETS / (self._last + 1)).astype(np.int64)
+        self.n += np.bincount(at, minlength=N_BUCKETS)
+        self._steps += np.bincount(at, steps, N_BUCKETS)
+        self._sums += np.bincount(at, values, N_BUCKETS)
+        np.minimum.at(self._lows, at, values)
+        np.maximum.at(self._highs, at, values)
+
+    def table(self) -> Array:
+        """Rows of step, mean, lowest and highest, (n, 4), by step."""
+        used = self.n > 0
+        n = self.n[used]
+        columns = (self._steps[used] / n, self._sums[used] / n, self._lows[used], self._highs[used])
+        return np.stack(columns, axis=1)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run folder: its series as (n, 4) tables of step, mean, lowest, highest; its settings."""
+
+    name: str
+    series: dict[str, Array]
+    evaluations: list[dict[str, Any]]  # rows with a val_loss, by step
+    last: dict[str, Any]  # the last row of a step
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The evaluation of the lowest validation loss; {} where there is none."""
+        return min(self.evaluations, key=lambda row: float(row["val_loss"]), default={})
+
+
+def read_run(path: Path) -> RunRecord:
+    """The run in a folder, or of one metrics file. MetricsError where there is none."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise MetricsError(f"{file} is not there; give the folder of a run (train --out)")
+    record = read_metrics(file)
+    if not record.series["loss"].size and not record.evaluations:
+        raise MetricsError(f"{file} holds no report yet; it has a line a step once a run has begun")
+    return replace(record, name=str(path))
+
+
+def read_metrics(file: Path) -> RunRecord:
+    """Series, evaluations and settings of one metrics file."""
+    series: dict[str, Series] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    last: dict[str, Any] = {}
+    earliest = math.inf  # of the steps that came later in the file
+    for block in _blocks_from_the_end(file):
+        table, evaluated = _parse(block)
+        for row in reversed(evaluated):
+            if math.isfinite(_value(row, "val_loss")):
+                evaluations.setdefault(row["step"], row)
+        if not table.size:
+            continue
+        if not last:
+            last = _last_row(block)
+            series = {name: Series(last["step"]) for name in NAMES}
+        table = _unrepeated(table, earliest)
+        earliest = min(earliest, table[0, 0]) if table.size else earliest
+        for name, column in zip(NAMES, table.T[1:], strict=True):
+            series[name].add(table[:, 0], column)
+    tables = {name: series[name].table() if series else np.empty((0, 4)) for name in NAMES}
+    end = last.get("step", math.inf)  # a resumed run may not have come as far yet as the first
+    by_step = [evaluations[step] for step in sorted(evaluations) if step <= end]
+    rows = [[row["step"], *[row["val_loss"]] * 3] for row in by_step]
+    tables["val_loss"] = np.array(rows, np.float64).reshape(-1, 4)
+    folder = file.resolve().parent
+    return RunRecord(folder.name, tables, by_step, last, _settings(folder / "config.toml"))
+
+
+def differing(records: list[RunRecord]) -> dict[str, list[Any]]:
+    """Setting -> its value in each run, for those that are not the same in all; None: not there.
+    What leaves the model as it is comes last."""
+    names = dict.fromkeys(name for record in records for name in record.settings)
+    found = {name: [record.settings.get(name) for record in records] for name in names}
+    differ = {n: v for n, v in found.items() if n not in PLACES and any(x != v[0] for x in v)}
+    return {name: differ[name] for name in sorted(differ, key=lambda name: name in HABITS)}
+
+
+def smooth(table: Array, span: float) -> Array:
+    """Means of `table` (n, 4) weighted exponentially over about `span` steps to both sides, so that
+    a line neither lags behind its values nor starts at zero."""
+    if not len(table) or span <= 0:
+        return table[:, 1]
+    keep = np.exp(-2 * np.diff(table[:, 0]) / span)
+    before, after = _fading(table[:, 1], keep), _fading(table[::-1, 1], keep[::-1])[::-1]
+    total = before + after - np.stack([np.ones(len(table)), table[:, 1]], axis=1)
+    return np.asarray(total[:, 1] / total[:, 0])
+
+
+def _fading(values: Array, keep: Array) -> Array:
+    """Of each value and those before it, the weights and the weighted values summed, (n, 2)."""
+    out = np.stack([np.ones(len(values)), values], axis=1)
+    for i, factor in enumerate(keep, start=1):
+        out[i] += factor * out[i - 1]
+    return out
+
+
+def _blocks_from_the_end(file: Path) -> Iterator[bytes]:
+    """Whole lines, about `BLOCK` bytes at a time, the end of the file first."""
+    with open(file, "rb") as handle:
+        at, rest = handle.seek(0, os.SEEK_END), b""
+        while at:
+            size = min(BLOCK, at)
+            at -= size
+            handle.seek(at)
+            block = handle.read(size) + rest
+            cut = block.find(b"\n") + 1 if at else 0
+            rest, block = block[:cut], block[cut:]
+            yield block
+
+
+def _parse(block: bytes) -> tuple[Array, list[dict[str, Any]]]:
+    """Steps as (n, 5) of step and `NAMES`, in the order of the lines; and the evaluations. A line
+    that is no JSON object is left out: a torn last one, or what a full disk left."""
+    found = _ROW.findall(block)
+    evaluations = list(_lines_with(_EVALUATION, block))
+    if len(found) + len(evaluations) == block.count(b"\n") and block.endswith(b"\n"):
+        table = np.empty((len(found), 5))
+        for i, texts in enumerate(zip(*found, strict=True)):
+            table[:, i] = np.fromiter(map(float, texts), np.float64, len(table))
+        return table, [row for line in evaluations if (row := _row(line))]
+    rows = [row for line in block.split(b"\n") if line and (row := _row(line))]
+    steps = [[_value(row, n) for n in ("step", *NAMES)] for row in rows if "val_loss" not in row]
+    return np.array(steps).reshape(-1, 5), [row for row in rows if "val_loss" in row]
+
+
+def _lines_with(mark: bytes, block: bytes) -> Iterator[bytes]:
+    """The whole lines that hold `mark`: a search that costs next to nothing."""
+    at = block.find(mark)
+    while at >= 0:
+        start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at)
+        end = len(block) if end < 0 else end
+        yield block[start:end]
+        at = block.find(mark, end)
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    fits = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 10**15
+    return row if fits else {}
+
+
+def _value(row: dict[str, Any], name: str) -> float:
+    value = row.get(name)
+    if isinstance(value, int | float) and abs(value) < 1e300:
+        return float(value)
+    return math.nan
+
+
+def _unrepeated(table: Array, earliest: float) -> Array:
+    """The rows whose step no later line takes again."""
+    later = np.append(table[1:, 0], earliest)
+    return table[table[:, 0] < np.minimum.accumulate(later[::-1])[::-1]]
+
+
+def _last_row(block: bytes) -> dict[str, Any]:
+    rows = (_row(line) for line in reversed(block.split(b"\n")) if line)
+    return next(row for row in rows if row and "val_loss" not in row)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # a metrics file alone has none
