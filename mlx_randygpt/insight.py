@@ -45,6 +45,11 @@ def forward(w: Params, config: ModelConfig, tokens: Array) -> tuple[Array, list[
     return final @ w["lm_head.weight"].T, maps
 
 
+def attention_map(w: Params, config: ModelConfig, tokens: Array, layer: int, head: int) -> Array:
+    """Row i: the shares of attention that token i of tokens (T,) gives to each, (T, T)."""
+    return np.asarray(forward(w, config, tokens[None])[1][layer][0, head])
+
+
 def _read(config: ModelConfig, x: Array) -> Array:
     """What a block reads: the norm of x, its first half from the position before."""
     n = _norm(x)

@@ -10,7 +10,7 @@ import pytest
 from test_numpy_backend import naive_logits
 
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.serve.attention import attention_map
+from mlx_randygpt.insight import attention_map
 from mlx_randygpt.state import Params, rng
 
 
@@ -28,5 +28,5 @@ def test_each_row_is_what_the_query_attends_to(
         for t in range(11):
             np.testing.assert_allclose(
                 shares[t, : t + 1], expected[layer, head, t], rtol=2e-5
-            )  # measured: 2e-6
+            )  # measured: 2.2e-6
             assert not shares[t, t + 1 :].any()

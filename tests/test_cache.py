@@ -1,6 +1,6 @@
 """The rows of a cache know nothing of each other: streams of any length, on each backend.
 
-Errors are relative; measured: 6e-7 on NumPy, 7e-7 compiled, 5e-7 on MLX (CPU).
+Errors are relative; measured: 7.1e-7 on NumPy, 6.4e-7 compiled, 0 on MLX (CPU).
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from starlette.routing import Route
 
 from mlx_randygpt.backends.base import resident_bytes
 from mlx_randygpt.filters import SampleConfig
+from mlx_randygpt.insight import attention_map
 from mlx_randygpt.sample import Writer
 from mlx_randygpt.serve import ApiError, Served, Settings, schema
-from mlx_randygpt.serve.attention import attention_map
 from mlx_randygpt.serve.engine import Engine, Full, Job
 from mlx_randygpt.serve.http import (
     App,
