@@ -27,7 +27,7 @@ RANGES = {  # what a setting may be
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)  # so that a step looks up what it knows of them by identity
+@dataclass(frozen=True)
 class SampleConfig:
     """How to pick; the defaults are the command's."""
 
@@ -56,6 +56,10 @@ class SampleConfig:
                 raise ConfigError(f"logit_bias of token {token}: {bias} is not in [-100, 100]")
         if "" in self.stop:
             raise ConfigError("stop='' would stop before the first token; give a text")
+
+    def __hash__(self) -> int:
+        """Of a few fields: it is asked for with every token of every stream."""
+        return hash((self.seed, self.temperature, self.top_p))
 
 
 def penalise(

@@ -75,13 +75,13 @@ def command(
         loopback_only=host in ("localhost", "127.0.0.1", "::1"),
     )
     served, metrics = _served(name, path, saved, tokenizer), Metrics()
-    listening = _listen(host, port)
     _require_extra()
     from mlx_randygpt.serve.api import Api
 
-    engine = Engine(lambda: build(saved, backend), saved.model, metrics, batch_size, queue)
-    engine.start()
-    _serve(Api(served, settings, engine, metrics).app(), listening, host)
+    with _listen(host, port) as listening:
+        engine = Engine(lambda: build(saved, backend), saved.model, metrics, batch_size, queue)
+        engine.start()
+        _serve(Api(served, settings, engine, metrics).app(), listening, host)
 
 
 def _serve(app: Any, listening: socket.socket, host: str) -> None:
