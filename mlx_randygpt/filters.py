@@ -85,18 +85,18 @@ def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
         scores /= columns.temperature
     p = _normalised(np.exp(scores))
     for keep, on, value in columns.filters:
-        p[on] = _normalised(np.where(keep(p[on], value), p[on], 0))
-    if columns.greedy.any():
-        best = scores[columns.greedy].argmax(axis=-1, keepdims=True)
-        p[columns.greedy] = np.arange(p.shape[1]) == best
+        p[on] = _normalised(p[on] * keep(p[on], value))
+    if columns.greedy.size:
+        best = scores[columns.greedy].argmax(axis=-1)
+        p[columns.greedy] = 0
+        p[columns.greedy, best] = 1
     return p
 
 
 def pick(p: Array, draws: Array) -> Array:
     """The token at each draw (N,) of [0, 1), by inverting the cumulative sums of p (N, V)."""
-    sums, draws = np.cumsum(p, axis=-1), np.asarray(draws)[:, None]
-    at = (sums <= draws).sum(axis=-1)
-    if (sums[:, -1:] <= draws).any():  # a sum that rounding left below 1
+    at = (np.cumsum(p, axis=-1) <= np.asarray(draws)[:, None]).sum(axis=-1)
+    if at.max() == p.shape[1]:  # a sum that rounding left below 1
         last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=-1)
         at = np.minimum(at, last)
     return np.asarray(at)
@@ -148,7 +148,7 @@ class Columns(NamedTuple):
     """The settings of N streams, as a step needs them."""
 
     temperature: Array  # (N, 1), 1 for greedy streams
-    greedy: Array  # (N,) bool
+    greedy: Array  # the streams at temperature 0
     filters: list[tuple[Callable[[Array, Array], Array], Array | slice, Array]]
     # each that is on: what stays, the streams it is on for, their values (n, 1)
 
@@ -162,7 +162,7 @@ def _columns(configs: tuple[SampleConfig, ...]) -> Columns:
         on = (value != off)[:, 0]
         if on.any():
             filters.append((keep, slice(None) if on.all() else on, value[on]))
-    greedy = temperature[:, 0] == 0
+    greedy = np.flatnonzero(temperature == 0)
     return Columns(np.where(temperature > 0, temperature, 1), greedy, filters)
 
 
