@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlx_randygpt.state import Array, parameter_count
 from mlx_randygpt.tokenizer import Tokenizer
 
 MOST_TOKENS = 256  # of a large vocabulary: those of the text that occur most
+MOST_SAMPLES = 12  # of a run
 MAPS_BYTES = 3 << 20  # of all attention maps together, a byte a probability
 MARK = "/*DATA*/null"
 
@@ -27,8 +29,10 @@ def page(
     val: Array,
     text: str | None,
     max_tokens: int,
+    samples: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The whole page. `text` is whose attention it shows, else the beginning of `val`."""
+    """The whole page. `text` is whose attention it shows, else the beginning of `val`; `samples`
+    are rows of step, prompt and text."""
     if len(val) < 2:
         raise DataError(f"{len(val)} tokens of validation text are too few; give more --data")
     config, w = saved.model, saved.state.params
@@ -52,6 +56,7 @@ def page(
         "positions": insight.by_position(found),
         "classes": insight.by_class(found, labels),
         "passages": insight.passages(found, labels),
+        "samples": _chosen(samples),
     }
     content = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("inspect.html").read_text(encoding="utf-8")
@@ -76,6 +81,13 @@ def _common(val: Array, tokenizer: Tokenizer) -> list[int]:
     counts[[tokenizer.bos, tokenizer.eos]] = 0
     order = np.argsort(-counts, kind="stable")[:MOST_TOKENS]
     return sorted(int(i) for i in order if counts[i])
+
+
+def _chosen(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first, the last and some between, closer at the beginning, where most changes."""
+    n = len(samples)
+    at = np.geomspace(1, n, MOST_SAMPLES) if n > MOST_SAMPLES else np.arange(1, n + 1)
+    return [samples[i - 1] for i in dict.fromkeys(at.round().astype(int).tolist())]
 
 
 def _bytes(p: Array) -> str:

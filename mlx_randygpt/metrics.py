@@ -1,4 +1,5 @@
-"""What runs left behind, read again: `metrics.jsonl` of any length in bounded memory, and settings.
+"""What runs left behind, read again: `metrics.jsonl` of any length in bounded memory, samples and
+settings.
 
 The file is read from its end in blocks. The last line tells how many steps there are, so every row
 goes straight into its bucket; and where a resumed run took a step again, the later line is seen
@@ -123,6 +124,20 @@ def read_metrics(file: Path) -> RunRecord:
     tables["val_loss"] = np.array(rows, np.float64).reshape(-1, 4)
     folder = file.resolve().parent
     return RunRecord(folder.name, tables, by_step, last, _settings(folder / "config.toml"))
+
+
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """The texts a run wrote on its way, rows of step, prompt and text by step, as `_unrepeated`
+    has it; [] without a file. A line that is none is left out."""
+    if not file.is_file():
+        return []
+    found: list[dict[str, Any]] = []
+    for line in reversed(file.read_bytes().split(b"\n")):
+        row = _row(line)
+        texts = all(isinstance(row.get(name), str) for name in ("prompt", "text"))
+        if texts and (not found or row["step"] < found[-1]["step"]):
+            found.append(row)
+    return found[::-1]
 
 
 def differing(records: list[RunRecord]) -> dict[str, list[Any]]:

@@ -442,6 +442,21 @@ def test_a_branch_goes_on_and_the_better_model_is_kept() -> None:
     assert load_checkpoint(Path("checkpoints") / NEWEST).state.step == 25
 
 
+def test_samples_are_kept_with_their_steps_over_a_resume() -> None:
+    def samples() -> list[Any]:
+        lines = Path("checkpoints/samples.jsonl").read_text().splitlines()
+        return [(row["step"], row["prompt"], bool(row["text"])) for row in map(json.loads, lines)]
+
+    trained("--sample-every=2", "--iters=4", "--prompt=The")
+    assert samples() == [(2, "The", True), (4, "The", True)]
+    with open("checkpoints/samples.jsonl", "a") as file:
+        file.write('{"step": 5, "pro' + "x" * 9000)
+    call("--resume", "--iters=6", "--sample-every=2")
+    assert [step for step, _, _ in samples()] == [2, 4, 6]
+    trained("--overwrite", "--iters=3")
+    assert [step for step, _, _ in samples()] == [3]
+
+
 def test_a_torn_line_of_metrics_is_cut_off_on_resume() -> None:
     trained()
     metrics = Path("checkpoints/metrics.jsonl")

@@ -137,6 +137,20 @@ def test_the_page_holds_what_it_promises_and_asks_for_nothing(saved: Path, tmp_p
     assert page.replace("http://www.w3.org/2000/svg", "").count("http") == 0
 
 
+def test_the_page_shows_the_first_the_last_and_some_samples_between(
+    saved: Path, tmp_path: Path
+) -> None:
+    rows = [{"step": n, "prompt": "The", "text": f" {n} <\ud800>"} for n in range(1, 101)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "p.html"
+    assert inspect(str(saved), "-o", str(out)).exit_code == 0
+    found = json.loads(re.search(r"^const D = (.*);$", out.read_text(), re.MULTILINE)[1])  # type: ignore[index]
+    steps = [row["step"] for row in found["samples"]]
+    assert (steps[0], steps[-1], steps) == (1, 100, sorted(steps))
+    assert len(set(steps)) == len(steps) <= 12
+    assert found["samples"][-1]["text"] == " 100 <?>"
+
+
 def test_what_cannot_be_inspected_is_refused(saved: Path, tmp_path: Path) -> None:
     assert inspect(str(saved), "--text", "").exit_code == 1
     assert inspect(str(tmp_path / "none")).exit_code == 1

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_randygpt import metrics
 from mlx_randygpt.cli.folder import metrics_row
-from mlx_randygpt.metrics import MetricsError, differing, read_run, smooth
+from mlx_randygpt.metrics import MetricsError, differing, read_run, read_samples, smooth
 from mlx_randygpt.reports import EvalLog, StepLog
 
 
@@ -88,6 +88,17 @@ def test_rows_of_a_run_are_read_without_json() -> None:
     assert len(metrics._ROW.findall(text)) == len(table) == 2
     assert table.tolist() == [[1, 2.123456789, 0.01, 11.5, 1000], [2, 0.5, 6.6e-05, 0.25, 99999]]
     assert [found["val_loss"] for found in evaluations] == [1.25]
+
+
+def test_of_samples_the_later_line_of_a_step_counts(tmp_path: Path) -> None:
+    def line(step: int, text: str) -> str:
+        return json.dumps({"step": step, "prompt": "A", "text": text}) + "\n"
+
+    file = tmp_path / "samples.jsonl"
+    assert read_samples(file) == []
+    lines = [line(1, "a"), line(5, "b"), line(9, "c"), "[1]\n", '{"step": 7}\n', line(5, "d")]
+    file.write_text("".join(lines) + line(7, "e")[:20])
+    assert [(row["step"], row["text"]) for row in read_samples(file)] == [(1, "a"), (5, "d")]
 
 
 def test_a_smoothed_line_keeps_a_constant_and_the_middle_of_a_slope() -> None:

@@ -1,4 +1,4 @@
-"""The output folder of a run: one writer at a time, metrics.jsonl and config.toml."""
+"""The output folder of a run: one writer at a time, metrics, samples and config.toml."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mlx_randygpt.checkpoint import (
     BEST,
@@ -20,10 +21,10 @@ from mlx_randygpt.checkpoint import (
 )
 from mlx_randygpt.config import UserError
 from mlx_randygpt.records import strict
-from mlx_randygpt.reports import EvalLog, Report, StepLog
+from mlx_randygpt.reports import EvalLog, Report, SampleLog, StepLog
 
 FLUSH_SECONDS = 1.0
-MAX_LINE = 4096  # bytes of metrics.jsonl; a line has about 200
+MAX_LINE = 1 << 20  # bytes; a line of metrics has about 200, a sample rarely 4,000
 
 
 class FolderError(UserError, OSError):
@@ -35,7 +36,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problem = ""  # why metrics.jsonl is no longer written
+        self.problem = ""  # why metrics and samples are no longer written
         self._flushed_at = time.monotonic()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -45,6 +46,7 @@ class RunFolder:
                 f"--out {path} cannot be written: {error.strerror}; give a folder that can"
             ) from error
         self._metrics: Any = None
+        self._samples: Any = None
 
     def __enter__(self) -> RunFolder:
         try:
@@ -67,8 +69,8 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            if self._metrics is not None:
-                self._metrics.close()
+            for file in filter(None, (self._metrics, self._samples)):
+                file.close()
             self._lock.truncate(0)
             self._lock.close()
 
@@ -124,34 +126,44 @@ class RunFolder:
         return f"The best checkpoint was from step {at}, further on; it is kept as {kept}."
 
     def begin(self, config_toml: str, *, fresh: bool) -> None:
-        """Write config.toml and open metrics.jsonl; a fresh run empties it and takes away another
-        run's checkpoints, but for the newest, which its own first one replaces."""
+        """Write config.toml, open metrics.jsonl and samples.jsonl; a fresh run empties these and
+        takes away another run's checkpoints, but for the newest, which its own first replaces."""
         try:
             for old in self.checkpoints() if fresh else ():
                 if old.name != NEWEST:
                     old.unlink()
             (self.path / "config.toml").write_text(config_toml, encoding="utf-8", errors="replace")
-            metrics = self.path / "metrics.jsonl"
-            if not fresh and metrics.exists():
-                _drop_torn_line(metrics)
-            mode = "w" if fresh else "a"
-            self._metrics = open(metrics, mode, encoding="utf-8")  # noqa: SIM115
+            self._metrics = _opened(self.path / "metrics.jsonl", fresh)
+            self._samples = _opened(self.path / "samples.jsonl", fresh)
         except OSError as error:
             raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error
 
     def record(self, report: Report, log_every: int) -> None:
-        """One line of metrics.jsonl; a disk that refuses is noted in `problem`, once."""
+        """One line of metrics.jsonl or samples.jsonl; a disk that refuses is noted in `problem`,
+        once."""
         if self.problem:
             return
         values = metrics_row(report, log_every)
         try:
+            if isinstance(report, SampleLog):
+                self._samples.write(json.dumps(asdict(report)) + "\n")
+                self._samples.flush()
             if values:
                 self._metrics.write(json.dumps(values) + "\n")
             if time.monotonic() - self._flushed_at > FLUSH_SECONDS or isinstance(report, EvalLog):
                 self._metrics.flush()
                 self._flushed_at = time.monotonic()
         except OSError as error:
-            self.problem = f"metrics.jsonl is no longer written: {error.strerror}"
+            self.problem = (
+                f"metrics.jsonl and samples.jsonl are no longer written: {error.strerror}"
+            )
+
+
+def _opened(path: Path, fresh: bool) -> TextIO:
+    """To be written on; empty for a fresh run."""
+    if not fresh and path.exists():
+        _drop_torn_line(path)
+    return open(path, "w" if fresh else "a", encoding="utf-8")
 
 
 def _drop_torn_line(path: Path) -> None:

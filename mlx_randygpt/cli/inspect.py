@@ -26,7 +26,8 @@ DEFAULT_TOKENS = 50_000
 def command(
     checkpoint: Path | None, output: Path, text: str | None, data: tuple[str, ...], max_tokens: int
 ) -> None:
-    """Show what a model has learned: a page with its attention, its embeddings and its errors.
+    """Show what a model has learned: a page with its attention, its embeddings, its errors and what
+    it wrote during training.
 
     The page needs nothing else and asks nobody for anything.
     """
@@ -36,6 +37,7 @@ def command(
     from mlx_randygpt.cli import text as texts
     from mlx_randygpt.config import ConfigError
     from mlx_randygpt.insight_page import page
+    from mlx_randygpt.metrics import read_samples
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
     path = default_checkpoint(checkpoint)
@@ -49,9 +51,10 @@ def command(
         if line := texts.unknown_line(lost):
             click.echo(line, err=True)
     with threadpool_limits(1):  # many small products: threads would only wait for each other
-        html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens)
+        samples = read_samples(path.with_name("samples.jsonl"))
+        html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens, samples)
     try:
-        output.write_text(html, encoding="utf-8")
+        output.write_text(html, encoding="utf-8", errors="replace")
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
     click.echo(f"✓ Saved {output}")
