@@ -5,6 +5,7 @@ Errors are relative; measured: 7.1e-7 on NumPy, 6.4e-7 compiled, 0 on MLX (CPU).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -160,3 +161,9 @@ def test_many_rows_are_shared_among_threads(build: Build) -> None:
         got = step(backend, cache, texts)
     for row, tokens in enumerate(texts):
         assert_near(got[row], alone(backend, tokens)[-1])
+
+
+def test_a_numba_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "mlx_randygpt.backends.numba_decode", raising=False)
+    assert not numpy_cache.has_numba.__wrapped__()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import pairwise
 
 import numpy as np
@@ -138,8 +138,12 @@ class Decoder:
 
 @lru_cache(maxsize=1)
 def has_numba() -> bool:
-    """Whether numba_decode can be compiled."""
-    return find_spec("numba") is not None
+    """Whether numba_decode can be compiled: numba is there, and for this NumPy."""
+    try:
+        import_module("mlx_randygpt.backends.numba_decode")
+    except ImportError:
+        return False
+    return True
 
 
 def _advance(
