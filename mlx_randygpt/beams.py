@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def beam_search(
 
 def _longer(beam: Writer, token: int, tokenizer: Tokenizer) -> Writer:
     """A beam with one more token."""
-    longer = Writer(tokenizer, beam.prompt, beam.config)
-    longer.sample.ids += beam.sample.ids
+    longer = copy(beam)
+    longer.sample = Generated(list(beam.sample.ids))
     longer.grow(token, tokenizer.decode([*beam.sample.ids, token]))
     return longer

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from mlx_randygpt.cli.options import Command, default_checkpoint
+from mlx_randygpt.cli.model import read
+from mlx_randygpt.cli.options import Command
 
 DEFAULT_TOKENS = 50_000
 
@@ -33,16 +34,12 @@ def command(
     """
     from threadpoolctl import threadpool_limits
 
-    from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.cli import text as texts
     from mlx_randygpt.config import ConfigError
     from mlx_randygpt.insight_page import page
     from mlx_randygpt.metrics import read_samples
-    from mlx_randygpt.tokenizer import tokenizer_from_json
 
-    path = default_checkpoint(checkpoint)
-    saved = load_checkpoint(path, weights_only=True)
-    tokenizer = tokenizer_from_json(saved.tokenizer)
+    path, saved, tokenizer = read(checkpoint)
     if text == "":
         raise ConfigError("--text '' is empty; give at least one character")
     files = texts.files_of(data or saved.data["paths"])

@@ -1,4 +1,5 @@
-"""What `sample`, `chat` and `serve` share: a trained model, ready to write, and how it picks."""
+"""What commands that work with a trained model share: finding it, a backend that holds it, and how
+it picks."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def build(saved: Checkpoint, backend: str) -> Backend:
 
 
 def checkpoint_option(function: F) -> F:
-    """--checkpoint, of every command that lets a model write."""
+    """--checkpoint, of every command that works with a trained model."""
     return click.option(
         "--checkpoint",
         type=click.Path(path_type=Path),
