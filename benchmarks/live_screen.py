@@ -20,7 +20,8 @@ from rich.terminal_theme import TerminalTheme
 
 from mlx_randygpt.backends import choose, make_backend
 from mlx_randygpt.cli import settings
-from mlx_randygpt.cli.job import describe_backend, describe_model
+from mlx_randygpt.cli.job import describe_model
+from mlx_randygpt.cli.model import describe_backend
 from mlx_randygpt.dashboard import screen
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.data.files import find_files

@@ -116,7 +116,8 @@ def command(
     **options: Any,
 ) -> None:
     """Train a model on your text. Resumes exactly; --iters is a target."""
-    from mlx_randygpt.cli.job import Job, train_command
+    from mlx_randygpt.cli.job import Job
+    from mlx_randygpt.cli.run import train_command
 
     if resume and (overwrite or init_from):
         raise click.UsageError("--resume goes with neither --overwrite nor --init-from")

@@ -1,0 +1,235 @@
+"""What `mlxgpt train` does once its options are read: settings, text, backend, loop, exit code."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+import numpy as np
+
+from mlx_randygpt import rules
+from mlx_randygpt.backends import choose, make_backend
+from mlx_randygpt.backends.base import Backend, BackendError
+from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError, load_checkpoint
+from mlx_randygpt.cli import settings, text
+from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
+from mlx_randygpt.cli.job import (
+    Job,
+    config_toml,
+    describe_model,
+    interval,
+    resume_line,
+    sample_line,
+)
+from mlx_randygpt.cli.loggers import Loggers
+from mlx_randygpt.cli.model import describe_backend
+from mlx_randygpt.cli.resume import before_decay, changes, same_tokenizer, same_vocabulary
+from mlx_randygpt.cli.signals import StopSignals
+from mlx_randygpt.cli.view import Shown, choose_console
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.dashboard import make_view
+from mlx_randygpt.data import DataError
+from mlx_randygpt.data.corpus import Corpus, check_length
+from mlx_randygpt.data.documents import Documents
+from mlx_randygpt.records import Progress
+from mlx_randygpt.reports import EndLog, SaveLog
+from mlx_randygpt.state import TrainState, initial_params
+from mlx_randygpt.tally import RunInfo
+from mlx_randygpt.tokenizer import Tokenizer, tokenizer_from_json
+from mlx_randygpt.train import Run, TrainingDiverged, train
+
+
+def train_command(job: Job) -> int:
+    """Train as asked; the exit code."""
+    if job.resume_newest and not job.out.is_dir():
+        raise CheckpointError(no_checkpoint(job.out))
+    overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+    with StopSignals() as signals, RunFolder(job.out) as folder, overflow_is_checked:
+        if not job.resuming and not job.overwrite:
+            folder.refuse_if_used()
+        source = job.resume or job.init_from
+        saved = load_checkpoint(source) if source else None
+        if job.resume and job.resume.resolve().parent != job.out.resolve():
+            folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
+        saved, skipped = folder.newest() if job.resume_newest else (saved, [])
+        if saved is not None and job.resuming:
+            _, config = settings.resumed(job.given, saved)
+            done = saved.progress.eval_step >= config.iters  # else a stop has cut it off
+            if saved.state.step > config.iters or (saved.state.step == config.iters and done):
+                for line in skipped:
+                    click.echo(line)
+                click.echo(
+                    f"Already at iteration {saved.state.step} (target {config.iters}). "
+                    "Nothing to train."
+                )
+                return 0
+            if saved.progress.plateau.exhausted(config.patience):
+                click.echo(
+                    f"Stopped early at iteration {saved.state.step}: {config.patience} evaluations "
+                    f"without a new best. --patience 0, or a larger one, goes on."
+                )
+                return 0
+            if job.resume_newest:
+                saved = before_decay(saved, config.iters, job.out)
+        name, why = choose(job.backend)
+        run, state, description, notes = prepare(job, saved, name)
+        backend = make_backend(name, run.model, run.train, state)
+        loggers = Loggers(job.given.get("log", ()), notes.append)
+        loggers.begin(job.out, asdict(run.model) | asdict(run.train))
+        kept = folder.keep_best(state.step) if job.resume else ""  # nothing can be refused now
+        folder.begin(config_toml(job, run), fresh=not job.resuming)
+        info = RunInfo(
+            model=describe_model(run.model),
+            data=description,
+            backend=describe_backend(backend, why),
+            recipe=run.train.recipe,
+            saves=f"{job.out / NEWEST}, every {interval(run.train.save_every)}",
+            out=str(job.out),
+            iters=run.train.iters,
+            start_step=state.step,
+        )
+        del saved, state  # the backend has its own copy
+        notes[:0] = [*skipped, *([kept] if kept else [])]
+        if (device := backend.device).endswith("(Metal)"):
+            notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
+        return follow(job, run, backend, info, folder, signals, notes, loggers)
+
+
+def prepare(
+    job: Job, saved: Checkpoint | None, backend_name: str
+) -> tuple[Run, TrainState, str, list[str]]:
+    """The run, its first state, the data line and what the user should be told."""
+    tokenizer, corpus = _corpus(job, saved)
+    model, config = _settings(job, saved, tokenizer, len(corpus.train))
+    config = _resolved(job, config, backend_name, corpus)
+    check_length(corpus, model.block_size)
+    lost = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(config.prompt))
+    notes = [line for line in lost if line]
+    state, progress = TrainState(0, {}, {}), Progress()
+    if saved and job.resuming:
+        state, progress = saved.state, saved.progress
+        notes += changes(saved, model, config, corpus, backend_name)
+    elif saved:
+        state = TrainState(0, saved.state.params, {})
+    else:
+        state = TrainState(0, initial_params(model, config.seed), {})
+    if not job.resuming and "dropout" not in job.given and model.dropout:
+        n_passes = rules.passes(model, config, len(corpus.train))
+        notes.append(
+            f"Dropout {model.dropout:g}: the text is read {n_passes:.0f} times and short for a "
+            "model of this size; --dropout 0 turns it off."
+        )
+    if not job.resuming and (advice := text.advice(corpus, model)):
+        notes.append(advice)
+    remembered = saved.data if saved and job.resuming else {}
+    whole = bool(job.given.get("respect_documents", remembered.get("respect_documents", False)))
+    n_train, size = len(corpus.train), model.block_size
+    documents = Documents.within(corpus.starts, n_train, size) if whole else None
+    if documents and documents.n_left_out:
+        notes.append(
+            f"{documents.n_left_out:,} of {len(documents.first):,} documents are left out: shorter "
+            f"than a context of {size} and the token after it."
+        )
+    data = text.provenance(corpus, text.reading(job.given, remembered), whole)
+    run = Run(
+        model, config, tokenizer, corpus.train, corpus.val, data, progress, documents
+    )  # fmt: skip
+    return run, state, text.describe(corpus, tokenizer), notes
+
+
+def follow(
+    job: Job, run: Run, backend: Backend, info: RunInfo, folder: RunFolder, signals: StopSignals,
+    notes: list[str], loggers: Loggers,
+) -> int:  # fmt: skip
+    """Show every report, record it, and say at the end what can be done next."""
+    console, plain = choose_console(job.plain)
+    saves: dict[str, SaveLog] = {}  # the latest of each file
+    end: EndLog | None = None
+    with Shown(make_view(info, console, plain)) as view, contextlib.closing(loggers):
+        loggers.note = view.note
+        signals.defer(view.restore)
+        for note in notes:
+            view.note(note)
+        try:
+            for report in train(run, backend, job.out, lambda: signals.asked() or view.lost):
+                folder.record(report, run.train.log_every)
+                loggers.record(report, run.train.log_every)
+                if isinstance(report, EndLog):
+                    end = report
+                    if end.reason == "stopped":
+                        view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
+                if isinstance(report, SaveLog):
+                    saves[Path(report.path).name] = report
+                view.show(report)
+        except TrainingDiverged as error:
+            safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
+            kept = ", ".join(safe) or "what was on the disk"
+            raise TrainingDiverged(f"{error}; kept: {kept}") from error
+        if folder.problem:
+            view.note(folder.problem)
+    for save in sorted(saves.values(), key=lambda save: save.best):
+        if save.error:
+            name = Path(save.path).name
+            what = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
+            raise CheckpointError(f"{what} is not on the disk: {save.error}")
+    if view.lost:  # nobody is there to read: a closed pipe or terminal
+        return signals.exit_code or 1
+    if end is not None and end.reason == "stopped":
+        click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)
+    elif end is not None:
+        click.echo(f"Let it write: {sample_line(job)}", file=console.file)
+    return signals.exit_code
+
+
+def _corpus(job: Job, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
+    """The text, and the tokenizer: the checkpoint's own, or what the options ask for."""
+    remembered = saved.data if saved and job.resuming else {}
+    how = text.reading(job.given, remembered)
+    if saved is None:
+        return text.load(text.files_of(job.data), how, text.wanted(job.given))
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    same_tokenizer(tokenizer, job.given)
+    if not job.resuming:
+        return text.load(text.files_of(job.data), how, tokenizer)
+    try:
+        files = text.files_of(job.data or saved.data["paths"])
+        _, corpus = text.load(files, how, tokenizer)
+    except DataError as error:
+        if job.data:
+            raise
+        raise DataError(f"the text of this checkpoint: {error}; give it with --data") from error
+    if corpus.sha256 != saved.data.get("sha256"):
+        same_vocabulary(tokenizer, files, how)
+    return tokenizer, corpus
+
+
+def _settings(
+    job: Job, saved: Checkpoint | None, tokenizer: Tokenizer, n_tokens: int
+) -> tuple[ModelConfig, TrainConfig]:
+    if saved is None:
+        return settings.fresh(job.given, tokenizer.vocab_size, n_tokens)
+    if job.resuming:
+        return settings.resumed(job.given, saved)
+    sizes = {k: v for k, v in job.given.items() if k in (*settings.MODEL_SIZES, "preset", "recipe")}
+    model, _ = settings.resumed(sizes, saved)
+    _, config = settings.fresh(
+        {"recipe": saved.train.recipe, "preset": saved.train.preset} | job.given,
+        tokenizer.vocab_size,
+    )
+    return settings.by_rule(job.given, model, config, n_tokens)
+
+
+def _resolved(job: Job, config: TrainConfig, backend_name: str, corpus: Corpus) -> TrainConfig:
+    """Defaults that depend on machine and text, written down so that a resume keeps them."""
+    if backend_name == "numpy":
+        if config.dtype != "float32":
+            raise BackendError(f"--dtype {config.dtype} needs MLX; the NumPy backend is float32")
+        from mlx_randygpt.backends.numpy_backend import available_cores
+
+        asked = job.given.get("threads") or min(config.threads, available_cores())
+        config = replace(config, threads=asked or available_cores())
+    if not config.prompt:
+        config = replace(config, prompt="ROMEO:" if corpus.has_romeo else "\n")
+    return config
