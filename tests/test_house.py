@@ -21,7 +21,8 @@ PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "backends.base"},
     {"backends", "durable"},
-    {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
+    {"checkpoint", "records", "data", "schedule", "rules", "extras"}
+    | {"tokenizer", "char_table", "subword"},
     {"reports"},
     {"writer"},
     {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"},

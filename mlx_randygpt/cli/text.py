@@ -41,9 +41,10 @@ def wanted(given: Mapping[str, Any]) -> Tokenizer | Vocabulary:
 def tokenizer_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that ask for this tokenizer again."""
     kind = tokenizer.to_json()["type"]
-    named = {"tokenizer": kind if kind != "file" else given.get("tokenizer")}
+    learned = kind not in ("file", "table")
+    named = {"tokenizer": kind if learned else given.get("tokenizer")}
     size = given.get("vocab_size") if kind == "char" else tokenizer.vocab_size
-    named |= {"vocab_size": None if kind == "file" else size}
+    named |= {"vocab_size": size if learned else None}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -104,7 +105,7 @@ def download_shakespeare(path: Path) -> None:
 
 
 def unknown_line(counts: Mapping[str, int]) -> str:
-    """One line about the characters that become `<unk>`; "" where there are none."""
+    """One line about the characters that are lost; "" where there are none."""
     if not counts:
         return ""
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -112,7 +113,7 @@ def unknown_line(counts: Mapping[str, int]) -> str:
     more = f" and {len(most) - N_SHOWN} more kinds" if len(most) > N_SHOWN else ""
     total = sum(counts.values())
     plural = "characters that are" if total > 1 else "character that is"
-    return f"{total:,} {plural} not in the vocabulary became <unk>: {named}{more}"
+    return f"{total:,} {plural} not in the vocabulary were lost: {named}{more}"
 
 
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:
