@@ -78,8 +78,8 @@ class TableTokenizer:
         return NEVER
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        ids = self._id_of_code.take(code_points(text), mode="clip")
-        return ids[ids != NEVER]
+        ids: NDArray[np.int32] = self._id_of_code.take(code_points(text), mode="clip")
+        return np.compress(ids != NEVER, ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         return [self.encode(text) for text in texts]
