@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "gpt2", "backends.base"},
     {"backends", "durable"},
     {"checkpoint", "records", "data", "schedule", "rules", "extras"}
-    | {"tokenizer", "char_table", "subword"},
+    | {"tokenizer", "char_table", "subword", "streaming"},
     {"reports"},
     {"writer"},
     {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"},

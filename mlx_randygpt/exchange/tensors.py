@@ -109,9 +109,7 @@ def read_shards(folder: Path, index: str) -> dict[str, Stored]:
     held = {name: read_safetensors(folder / name) for name in sorted(files)}
     for tensor, name in places.items():
         if tensor not in held[name]:
-            raise ExchangeError(
-                f"{folder / name} lacks {reprlib.repr(tensor)}, which the index says"
-            )
+            raise ExchangeError(f"{folder / name} lacks the tensor {reprlib.repr(tensor)}")
     return {tensor: held[name][tensor] for tensor, name in places.items()}
 
 

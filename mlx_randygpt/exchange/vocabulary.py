@@ -169,6 +169,7 @@ def _bpe(ids: Mapping[str, int], merges: Any, splits: Any, decoder: Any) -> dict
 
 def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
     """A tokenizer.json for a model of `size` ids: what it does not name is named "<|unused_N|>"."""
+    _check_merges(content)
     tokenizer = SubwordTokenizer.from_file(json.dumps(content))
     n = tokenizer.vocab_size
     if n > size:
@@ -186,7 +187,19 @@ def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
         }
         for i in range(n, size)
     ]  # fmt: skip
-    padded = SubwordTokenizer("file", json.dumps(known))
+    padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": known})
     if padded.vocab_size != size:
         raise ExchangeError(f"its ids have gaps; it names {n} and the model has {size}")
     return padded
+
+
+def _check_merges(content: Mapping[str, Any]) -> None:
+    """ExchangeError for merges of what is no token, at which the library would panic."""
+    model = content.get("model")
+    vocab, merges = (model.get(n) if isinstance(model, dict) else None for n in ("vocab", "merges"))
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        return  # of another kind, or what the library refuses
+    split = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    for left, right in _pairs(split):
+        if not {left, right, left + right} <= vocab.keys():
+            raise ExchangeError(f"it merges {reprlib.repr((left, right))}, which makes no token")
