@@ -148,7 +148,7 @@ def gpt2_folder(folder: Path, model: ModelConfig, params: Mapping[str, Any]) -> 
     return folder
 
 
-def nanogpt(path: Path, model: ModelConfig, params: Mapping[str, Any], **changes: Any) -> Path:
+def nanogpt(path: Path, model: ModelConfig, params: Mapping[str, Any], /, **changes: Any) -> Path:
     """A ckpt.pt of nanoGPT, after torch.compile, and the meta.pkl beside it."""
     named = {f"transformer.{name}": w for name, w in params.items()}
     named["lm_head.weight"] = params["wte.weight"]

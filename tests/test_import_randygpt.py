@@ -65,7 +65,7 @@ def test_the_logits_are_randygpts(tmp_path: Path, backend: str) -> None:
     )
     for n in (1, 7, 32):
         logits = engine.logits(tokens[None, :n].astype(np.int32), engine.new_cache(1), slice(0, 1))
-        # measured: 2e-6 of logits up to 12
+        # measured: 1.3e-5, of logits up to 21
         assert np.abs(logits[0] - expected[n - 1]).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -106,7 +106,7 @@ def test_its_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         v = 0.999 * saved.state.moments["v"][name] + 0.001 * g**2
         update = m / (1 - 0.9**71) / (np.sqrt(v / (1 - 0.999**71)) + 1e-8)
         expected = saved.state.params[name] * (1 - 1e-3 * 0.1) - 1e-3 * update
-        assert np.abs(w - expected).max() < 1e-6, name  # measured: 8e-8 of weights up to 0.7
+        assert np.abs(w - expected).max() < 1e-6, name  # measured: 2e-7, of weights up to 8
 
 
 def test_sizes_that_no_preset_has_are_asked_for(tmp_path: Path) -> None:
