@@ -41,13 +41,11 @@ def sources(tmp_path: Path) -> dict[str, Path]:
         (tmp_path / name).mkdir()
     moments = [randy_arrays(randy_model(), 4)] * 2
     moments[1] = {name: values**2 for name, values in moments[0].items()}
-    arrays = randy_arrays(randy_model())
+    first = randy_arrays(randy_model())
     return {
         "gpt2": gpt2_folder(tmp_path / "gpt2", gpt2(), lively(gpt2())),
         "nanogpt": nanogpt(tmp_path / "nano" / "ckpt.pt", TABLE, lively(TABLE)),
-        "randygpt": randy_bin(
-            tmp_path / "randy" / "c.bin", 3, randy_arrays(randy_model()), moments
-        ),
+        "randygpt": randy_bin(tmp_path / "randy" / "c.bin", 3, first, moments),
     }
 
 

@@ -7,9 +7,11 @@ Owns the ZIP archive, what its pickle calls tensors, and the bytes they lie in. 
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from mlx_randygpt.exchange.pickled import MOST_BYTES, Name, read_pickle
 from mlx_randygpt.exchange.tensors import FLOATS, MOST_AXES, Array, Stored
 
 MAGIC = b"PK\x03\x04"
+LOCAL_BYTES = 30  # before each entry; its last four are the lengths of a name and more
 MOST_ENTRIES = 1 << 16
 STORAGES = {  # PyTorch's name, the kind in `tensors`, bytes of a number
     "torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
@@ -140,13 +143,18 @@ class TorchFile:
 
     def _storage(self, storage: _Storage) -> Array:
         """The numbers of a storage; the archive's checksum of them is compared."""
+        entry = self._entries[f"{self._folder}/data/{storage.key}"]
         try:
-            with zipfile.ZipFile(self._path) as archive:
-                raw = archive.read(self._entries[f"{self._folder}/data/{storage.key}"])
-        except (ValueError, OSError, OverflowError, *_DAMAGED) as error:
-            raise ExchangeError(
-                f"{self._path} is truncated or damaged ({_short(error)})"
-            ) from error
+            with open(self._path, "rb") as file:
+                file.seek(entry.header_offset)
+                local = file.read(LOCAL_BYTES)
+                file.seek(sum(struct.unpack_from("<HH", local, LOCAL_BYTES - 4)), os.SEEK_CUR)
+                raw = file.read(entry.file_size)
+        except (ValueError, OSError, struct.error) as error:
+            reason = _short(error)
+            raise ExchangeError(f"{self._path} is truncated or damaged ({reason})") from error
+        if not local.startswith(MAGIC) or zlib.crc32(raw) != entry.CRC:
+            raise ExchangeError(f"{self._path} is truncated or damaged (its checksums do not hold)")
         return np.frombuffer(raw, FLOATS[storage.kind])
 
 
