@@ -24,9 +24,7 @@ FORMATS = ("hf", "mlx-lm", "safetensors", "gguf")  # of exchange.export, which n
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
 @json_option
-def command(
-    checkpoint: Path | None, kind: str, output: Path, overwrite: bool, json: bool
-) -> None:
+def command(checkpoint: Path | None, kind: str, output: Path, overwrite: bool, json: bool) -> None:
     """Write a model as files that other programs run.
 
     Without CHECKPOINT: the best of checkpoints/, else the newest.

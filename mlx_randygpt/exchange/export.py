@@ -14,6 +14,8 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.export_card import card
 from mlx_randygpt.exchange.export_folder import write_folder
+from mlx_randygpt.exchange.export_gguf import gguf_files
+from mlx_randygpt.exchange.export_gpt2 import gpt2_files
 from mlx_randygpt.exchange.export_hf import native_files
 from mlx_randygpt.exchange.export_weights import weights_files
 
@@ -29,7 +31,9 @@ def files_of(saved: Checkpoint, kind: str, name: str) -> dict[str, bytes]:
     if kind == "safetensors":
         files = weights_files(saved)
     elif kind == "gguf":
-        files = _gguf(saved)
+        files = gguf_files(saved, name)
+    elif saved.model.is_gpt2:
+        files = gpt2_files(saved, kind)
     else:
         files = native_files(saved)
     return {**files, "README.md": card(saved, kind, name).encode()}
@@ -38,14 +42,7 @@ def files_of(saved: Checkpoint, kind: str, name: str) -> dict[str, bytes]:
 def export(
     saved: Checkpoint, kind: str, folder: Path, *, overwrite: bool = False
 ) -> dict[str, int]:
-    """Write the files of `kind` in {FORMATS} to `folder`, all of them or none; name -> bytes."""
+    """Write the files of `kind`, one of FORMATS, to `folder`, all or none; name -> bytes."""
     files = files_of(saved, kind, folder.absolute().name)
     write_folder(folder, files, overwrite)
     return {name: len(content) for name, content in files.items()}
-
-
-def _gguf(saved: Checkpoint) -> dict[str, bytes]:
-    raise ExchangeError(
-        "--format gguf: llama.cpp has no architecture with this model's squared ReLU and norms "
-        "without gains; --format hf and mlx-lm can hold it"
-    )

@@ -22,8 +22,8 @@ RUN = {
     "hf": """With mlx-lm, from the folder above:
 
 ```sh
-mlx_lm.generate --model {name} --trust-remote-code --prompt "{prompt}" --temp 0.8 --top-p 0.9
-mlx_lm.convert --hf-path {name} --trust-remote-code --mlx-path {name}-4bit -q
+mlx_lm.generate --model {name}{flag} --prompt "{prompt}" --temp 0.8 --top-p 0.9
+mlx_lm.convert --hf-path {name}{flag} --mlx-path {name}-4bit -q
 ```
 
 With transformers and PyTorch:
@@ -31,40 +31,48 @@ With transformers and PyTorch:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
+model = AutoModelForCausalLM.from_pretrained("{name}"{argument})
 inputs = tokenizer("{prompt}", return_tensors="pt")
-text = model.generate(**inputs, max_new_tokens=200, do_sample=True, temperature=0.8, top_p=0.9)
+text = model.generate(**inputs, max_new_tokens={most}, do_sample=True, temperature=0.8, top_p=0.9)
 print(tokenizer.decode(text[0], skip_special_tokens=True))
 ```
-
-`--trust-remote-code` runs the Python files of this folder.""",
+{note}""",
     "safetensors": """```sh
 mlxgpt sample --checkpoint {name}/model.safetensors
 ```
 
 The file is a checkpoint of mlxgpt without the optimizer's moments, and an ordinary safetensors
-file for everything else.""",
+file for everything else.
+""",
     "gguf": """```sh
-llama-cli -m {name}/model.gguf -no-cnv -p "{prompt}"
-```""",
+llama-completion -m {name}/model.gguf -no-cnv -p "{prompt}"
+```
+""",
 }
+OWN_CODE = """
+Both run the Python files of this folder, which is what has to be trusted.
+"""
+LEARNED = """
+Positions are learned: prompt and new text together have at most {size} tokens. Beyond that
+transformers stops with an error, and mlx-lm goes on with worse text.
+"""
+LIBRARIES = {"hf": "transformers", "mlx-lm": "mlx", "gguf": "gguf", "safetensors": "mlx-randygpt"}
 
 
 def card(saved: Checkpoint, kind: str, name: str) -> str:
     """README.md of a folder called `name`."""
-    run = RUN.get(kind, RUN["hf"]).format(name=name, prompt=prompt_of(saved))
     rows = "\n".join(f"| {label} | {value} |" for label, value in facts(saved))
     licence = "\n".join(f"- {line}" for line in licences(saved.data))
     return f"""---
-library_name: {"mlx" if kind == "mlx-lm" else "transformers" if kind == "hf" else "gguf"}
+library_name: {LIBRARIES[kind]}
 pipeline_tag: text-generation
 tags: [mlx, mlx-randygpt, gpt]
 ---
 
 # {name}
 
-A GPT trained from scratch with [mlx-randygpt](https://pypi.org/project/mlx-randygpt/) {__version__}.
+A GPT trained from scratch with mlx-randygpt {__version__}.
 It continues text; it was not taught to answer or to be safe.
 
 | | |
@@ -81,8 +89,21 @@ Of this model: {UNKNOWN}.
 
 ## How to run it
 
-{run}
-"""
+{run_lines(saved, kind, name)}"""
+
+
+def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
+    """Commands that run a folder called `name`."""
+    own, learned = not saved.model.is_gpt2, saved.model.position == "learned"
+    size, prompt = saved.model.block_size, prompt_of(saved)
+    return RUN.get(kind, RUN["hf"]).format(
+        name=name,
+        prompt=prompt,
+        flag=" --trust-remote-code" if own else "",
+        argument=", trust_remote_code=True" if own else "",
+        most=max(1, size - len(prompt)) if learned else 200,
+        note=(OWN_CODE if own else "") + (LEARNED.format(size=size) if learned else ""),
+    )
 
 
 def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -117,6 +138,9 @@ def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
 def architecture(saved: Checkpoint) -> str:
     """What the model is made of, in words."""
     model = saved.model
+    if model.is_gpt2:
+        biases = "biases" if model.bias else "no biases"
+        return f"GPT-2: learned positions, LayerNorm, {model.activation}, {biases}, tied head"
     parts = ["rotary positions" if model.position == "rope" else "learned positions"]
     parts += ["QK-norm"] if model.qk_norm else []
     parts += ["token shift"] if model.token_shift else []
@@ -156,10 +180,10 @@ def _licence(path: Path, sha256: str) -> str:
 
 
 def prompt_of(saved: Checkpoint) -> str:
-    """A prompt that a shell and Python take as it is."""
+    """The run's prompt where a shell and Python take it as it is, else a word."""
     asked = saved.train.prompt
-    return asked if asked.isascii() and asked.isprintable() and not set(asked) & set("\"\\$`!") \
-        and asked else "The"
+    plain = asked.isascii() and asked.isprintable() and not set(asked) & set('"\\$`!{}')
+    return asked if plain and asked else "The"
 
 
 def _number(value: float) -> str:

@@ -38,7 +38,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = Fal
     except OSError as error:
         size = sum(map(len, files.values())) / 1e6
         reason = error.strerror or str(error)
-        raise ExchangeError(f"could not write {folder}: {reason}; it needs {size:.1f} MB") from error
+        raise ExchangeError(
+            f"could not write {folder}: {reason}; it needs {size:.1f} MB"
+        ) from error
     finally:
         with suppress(OSError):
             if old.exists() and not folder.exists():

@@ -17,7 +17,6 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange.export_tokenizer import as_json, tokenizer_files
 from mlx_randygpt.tokenizer import tokenizer_from_json
 
-NOT_OF_THE_MODEL = ("zero_init", "init_scale")  # how weights began
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -35,7 +34,6 @@ def native_files(saved: Checkpoint) -> dict[str, bytes]:
 
 def config(saved: Checkpoint) -> dict[str, Any]:
     """config.json; its names are the fields of ModelConfig."""
-    fields = {k: v for k, v in asdict(saved.model).items() if k not in NOT_OF_THE_MODEL}
     return {
         "model_type": "mlxgpt",
         "architectures": ["MLXGPTForCausalLM"],
@@ -44,7 +42,7 @@ def config(saved: Checkpoint) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_mlxgpt.MLXGPTForCausalLM",
         },
         "model_file": "mlx_lm_model.py",
-        **fields,
+        **asdict(saved.model),
         **ends(saved),
         "tie_word_embeddings": False,
         "torch_dtype": "float32",

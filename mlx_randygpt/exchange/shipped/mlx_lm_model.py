@@ -27,7 +27,8 @@ def _beside(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         f"mlxgpt_{name}", Path(__file__).with_name(f"{name}.py")
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)

@@ -29,6 +29,8 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
 
     is_sliding = True
     is_croppable = False
+    keys: Any  # (B, H, up to window - 1, D)
+    values: Any
 
     def __init__(self, window: int) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ def shift(x: Tensor, real: Tensor | None, cache: WindowLayer | None, slot: int) 
     return torch.cat([torch.cat([before, read[:, :-1]], dim=1), x[..., half:]], dim=-1)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     """Causal self-attention; the rows of c_attn are query, key and value, each H slices of D."""
 
     def __init__(self, config: MLXGPTConfig) -> None:
@@ -141,7 +143,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(b, t, c))  # (B, T, C)
 
 
-class MLP(nn.Module):
+class MLP(nn.Module):  # type: ignore[misc]
     """Squared ReLU between two projections (arXiv 2109.08668)."""
 
     def __init__(self, config: MLXGPTConfig) -> None:
@@ -153,7 +155,7 @@ class MLP(nn.Module):
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # type: ignore[misc]
     """Pre-norm residual block."""
 
     def __init__(self, config: MLXGPTConfig) -> None:
@@ -283,4 +285,3 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 f"position {last} is beyond the {most} that this model has learned; "
                 f"prompt and max_new_tokens must come to at most {most} tokens"
             )
-
