@@ -5,7 +5,9 @@ Every figure is of the checkpoint itself; what it does not know the card says is
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ RUN = {
 
 ```sh
 mlx_lm.generate --model {name}{flag} --prompt "{prompt}" --temp 0.8 --top-p 0.9
-mlx_lm.convert --hf-path {name}{flag} --mlx-path {name}-4bit -q
+mlx_lm.convert --hf-path {name}{flag} --mlx-path {small} -q
 ```
 
 With transformers and PyTorch:
@@ -31,22 +33,22 @@ With transformers and PyTorch:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
-model = AutoModelForCausalLM.from_pretrained("{name}"{argument})
+tokenizer = AutoTokenizer.from_pretrained({string}{argument})
+model = AutoModelForCausalLM.from_pretrained({string}{argument})
 inputs = tokenizer("{prompt}", return_tensors="pt")
 text = model.generate(**inputs, max_new_tokens={most}, do_sample=True, temperature=0.8, top_p=0.9)
 print(tokenizer.decode(text[0], skip_special_tokens=True))
 ```
 {note}""",
     "safetensors": """```sh
-mlxgpt sample --checkpoint {name}/model.safetensors
+mlxgpt sample --checkpoint {file}
 ```
 
 The file is a checkpoint of mlxgpt without the optimizer's moments, and an ordinary safetensors
 file for everything else.
 """,
     "gguf": """```sh
-llama-completion -m {name}/model.gguf -no-cnv -p "{prompt}"
+llama-completion -m {file} -no-cnv -p "{prompt}"
 ```
 """,
 }
@@ -70,7 +72,7 @@ pipeline_tag: text-generation
 tags: [mlx, mlx-randygpt, gpt]
 ---
 
-# {name}
+# {_cell(name)}
 
 A GPT trained from scratch with mlx-randygpt {__version__}.
 It continues text; it was not taught to answer or to be safe.
@@ -97,7 +99,10 @@ def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
     own, learned = not saved.model.is_gpt2, saved.model.position == "learned"
     size, prompt = saved.model.block_size, prompt_of(saved)
     return RUN.get(kind, RUN["hf"]).format(
-        name=name,
+        name=shlex.quote(name),
+        small=shlex.quote(f"{name}-4bit"),
+        file=shlex.quote(f"{name}/model.{kind}"),
+        string=json.dumps(name),
         prompt=prompt,
         flag=" --trust-remote-code" if own else "",
         argument=", trust_remote_code=True" if own else "",

@@ -22,8 +22,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = Fal
     """Write `files` into a new folder beside `folder` and rename it. An existing folder has to be
     empty or, with `overwrite`, hold nothing but an export, which is replaced as a whole."""
     folder = folder.resolve()
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    part = folder.parent / f".{folder.name}.{os.getpid()}.part"
+    old = folder.parent / f".{folder.name}.{os.getpid()}.old"
     try:
         _refuse_to_lose(folder, overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
