@@ -86,7 +86,21 @@ def model_cache(model: Any) -> Any:
     return make_prompt_cache(model)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("n_prompt", [30, 150])
+def test_learned_positions_begin_again_as_ours_do(
+    text: str, tiny_model: Any, lively: Any, tmp_path: Path, n_prompt: int
+) -> None:
+    from mlx_lm.generate import stream_generate
+
+    saved = make("classic", "char", text, tiny_model, lively, block_size=64)
+    export(saved, "hf", tmp_path / "x")
+    model, tokenizer = load(tmp_path / "x")
+    prompt = tokenizer_from_json(saved.tokenizer).encode(text)[:n_prompt]
+    growing = stream_generate(model, tokenizer, prompt.tolist(), max_tokens=200)
+    assert [int(one.token) for one in growing][:200] == greedy(saved, prompt, 200)
+
+
+@pytest.mark.parametrize("recipe", ["modern", "gpt2"])
 def test_texts_that_grow_together_are_ours(exported: Any, recipe: str, text: str) -> None:
     saved, folder = exported(recipe)
     model, tokenizer = load(folder)

@@ -115,10 +115,30 @@ def test_loss_is_that_of_the_shifted_logits_and_trains(loaded: Any, recipe: str,
     model.zero_grad()
 
 
+@pytest.mark.parametrize("n_prompt", [30, 64])
+@pytest.mark.parametrize("masked", [True, False])
+def test_learned_positions_begin_again_as_ours_do(
+    text: str, tiny_model: Any, lively: Any, tmp_path: Path, n_prompt: int, masked: bool
+) -> None:
+    saved = make("classic", "char", text, tiny_model, lively, block_size=64)
+    export(saved, "mlx-lm", tmp_path / "x")
+    model, _ = load(tmp_path / "x", trust_remote_code=True)
+    ids = tokenizer_from_json(saved.tokenizer).encode(text)
+    prompts = rows(ids[:n_prompt], ids[100 : 100 + n_prompt])
+    mask = {"attention_mask": torch.ones_like(prompts)} if masked else {}
+    found = model.generate(prompts, max_new_tokens=200, do_sample=False, **mask)[:, n_prompt:]
+    for prompt, continued in zip(prompts.numpy(), found.tolist(), strict=True):
+        ours = greedy(saved, prompt, 200)
+        assert continued[: len(ours)] == ours
+
+
 def test_learned_positions_end_with_a_clear_line(loaded: Any) -> None:
     _, model, _ = loaded("classic")
     with pytest.raises(ValueError, match="position 250 is beyond the 250 that this model"):
         model(rows(np.zeros(251)))
+    mask = rows(np.arange(10) > 4)
+    with pytest.raises(ValueError, match="only a text without padding goes on"):
+        model.generate(rows(np.zeros(10)), attention_mask=mask, max_new_tokens=260)
 
 
 def test_a_cache_of_another_model_is_refused(loaded: Any) -> None:

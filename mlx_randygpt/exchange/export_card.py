@@ -56,8 +56,7 @@ OWN_CODE = """
 Both run the Python files of this folder, which is what has to be trusted.
 """
 LEARNED = """
-Positions are learned: prompt and new text together have at most {size} tokens. Beyond that
-transformers stops with an error, and mlx-lm goes on with worse text.
+Prompt and new text together have at most {size} tokens.
 """
 LIBRARIES = {"hf": "transformers", "mlx-lm": "mlx", "gguf": "gguf", "safetensors": "mlx-randygpt"}
 
@@ -96,8 +95,7 @@ Of this model: {UNKNOWN}.
 
 def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
     """Commands that run a folder called `name`."""
-    own, learned = not saved.model.is_gpt2, saved.model.position == "learned"
-    size, prompt = saved.model.block_size, prompt_of(saved)
+    own, size, prompt = not saved.model.is_gpt2, saved.model.block_size, prompt_of(saved)
     return RUN.get(kind, RUN["hf"]).format(
         name=shlex.quote(name),
         small=shlex.quote(f"{name}-4bit"),
@@ -106,8 +104,8 @@ def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
         prompt=prompt,
         flag=" --trust-remote-code" if own else "",
         argument=", trust_remote_code=True" if own else "",
-        most=max(1, size - len(prompt)) if learned else 200,
-        note=(OWN_CODE if own else "") + (LEARNED.format(size=size) if learned else ""),
+        most=200 if own else max(1, size - len(prompt)),
+        note=OWN_CODE if own else LEARNED.format(size=size),
     )
 
 

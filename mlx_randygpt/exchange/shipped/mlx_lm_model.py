@@ -1,8 +1,9 @@
 """The model as mlx-lm loads it: the GPT of `mlx_model.py`, beside this file, over mlx-lm's caches.
 
 A layer keeps the keys and values of the last `block_size` positions and, where the model has a
-token shift, what attention and MLP read of the position before. Learned positions end at the last
-row of their table: text that runs past `block_size` is read as if it stayed there.
+token shift, what attention and MLP read of the position before. Where positions are learned, a full
+cache begins again with the last half window, as mlx-randygpt does; such texts are decoded one by
+one, for mlx-lm cannot begin again in a single row of a batch.
 
 Legend: B batch, T new tokens, S keys seen, C n_embd, V vocab.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, _BaseCache
 
 
 def _beside(name: str) -> ModuleType:
@@ -84,6 +85,57 @@ class Layer:
         self.last = Shifted(cache[1]) if shifts else None
 
 
+class Again(_BaseCache):  # type: ignore[misc]
+    """Keys and values of one layer with learned positions, and the ids that were read."""
+
+    def __init__(self) -> None:
+        self.inner = KVCache()
+        self.ids: mx.array | None = None  # (B, n), kept by the first layer
+
+    @property
+    def offset(self) -> int:
+        return int(self.inner.offset)
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        found: tuple[mx.array, mx.array] = self.inner.update_and_fetch(k, v)
+        return found
+
+    def make_mask(self, *args: Any, **named: Any) -> Any:
+        return self.inner.make_mask(*args, **named)
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state, self.ids
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.inner = KVCache()
+        self.inner.state, self.ids = value
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.inner.nbytes)
+
+
+def begin_again(tokens: mx.array, cache: Sequence[Again], window: int) -> mx.array:
+    """What is read of new tokens (B, T): these or, where they do not fit, the last half window
+    into an empty cache. A long prompt is cut to its end, with room for one more token."""
+    first, n_new = cache[0], tokens.shape[1]
+    ids = tokens if first.ids is None else mx.concatenate([first.ids, tokens], axis=1)
+    first.ids = ids[:, -window:]
+    if first.offset + n_new <= window:
+        return tokens
+    for layer in cache:
+        layer.inner = KVCache()
+    return ids[:, -max(1, window // 2 if n_new == 1 else window - 1) :]
+
+
 class Model(gpt.GPT):  # type: ignore[misc, name-defined]
     """Token ids (B, T) to logits (B, T, V)."""
 
@@ -91,6 +143,8 @@ class Model(gpt.GPT):  # type: ignore[misc, name-defined]
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         window = self.args.block_size
+        if cache is not None and isinstance(cache[0], Again):
+            tokens = begin_again(tokens, cache, window)
         layers = None if cache is None or cache[0] is None else [Layer(c) for c in cache]
         keys = layers[0].keys if layers else None
         mask = create_attention_mask(tokens, keys, None if keys else window)
@@ -103,6 +157,8 @@ class Model(gpt.GPT):  # type: ignore[misc, name-defined]
     def make_cache(self) -> list[Any]:
         """An empty cache for each layer."""
         window = self.args.block_size
+        if self.args.position == "learned":
+            return [Again() for _ in self.h]
         if not self.args.token_shift:
             return [RotatingKVCache(window) for _ in self.h]
         return [CacheList(RotatingKVCache(window), ArraysCache(2)) for _ in self.h]

@@ -1,8 +1,9 @@
 """A GPT of mlx-randygpt in PyTorch, for transformers; weights have their published names.
 
 The cache holds the keys and values of the last `block_size` positions of each layer and, where the
-model has a token shift, what attention and MLP read of the position before. A model with learned
-positions refuses text beyond its table.
+model has a token shift, what attention and MLP read of the position before. Where positions are
+learned, a text that has filled its cache goes on with the last half window in an empty one, as in
+mlx-randygpt; one with padding, or longer from the start, is refused.
 
 Legend: B batch, T new tokens, S keys seen, C n_embd, H heads, D = C/H, V vocab.
 """
@@ -37,6 +38,8 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
         self.window = window
         self.seen = 0
         self.last: list[Tensor | None] = [None, None]  # (B, 1, C/2) each
+        self.ids: Tensor | None = None  # (B, n) read so far; the first layer's, learned positions
+        self.again = False  # whether they were read again from position 0
 
     def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D); all that the new queries may read, (B, H, S, D)."""
@@ -61,7 +64,7 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.last = 0, [None, None]
+        self.seen, self.last, self.ids = 0, [None, None], None
 
     def crop(self, *_: Any) -> None:
         raise NotImplementedError("keys that have left the window cannot come back")
@@ -73,6 +76,7 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
         if self.seen:
             self.keys, self.values = self.keys[indices], self.values[indices]
             self.last = [None if x is None else x[indices] for x in self.last]
+            self.ids = None if self.ids is None else self.ids[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.seen:
@@ -183,6 +187,7 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     config_class = MLXGPTConfig
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _input_embed_layer = "wte"
     _supports_sdpa = True
     _is_stateful = True  # a cache cannot go back, so no drafts
 
@@ -199,18 +204,6 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes its own
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -226,10 +219,12 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """`attention_mask` (B, tokens so far) is 0 at padding, on either side. Of the logits the
         last `logits_to_keep` are given, 0 for all; `labels` are shifted here, -100 counts not."""
-        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         use_cache = use_cache if use_cache is not None else not self.training
         cache = self._cache(past_key_values) if use_cache or past_key_values else None
         layers = cache.layers if cache else [None] * len(self.h)
+        if cache and input_ids is not None and self.config.position == "learned":
+            input_ids = self._begin_again(input_ids, attention_mask, layers)
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         positions, mask, real = self._places(x, attention_mask, position_ids, layers[0])
         if self.config.position == "learned":
             x = x + self.wpe(positions)
@@ -252,6 +247,19 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ValueError(f"a cache of another model ({type(given).__name__}); pass its own")
         return WindowCache(self.config)
 
+    def _begin_again(self, ids: Tensor, mask: Tensor | None, layers: list[WindowLayer]) -> Tensor:
+        """What is read of new tokens (B, T): these or, if one more does not fit, the last half
+        window from position 0."""
+        first, window = layers[0], self.config.block_size
+        ids_read = ids if first.ids is None else torch.cat([first.ids, ids], dim=1)[:, -window:]
+        full = first.seen + ids.shape[1] > window
+        if full and ids.shape[1] == 1 and (mask is None or bool(mask.all())):
+            for layer in layers:
+                layer.reset()
+            ids, first.again = ids_read[:, -max(1, window // 2) :], True
+        first.ids = ids_read
+        return ids
+
     def _places(
         self, x: Tensor, given: Tensor | None, positions: Tensor | None, layer: WindowLayer | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -263,6 +271,8 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ValueError(f"attention_mask {tuple(given.shape)} is not of (batch, tokens)")
         if given is not None and bool(given.all()):
             given = None
+        if layer and layer.again:
+            positions = None
         if positions is None and given is not None:
             positions = (given.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
         if positions is None:
@@ -282,6 +292,6 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         last, most = int(positions.max()), self.config.block_size
         if self.config.position == "learned" and last >= most:
             raise ValueError(
-                f"position {last} is beyond the {most} that this model has learned; "
-                f"prompt and max_new_tokens must come to at most {most} tokens"
+                f"position {last} is beyond the {most} that this model has learned; only a text "
+                "without padding goes on past them, token by token and with its cache"
             )
