@@ -31,7 +31,10 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
 CORE += ("sample", "records", "durable", "data.windows")
-OPTIONAL = {"backends.numba_decode"}  # numpy_cache says the same and runs without it
+OPTIONAL = {  # the core imports them late or not at all, and runs without them
+    "backends.numba_decode",
+    "backends.mlx_quantized",
+}
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
     "numba": ("backends.numba_",),
