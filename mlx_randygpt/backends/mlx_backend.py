@@ -9,7 +9,6 @@ Legend: B batch, T time, C n_embd, H heads, D = C/H, V vocab.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -57,8 +56,7 @@ class MLXBackend:
         self.device = device.description
         self._on_gpu = device.has_gpu
         self._config, self._train = model, train
-        args = {field.name: getattr(model, field.name) for field in fields(ModelArgs)}
-        self._model = GPT(ModelArgs(**args))
+        self._model = build(model)
         self.restore(state)
         self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
         self._splits: list[tuple[Array, mx.array]] = []  # the latest last
@@ -133,17 +131,9 @@ class MLXBackend:
         return TrainState(self.step, _to_numpy(self._weights), moments)
 
     def matmul_flops(self) -> float:
-        """The best of five chains of square products; TF32 counts where MLX uses it."""
-        size, n = (4096, 8) if self._on_gpu else (512, 1)
-        x, best = mx.ones((size, size)) / size, 0.0
-        mx.eval(x)
-        for _ in range(5):
-            start, y = time.perf_counter(), x
-            for _ in range(n):
-                y = y @ x
-            mx.eval(y)
-            best = max(best, 2 * size**3 * n / (time.perf_counter() - start))
-        return best
+        from mlx_randygpt.backends.mlx_speed import matmul_flops
+
+        return matmul_flops(self._on_gpu)
 
     def memory_bytes(self) -> int:
         """Peak device memory and what MLX keeps for reuse; on a CPU, the process at its peak."""
@@ -217,6 +207,17 @@ class MLXBackend:
                 found = moments.get(kind, {}).get(name)
                 loaded[kind][name] = mx.zeros(shape) if found is None else mx.array(found)
         return loaded
+
+
+def build(model: ModelConfig) -> GPT:
+    """The modules of this architecture."""
+    kind: type[GPT] = GPT
+    arguments: type[ModelArgs] = ModelArgs
+    if model.is_gpt2:
+        from mlx_randygpt.backends.mlx_gpt2 import GPT2, GPT2Args
+
+        kind, arguments = GPT2, GPT2Args
+    return kind(arguments(**{f.name: getattr(model, f.name) for f in fields(arguments)}))
 
 
 def check_ids(tokens: Array, vocab_size: int, lowest: int = 0) -> None:

@@ -35,7 +35,7 @@ class Job:
 
 def config_toml(job: Job, run: Run) -> str:
     """Every resolved setting, as `--config` reads it back."""
-    shared = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+    shared = ("arch", "n_layer", "n_head", "n_embd", "block_size", "dropout")
     values = {
         "data": run.data["paths"],
         **{name: run.data[name] for name in (*text.READING, "respect_documents")},
