@@ -35,12 +35,12 @@ TYPES = {mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int32, mx.int64, mx.float3
 # Every operation that training and decoding use. To add one, see that it has a kernel there:
 HAVE_KERNELS = {
     # unary, binary and ternary .metal files: one thread an element
-    "Add", "AsType", "Cos", "Cosh", "Divide", "Equal", "Erf", "Exp", "Greater", "GreaterEqual", "Less",
-    "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative", "NotEqual", "Select",
-    "Rsqrt", "Sin", "Sqrt", "Square", "Subtract", "Tanh",
+    "Add", "AsType", "Cos", "Cosh", "Divide", "Equal", "Erf", "Exp", "Greater", "GreaterEqual",
+    "Less", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative", "NotEqual",
+    "Rsqrt", "Select", "Sin", "Sqrt", "Square", "Subtract", "Tanh",
     # kernels of their own; a scatter adds with atomics, see `lacking`
-    "AddMM", "Arange", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits", "Reduce", "Scatter",
-    "ScatterAxis", "Softmax",
+    "AddMM", "Arange", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits", "Reduce",
+    "Scatter", "ScatterAxis", "Softmax",
     # copies and views, without arithmetic
     "Broadcast", "Concatenate", "ExpandDims", "Flatten", "Full", "Reshape", "Slice", "SliceUpdate",
     "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten",
