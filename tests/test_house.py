@@ -32,9 +32,9 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
 CORE += ("sample", "records", "durable", "data.windows")
-GUESTS = {  # the core runs without them: numba, another architecture, a rate to compare with
+GUESTS = {  # the core runs without them: numba, another architecture, fewer bits, a rate to compare
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
-    "backends.numpy_speed", "backends.mlx_speed",
+    "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
