@@ -87,12 +87,13 @@ def model_cache(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("n_prompt", [30, 150])
+@pytest.mark.parametrize("odd", [{}, {"token_shift": True, "n_embd": 57, "n_head": 3}])
 def test_learned_positions_begin_again_as_ours_do(
-    text: str, tiny_model: Any, lively: Any, tmp_path: Path, n_prompt: int
+    text: str, tiny_model: Any, lively: Any, tmp_path: Path, odd: dict[str, Any], n_prompt: int
 ) -> None:
     from mlx_lm.generate import stream_generate
 
-    saved = make("classic", "char", text, tiny_model, lively, block_size=64)
+    saved = make("classic", "char", text, tiny_model, lively, block_size=64, **odd)
     export(saved, "hf", tmp_path / "x")
     model, tokenizer = load(tmp_path / "x")
     prompt = tokenizer_from_json(saved.tokenizer).encode(text)[:n_prompt]

@@ -117,10 +117,17 @@ def test_loss_is_that_of_the_shifted_logits_and_trains(loaded: Any, recipe: str,
 
 @pytest.mark.parametrize("n_prompt", [30, 64])
 @pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("odd", [{}, {"token_shift": True, "n_embd": 57, "n_head": 3}])
 def test_learned_positions_begin_again_as_ours_do(
-    text: str, tiny_model: Any, lively: Any, tmp_path: Path, n_prompt: int, masked: bool
+    text: str,
+    tiny_model: Any,
+    lively: Any,
+    tmp_path: Path,
+    odd: dict[str, Any],
+    n_prompt: int,
+    masked: bool,
 ) -> None:
-    saved = make("classic", "char", text, tiny_model, lively, block_size=64)
+    saved = make("classic", "char", text, tiny_model, lively, block_size=64, **odd)
     export(saved, "mlx-lm", tmp_path / "x")
     model, _ = load(tmp_path / "x", trust_remote_code=True)
     ids = tokenizer_from_json(saved.tokenizer).encode(text)
