@@ -23,7 +23,11 @@ FORMATS = ("gpt2", "nanogpt", "randygpt", "randygpt-hf")
     help="Who wrote it; auto looks.",
 )  # fmt: skip
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The checkpoint to write."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The checkpoint to write.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
 @click.option(
@@ -39,7 +43,7 @@ FORMATS = ("gpt2", "nanogpt", "randygpt", "randygpt-hf")
 @click.option("--block-size", type=int, help="randygpt: context.")
 @json_option
 def command(
-    source: Path, format: str, out: Path, overwrite: bool, vocab: Path | None,
+    source: Path, format: str, output: Path, overwrite: bool, vocab: Path | None,
     activation: str | None, json: bool, **sizes: int | None,
 ) -> None:  # fmt: skip
     """Read a model of GPT-2, nanoGPT or randyGPT and write it as a checkpoint.
@@ -51,26 +55,26 @@ def command(
     from mlx_randygpt.exchange import ExchangeError
     from mlx_randygpt.exchange.importing import read_foreign
 
-    if out.is_dir():
+    if output.is_dir():
         raise ExchangeError(
-            f"{out} is a folder; name the file, such as {out / 'model.safetensors'}"
+            f"{output} is a folder; name the file, such as {output / 'model.safetensors'}"
         )
-    if out.exists() and not overwrite:
-        raise ExchangeError(f"{out} is there already; --overwrite replaces it")
+    if output.exists() and not overwrite:
+        raise ExchangeError(f"{output} is there already; --overwrite replaces it")
     given = {name: value for name, value in sizes.items() if value is not None}
     found = read_foreign(source, format, vocab=vocab, activation=activation, sizes=given)
     for note in found.notes:
         click.echo(note, err=True)
-    save_checkpoint(out, found.checkpoint())
-    values = describe(out, found)
+    save_checkpoint(output, found.checkpoint())
+    values = describe(output, found)
     if json:
         print_json(values)
         return
     click.echo(
-        f"✓ {values['parameters']:,} parameters of {values['format']} written to {out} "
+        f"✓ {values['parameters']:,} parameters of {values['format']} written to {output} "
         f"(step {values['step']:,}, vocabulary {values['vocab_size']:,})"
     )
-    click.echo(f"Let it write: mlxgpt sample --checkpoint {out}")
+    click.echo(f"Let it write: mlxgpt sample --checkpoint {output}")
 
 
 def describe(out: Path, found: Foreign) -> dict[str, Any]:
