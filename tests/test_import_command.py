@@ -146,3 +146,29 @@ def test_what_cannot_come_in_is_one_line_and_leaves_nothing(
 
 def test_the_command_offers_what_can_be_read() -> None:
     assert FORMATS == importing.FORMATS
+
+
+def test_a_table_of_characters_goes_out_with_its_checkpoint_alone(
+    tmp_path: Path, sources: dict[str, Path]
+) -> None:
+    out = tmp_path / "a.safetensors"
+    assert call("import", sources["nanogpt"], "-o", out).exit_code == 0
+    refused = call("export", out, "--format", "hf", "-o", tmp_path / "hf")
+    assert refused.exit_code == 1
+    assert "--format safetensors keeps it" in refused.stderr
+    assert call("export", out, "--format", "safetensors", "-o", tmp_path / "w").exit_code == 0
+    assert load_checkpoint(tmp_path / "w" / "model.safetensors").tokenizer["type"] == "table"
+
+
+def test_an_empty_prompt_is_a_newline_to_a_table(tmp_path: Path, sources: dict[str, Path]) -> None:
+    out = tmp_path / "a.safetensors"
+    assert call("import", sources["nanogpt"], "-o", out).exit_code == 0
+    written = [
+        answer(
+            "sample", "--checkpoint", out, "--prompt", prompt, "--max-tokens", 9, "--backend",
+            "numpy", "--show-probs",
+        )["text"]
+        for prompt in ("", "\n")
+    ]  # fmt: skip
+    assert written[0] == written[1]
+    assert len(written[0]) == 9

@@ -27,7 +27,7 @@ def read_foreign(
 
     `activation` is for nanoGPT and `sizes` for randyGPT, whose files do not say them.
     """
-    if not source.exists():
+    if not (source.is_file() or source.is_dir()):
         raise ExchangeError(f"{source} is not there")
     if source.name in gpt2.WEIGHTS and (source.parent / "config.json").is_file():
         source = source.parent  # the weights of a folder
