@@ -19,8 +19,8 @@ ROOT = Path(mlx_randygpt.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
-    {"", "state", "config", "gpt2", "backends.base"},
-    {"backends", "durable"},
+    {"", "state", "config", "gpt2", "lora_names", "backends.base"},
+    {"backends", "durable", "lora"},
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
@@ -34,6 +34,7 @@ CORE += ("sample", "records", "durable", "data.windows")
 GUESTS = {  # the core runs without them: numba, another architecture, a rate to compare with
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
     "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
+    "backends.numpy_lora", "backends.mlx_lora",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),
