@@ -31,7 +31,7 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
 CORE += ("sample", "records", "durable", "data.windows")
-GUESTS = {  # the core runs without them: numba, another architecture, a rate to compare with
+GUESTS = {  # the core runs without them: numba, another architecture, fewer bits, a rate to compare
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
     "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
     "backends.numpy_lora", "backends.mlx_lora",

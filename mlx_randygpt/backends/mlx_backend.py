@@ -66,6 +66,7 @@ class MLXBackend:
         )  # on a CPU: 30 s lost, nothing gained
         self._value_and_grad = mx.value_and_grad(self._mean_loss)
         self._training_grads = compiled(self._value_and_grad)
+        self._evaluated_loss = compiled(self._mean_loss)
         self._update = compiled(partial(update, train))
 
     def restore(self, state: TrainState) -> None:
@@ -90,7 +91,7 @@ class MLXBackend:
 
     def loss(self, batch: Batch) -> float:
         """Mean cross-entropy in nats over the targets that count, without dropout."""
-        return float(self._mean_loss(self._weights, *self._windows(batch), None))
+        return float(self._evaluated_loss(self._weights, *self._windows(batch), None))
 
     def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
         """`loss` and its gradient for every weight, float32, without dropout or clipping."""
@@ -112,18 +113,19 @@ class MLXBackend:
         self._bind(self._weights)
         empty = not cache.lengths[rows].any()
         for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
-            x = self._advance(part, cache, rows)  # (B, T, C)
-        return np.array(self._model.lm_head(x[:, -1]))  # (B, V)
+            logits = self._advance(part, cache, rows)
+        return np.array(logits)
 
     def _advance(self, tokens: Array, cache: MLXCache, rows: slice) -> mx.array:
-        """Append tokens (B, T) to the rows, empty ones where T > 1; what the head reads."""
+        """Append tokens (B, T) to the rows, empty ones where T > 1; logits (B, V) of the last."""
         ids, layers = mx.array(tokens.astype(np.int32)), layer_rows(cache, rows)
         x = self._model.features(ids, layers, mask(cache, rows, tokens.shape[1]))  # (B, T, C)
         for layer in layers:
             layer.keep()
         cache.lengths[rows] += tokens.shape[1]
-        mx.eval(x, cache.arrays())
-        return x
+        logits = self._model.lm_head(x[:, -1])
+        mx.eval(logits, cache.arrays())
+        return logits
 
     def state(self) -> TrainState:
         """A copy of step, weights and moments in float32; waits for the device."""

@@ -26,10 +26,8 @@ class NumpyLora(NumpyBackend):
     ) -> None:
         assert train.optimizer == "adamw", "settings.fine_tuning sees to it"
         self._matrices, self._scale = lora.matrices(model), lora.scale(model)
-        self.adapters, self._adapter_m, self._adapter_v = (
-            {name: np.zeros(shape, dtype) for name, shape in lora.adapter_shapes(model).items()}
-            for _ in range(3)
-        )
+        shapes = lora.adapter_shapes(model)
+        self.adapters, self._adapter_m, self._adapter_v = (_zeros(shapes, dtype) for _ in range(3))
         super().__init__(lora.base(model), train, state, dtype)
 
     def restore(self, state: TrainState) -> None:
@@ -98,3 +96,7 @@ class NumpyLora(NumpyBackend):
 
 def _copies(params: Params) -> Params:
     return {name: np.array(array, np.float32) for name, array in params.items()}
+
+
+def _zeros(shapes: dict[str, tuple[int, ...]], dtype: type) -> Params:
+    return {name: np.zeros(shape, dtype) for name, shape in shapes.items()}

@@ -59,8 +59,8 @@ def describe_model(model: ModelConfig) -> str:
         size = f"{_count(trained_count(model))} trained of {size}"
     layers = f"{model.n_layer} layer{'s' if model.n_layer > 1 else ''}"
     return (
-        f"{size} parameters, {layers} × {model.n_head} heads × {model.n_embd}, "
-        f"context {model.block_size}"
+        f"{'GPT-2, ' if model.is_gpt2 else ''}{size} parameters, "
+        f"{layers} × {model.n_head} heads × {model.n_embd}, context {model.block_size}"
     )
 
 
