@@ -43,13 +43,14 @@ def describe_backend(backend: Backend, why: str) -> str:
     return f"{line} ({why})" if why else line
 
 
-def read(checkpoint: Path | None) -> tuple[Path, Checkpoint, Tokenizer]:
+def read(checkpoint: Path | None, merge: bool = True) -> tuple[Path, Checkpoint, Tokenizer]:
     """The checkpoint, else the best of checkpoints/, its adapters merged, and its tokenizer."""
     from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
     path = default_checkpoint(checkpoint)
-    saved = merged(load_checkpoint(path, weights_only=True))
+    saved = load_checkpoint(path, weights_only=True)
+    saved = merged(saved) if merge else saved
     return path, saved, tokenizer_from_json(saved.tokenizer)
 
 
