@@ -18,6 +18,8 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.vocabulary import table_of_text, tokenizer_at
 from mlx_randygpt.tokenizer import tokenizer_from_json
 
+pytest.importorskip("tokenizers")
+
 LETTERS = "ab \nñ"
 RANDY_MERGES = [("a", "b"), (" ", "a"), ("ab", "ab"), ("b", " a"), ("ñ", "ñ"), ("x", "y")]
 

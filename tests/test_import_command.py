@@ -16,6 +16,8 @@ from mlx_randygpt.cli import group
 from mlx_randygpt.cli.import_ import FORMATS
 from mlx_randygpt.exchange import importing
 
+pytest.importorskip("tokenizers")
+
 TABLE = gpt2(activation="gelu", vocab_size=24)
 TEXT = "bcd fed\nbad cab\n" * 40
 

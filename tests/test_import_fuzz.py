@@ -32,6 +32,8 @@ from mlx_randygpt.config import UserError
 from mlx_randygpt.exchange.foreign import Foreign
 from mlx_randygpt.exchange.importing import read_foreign
 
+pytest.importorskip("tokenizers")
+
 CASES = int(os.environ.get("MLXGPT_FUZZ_CASES", "50"))
 MOST_MEMORY = 1 << 26  # bytes; the models here have 100 kB
 LARGE = (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\0\0\0\0")

@@ -17,6 +17,8 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importing import read_foreign
 from mlx_randygpt.state import Batch, TrainState
 
+pytest.importorskip("tokenizers")
+
 MODEL = gpt2()
 PARAMS = lively(MODEL)
 
