@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.records import Progress
 from mlx_randygpt.state import Params, TrainState
 from mlx_randygpt.tokenizer import Tokenizer
+
+SIZES = ("n_layer", "n_head", "n_embd", "block_size")  # what a preset names
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,8 @@ class Foreign:
     def checkpoint(self) -> Checkpoint:
         """The same as a checkpoint of ours, from which a new run begins or, where there are
         moments, its own goes on."""
-        sizes = {
-            name: getattr(self.model, name)
-            for name in asdict(PRESETS[DEFAULT_PRESET])
-            if hasattr(self.model, name)
-        }
-        named = (n for n, preset in PRESETS.items() if sizes.items() <= asdict(preset).items())
+        sizes = [getattr(self.model, name) for name in SIZES]
+        named = (n for n, p in PRESETS.items() if [getattr(p, name) for name in SIZES] == sizes)
         settings = {**RECIPES["classic"]["train"], **self.train}
         settings |= {"iters": max(self.step, settings.get("iters", 1000))}
         train = TrainConfig(recipe="classic", preset=next(named, DEFAULT_PRESET), **settings)

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.foreign import Foreign, whole
+from mlx_randygpt.exchange.foreign import SIZES, Foreign, whole
 from mlx_randygpt.exchange.tensors import (
     Array,
     Stored,
@@ -39,7 +39,6 @@ LETTERS = b"RGPT"
 VERSIONS = (b"RGPT0001", b"RGPT0002", b"RGPT0003")
 HEADER = struct.Struct("<8sIIIf")
 LAYER = ("wq", "wk", "wv", "wo", "fc1", "fc2")
-SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 # How randyGPT trains: the rate is constant up to 60 % of the run and then falls.
 TRAIN = {
     "lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999,
