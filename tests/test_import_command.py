@@ -67,6 +67,7 @@ def test_what_comes_in_is_a_checkpoint_like_ours(
     )  # fmt: skip
     assert score["tokens"] > 300
     assert answer("info", out)["parameters"] == told["parameters"]
+    assert f"{kind}, {sources[kind]}" in call("info", out).stdout
     written = answer("sample", "--checkpoint", out, "--max-tokens", 8, "--backend", "numpy")
     assert 0 < written["tokens"] <= 8
 
