@@ -112,8 +112,8 @@ def unknown_line(counts: Mapping[str, int]) -> str:
     named = ", ".join(f"{character!r} × {n}" for character, n in most[:N_SHOWN])
     more = f" and {len(most) - N_SHOWN} more kinds" if len(most) > N_SHOWN else ""
     total = sum(counts.values())
-    plural = "characters that are" if total > 1 else "character that is"
-    return f"{total:,} {plural} not in the vocabulary were lost: {named}{more}"
+    what, are = ("characters", "are") if total > 1 else ("character", "is")
+    return f"{total:,} {what} {are} not in the vocabulary and {are} lost: {named}{more}"
 
 
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:
