@@ -20,8 +20,8 @@ SHIPPED = ROOT / "exchange" / "shipped"  # copied into exports, imported by nobo
 FILES = sorted(file for file in ROOT.rglob("*.py") if file.parent != SHIPPED)
 PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
-    {"", "state", "config", "gpt2", "backends.base"},
-    {"backends", "durable"},
+    {"", "state", "config", "gpt2", "lora_names", "backends.base"},
+    {"backends", "durable", "lora"},
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
@@ -35,6 +35,7 @@ CORE += ("sample", "records", "durable", "data.windows")
 GUESTS = {  # the core runs without them: numba, another architecture, fewer bits, a rate to compare
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
     "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
+    "backends.numpy_lora", "backends.mlx_lora",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),

@@ -9,14 +9,15 @@ import click
 from mlx_randygpt.cli.model import read
 from mlx_randygpt.cli.options import Command, json_option, print_json, readable_bytes
 
-FORMATS = ("hf", "mlx-lm", "safetensors", "gguf")  # of exchange.export, which needs NumPy
+FORMATS = ("hf", "mlx-lm", "safetensors", "gguf", "adapters")
 
 
 @click.command("export", cls=Command)
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--format", "kind", type=click.Choice(FORMATS), required=True,
-    help="hf and mlx-lm: one folder for both; safetensors: weights alone; gguf: llama.cpp.",
+    help="hf and mlx-lm: one folder for both; safetensors: weights alone; gguf: llama.cpp; "
+    "adapters: those of --lora-rank alone, which the others merge.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR",
@@ -31,7 +32,7 @@ def command(checkpoint: Path | None, kind: str, output: Path, overwrite: bool, j
     """
     from mlx_randygpt.exchange.export import export
 
-    path, saved, _ = read(checkpoint)
+    path, saved, _ = read(checkpoint, merge=kind != "adapters")
     sizes = export(saved, kind, output, overwrite=overwrite)
     if json:
         print_json({

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.export_adapters import adapter_files
 from mlx_randygpt.exchange.export_card import card
 from mlx_randygpt.exchange.export_folder import write_folder
 from mlx_randygpt.exchange.export_gguf import gguf_files
@@ -19,7 +20,7 @@ from mlx_randygpt.exchange.export_gpt2 import gpt2_files
 from mlx_randygpt.exchange.export_hf import native_files
 from mlx_randygpt.exchange.export_weights import weights_files
 
-FORMATS = ("hf", "mlx-lm", "safetensors", "gguf")
+FORMATS = ("hf", "mlx-lm", "safetensors", "gguf", "adapters")
 
 
 def files_of(saved: Checkpoint, kind: str, name: str) -> dict[str, bytes]:
@@ -28,6 +29,8 @@ def files_of(saved: Checkpoint, kind: str, name: str) -> dict[str, bytes]:
     for weight, array in saved.state.params.items():
         if not np.isfinite(array).all():
             raise ExchangeError(f"{weight} is not finite; export a checkpoint from before that")
+    if kind == "adapters":
+        return adapter_files(saved, name)
     if kind == "safetensors":
         files = weights_files(saved)
     elif kind == "gguf":

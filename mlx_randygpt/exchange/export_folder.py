@@ -14,6 +14,7 @@ from mlx_randygpt.exchange import ExchangeError
 KNOWN = {  # what a folder that is replaced may hold
     "README.md", "config.json", "generation_config.json", "model.safetensors", "model.gguf",
     "tokenizer.json", "tokenizer_config.json", "configuration_mlxgpt.py", "modeling_mlxgpt.py",
+    "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
     "mlx_lm_model.py", "mlx_model.py", "__pycache__",
 }  # fmt: skip
 
