@@ -73,8 +73,8 @@ tags: [mlx, mlx-randygpt, gpt]
 
 # {_cell(name)}
 
-A GPT trained from scratch with mlx-randygpt {__version__}.
-It continues text; it was not taught to answer or to be safe.
+{origin(saved)}
+It continues text; nothing here taught it to answer or to be safe.
 
 | | |
 |---|---|
@@ -91,6 +91,16 @@ Of this model: {UNKNOWN}.
 ## How to run it
 
 {run_lines(saved, kind, name)}"""
+
+
+def origin(saved: Checkpoint) -> str:
+    """Whose model this is, as far as the checkpoint knows."""
+    found = saved.data.get("imported")
+    if not isinstance(found, dict):
+        return f"A GPT trained with mlx-randygpt {__version__}."
+    source = _cell(Path(str(found.get("source"))).name)
+    kind = _cell(str(found.get("format")))
+    return f"A GPT made elsewhere ({kind}, {source}) and exported by mlx-randygpt {__version__}."
 
 
 def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
