@@ -155,7 +155,9 @@ def test_a_model_from_elsewhere_is_told_as_such(model: Make) -> None:
     saved = model()
     source = {"format": "gpt2", "source": "/home/me/their gpt2"}
     foreign = replace(saved, data={**saved.data, "imported": source})
-    assert "made elsewhere (gpt2, their gpt2)" in card(foreign, "hf", "x")
+    text = card(foreign, "hf", "x")
+    assert "made elsewhere (gpt2, their gpt2)" in text
+    assert "seed 42" not in text
     files = files_of(foreign, "safetensors", "x")
     assert not [name for name, content in files.items() if b"/home/me" in content]
 

@@ -132,6 +132,8 @@ def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{saved.tokenizer['type']}, vocabulary {model.vocab_size:,}"
     yield "validation loss", loss_line(progress.val_loss, progress.bits_per_byte)
     yield "best validation loss", f"{_number(progress.best_loss)} at step {progress.best_step:,}"
+    if "imported" in data:
+        return  # how it was trained is not known
     yield "steps", f"{saved.state.step:,} of {train.iters:,}"
     yield "tokens trained on", f"{progress.tokens:,}"
     yield "recipe", f"{train.recipe}, preset {train.preset}, seed {train.seed}"
