@@ -72,7 +72,7 @@ def test_logits_are_ours_on_1000_tokens(exported: Any, recipe: str, kind: str, t
     assert tokenizer.encode(text, add_special_tokens=False)[:1000] == ids.tolist()
     ours = streamed(saved, ids)
     whole = np.concatenate([logits(model, part) for part in windows(saved, ids)])
-    assert np.abs(whole - ours).max() < 1e-4  # measured: 2e-5 of logits up to 14
+    assert np.abs(whole - ours).max() < 1e-4  # measured: 4.2e-5 of logits up to 40
     cache, at = model_cache(model), 0
     for n in CHUNKS if saved.model.position == "learned" else [*CHUNKS, *CHUNKS, 300, 200]:
         found = logits(model, ids[at : at + n], cache)

@@ -67,7 +67,7 @@ def test_logits_are_ours_on_1000_tokens(loaded: Any, recipe: str, kind: str, tex
     assert tokenizer(text)["input_ids"][:1000] == ids.tolist()
     ours = streamed(saved, ids)
     whole = np.concatenate([logits(model, part)[0] for part in windows(saved, ids)])
-    assert np.abs(whole - ours).max() < 1e-4  # measured: 2e-5 of logits up to 14
+    assert np.abs(whole - ours).max() < 1e-4  # measured: 2.8e-5 of logits up to 40
     cache, at = None, 0
     for n in CHUNKS if saved.model.position == "learned" else [*CHUNKS, *CHUNKS, 300, 200]:
         found, cache = logits(model, ids[at : at + n], past_key_values=cache, use_cache=True)
