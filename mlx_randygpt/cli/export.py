@@ -9,13 +9,7 @@ import click
 from mlx_randygpt.cli.model import read
 from mlx_randygpt.cli.options import Command, json_option, print_json, readable_bytes
 
-FORMATS = (
-    "hf",
-    "mlx-lm",
-    "safetensors",
-    "gguf",
-    "adapters",
-)  # of exchange.export, which needs NumPy
+FORMATS = ("hf", "mlx-lm", "safetensors", "gguf", "adapters")
 
 
 @click.command("export", cls=Command)
