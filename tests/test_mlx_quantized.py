@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 
 pytest.importorskip("mlx.core", exc_type=ImportError)
 
+import mlx.core as mx
 from click.testing import CliRunner, Result
 
 from mlx_randygpt.backends import make_backend
@@ -98,6 +100,14 @@ def test_the_weights_take_what_their_bits_and_groups_do(
     size = sum(w.size * (bits + 1) // 8 for n, w in params.items() if rounded(n, w))
     size += sum(w.nbytes for n, w in params.items() if not rounded(n, w))
     assert quantized(model, params, bits).weight_bytes() == size  # 64 bits more for 64 numbers
+
+
+def test_the_float_weights_are_freed(model: ModelConfig, lively: Lively) -> None:
+    gc.collect()
+    before = mx.get_active_memory()
+    backend = quantized(model, lively(model), 4)
+    held = mx.get_active_memory() - before
+    assert held < 1.1 * backend.weight_bytes()  # measured: 1.00 to 1.03, what is allocated
 
 
 @pytest.mark.parametrize("arch", ["modern", "gpt2"])  # of GPT-2 it is the head, too
