@@ -247,7 +247,7 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ValueError(f"a cache of another model ({type(given).__name__}); pass its own")
         return WindowCache(self.config)
 
-    def _begin_again(self, ids: Tensor, mask: Tensor | None, layers: list[WindowLayer]) -> Tensor:
+    def _begin_again(self, ids: Tensor, mask: Tensor | None, layers: list[Any]) -> Tensor:
         """What is read of new tokens (B, T): these or, if one more does not fit, the last half
         window from position 0."""
         first, window = layers[0], self.config.block_size
