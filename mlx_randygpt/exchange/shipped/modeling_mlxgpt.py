@@ -223,7 +223,7 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache = self._cache(past_key_values) if use_cache or past_key_values else None
         layers = cache.layers if cache else [None] * len(self.h)
         if cache and input_ids is not None and self.config.position == "learned":
-            input_ids = self._begin_again(input_ids, attention_mask, layers)
+            input_ids = self._begin_again(input_ids, attention_mask, cache.layers)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         positions, mask, real = self._places(x, attention_mask, position_ids, layers[0])
         if self.config.position == "learned":
