@@ -109,8 +109,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{OLD} --optimizer=adamw", 1, "Checkpoint optimizer muon != optimizer adamw"),
     (f"{OLD} --data=digits.txt", 1, "Checkpoint vocab_size 49 != model vocab_size 13"),
     (f"{OLD} --batch-size=0", 1, "batch_size=0 is too small; it must be at least 1"),
-    # export, import
-    ("export --format=docx -o new", 2, "'docx' is not one of"),
+    # import
     ("import none -o new", 1, "none is not there"),
     (
         "import text.txt -o new",
@@ -124,7 +123,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("import other -o hollow", 1, "hollow is a folder; name the file"),
     ("import other", 2, "Missing option '-o' / '--output'"),
     ("import other --format=keras -o new", 2, "'keras' is not one of 'auto', 'gpt2'"),
-    # plot, runs, inspect
+    # plot, runs, export, inspect
     ("plot", 2, "Missing argument 'RUNS...'"),
     ("plot checkpoints -o loss.gif", 2, "the name should end in .svg, .html or .png"),
     ("plot checkpoints --smooth=-1", 2, "-1.0 is not in the range x>=0"),
@@ -138,6 +137,15 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("inspect --data=latin.txt", 1, "latin.txt is not UTF-8"),
     ("inspect --data=letter.txt", 1, "give more --data"),
     ("inspect --max-tokens=0", 2, "0 is not in the range x>=1"),
+    ("export", 2, "Missing option '-o'"),
+    ("export --format=onnx -o new", 2, "'onnx' is not one of"),
+    ("export none --format=hf -o new", 1, "could not read none: No such file"),
+    ("export --format=hf -o text.txt", 1, "text.txt is a file; give a folder"),
+    ("export --format=hf -o checkpoints", 1, "checkpoints is not empty"),
+    ("export --format=hf -o checkpoints --overwrite", 1, "which is of no export"),
+    ("export --format=hf -o text.txt/new", 1, "could not write"),
+    ("export --format=gguf -o new", 1, "only arch gpt2 fits"),
+    ("export --format=adapters -o new", 1, "trained with --lora-rank"),
     ("inspect -o hollow/no/p.html", 1, "p.html cannot be written"),
     (f"{NEW} --log=paper", 2, "'paper' is not one of 'tensorboard', 'wandb', 'trackio'"),
     # find-lr
