@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Batch
 
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 SIZE_VARIABLES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+AGAIN_STEPS = 1000
 STOP_CODES = (1, 129, 130, 143)  # exit codes a rank may ask for: nobody reads, SIGHUP, INT, TERM
 
 
@@ -72,6 +74,13 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
     if first == last:
         return replace(batch, starts=np.array([len(batch.tokens)], np.int64), row=first)
     return replace(batch, starts=batch.starts[first:last], row=first)
+
+
+def again(backend: Backend) -> None:
+    """Every AGAIN_STEPS steps let all go on from rank 0's state: gradients are the same everywhere,
+    but processors of different kinds round an update differently."""
+    if backend.step % AGAIN_STEPS == 0:
+        backend.restore(backend.state())
 
 
 def is_ranked(environment: Mapping[str, str] = os.environ) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_randygpt.backends.base import StepResult
+from mlx_randygpt.backends.group import again
 from mlx_randygpt.backends.mlx_backend import MLXBackend, _to_numpy
 from mlx_randygpt.backends.mlx_group import Ranks
 from mlx_randygpt.backends.mlx_optimizer import Weights
@@ -29,6 +31,10 @@ class MLXRank(MLXBackend):
     def restore(self, state: TrainState) -> None:
         """Go on from rank 0's state."""
         super().restore(self._group.same_state(state))
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        again(self)
+        return super().train_step(batches, lr)
 
     def loss(self, batch: Batch) -> float:
         share = self._group.share(batch)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlx_randygpt.backends.base import StepResult
+from mlx_randygpt.backends.group import again
 from mlx_randygpt.backends.numpy_backend import NumpyBackend
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, Params, TrainState
@@ -32,6 +33,7 @@ class NumpyRank(NumpyBackend):
         super().restore(self._group.same_state(state))
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        again(self)
         own = super().train_step(batches, lr)
         return replace(own, loss_value=self._group.total(own.loss))
 

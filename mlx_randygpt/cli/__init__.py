@@ -17,6 +17,7 @@ from mlx_randygpt import __version__
 # name -> (module of this package, line for --help)
 COMMANDS = {
     "train": ("train", "Train a model on your text; Ctrl-C saves and stops, --resume goes on."),
+    "launch": ("launch", "Train on several ranks or machines: launch -n 4 -- train …"),
     "find-lr": ("find_lr", "Find a learning rate in under a minute, with a curve."),
     "sample": ("sample", "Let a trained model write."),
     "chat": ("chat", "Talk with a trained model."),

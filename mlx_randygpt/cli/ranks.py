@@ -4,6 +4,7 @@ where one is lost. Only rank 0 writes and draws; the others compute and stay sil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,10 +13,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import numpy as np
@@ -32,10 +34,11 @@ from mlx_randygpt.reports import EndLog
 from mlx_randygpt.state import TrainState, initial_params
 from mlx_randygpt.train import Run, TrainingDiverged, train
 
-if TYPE_CHECKING:
-    from mlx_randygpt.backends.mlx_group import Ranks
-
 LIFELINE = "MLXGPT_LIFELINE"  # number of the open file that ends when the launcher does
+RANKED = {  # backend -> module and class of one rank of several
+    "mlx": ("mlx_randygpt.backends.mlx_ranks", "MLXRank"),
+    "numpy": ("mlx_randygpt.backends.numpy_ranks", "NumpyRank"),
+}
 RANK_TIMEOUT = 20.0  # seconds of silence
 WAITING_NOTE_SECONDS = 10
 JOIN_SECONDS = 600
@@ -106,6 +109,29 @@ class Team:
 
         return max(1, available_cores() // self._n_beside)
 
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """What rank 0 does before it tells the others how to begin; where it fails, it tells them
+        that: they end with code 1 and need not say why."""
+        try:
+            yield
+        except Exception:
+            self.group.tell(1)
+            raise
+
+    def check(self, backend_name: str, config: TrainConfig) -> None:
+        """RankError where several ranks cannot train like this."""
+        if self.group.size == 1:
+            return
+        if backend_name not in RANKED:
+            names = " and ".join(RANKED)
+            raise RankError(f"--backend {backend_name} trains on one rank; {names} on several")
+        if config.batch_size < self.group.size:
+            raise RankError(
+                f"--batch-size {config.batch_size} is too small for {self.group.size} ranks; "
+                f"each needs a sequence, so give at least {self.group.size}, or fewer ranks"
+            )
+
     def begin(
         self, asked: Callable[[], int], restore: Callable[[], None], last_words: Callable[[], str]
     ) -> None:
@@ -131,23 +157,9 @@ class Team:
         """The backend; with several ranks, all of them begin with rank 0's state."""
         if self.group.size == 1:
             return make_backend(name, model, config, state)
-        if config.batch_size < self.group.size:
-            raise RankError(
-                f"--batch-size {config.batch_size} is too small for {self.group.size} ranks; "
-                f"each needs a sequence, so give at least {self.group.size} or fewer ranks"
-            )
-        group: Ranks = self.group  # type: ignore[assignment]
-        made: Backend
-        if name == "numpy":
-            from mlx_randygpt.backends.numpy_ranks import NumpyRank
-
-            made = NumpyRank(group, model, config, state)
-        elif name == "mlx":
-            from mlx_randygpt.backends.mlx_ranks import MLXRank
-
-            made = MLXRank(group, model, config, state)
-        else:
-            raise RankError(f"--backend {name} trains on one rank only; numpy and mlx on several")
+        module, attribute = RANKED[name]
+        build: Callable[..., Backend] = getattr(import_module(module), attribute)
+        made = build(self.group, model, config, state)
         held = made.state()
         weights = [held.params, held.moments]
         self.agree({"state after it was sent": [hashed(weights), held.step]})

@@ -70,14 +70,16 @@ def train_command(job: Job) -> int:
 
 def led(job: Job, team: Team, folder: RunFolder, signals: StopSignals) -> int:
     """The run as rank 0, or the only one, goes through it: with files and a screen."""
-    found = starting_point(job, folder)
-    if found is None:
-        team.group.tell(None)
-        return 0
-    saved, skipped = found
-    name, why = choose(job.backend)
-    run, state, description, notes = prepare(job, saved, name, team)
-    team.group.tell(told(saved, run))
+    with team.leading():
+        if (found := starting_point(job, folder)) is None:
+            team.group.tell(None)
+            return 0
+        saved, skipped = found
+        name, why = choose(job.backend)
+        run, state, description, notes = prepare(job, saved, name, team)
+        team.check(name, run.train)
+        start = told(saved, run)
+    team.group.tell(start)
     team.agree(facts(run, name))
     backend = team.backend(name, run.model, run.train, state)
     loggers = Loggers(job.given.get("log", ()), notes.append)
@@ -104,8 +106,8 @@ def led(job: Job, team: Team, folder: RunFolder, signals: StopSignals) -> int:
 def helped(job: Job, team: Team, signals: StopSignals) -> int:
     """The run as every other rank goes through it: steps, and nothing else."""
     start = team.group.tell(None)
-    if start is None:
-        return 0  # rank 0 has said why
+    if not isinstance(start, dict):
+        return int(start or 0)  # rank 0 has said why
     saved = checkpoint_without_arrays(start["checkpoint"]) if start["checkpoint"] else None
     data = job.data or tuple(start["paths"])
     name, _ = choose(job.backend)
