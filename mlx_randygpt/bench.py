@@ -18,7 +18,7 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.filters import SampleConfig, pick, probabilities
 from mlx_randygpt.sample import Streams
-from mlx_randygpt.state import flops_per_token, parameter_count, parameter_shapes, rng
+from mlx_randygpt.state import flops_per_token, muon_parts, parameter_count, parameter_shapes, rng
 
 N_WARMUP = 3  # steps before the clock counts: scratch memory, compilation, caches
 N_TOKENS = 2**18  # of the random text, at least
@@ -76,7 +76,8 @@ def measure_sampling(
 
     seconds = _median_seconds(step, n_tokens, clock)
     shapes = parameter_shapes(model).items()
-    in_products = sum(prod(s) for name, s in shapes if name not in ("wte.weight", "wpe.weight"))
+    in_blocks = sum(prod(s) for name, s in shapes if muon_parts(name))
+    in_products = in_blocks + model.vocab_size * model.n_embd
     return _result("sample", backend, model, train, seconds, train.batch_size, 2 * in_products)
 
 

@@ -10,6 +10,8 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_randygpt import gpt2
+
 
 class UserError(Exception):
     """What the user can mend: one line that says what was wrong, what was seen and what fits."""
@@ -35,11 +37,18 @@ class ModelConfig:
     token_shift: bool = False  # half of what each block reads comes from the position before
     zero_init: bool = True  # output projections start at zero instead of GPT-2's scaled normal
     init_scale: float = 1.0  # initial weights are normal(0, init_scale / √n_embd)
+    arch: str = "gpt"  # "gpt" | "gpt2": LayerNorm, GELU, biases and a head that is wte
+    activation: str = "relu2"  # of gpt2: "gelu_tanh" | "gelu", the exact one
+    bias: bool = False  # of gpt2, in products and LayerNorms
 
     @property
     def head_size(self) -> int:
         """D, the width of one head."""
         return self.n_embd // self.n_head
+
+    @property
+    def is_gpt2(self) -> bool:
+        return self.arch == "gpt2"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -58,6 +67,11 @@ class ModelConfig:
                 f"n_head must be at most {self.n_embd // 2}"
             )
         _between("dropout", self.dropout, 0.0, 1.0, top_open=True)
+        _one_of("arch", self.arch, tuple(ARCHS))
+        _one_of("activation", self.activation, gpt2.ACTIVATIONS if self.is_gpt2 else ("relu2",))
+        for name in gpt2.FIXED if self.is_gpt2 else ("bias",):
+            if getattr(self, name) != ARCHS[self.arch].get(name, False):
+                raise ConfigError(f"{name}={getattr(self, name)} does not go with arch {self.arch}")
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,7 @@ MOST = {  # beyond these a number is a slip, and would only hang or fill the mem
     "n_embd": 1 << 16, "iters": 1 << 40, "batch_size": 1 << 20, "grad_accum": 1 << 16,
     "threads": 1024,
 }  # fmt: skip
+ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": gpt2.SWITCHES}  # over the recipe
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 ON_NAN = ("stop", "skip", "rollback")

@@ -10,11 +10,12 @@ Legend: B windows, T time, C n_embd, H heads, D = C/H, V vocab, L layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from mlx_randygpt.backends.numpy_gpt2 import gelu, gelu_tanh
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.data.windows import eval_batches
 from mlx_randygpt.state import IGNORED, Array, Params
@@ -36,13 +37,15 @@ def forward(w: Params, config: ModelConfig, tokens: Array) -> tuple[Array, list[
     maps = []
     for i in range(config.n_layer):
         layer = f"h.{i}."
-        y, p = _attention(w[f"{layer}attn.c_attn.weight"], config, _read(config, x))
+        inputs = _read(w, f"{layer}ln_1", config, x)
+        y, p = _attention(_product(w, f"{layer}attn.c_attn", inputs), config)
         maps.append(p)
-        x = x + y @ w[f"{layer}attn.c_proj.weight"].T
-        h = np.maximum(_read(config, x) @ w[f"{layer}mlp.c_fc.weight"].T, 0)  # (B, T, 4C)
-        x = x + (h * h) @ w[f"{layer}mlp.c_proj.weight"].T
-    final = _norm(x) if config.final_norm else x
-    return final @ w["lm_head.weight"].T, maps
+        x = x + _product(w, f"{layer}attn.c_proj", y)
+        h = _product(w, f"{layer}mlp.c_fc", _read(w, f"{layer}ln_2", config, x))  # (B, T, 4C)
+        x = x + _product(w, f"{layer}mlp.c_proj", _activation(config, h))
+    if config.final_norm:
+        x = _read(w, "ln_f", replace(config, token_shift=False), x)
+    return x @ w.get("lm_head.weight", w["wte.weight"]).T, maps
 
 
 def attention_map(w: Params, config: ModelConfig, tokens: Array, layer: int, head: int) -> Array:
@@ -50,8 +53,24 @@ def attention_map(w: Params, config: ModelConfig, tokens: Array, layer: int, hea
     return np.asarray(forward(w, config, tokens[None])[1][layer][0, head])
 
 
-def _read(config: ModelConfig, x: Array) -> Array:
-    """What a block reads: the norm of x, its first half from the position before."""
+def _product(w: Params, name: str, x: Array) -> Array:
+    return np.asarray(x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0))
+
+
+def _activation(config: ModelConfig, h: Array) -> Array:
+    if config.arch == "gpt":
+        return np.asarray(np.maximum(h, 0) ** 2)
+    a = np.empty_like(h)
+    (gelu if config.activation == "gelu" else gelu_tanh)(h, a)
+    return a
+
+
+def _read(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
+    """What a block reads: the norm of x, its first half from the position before; GPT-2's norms
+    take the mean out and have weights."""
+    if config.is_gpt2:
+        hat = _norm(x - x.mean(axis=-1, keepdims=True))
+        return np.asarray(hat * w[f"{name}.weight"] + w.get(f"{name}.bias", 0))
     n = _norm(x)
     if config.token_shift:
         half = config.n_embd // 2
@@ -59,9 +78,9 @@ def _read(config: ModelConfig, x: Array) -> Array:
     return n
 
 
-def _attention(c_attn: Array, config: ModelConfig, inputs: Array) -> tuple[Array, Array]:
-    b, t, _ = inputs.shape
-    qkv = (inputs @ c_attn.T).reshape(b, t, 3, config.n_head, -1)
+def _attention(qkv: Array, config: ModelConfig) -> tuple[Array, Array]:
+    b, t, _ = qkv.shape
+    qkv = qkv.reshape(b, t, 3, config.n_head, -1)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, H, T, D) each
     if config.qk_norm:
         q, k = _norm(q), _norm(k)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt import gpt2
 from mlx_randygpt.config import ModelConfig
 
 Array = NDArray[Any]
@@ -82,8 +83,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"h.{i}.attn.c_proj.weight"] = (c, c)
         shapes[f"h.{i}.mlp.c_fc.weight"] = (4 * c, c)
         shapes[f"h.{i}.mlp.c_proj.weight"] = (c, 4 * c)
-    shapes["lm_head.weight"] = (v, c)
-    return shapes
+    if config.is_gpt2:
+        return shapes | gpt2.vectors(config.n_layer, c, config.bias)
+    return shapes | {"lm_head.weight": (v, c)}
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -100,7 +102,7 @@ def flops_per_token(config: ModelConfig) -> int:
 
 def muon_parts(name: str) -> int:
     """How many stacked square-ish matrices Muon sees in this weight; 0 means AdamW updates it."""
-    if not name.startswith("h."):
+    if not (name.startswith("h.") and ".c_" in name and name.endswith("weight")):
         return 0
     return 3 if name.endswith("c_attn.weight") else 1
 
@@ -110,8 +112,9 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
     smaller by √(2L) as in GPT-2."""
     params: Params = {}
     for index, (name, shape) in enumerate(parameter_shapes(config).items()):
-        if name.endswith("c_proj.weight") and config.zero_init:
-            params[name] = np.zeros(shape, np.float32)
+        zero = config.zero_init and name.endswith("c_proj.weight")
+        if len(shape) == 1 or zero:
+            params[name] = np.full(shape, "ln_" in name and name.endswith("weight"), np.float32)
             continue
         scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
         normal = rng(seed, "init", index).standard_normal(shape, dtype=np.float32)

@@ -14,7 +14,8 @@ import pytest
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.check import recipe_of
+from mlx_randygpt.config import ARCHS, RECIPES, ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.state import Params, TrainState, initial_params, parameter_shapes, rng
 from mlx_randygpt.tokenizer import CharTokenizer
@@ -36,11 +37,12 @@ def text() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., ModelConfig]:
-    """(recipe, **changes) -> a model of two layers of width 32 that reads 16 tokens."""
+    """(recipe or "gpt2", **changes) -> a model of two layers of width 32 that reads 16 tokens."""
 
     def build(recipe: str, **changes: Any) -> ModelConfig:
         sizes = {"vocab_size": 29, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
-        return ModelConfig(**{**sizes, **RECIPES[recipe]["model"], **changes})
+        switches = RECIPES[recipe_of(recipe)]["model"] | ARCHS.get(recipe, {})
+        return ModelConfig(**{**sizes, **switches, **changes})
 
     return build
 
@@ -50,6 +52,7 @@ def tiny_train() -> Callable[..., TrainConfig]:
     """(recipe, **changes) -> the recipe's settings for a short run on two threads."""
 
     def build(recipe: str, **changes: Any) -> TrainConfig:
+        recipe = recipe_of(recipe)
         short = {"recipe": recipe, "iters": 20, "batch_size": 8, "threads": 2, "warmup": 5}
         quiet = {"eval_every": 0, "sample_every": 0, "save_every": "1000000", "prompt": "The"}
         return TrainConfig(**{**RECIPES[recipe]["train"], **short, **quiet, **changes})
@@ -60,12 +63,17 @@ def tiny_train() -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def lively() -> Callable[..., Params]:
     """(model, seed=1) -> weights far from their first values, normal with deviation 0.15, so that
-    no error hides in zeros or small activations."""
+    no error hides in zeros or small activations. Gains lie around 1; the last ones around -1, for
+    a head that is the embedding would repeat what it reads."""
 
     def build(model: ModelConfig, seed: int = 1) -> Params:
         random = rng(seed, "check")
-        shapes = parameter_shapes(model).items()
-        return {n: random.standard_normal(s, np.float32) * np.float32(0.15) for n, s in shapes}
+        weights = {
+            name: random.standard_normal(shape, np.float32) * np.float32(0.15)
+            for name, shape in parameter_shapes(model).items()
+        }
+        gains = [name for name in weights if "ln_" in name and name.endswith("weight")]
+        return weights | {n: weights[n] + (-1 if n.startswith("ln_f") else 1) for n in gains}
 
     return build
 

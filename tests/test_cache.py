@@ -19,7 +19,7 @@ from mlx_randygpt.state import Params, TrainState, rng
 V, T = 29, 16
 Array = Any
 Build = Callable[..., Any]
-both_recipes = pytest.mark.parametrize("recipe", ["classic", "modern"])
+each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
 
 
 @pytest.fixture(params=["numpy", "numba", "mlx"])
@@ -85,7 +85,7 @@ def test_rows_of_any_length_read_as_if_alone(recipe: str, n: int, build: Build) 
     assert cache.lengths.tolist() == [length + n for length in lengths]
 
 
-@both_recipes
+@each_model
 def test_a_stream_leaves_and_another_takes_its_row(recipe: str, build: Build) -> None:
     backend = build(recipe)
     texts = [text(15, seed) for seed in range(4)]
@@ -114,7 +114,7 @@ def test_a_moved_row_past_the_window_slides_on(build: Build) -> None:
         assert_near(step(backend, cache, [tokens])[0], expected[i])
 
 
-@both_recipes
+@each_model
 def test_an_emptied_row_has_forgotten(recipe: str, build: Build) -> None:
     backend, tokens = build(recipe), text(8, 1)
     cache = backend.new_cache(2)
@@ -144,7 +144,7 @@ def test_the_streams_of_tokens_must_be_those_of_the_rows(build: Build) -> None:
         backend.logits(np.zeros((2, 1), int), backend.new_cache(3), slice(0, 1))
 
 
-@both_recipes
+@each_model
 def test_the_compiled_step_gives_the_logits_of_the_plain_one(
     recipe: str, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

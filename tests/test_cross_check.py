@@ -16,6 +16,7 @@ pytest.importorskip("mlx.core", exc_type=ImportError)
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.check import distance, felt
 from mlx_randygpt.checkpoint import NEWEST, load_checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
@@ -26,7 +27,7 @@ from mlx_randygpt.tokenizer import CharTokenizer
 from mlx_randygpt.train import Run, train
 
 Pair = Callable[..., tuple[Backend, Backend]]
-both_recipes = pytest.mark.parametrize("recipe", ["classic", "modern"])
+each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
 
 
 @pytest.fixture
@@ -51,11 +52,11 @@ def pair(
 def worst(got: Params, expected: Params) -> tuple[float, str]:
     """The largest error and whose it is."""
     assert got.keys() == expected.keys()
-    errors = {n: np.linalg.norm(got[n] - e) / np.linalg.norm(e) for n, e in expected.items()}
-    return max((float(error), name) for name, error in errors.items())
+    pairs = {name: (felt(name, got[name]), felt(name, e)) for name, e in expected.items()}
+    return max((distance(*pair), name) for name, pair in pairs.items())
 
 
-@both_recipes
+@each_model
 @pytest.mark.parametrize("head", [8, 5])  # an odd one rotates all but its last value
 def test_gradients_agree_for_every_tensor(recipe: str, head: int, pair: Pair) -> None:
     numpy, mlx = pair(recipe, {"n_embd": 4 * head})
@@ -65,7 +66,7 @@ def test_gradients_agree_for_every_tensor(recipe: str, head: int, pair: Pair) ->
     assert worst(mlx_grads, grads) < (1e-5, "")  # measured: 1e-6
 
 
-@both_recipes
+@each_model
 @pytest.mark.parametrize(
     ("optimizer", "lr", "steps", "bound"), [("adamw", 3e-3, 50, 1e-5), ("muon", 0.04, 20, 1e-4)]
 )
@@ -82,7 +83,7 @@ def test_trajectories_stay_together(
     assert worst(mlx.state().params, numpy.state().params) < (bound, "")
 
 
-@both_recipes
+@each_model
 @pytest.mark.parametrize(("first", "second"), [("numpy", "mlx"), ("mlx", "numpy")])
 def test_a_checkpoint_of_one_resumes_on_the_other(
     recipe: str, first: str, second: str, make_run: Callable[..., tuple[Run, Backend]],
@@ -109,7 +110,7 @@ class Endless(CharTokenizer):
         return tuple(range(26, 29))
 
 
-@both_recipes
+@each_model
 def test_greedy_and_drawn_text_are_the_same(
     recipe: str, pair: Pair, tiny_model: Callable[..., ModelConfig]
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_numpy_backend import naive_logits, rms, shifted, turn
+from test_numpy_backend import naive_logits, normed, rms, turn
 
 from mlx_randygpt import insight
 from mlx_randygpt.backends.base import Backend
@@ -26,10 +26,10 @@ from mlx_randygpt.train import Run
 
 Config, Weights = Callable[..., ModelConfig], Callable[..., Params]
 Make = Callable[..., tuple[Run, Backend]]
-both_recipes = pytest.mark.parametrize("recipe", ["classic", "modern"])
+each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
 
 
-@both_recipes
+@each_model
 @pytest.mark.parametrize("head", [8, 4])
 def test_logits_are_those_of_the_naive_model(
     recipe: str, head: int, tiny_model: Config, lively: Weights
@@ -43,15 +43,18 @@ def test_logits_are_those_of_the_naive_model(
         assert error < 1e-5  # measured: 6.4e-7
 
 
-@both_recipes
+@each_model
 def test_attention_is_that_of_queries_and_keys_one_by_one(
     recipe: str, tiny_model: Config, lively: Weights
 ) -> None:
     config = tiny_model(recipe)
     w, ids = lively(config), np.random.default_rng(0).integers(0, 29, 16)
     found = insight.forward(w, config, ids[None])[1][0][0]  # of the first layer, (H, T, T)
-    x = w["wte.weight"][ids] + (w["wpe.weight"][:16] if recipe == "classic" else 0)
-    qkv = (shifted(rms(x), config) @ w["h.0.attn.c_attn.weight"].T).reshape(16, 3, 4, 8)
+    x = w["wte.weight"][ids] + (w["wpe.weight"][:16] if config.position == "learned" else 0)
+    w = {name.removesuffix(".weight"): array for name, array in w.items()}
+    bias = w.get("h.0.attn.c_attn.bias", 0)
+    qkv = normed(w, "h.0.ln_1", config, x) @ w["h.0.attn.c_attn"].T + bias
+    qkv = qkv.reshape(16, 3, 4, 8)
     for head, t in np.ndindex(4, 16):
         q, ks = qkv[t, 0, head], qkv[: t + 1, 1, head]
         if recipe == "modern":
@@ -60,7 +63,7 @@ def test_attention_is_that_of_queries_and_keys_one_by_one(
         np.testing.assert_allclose(found[head, t], [*(e / e.sum()), *[0] * (15 - t)], atol=1e-6)
 
 
-@both_recipes
+@each_model
 @pytest.mark.parametrize("width", [32, 20])  # heads of an odd width turn all but their last value
 def test_the_mean_of_the_losses_is_that_of_eval(recipe: str, width: int, make_run: Make) -> None:
     run, backend = make_run(recipe, model={"n_embd": width, "zero_init": False})

@@ -22,20 +22,24 @@ from mlx.utils import tree_flatten
 from mlx_randygpt.backends import mlx_backend, mlx_model
 from mlx_randygpt.backends.mlx_backend import MLXBackend
 from mlx_randygpt.backends.mlx_optimizer import newton_schulz
-from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.check import recipe_of
+from mlx_randygpt.config import ARCHS, RECIPES, ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.state import IGNORED, Batch, Params, TrainState, initial_params, rng
 
 V, T = 29, 16
 both_recipes = pytest.mark.parametrize("recipe", ["classic", "modern"])
+each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
 
 
 def model_config(recipe: str, **changes: Any) -> ModelConfig:
     sizes = {"vocab_size": V, "block_size": T, "n_layer": 2, "n_head": 4, "n_embd": 32}
-    return ModelConfig(**{**sizes, **RECIPES[recipe]["model"], **changes})
+    switches = RECIPES[recipe_of(recipe)]["model"] | ARCHS.get(recipe, {})
+    return ModelConfig(**{**sizes, **switches, **changes})
 
 
 def train_config(recipe: str, **changes: Any) -> TrainConfig:
+    recipe = recipe_of(recipe)
     return TrainConfig(recipe=recipe, **{**RECIPES[recipe]["train"], **changes})
 
 
@@ -99,7 +103,7 @@ def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
     return float(np.mean(losses))
 
 
-@both_recipes
+@each_model
 def test_the_model_has_the_published_names_and_shapes(recipe: str) -> None:
     shapes = {name: w.shape for name, w in lively(model_config(recipe)).items()}
     model = backend(recipe)._model
@@ -161,7 +165,7 @@ def test_targets_past_the_end_do_not_count() -> None:
     assert b.loss(whole) == pytest.approx(b.loss(short), rel=1e-6)
 
 
-@both_recipes
+@each_model
 def test_cached_decoding_equals_the_full_forward(recipe: str) -> None:
     b, ids = backend(recipe), tokens(2, T)
     b._bind(b._weights)
@@ -192,7 +196,7 @@ def test_one_layer_forgets_what_left_the_window() -> None:
     np.testing.assert_allclose(slid, fresh, atol=1e-5)  # measured: 5e-7
 
 
-@both_recipes
+@each_model
 def test_select_reorders_and_repeats_streams(recipe: str) -> None:
     b, ids = backend(recipe), tokens(3, 8)
     cache, chosen = b.new_cache(3), b.new_cache(2)
@@ -217,7 +221,7 @@ def test_ids_and_positions_are_checked_at_the_border() -> None:
         b.logits(tokens(1, 1), cache)
 
 
-@both_recipes
+@each_model
 def test_two_half_batches_make_the_step_of_one_whole(recipe: str) -> None:
     windows = tokens(8, T + 1)
     whole, halves = backend(recipe), backend(recipe)
@@ -262,7 +266,7 @@ def on_the_cpu() -> Iterator[None]:
     mx.set_default_device(device)
 
 
-@both_recipes
+@each_model
 @pytest.mark.usefixtures("on_the_cpu")
 def test_resume_is_bit_exact(recipe: str) -> None:
     config, train = model_config(recipe, dropout=0.2), train_config(recipe)
@@ -328,7 +332,7 @@ def test_newton_schulz_keeps_singular_vectors() -> None:
     np.testing.assert_allclose(newton_schulz(mx.array(x)), expected, atol=1e-5)  # measured: 1e-6
 
 
-@both_recipes
+@each_model
 def test_bfloat16_moves_float32_weights_and_stays_near_float32(recipe: str) -> None:
     half = backend(recipe, train_config(recipe, dtype="bfloat16"))
     full, batch = backend(recipe), Batch.of(tokens(8, T + 1))

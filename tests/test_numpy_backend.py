@@ -9,7 +9,9 @@ D = C/H, V vocab.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from mlx_randygpt.state import IGNORED, Batch, Params, TrainState, muon_parts, r
 
 V, T = 29, 16
 Array = Any
-both_recipes = pytest.mark.parametrize("recipe", ["classic", "modern"])
+each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
 
 
 @pytest.fixture
@@ -82,6 +84,21 @@ def shifted(x: Array, config: ModelConfig) -> Array:
     return np.array([[*(x[t - 1] if t else 0 * x[0])[:half], *x[t][half:]] for t in range(len(x))])
 
 
+def normed(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
+    """What a branch reads of x (T', C)."""
+    if config.arch == "gpt":
+        return shifted(rms(x), config)
+    return rms(x - x.mean(-1, keepdims=True)) * w[name] + w.get(f"{name}.bias", 0)
+
+
+def activated(config: ModelConfig, h: Array) -> Array:
+    if config.activation == "relu2":
+        return np.maximum(h, 0) ** 2
+    if config.activation == "gelu":
+        return h * np.vectorize(math.erfc)(-h / 2**0.5) / 2
+    return 0.5 * h * (1 + np.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3)))
+
+
 def naive_logits(
     w: Params, config: ModelConfig, tokens: Array, window: int = T,
     shares: dict[tuple[int, int, int], Array] | None = None,
@@ -91,8 +108,12 @@ def naive_logits(
     w = {name.removesuffix(".weight"): a.astype(np.float64) for name, a in w.items()}
     n, h, d = len(tokens), config.n_head, config.head_size
     x = w["wte"][tokens] + (w["wpe"][:n] if config.position == "learned" else 0)
+
+    def times(name: str, x: Array) -> Array:
+        return x @ w[name].T + w.get(f"{name}.bias", 0)
+
     for i in range(config.n_layer):
-        qkv = shifted(rms(x), config) @ w[f"h.{i}.attn.c_attn"].T
+        qkv = times(f"h.{i}.attn.c_attn", normed(w, f"h.{i}.ln_1", config, x))
         qkv = qkv.reshape(n, 3, h, d)
         if config.qk_norm:
             qkv[:, :2] = rms(qkv[:, :2])
@@ -106,10 +127,12 @@ def naive_logits(
             y[t, head] = e @ qkv[seen, 2, head] / e.sum()
             if shares is not None:
                 shares[i, head, t] = e / e.sum()
-        x = x + y.reshape(n, -1) @ w[f"h.{i}.attn.c_proj"].T
-        inputs = shifted(rms(x), config)
-        x = x + np.maximum(inputs @ w[f"h.{i}.mlp.c_fc"].T, 0) ** 2 @ w[f"h.{i}.mlp.c_proj"].T
-    return (rms(x) if config.final_norm else x) @ w["lm_head"].T
+        x = x + times(f"h.{i}.attn.c_proj", y.reshape(n, -1))
+        hidden = times(f"h.{i}.mlp.c_fc", normed(w, f"h.{i}.ln_2", config, x))
+        x = x + times(f"h.{i}.mlp.c_proj", activated(config, hidden))
+    if config.final_norm:
+        x = normed(w, "ln_f", replace(config, token_shift=False), x)
+    return x @ w.get("lm_head", w["wte"]).T
 
 
 def naive_loss(w: Params, config: ModelConfig, batch: Batch) -> float:
@@ -121,7 +144,7 @@ def naive_loss(w: Params, config: ModelConfig, batch: Batch) -> float:
     return float(np.mean(nats))
 
 
-@both_recipes
+@each_model
 @pytest.mark.parametrize("head", [8, 5])  # an odd one rotates all but its last value
 def test_every_gradient_equals_finite_differences(
     recipe: str, head: int, build: Callable[..., NumpyBackend]
@@ -143,7 +166,7 @@ def test_every_gradient_equals_finite_differences(
         )  # measured: 5e-10
 
 
-@both_recipes
+@each_model
 def test_loss_equals_a_naive_model(recipe: str, build: Callable[..., NumpyBackend]) -> None:
     batch = Batch(ids(60), np.array([0, 17, 31, 50]), T)  # the last one runs past the end
     exact, single = build(recipe, np.float64), build(recipe)
@@ -152,7 +175,7 @@ def test_loss_equals_a_naive_model(recipe: str, build: Callable[..., NumpyBacken
     assert single.loss(batch) == pytest.approx(expected, rel=1e-6)  # measured: 5e-8
 
 
-@both_recipes
+@each_model
 def test_cached_decoding_equals_the_full_model(
     recipe: str, build: Callable[..., NumpyBackend]
 ) -> None:
@@ -213,7 +236,7 @@ def test_positions_end_where_they_were_learned(build: Callable[..., NumpyBackend
         b.logits(ids(1, 1), cache)
 
 
-@both_recipes
+@each_model
 def test_threads_agree_and_repeat_themselves(
     recipe: str, build: Callable[..., NumpyBackend]
 ) -> None:
@@ -238,7 +261,7 @@ def test_a_share_of_several_chunks_is_the_same(
     assert max(error(chunked[name], grads[name]) for name in grads) < 1e-5
 
 
-@both_recipes
+@each_model
 def test_two_half_batches_make_the_step_of_one_whole(
     recipe: str, build: Callable[..., NumpyBackend]
 ) -> None:
@@ -252,7 +275,7 @@ def test_two_half_batches_make_the_step_of_one_whole(
     assert max(error(got[name], expected[name]) for name in got) < 1e-5
 
 
-@both_recipes
+@each_model
 def test_micro_batches_weigh_as_much_as_they_count(
     recipe: str, build: Callable[..., NumpyBackend]
 ) -> None:
@@ -328,7 +351,7 @@ def test_muon_leaves_embeddings_and_head_to_adamw(build: Callable[..., NumpyBack
     assert moved.max() == pytest.approx(lr * b.train.adamw_lr_ratio, rel=1e-3)  # AdamW's first
 
 
-@both_recipes
+@each_model
 def test_the_gradient_is_clipped_to_its_global_norm(
     recipe: str, build: Callable[..., NumpyBackend]
 ) -> None:
@@ -362,7 +385,7 @@ def test_dropout_follows_seed_step_and_micro_batch(build: Callable[..., NumpyBac
     assert one != pytest.approx(first[0], rel=1e-4)  # the second micro-batch dropped others
 
 
-@both_recipes
+@each_model
 def test_dropout_gradient_equals_finite_differences(
     recipe: str, build: Callable[..., NumpyBackend]
 ) -> None:

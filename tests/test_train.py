@@ -29,7 +29,7 @@ from mlx_randygpt.train import MAX_SKIPS, Run, TrainingDiverged, train
 from mlx_randygpt.writer import Saved
 
 Make = Callable[..., tuple[Run, Backend]]
-both_recipes = pytest.mark.parametrize("recipe", ["classic", "modern"])
+each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
 
 
 @pytest.fixture(params=["numpy", "mlx"])
@@ -163,7 +163,7 @@ def test_a_step_tells_its_numbers(faked: Callable[..., tuple[Run, Fake]]) -> Non
     assert steps[-1].seconds == 3
 
 
-@both_recipes
+@each_model
 def test_the_untrained_model_comes_first_and_knows_nothing(recipe: str, make_run: Make) -> None:
     run, backend = make_run(recipe, model={"init_scale": 0.05})
     first = next(iter(train(run, backend)))
@@ -174,7 +174,7 @@ def test_the_untrained_model_comes_first_and_knows_nothing(recipe: str, make_run
     )  # measured: 1e-3
 
 
-@both_recipes
+@each_model
 def test_a_repeating_text_is_learned(recipe: str, make_run: Make, name: str) -> None:
     run, backend = make_run(recipe, name, on="the cat sat. " * 300, iters=60, warmup=5)
     reports = list(train(run, backend))
@@ -185,7 +185,7 @@ def test_a_repeating_text_is_learned(recipe: str, make_run: Make, name: str) -> 
 # Exactness
 
 
-@both_recipes
+@each_model
 def test_resume_is_bit_exact(recipe: str, name: str, make_run: Make, tmp_path: Path) -> None:
     model, settings = {"dropout": 0.2}, {"iters": 20, "grad_accum": 2, "eval_every": 5}
     run, straight = make_run(recipe, name, model=model, **settings)
@@ -223,7 +223,7 @@ def test_stopping_again_and_again_changes_nothing(make_run: Make, tmp_path: Path
 # Evaluation
 
 
-@both_recipes
+@each_model
 def test_evaluation_is_the_mean_over_windows_one_at_a_time(
     recipe: str, name: str, make_run: Make
 ) -> None:

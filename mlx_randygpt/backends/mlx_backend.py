@@ -9,7 +9,6 @@ Legend: B batch, T time, C n_embd, H heads, D = C/H, V vocab.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -58,8 +57,7 @@ class MLXBackend:
         self.device = device.description
         self._on_gpu = device.has_gpu
         self._config, self._train = model, train
-        args = {field.name: getattr(model, field.name) for field in fields(ModelArgs)}
-        self._model = GPT(ModelArgs(**args))
+        self._model = build(model)
         self.restore(state)
         self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
         self._splits: list[tuple[Array, mx.array]] = []  # the latest last
@@ -69,6 +67,7 @@ class MLXBackend:
         )  # on a CPU: 30 s lost, nothing gained
         self._value_and_grad = mx.value_and_grad(self._mean_loss)
         self._training_grads = compiled(self._value_and_grad)
+        self._evaluated_loss = compiled(self._mean_loss)
         self._update = compiled(partial(update, train))
 
     def restore(self, state: TrainState) -> None:
@@ -93,7 +92,7 @@ class MLXBackend:
 
     def loss(self, batch: Batch) -> float:
         """Mean cross-entropy in nats over the targets that count, without dropout."""
-        return float(self._mean_loss(self._weights, *self._windows(batch), None))
+        return float(self._evaluated_loss(self._weights, *self._windows(batch), None))
 
     def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
         """`loss` and its gradient for every weight, float32, without dropout or clipping."""
@@ -115,18 +114,19 @@ class MLXBackend:
         self._bind(self._weights)
         empty = not cache.lengths[rows].any()
         for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
-            x = self._advance(part, cache, rows)  # (B, T, C)
-        return np.array(self._model.lm_head(x[:, -1]))  # (B, V)
+            logits = self._advance(part, cache, rows)
+        return np.array(logits)
 
     def _advance(self, tokens: Array, cache: MLXCache, rows: slice) -> mx.array:
-        """Append tokens (B, T) to the rows, empty ones where T > 1; what the head reads."""
+        """Append tokens (B, T) to the rows, empty ones where T > 1; logits (B, V) of the last."""
         ids, layers = mx.array(tokens.astype(np.int32)), layer_rows(cache, rows)
         x = self._model.features(ids, layers, mask(cache, rows, tokens.shape[1]))  # (B, T, C)
         for layer in layers:
             layer.keep()
         cache.lengths[rows] += tokens.shape[1]
-        mx.eval(x, cache.arrays())
-        return x
+        logits = self._model.lm_head(x[:, -1])
+        mx.eval(logits, cache.arrays())
+        return logits
 
     def state(self) -> TrainState:
         """A copy of step, weights and moments in float32; waits for the device."""
@@ -134,17 +134,9 @@ class MLXBackend:
         return TrainState(self.step, _to_numpy(self._weights), moments)
 
     def matmul_flops(self) -> float:
-        """The best of five chains of square products; TF32 counts where MLX uses it."""
-        size, n = (4096, 8) if self._on_gpu else (512, 1)
-        x, best = mx.ones((size, size)) / size, 0.0
-        mx.eval(x)
-        for _ in range(5):
-            start, y = time.perf_counter(), x
-            for _ in range(n):
-                y = y @ x
-            mx.eval(y)
-            best = max(best, 2 * size**3 * n / (time.perf_counter() - start))
-        return best
+        from mlx_randygpt.backends.mlx_speed import matmul_flops
+
+        return matmul_flops(self._on_gpu)
 
     def memory_bytes(self) -> int:
         """Peak device memory and what MLX keeps for reuse; on a CPU, the process at its peak."""
@@ -219,6 +211,17 @@ class MLXBackend:
                 found = moments.get(kind, {}).get(name)
                 loaded[kind][name] = mx.zeros(shape) if found is None else mx.array(found)
         return loaded
+
+
+def build(model: ModelConfig) -> GPT:
+    """The modules of this architecture."""
+    kind: type[GPT] = GPT
+    arguments: type[ModelArgs] = ModelArgs
+    if model.is_gpt2:
+        from mlx_randygpt.backends.mlx_gpt2 import GPT2, GPT2Args
+
+        kind, arguments = GPT2, GPT2Args
+    return kind(arguments(**{f.name: getattr(model, f.name) for f in fields(arguments)}))
 
 
 def check_ids(tokens: Array, vocab_size: int, lowest: int = 0) -> None:

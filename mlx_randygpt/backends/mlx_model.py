@@ -182,6 +182,10 @@ class GPT(nn.Module):  # type: ignore[misc]
         keys = [None] * (2 * len(self.h)) if key is None else mx.random.split(key, 2 * len(self.h))
         for i, block in enumerate(self.h):
             x = block(x, mask, caches[i], keys[2 * i : 2 * i + 2])
+        return self.final(x)
+
+    def final(self, x: mx.array) -> mx.array:
+        """What the head reads of the residual stream."""
         return rms(x) if self.args.final_norm else x
 
     def positions(self, t: int, cache: Sequence[Any] | None) -> mx.array:

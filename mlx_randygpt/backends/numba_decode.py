@@ -9,6 +9,7 @@ Legend: B streams, C n_embd, H heads, D = C/H, V vocab, L layers, W = block_size
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -28,6 +29,18 @@ def weight_starts(config: ModelConfig) -> Array:
     sizes = [int(np.prod(shape)) for shape in parameter_shapes(config).values()]
     starts = np.cumsum([0, *sizes[:-1]])
     return starts if config.position == "learned" else np.concatenate([starts[:1], starts])
+
+
+def logits(config: ModelConfig, flat: Array, tokens: Array, cache: Any, rows: slice) -> Array:
+    """Append tokens (B, T) to the rows of a NumpyCache one by one; float32 logits (B, V)."""
+    out: Array = np.empty((len(tokens), config.vocab_size), flat.dtype)
+    for column in tokens.T:
+        advance(
+            flat, weight_starts(config), config.position == "learned", config.position == "rope",
+            config.qk_norm, config.token_shift, config.final_norm, np.array(column, np.int64),
+            cache.lengths, cache.k, cache.v, cache.last, rows.start, out,
+        )  # fmt: skip
+    return out.astype(np.float32, copy=False)
 
 
 @compiled

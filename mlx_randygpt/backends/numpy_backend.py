@@ -8,7 +8,6 @@ gradients summed in a fixed order: the same number of threads gives the same bit
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from mlx_randygpt.backends import numpy_optimizer as optimizer
 from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
-from mlx_randygpt.backends.numpy_cache import Decoder, NumpyCache
+from mlx_randygpt.backends.numpy_cache import Advance, Decoder, NumpyCache, advance
 from mlx_randygpt.backends.numpy_model import Chunk, flat_views
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Array, Batch, Params, TrainState, muon_parts, rng
@@ -47,9 +46,10 @@ class NumpyBackend:
             initializer=partial(np.seterr, **np.geterr()),  # as in the thread that builds this
         )
         self._chunks: list[Chunk] = []
+        self._chunk, advance = architecture(model.arch)
         self._w, self.params = flat_views(model, dtype)
         self._g, self._grads = flat_views(model, dtype)
-        self._decoder = Decoder(model, self._w, self.params, self._pool, self.n_threads)
+        self._decoder = Decoder(model, advance, self._w, self.params, self._pool, self.n_threads)
         self._m, self._m_views = flat_views(model, dtype)
         self._v, self._v_views = flat_views(model, dtype)
         self.restore(state)
@@ -107,21 +107,9 @@ class NumpyBackend:
         )
 
     def matmul_flops(self) -> float:
-        """The best of five: all threads multiply square matrices at once."""
-        size, best = 768, 0.0
-        x: Array = np.ones((size, size), self.dtype)
-        out: list[Array] = [np.empty_like(x) for _ in range(self.n_threads)]
+        from mlx_randygpt.backends.numpy_speed import matmul_flops
 
-        def work(i: int) -> None:
-            for _ in range(8):
-                np.matmul(x, x, out=out[i])
-
-        for _ in range(5):
-            start = time.perf_counter()
-            list(self._pool.map(work, range(self.n_threads)))
-            seconds = time.perf_counter() - start
-            best = max(best, 2 * size**3 * 8 * self.n_threads / seconds)
-        return best
+        return matmul_flops(self._pool, self.n_threads, self.dtype)
 
     def memory_bytes(self) -> int:
         return resident_bytes()
@@ -174,7 +162,7 @@ class NumpyBackend:
         if have is None or have.rows < rows or have.block_size < block_size:
             others = (flat_views(self.model, self.dtype) for _ in range(self.n_threads - 1))
             self._chunks = [
-                Chunk(self.model, rows, block_size, self.dtype, *gradients)
+                self._chunk(self.model, rows, block_size, self.dtype, *gradients)
                 for gradients in [(self._g, self._grads), *others]
             ]
 
@@ -191,27 +179,31 @@ class NumpyBackend:
     def _update(self, lr: float) -> None:
         """AdamW on ranges of the flat vectors, Muon on stacks of matrices, both on all threads."""
         jobs: list[Callable[[], None]] = []
-        for start, stop, rate in self._adamw_ranges(lr):
-            jobs += [partial(self._adamw, part, rate) for part in self._slices(start, stop)]
+        for start, stop, rate, decay in self._adamw_ranges(lr):
+            jobs += [partial(self._adamw, part, rate, decay) for part in self._slices(start, stop)]
         if self.train.optimizer == "muon":
             jobs += self._muon_jobs(lr)
         list(self._pool.map(lambda job: job(), jobs))
 
-    def _adamw_ranges(self, lr: float) -> list[tuple[int, int, float]]:
-        """(start, stop, rate) of what AdamW updates; under Muon the blocks' matrices, which lie
-        together between the embeddings and the head, are left out."""
-        size = len(self._w)
-        if self.train.optimizer == "adamw":
-            return [(0, size, lr)]
-        sizes = {name: w.size for name, w in self.params.items()}
-        before = sum(n for name, n in sizes.items() if name.startswith("w"))
-        rate = lr * self.train.adamw_lr_ratio
-        return [(0, before, rate), (size - sizes["lm_head.weight"], size, rate)]
+    def _adamw_ranges(self, lr: float) -> list[tuple[int, int, float, float]]:
+        """(start, stop, rate, decay) of what AdamW updates: embeddings and head, but under Muon not
+        the blocks' matrices, which lie together between them, and last vectors, without decay."""
+        weights, train = self.params.items(), self.train
+        before = sum(w.size for name, w in weights if name.startswith("w"))
+        blocks = before + sum(w.size for name, w in weights if muon_parts(name))
+        vectors = sum(w.size for _, w in weights if w.ndim > 1)
+        if train.optimizer == "adamw":
+            blocks = before
+        else:
+            lr *= train.adamw_lr_ratio
+        ranges = [(0, before), (blocks, vectors)]
+        decayed = [(*part, lr, train.weight_decay) for part in ranges]
+        return [*decayed, (vectors, len(self._w), lr, 0.0)]
 
-    def _adamw(self, part: slice, lr: float) -> None:
+    def _adamw(self, part: slice, lr: float, decay: float) -> None:
         optimizer.adamw(
             self._w[part], self._g[part], self._m[part], self._v[part],
-            t=self.step + 1, lr=lr, decay=self.train.weight_decay, config=self.train,
+            t=self.step + 1, lr=lr, decay=decay, config=self.train,
         )  # fmt: skip
 
     def _muon_jobs(self, lr: float) -> Iterator[Callable[[], None]]:
@@ -238,6 +230,15 @@ class NumpyBackend:
     def _slices(self, start: int, stop: int) -> list[slice]:
         edges = np.linspace(start, stop, self.n_threads + 1).astype(int)
         return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def architecture(arch: str) -> tuple[type[Chunk], Advance]:
+    """What trains and what decodes this architecture."""
+    if arch == "gpt":
+        return Chunk, advance
+    from mlx_randygpt.backends import numpy_gpt2
+
+    return numpy_gpt2.GPT2Chunk, numpy_gpt2.advance
 
 
 def available_cores() -> int:

@@ -9,7 +9,7 @@ Legend: B streams, T new tokens, C n_embd, H heads, D = C/H, S slots that are re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +23,7 @@ from mlx_randygpt.backends.base import check_decoding
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import Array, Params
 
+Advance = Callable[[Params, ModelConfig, Array, "NumpyCache", slice], Array]
 ROWS_PER_THREAD = 8  # streams that pay for a second thread
 COMPILED_FROM = 2000  # tokens; by then waiting for numba to load would have paid for itself
 
@@ -82,9 +83,10 @@ class Decoder:
     """`Backend.logits` over weights that are changed in place: flat, and as views of it."""
 
     def __init__(
-        self, config: ModelConfig, flat: Array, params: Params, pool: Executor, n_threads: int
-    ) -> None:
-        self.config, self.flat, self.params = config, flat, params
+        self, config: ModelConfig, advance: Advance, flat: Array, params: Params,
+        pool: Executor, n_threads: int,
+    ) -> None:  # fmt: skip
+        self.config, self._advance, self.flat, self.params = config, advance, flat, params
         self.pool, self.n_threads = pool, n_threads
         self.n_decoded = 0
 
@@ -106,34 +108,20 @@ class Decoder:
     def _logits(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
         """Empty rows take up to block_size tokens at once, others take them one by one."""
         if tokens.shape[1] > 1 and not cache.lengths[rows].any():
-            return self._head(_advance(self.params, self.config, tokens, cache, rows))
-        compiled = self.n_decoded > COMPILED_FROM and has_numba()
+            return self._head(self._advance(self.params, self.config, tokens, cache, rows))
+        ours = self.config.arch == "gpt"
+        if ours and self.n_decoded > COMPILED_FROM and has_numba():
+            from mlx_randygpt.backends import numba_decode
+
+            return numba_decode.logits(self.config, self.flat, tokens, cache, rows)
         for column in tokens.T:
-            if compiled:
-                logits = self._compiled(np.array(column, np.int64), cache, rows)
-            else:
-                x = _advance(self.params, self.config, column[:, None], cache, rows)
-        return logits if compiled else self._head(x)
+            x = self._advance(self.params, self.config, column[:, None], cache, rows)
+        return self._head(x)
 
     def _head(self, x: Array) -> Array:
-        """Logits (B, V) of the residual stream (B, C)."""
-        if self.config.final_norm:
-            x = _norm(x)
-        return (x @ self.params["lm_head.weight"].T).astype(np.float32, copy=False)
-
-    def _compiled(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
-        """One token (B,) int64 for each of the rows."""
-        from mlx_randygpt.backends import numba_decode
-
-        config = self.config
-        logits: Array = np.empty((len(tokens), config.vocab_size), self.flat.dtype)
-        numba_decode.advance(
-            self.flat, numba_decode.weight_starts(config),
-            config.position == "learned", config.position == "rope",
-            config.qk_norm, config.token_shift, config.final_norm,
-            tokens, cache.lengths, cache.k, cache.v, cache.last, rows.start, logits,
-        )  # fmt: skip
-        return logits.astype(np.float32, copy=False)
+        """Logits (B, V) of what the head reads (B, C)."""
+        head = self.params.get("lm_head.weight", self.params["wte.weight"])
+        return (x @ head.T).astype(np.float32, copy=False)
 
 
 @lru_cache(maxsize=1)
@@ -146,10 +134,8 @@ def has_numba() -> bool:
     return True
 
 
-def _advance(
-    w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache, rows: slice
-) -> Array:
-    """Append tokens (B, T) to the rows; the residual stream of the last position, (B, C)."""
+def advance(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
+    """Append tokens (B, T) to the rows; what the head reads of the last position, (B, C)."""
     b, t = tokens.shape
     where = place(cache, rows, t)
     x = w["wte.weight"][tokens]  # (B, T, C)
@@ -159,20 +145,20 @@ def _advance(
     phases = ops.rope_phases(where.positions, config.head_size, copies, x.dtype.type)
     for i in range(config.n_layer):
         inputs = _shift(config, _norm(x), cache.last[i, 0, rows])
-        qkv = _product(inputs, w[f"h.{i}.attn.c_attn.weight"])  # (B, T, 3C)
+        qkv = product(inputs, w[f"h.{i}.attn.c_attn.weight"])  # (B, T, 3C)
         qk = qkv[:, :, : 2 * config.n_embd]
         if config.qk_norm:
             per_head = qk.reshape(b, t, copies, config.head_size)
             per_head[...] = _norm(per_head)
         if config.position == "rope":
             ops.rotate(qk, phases)
-        y = _attend(qkv, config, i, cache, where)  # (B, T, C)
-        x = x + _product(y, w[f"h.{i}.attn.c_proj.weight"])
+        y = attend(qkv, config, i, cache, where)  # (B, T, C)
+        x = x + product(y, w[f"h.{i}.attn.c_proj.weight"])
         inputs = _shift(config, _norm(x), cache.last[i, 1, rows])
-        h = np.maximum(_product(inputs, w[f"h.{i}.mlp.c_fc.weight"]), 0)  # (B, T, F)
-        x = x + _product(h * h, w[f"h.{i}.mlp.c_proj.weight"])
+        h = np.maximum(product(inputs, w[f"h.{i}.mlp.c_fc.weight"]), 0)  # (B, T, F)
+        x = x + product(h * h, w[f"h.{i}.mlp.c_proj.weight"])
     cache.lengths[rows] += t
-    return x[:, -1]
+    return _norm(x[:, -1]) if config.final_norm else x[:, -1]
 
 
 def _shift(config: ModelConfig, norm: Array, last: Array) -> Array:
@@ -185,7 +171,8 @@ def _shift(config: ModelConfig, norm: Array, last: Array) -> Array:
     return np.concatenate([before, norm[:, :, half:]], axis=-1)
 
 
-def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, where: Place) -> Array:
+def attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, where: Place) -> Array:
+    """Store keys and values of qkv (B, T, 3C) and let its queries attend; (B, T, C)."""
     b, t, _ = qkv.shape
     q, k, v = ops.heads(qkv, config.n_head, 3)  # (B, H, T, D)
     keys, values = cache.k[layer, where.rows], cache.v[layer, where.rows]  # (B, H, D, W)
@@ -210,7 +197,7 @@ def _attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, wher
     return y.transpose(0, 3, 1, 2).reshape(b, t, config.n_embd)
 
 
-def _product(x: Array, w: Array) -> Array:
+def product(x: Array, w: Array) -> Array:
     """x wᵀ as one product of two matrices: NumPy would make one of each sequence. (B, T, K) and
     (M, K) to (B, T, M)."""
     return np.asarray((x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], len(w)))

@@ -32,19 +32,27 @@ Randoms = list[np.random.Generator]  # one for each sequence
 
 
 @dataclass
+class Read:
+    """What a branch or the head reads of the residual stream."""
+
+    norm: Array  # (N, C)
+    inv: Array  # (N,)
+    out: Array  # (N, C), the norm itself, or what is made of it
+
+    def first(self, n: int) -> tuple[Array, Array, Array]:
+        return self.norm[:n], self.inv[:n], self.out[:n]
+
+
+@dataclass
 class Activations:
     """What one layer's backward pass needs from its forward pass."""
 
-    norm1: Array  # (N, C)
-    inv1: Array  # (N,)
-    in1: Array  # (N, C), what the attention reads: norm1 shifted, or norm1 itself
+    read1: Read  # by the attention
     qkv: Array  # (N, 3C), queries and keys normed and turned
     inv_qk: Array  # (N, 2H)
     p: Array  # (B, H, Tk, Tq)
     y: Array  # (N, C), the heads' outputs
-    norm2: Array  # (N, C)
-    inv2: Array  # (N,)
-    in2: Array  # (N, C), what the MLP reads
+    read2: Read  # by the MLP
     r: Array  # (N, F), max(h, 0)
     mask1: Array  # (N, C), dropout after the attention; empty without dropout
     mask2: Array  # (N, C), dropout after the MLP
@@ -52,7 +60,9 @@ class Activations:
 
 class Chunk:
     """Scratch memory for up to `rows` sequences of `block_size` tokens, and the vector and views
-    that gradients are added to."""
+    that gradients are added to. GPT-2's differs in its norms, products and activation."""
+
+    head_name = "lm_head.weight"
 
     def __init__(
         self, config: ModelConfig, rows: int, block_size: int, dtype: type,
@@ -67,17 +77,20 @@ class Chunk:
 
         drop = n if config.dropout else 0
 
+        def read(apart: bool) -> Read:
+            norm = new(n, c)
+            return Read(norm, new(n), new(n, c) if apart else norm)
+
         def layer() -> Activations:
-            norm1, norm2 = new(n, c), new(n, c)
-            in1, in2 = (new(n, c), new(n, c)) if config.token_shift else (norm1, norm2)
+            apart = config.token_shift or config.is_gpt2
             return Activations(
-                norm1, new(n), in1, new(n, 3 * c), new(n, 2 * h), new(rows, h, t, t), new(n, c),
-                norm2, new(n), in2, new(n, 4 * c), new(drop, c), new(drop, c),
+                read(apart), new(n, 3 * c), new(n, 2 * h), new(rows, h, t, t), new(n, c),
+                read(apart), new(n, 4 * c), new(drop, c), new(drop, c),
             )  # fmt: skip
 
         self.layers = [layer() for _ in range(config.n_layer)]
         self.x, self.dx, self.branch, self.scratch = new(n, c), new(n, c), new(n, c), new(n, c)
-        self.final, self.inv_final = new(n, c), new(n)
+        self.final = read(config.is_gpt2)
         self.logits = new(max(1, min(n, LOGITS // config.vocab_size)), config.vocab_size)
         few = max(1, min(rows, ATTENTION // (h * t * t)))
         self.ds = new(few, h, t, t)
@@ -102,16 +115,13 @@ class Chunk:
             x += self._drop(branch, act.mask1, random)
             branch = self._mlp(w, i, act, x, t)
             x += self._drop(branch, act.mask2, random)
-        if not self.config.final_norm:
-            return x
-        ops.rms_norm(x, self.final[:n], self.inv_final[:n])
-        return self.final[:n]
+        return self._read(w, "ln_f", x, self.final, None) if self.config.final_norm else x
 
     def head(self, w: Params, final: Array, targets: Array, scale: float | None) -> float:
         """Σ cross-entropy of final (N, C) against targets (N,). With `scale`, also the gradients
         of scale times that: the head's into `grads`, final's into dx. A large vocabulary is worked
         through in blocks of positions, so that the logits never stand in memory all at once."""
-        weight, loss = w["lm_head.weight"], 0.0
+        weight, loss = w[self.head_name], 0.0
         for start in range(0, len(final), len(self.logits)):
             part = slice(start, start + len(self.logits))
             inputs, wanted = final[part], targets[part]
@@ -119,7 +129,7 @@ class Chunk:
             loss += ops.cross_entropy(logits, wanted)
             if scale is not None:
                 ops.cross_entropy_backward(logits, wanted, scale)
-                self._weight_grad("lm_head.weight", logits, inputs, more=start > 0)
+                self._weight_grad(self.head_name, logits, inputs, more=start > 0)
                 np.matmul(logits, weight, out=self.dx[: len(final)][part])
         return loss
 
@@ -129,12 +139,12 @@ class Chunk:
         n = b * t
         dx = self.dx[:n]
         if self.config.final_norm:
-            ops.rms_norm_backward(dx, self.final[:n], self.inv_final[:n], self.scratch[:n])
+            self._read_backward(w, "ln_f", dx, self.final, None)
         for i in reversed(range(self.config.n_layer)):
             act = self.layers[i]
             dx += self._mlp_backward(w, i, act, self._undrop(dx, act.mask2, dropped), t)
             dx += self._attention_backward(w, i, act, self._undrop(dx, act.mask1, dropped), b, t)
-        if not self.accumulating:
+        if not self.accumulating and self.head_name != "wte.weight":
             self.grads["wte.weight"][...] = 0
         ops.embedding_backward(dx, tokens.reshape(-1), self.grads["wte.weight"])
         if self.config.position == "learned":
@@ -146,9 +156,9 @@ class Chunk:
 
     def _attention(self, w: Params, i: int, act: Activations, x: Array, b: int, t: int) -> Array:
         n, config = b * t, self.config
-        inputs, qkv, y = act.in1[:n], act.qkv[:n], act.y[:n]
-        self._read(x, act.norm1[:n], act.inv1[:n], inputs, t)
-        np.matmul(inputs, w[f"h.{i}.attn.c_attn.weight"].T, out=qkv)  # (N, 3C)
+        qkv, y = act.qkv[:n], act.y[:n]
+        inputs = self._read(w, f"h.{i}.ln_1", x, act.read1, t)
+        self._product(w, f"h.{i}.attn.c_attn", inputs, qkv)  # (N, 3C)
         if config.qk_norm:
             qk = self._per_head(qkv, n)
             ops.rms_norm(qk, qk, act.inv_qk[:n])
@@ -158,15 +168,14 @@ class Chunk:
             qkv.reshape(b, t, -1), config.n_head, config.qk_norm,
             self.turned[..., :t], act.p[:b, :, :t, :t], y.reshape(b, t, -1),
         )  # fmt: skip
-        return np.matmul(y, w[f"h.{i}.attn.c_proj.weight"].T, out=self.branch[:n])  # (N, C)
+        return self._product(w, f"h.{i}.attn.c_proj", y, self.branch[:n])  # (N, C)
 
     def _attention_backward(
         self, w: Params, i: int, act: Activations, dbranch: Array, b: int, t: int
     ) -> Array:
         n, config = b * t, self.config
         qkv, dqkv, y = act.qkv[:n], self.dqkv[:n], act.y[:n]
-        self._weight_grad(f"h.{i}.attn.c_proj.weight", dbranch, y)
-        dy = np.matmul(dbranch, w[f"h.{i}.attn.c_proj.weight"], out=self.scratch[:n])  # (N, C)
+        dy = self._product_backward(w, f"h.{i}.attn.c_proj", dbranch, y, self.scratch[:n])  # (N, C)
         ops.attention_backward(
             dy.reshape(b, t, -1), y.reshape(b, t, -1), qkv.reshape(b, t, -1),
             act.p[:b, :, :t, :t], config.n_head,
@@ -179,36 +188,59 @@ class Chunk:
         if config.position == "rope":
             turned = dqkv.reshape(b, t, -1)[:, :, : 2 * config.n_embd]
             ops.rotate(turned, self.back_phases[:t])
-        self._weight_grad(f"h.{i}.attn.c_attn.weight", dqkv, act.in1[:n])
-        dx = np.matmul(dqkv, w[f"h.{i}.attn.c_attn.weight"], out=self.branch[:n])  # (N, C)
-        return self._read_backward(dx, act.norm1[:n], act.inv1[:n], t)
+        inputs, dx = act.read1.out[:n], self.branch[:n]  # (N, C)
+        self._product_backward(w, f"h.{i}.attn.c_attn", dqkv, inputs, dx)
+        return self._read_backward(w, f"h.{i}.ln_1", dx, act.read1, t)
 
     def _mlp(self, w: Params, i: int, act: Activations, x: Array, t: int) -> Array:
         n = len(x)
-        inputs, r, a = act.in2[:n], act.r[:n], self.wide[:n]
-        self._read(x, act.norm2[:n], act.inv2[:n], inputs, t)
-        np.matmul(inputs, w[f"h.{i}.mlp.c_fc.weight"].T, out=r)  # (N, F)
-        ops.relu_squared(r, a)
-        return np.matmul(a, w[f"h.{i}.mlp.c_proj.weight"].T, out=self.branch[:n])  # (N, C)
+        r, a = act.r[:n], self.wide[:n]
+        inputs = self._read(w, f"h.{i}.ln_2", x, act.read2, t)
+        self._product(w, f"h.{i}.mlp.c_fc", inputs, r)  # (N, F)
+        self._activate(r, a)
+        return self._product(w, f"h.{i}.mlp.c_proj", a, self.branch[:n])  # (N, C)
 
     def _mlp_backward(self, w: Params, i: int, act: Activations, dbranch: Array, t: int) -> Array:
         n = len(dbranch)
-        a = np.multiply(act.r[:n], act.r[:n], out=self.wide[:n])  # cheaper than keeping it
-        self._weight_grad(f"h.{i}.mlp.c_proj.weight", dbranch, a)
-        dh = np.matmul(dbranch, w[f"h.{i}.mlp.c_proj.weight"], out=self.wide[:n])  # (N, F)
-        ops.relu_squared_backward(dh, act.r[:n])
-        self._weight_grad(f"h.{i}.mlp.c_fc.weight", dh, act.in2[:n])
-        dx = np.matmul(dh, w[f"h.{i}.mlp.c_fc.weight"], out=self.branch[:n])  # (N, C)
-        return self._read_backward(dx, act.norm2[:n], act.inv2[:n], t)
+        a = wide = self.wide[:n]  # (N, F)
+        self._activate(act.r[:n], a, again=True)
+        dh = self._product_backward(w, f"h.{i}.mlp.c_proj", dbranch, a, wide)
+        self._activate_backward(dh, act.r[:n])
+        inputs, dx = act.read2.out[:n], self.branch[:n]  # (N, C)
+        self._product_backward(w, f"h.{i}.mlp.c_fc", dh, inputs, dx)
+        return self._read_backward(w, f"h.{i}.ln_2", dx, act.read2, t)
 
-    def _read(self, x: Array, norm: Array, inv: Array, out: Array, t: int) -> None:
-        """What a branch reads of the residual stream x: its norm, shifted if the model does so."""
+    def _activate(self, h: Array, out: Array, again: bool = False) -> None:
+        """a of h (N, F); in the backward pass once more, which is cheaper than keeping it."""
+        (ops.relu_squared_again if again else ops.relu_squared)(h, out)
+
+    def _activate_backward(self, da: Array, r: Array) -> None:
+        ops.relu_squared_backward(da, r)
+
+    def _product(self, w: Params, name: str, inputs: Array, out: Array) -> Array:
+        """inputs · Wᵀ."""
+        return np.matmul(inputs, w[f"{name}.weight"].T, out=out)
+
+    def _product_backward(
+        self, w: Params, name: str, dout: Array, inputs: Array, out: Array
+    ) -> Array:
+        """dinputs = dout · W; dW is added to `grads` before anything is written to `out`."""
+        self._weight_grad(f"{name}.weight", dout, inputs)
+        return np.matmul(dout, w[f"{name}.weight"], out=out)
+
+    def _read(self, w: Params, name: str, x: Array, read: Read, t: int | None) -> Array:
+        """What a branch or the head (without t) reads of the residual stream x: its norm, shifted
+        if the model does so. GPT-2's norms have weights, under this name."""
+        norm, inv, out = read.first(len(x))
         ops.rms_norm(x, norm, inv)
-        if self.config.token_shift:
+        if t and self.config.token_shift:
             ops.token_shift(norm.reshape(-1, t, x.shape[-1]), out.reshape(-1, t, x.shape[-1]))
+        return out
 
-    def _read_backward(self, dx: Array, norm: Array, inv: Array, t: int) -> Array:
-        if self.config.token_shift:
+    def _read_backward(self, w: Params, name: str, dx: Array, read: Read, t: int | None) -> Array:
+        """From the gradient of what is read to that of x, over dx."""
+        norm, inv, _ = read.first(len(dx))
+        if t and self.config.token_shift:
             ops.token_shift_backward(dx.reshape(-1, t, dx.shape[-1]))
         ops.rms_norm_backward(dx, norm, inv, self.scratch[: len(dx)])
         return dx

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_randygpt.cli.options import Command, json_option, print_json
-from mlx_randygpt.config import RECIPES
 
 if TYPE_CHECKING:
     from mlx_randygpt.check import Finding
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="Check at this model's weights instead of both recipes' own.",
+    help="Check at this model's weights instead of those of small models.",
 )
 @json_option
 @click.pass_context
@@ -30,7 +29,7 @@ def command(ctx: click.Context, checkpoint: Path | None, json: bool) -> None:
     fails."""
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read when mlx is imported
     from mlx_randygpt.backends import mlx_device
-    from mlx_randygpt.check import check_checkpoint, check_recipe
+    from mlx_randygpt.check import SUBJECTS, check_checkpoint, check_recipe
     from mlx_randygpt.checkpoint import load_checkpoint
 
     device, reason = mlx_device()
@@ -41,7 +40,7 @@ def command(ctx: click.Context, checkpoint: Path | None, json: bool) -> None:
         at_weights = check_checkpoint(saved.model, saved.train, saved.state.params, other)
         subjects[str(checkpoint)] = list(at_weights)
     else:
-        subjects = {recipe: list(check_recipe(recipe, other)) for recipe in RECIPES}
+        subjects = {subject: list(check_recipe(subject, other)) for subject in SUBJECTS}
     for findings in subjects.values():
         findings.sort(key=lambda f: (f.check, -f.error))
     failed = sum(not f.holds for found in subjects.values() for f in found)

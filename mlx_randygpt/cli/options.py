@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_randygpt.config import BACKENDS, DEFAULT_PRESET, PRESETS, RECIPES, UserError
+from mlx_randygpt.config import ARCHS, BACKENDS, DEFAULT_PRESET, PRESETS, RECIPES, UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 RESUME_NEWEST = "@newest"  # what a bare --resume passes on
@@ -66,6 +66,11 @@ def model_options(defaults: bool = True) -> Callable[[F], F]:
             "--recipe",
             type=click.Choice(sorted(RECIPES)),
             help=f"Model and rates.{default('modern')}",
+        ),
+        click.option(
+            "--arch",
+            type=click.Choice(list(ARCHS)),
+            help=f"Our model or GPT-2's.{default('gpt')}",
         ),
         click.option(
             "--preset",

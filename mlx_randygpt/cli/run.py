@@ -240,7 +240,8 @@ def _settings(
         return settings.fresh(job.given, tokenizer.vocab_size, n_tokens)
     if job.resuming:
         return settings.resumed(job.given, saved)
-    sizes = {k: v for k, v in job.given.items() if k in (*settings.MODEL_SIZES, "preset", "recipe")}
+    decided = (*settings.MODEL_SIZES, "arch", "preset", "recipe")
+    sizes = {name: value for name, value in job.given.items() if name in decided}
     model, _ = settings.resumed(sizes, saved)
     _, config = settings.fresh(
         {"recipe": saved.train.recipe, "preset": saved.train.preset} | job.given,

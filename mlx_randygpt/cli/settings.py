@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_randygpt import rules
 from mlx_randygpt.config import (
+    ARCHS,
     DEFAULT_PRESET,
     PRESETS,
     RECIPES,
@@ -45,7 +46,8 @@ def fresh(
     if given.get("schedule") == "plateau":
         chosen["patience"] = PLATEAU_PATIENCE
     chosen |= {name: value for name, value in given.items() if name in defaults}
-    model = ModelConfig(vocab_size=vocab_size, **recipe["model"], **sizes)
+    switches = recipe["model"] | ARCHS[given.get("arch", "gpt")]
+    model = ModelConfig(vocab_size=vocab_size, **switches, **sizes)
     return by_rule(given, model, TrainConfig(**chosen), n_tokens)
 
 
@@ -74,6 +76,10 @@ def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, Trai
                 "a run goes on with its own architecture: leave the option out, or start anew "
                 "with another --out"
             )
+    if given.get("arch", saved.model.arch) != saved.model.arch:
+        raise ResumeError(
+            f"Checkpoint arch {saved.model.arch} != arch {given['arch']}; leave the option out"
+        )
     for name in ("recipe", "optimizer"):
         if given.get(name, getattr(saved.train, name)) != getattr(saved.train, name):
             raise ResumeError(
