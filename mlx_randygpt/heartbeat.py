@@ -76,11 +76,12 @@ class Heartbeat:
         for address in addresses:
             try:
                 connection = socket.create_connection((address, port), CONNECT_SECONDS)
+                connection.sendall(f"{token} {self._rank}\n".encode())
+                if not connection.recv(1):  # a first sign of life: the token is right
+                    continue
             except OSError:
                 continue
-            peer = Peer(connection, time.monotonic(), rank=0)
-            peer.send(f"{token} {self._rank}")
-            self._add(peer)
+            self._add(Peer(connection, time.monotonic(), rank=0))
             self._thread.start()
             return True
         return False
@@ -145,6 +146,7 @@ class Heartbeat:
         if peer.rank is None:  # a stranger until it has shown the token
             if secrets.compare_digest(word.encode(), self._token.encode()) and rest.isdigit():
                 peer.rank = int(rest)
+                peer.send("")
             else:
                 self._remove(peer)
             return

@@ -47,13 +47,13 @@ def test_a_rank_that_ends_without_a_word_is_lost_for_all_others(ranks: Join) -> 
 
 def test_all_hear_that_rank_0_is_gone(ranks: Join) -> None:
     beats, lost = ranks(2)
-    beats[0]._peers[0].connection.shutdown(socket.SHUT_RDWR)
+    beats[1]._peers[0].connection.shutdown(socket.SHUT_RDWR)
     heard = dict(lost.get(timeout=WAIT) for _ in range(2))
     assert heard[1] == "rank 0 is lost: its process has ended"
 
 
 def test_silence_is_a_loss(ranks: Join) -> None:
-    beats, lost = ranks(2, timeout=0.5, without=1)
+    _, lost = ranks(2, timeout=0.5, without=1)
     port, token = ranks.place  # type: ignore[attr-defined]
     with socket.create_connection(("127.0.0.1", port)) as dumb:
         dumb.sendall(f"{token} 1\n".encode())

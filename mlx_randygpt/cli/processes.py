@@ -21,16 +21,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import click
 
+from mlx_randygpt.cli.hosts import Hosts
 from mlx_randygpt.cli.job import LAUNCH
 from mlx_randygpt.cli.ranks import LIFELINE
 from mlx_randygpt.cli.signals import STOPPING
-
-if TYPE_CHECKING:
-    from mlx_randygpt.cli.launch import Hosts
 
 ORDERLY = (0, 129, 130, 143)  # all ranks end with these together, rank 0 once it has saved
 POLL_SECONDS = 0.05

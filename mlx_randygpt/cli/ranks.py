@@ -5,8 +5,6 @@ where one is lost. Only rank 0 writes and draws; the others compute and stay sil
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -14,7 +12,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -22,16 +19,14 @@ from typing import Any
 import click
 import numpy as np
 
-from mlx_randygpt import __version__
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.backends.group import Alone, Group, RankError, is_ranked, ring_hosts
-from mlx_randygpt.checkpoint import Checkpoint, header_of
+from mlx_randygpt.cli.common import digest, hashed
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.heartbeat import Heartbeat, own_addresses
-from mlx_randygpt.records import header_facts, progress, record, strict
 from mlx_randygpt.reports import EndLog
-from mlx_randygpt.state import TrainState, initial_params
+from mlx_randygpt.state import TrainState
 from mlx_randygpt.train import Run, TrainingDiverged, train
 
 LIFELINE = "MLXGPT_LIFELINE"  # number of the open file that ends when the launcher does
@@ -82,7 +77,7 @@ class Team:
         if self.group.size > 1:
             self._begin_heartbeat()
             on = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-            places = self.group.gather(_digest([socket.gethostname(), uuid.getnode(), on]))
+            places = self.group.gather(digest([socket.gethostname(), uuid.getnode(), on]))
             self._n_beside = int((places == places[self.rank]).all(axis=1).sum())
         return self
 
@@ -141,7 +136,7 @@ class Team:
 
     def agree(self, facts: dict[str, Any]) -> None:
         """RankError where a rank has another value than rank 0 for one of these; a collective."""
-        digests = self.group.gather(np.concatenate([_digest(fact) for fact in facts.values()]))
+        digests = self.group.gather(np.concatenate([digest(fact) for fact in facts.values()]))
         same = (digests == digests[0]).reshape(self.group.size, len(facts), -1).all(axis=2)
         for name, ranks in zip(facts, same.T, strict=True):
             if not ranks.all():
@@ -208,38 +203,6 @@ class Team:
         return ". ".join(filter(None, (why, self._last_words())))
 
 
-def told(saved: Checkpoint | None, run: Run) -> dict[str, Any]:
-    """What the other ranks begin with, as rank 0 tells it; its arrays follow later."""
-    return {
-        "checkpoint": strict(header_of(saved)) if saved else None,
-        "paths": run.data["paths"],
-        "tokenizer": run.tokenizer.to_json(),
-    }
-
-
-def checkpoint_without_arrays(header: dict[str, Any]) -> Checkpoint:
-    """Rank 0's checkpoint from its header; the weights are first ones, of the right shapes."""
-    model, config = record(ModelConfig, header["model"]), record(TrainConfig, header["train"])
-    step, backend, data = header_facts(header)
-    state = TrainState(step, initial_params(model, config.seed), {})
-    reached = progress(header["progress"])
-    return Checkpoint(model, config, reached, header["tokenizer"], data, backend, state)
-
-
-def facts(run: Run, backend_name: str) -> dict[str, Any]:
-    """What must be the same on every rank."""
-    return {
-        "version of mlx-randygpt": __version__,
-        "backend": backend_name,
-        "text": [run.data["sha256"], len(run.train_tokens), len(run.val_tokens)],
-        "tokenizer": run.tokenizer.to_json(),
-        "model": asdict(run.model),
-        "setting": asdict(replace(run.train, threads=0)),
-        "step of the checkpoint": strict(asdict(run.progress)),
-        "--respect-documents": run.documents is not None,
-    }
-
-
 def compute(run: Run, backend: Backend, team: Team) -> int:
     """Take part in the steps of a run that rank 0 shows and saves; the exit code."""
     try:
@@ -250,29 +213,6 @@ def compute(run: Run, backend: Backend, team: Team) -> int:
         return 1  # on every rank alike; rank 0 says so
     team.part()
     return team.exit_code
-
-
-def hashed(values: Any) -> str:
-    """A digest of arrays in nested dicts."""
-    found = hashlib.sha256()
-
-    def read(value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            found.update(np.ascontiguousarray(value).data)
-            return
-        inner = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, part in sorted(inner):
-            found.update(f"\n{name}\n".encode())
-            read(part)
-
-    read(values)
-    return found.hexdigest()
-
-
-def _digest(value: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Eight numbers that stand for a value JSON can hold."""
-    text = json.dumps(value, sort_keys=True).encode()
-    return np.frombuffer(hashlib.sha256(text).digest(), np.int32)
 
 
 def _joined() -> Group:

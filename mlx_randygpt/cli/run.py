@@ -19,6 +19,7 @@ from mlx_randygpt.checkpoint import (
     CheckpointError,
 )
 from mlx_randygpt.cli import settings, text
+from mlx_randygpt.cli.common import checkpoint_without_arrays, facts, told
 from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
 from mlx_randygpt.cli.job import (
     Job,
@@ -31,14 +32,7 @@ from mlx_randygpt.cli.job import (
 )
 from mlx_randygpt.cli.loggers import Loggers
 from mlx_randygpt.cli.model import describe_backend
-from mlx_randygpt.cli.ranks import (
-    RANK_TIMEOUT,
-    Team,
-    checkpoint_without_arrays,
-    compute,
-    facts,
-    told,
-)
+from mlx_randygpt.cli.ranks import RANK_TIMEOUT, Team, compute
 from mlx_randygpt.cli.resume import changes, same_tokenizer, same_vocabulary, starting_point
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.view import Shown, choose_console
