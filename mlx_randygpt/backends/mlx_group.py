@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mlx_randygpt.backends.group import STOP_CODES, RankError, share
 from mlx_randygpt.state import Array, Batch, TrainState
 
-BUCKET = 1 << 20  # numbers summed at once, 4 MB: docs/ranks.md has the trials
+BUCKET = 1 << 22  # numbers summed at once, 16 MB: docs/ranks.md has the trials
 JOIN_POLL_SECONDS = 0.1
 Grads = dict[str, mx.array]
 
@@ -89,18 +89,10 @@ class Ranks:
         return float(sums[0])
 
     def sum(self, flat: Array) -> None:
-        """Add the other ranks' vectors to this one, float32, in place. A bucket is copied back
-        while the next is on its way."""
-        parts = [slice(at, at + BUCKET) for at in range(0, len(flat), BUCKET)]
-        sums: deque[tuple[slice, mx.array]] = deque()
-        for part in parts:
-            total = mx.distributed.all_sum(mx.array(flat[part]), group=self._group)
-            mx.async_eval(total)
-            sums.append((part, total))
-            if len(sums) > 2:
-                _copy(flat, *sums.popleft())
-        while sums:
-            _copy(flat, *sums.popleft())
+        """Add the other ranks' vectors to this one, float32, in place."""
+        for at in range(0, len(flat), BUCKET):
+            part = flat[at : at + BUCKET]
+            part[:] = self._summed(part)
 
     def mean(self, loss: mx.array, grads: Grads, weight: float) -> tuple[mx.array, Grads]:
         """Loss and gradients of the whole batch from every rank's own times its weight, lazily:
@@ -152,7 +144,7 @@ class Ranks:
     def _summed(self, array: Array) -> Array:
         total = mx.distributed.all_sum(mx.array(array), group=self._group)
         mx.eval(total)
-        return np.array(total)
+        return np.array(total, copy=False)
 
 
 def buckets(sizes: dict[str, int]) -> Iterator[list[str]]:
@@ -165,8 +157,3 @@ def buckets(sizes: dict[str, int]) -> Iterator[list[str]]:
             names = []
     if names:
         yield names
-
-
-def _copy(flat: Array, part: slice, total: mx.array) -> None:
-    mx.eval(total)
-    flat[part] = np.array(total, copy=False)
