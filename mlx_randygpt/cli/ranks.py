@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -50,7 +51,7 @@ class Team:
         self._timeout = timeout
         self._heartbeat: Heartbeat | None = None
         self._over = False
-        self._n_beside = 1  # ranks on these cores
+        self.n_beside = 1  # ranks on the cores of this one, itself included
 
     @property
     def rank(self) -> int:
@@ -78,7 +79,7 @@ class Team:
             self._begin_heartbeat()
             on = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
             places = self.group.gather(digest([socket.gethostname(), uuid.getnode(), on]))
-            self._n_beside = int((places == places[self.rank]).all(axis=1).sum())
+            self.n_beside = int((places == places[self.rank]).all(axis=1).sum())
         return self
 
     def __exit__(
@@ -97,12 +98,6 @@ class Team:
         if self._heartbeat is not None:
             self._heartbeat.leave(code)
             self._heartbeat = None
-
-    def share_of_cores(self) -> int:
-        """The cores of this machine over the ranks that may run on them."""
-        from mlx_randygpt.backends.numpy_backend import available_cores
-
-        return max(1, available_cores() // self._n_beside)
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
@@ -154,7 +149,8 @@ class Team:
             return make_backend(name, model, config, state)
         module, attribute = RANKED[name]
         build: Callable[..., Backend] = getattr(import_module(module), attribute)
-        made = build(self.group, model, config, state)
+        own = replace(config, threads=max(1, config.threads // self.n_beside))
+        made = build(self.group, model, own, state)
         held = made.state()
         weights = [held.params, held.moments]
         self.agree({"state after it was sent": [hashed(weights), held.step]})

@@ -251,9 +251,11 @@ def _resolved(
     if backend_name == "numpy":
         if config.dtype != "float32":
             raise BackendError(f"--dtype {config.dtype} needs MLX; the NumPy backend is float32")
-        cores = team.share_of_cores()
-        asked = job.given.get("threads") or min(config.threads, cores)
-        config = replace(config, threads=asked or cores)
+        from mlx_randygpt.backends.numpy_backend import available_cores
+
+        cores = available_cores()
+        asked = job.given.get("threads", 0) * team.n_beside or min(config.threads, cores)
+        config = replace(config, threads=asked or cores)  # of the machine, shared by ranks on it
     if not config.prompt:
         config = replace(config, prompt="ROMEO:" if corpus.has_romeo else "\n")
     return config
