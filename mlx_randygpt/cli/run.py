@@ -111,6 +111,7 @@ def helped(job: Job, team: Team, signals: StopSignals) -> int:
     backend = team.backend(name, run.model, run.train, state)
     team.group.asked = lambda: signals.exit_code
     signals.defer(lambda: None)
+    del saved, state  # the backend has its own copy
     return compute(run, backend, team)
 
 
