@@ -6,7 +6,8 @@
 Each rank has one core to itself (Linux: pinned to it) and one thread, on the NumPy backend.
 Compared, in turns: one rank alone on its rows; as many such processes side by side that know
 nothing of each other; and ranks that average, each on as many rows. The second tells what sharing
-a machine costs, the third over the second what averaging does.
+a machine costs, the third over the second what averaging does. Processor time, all threads of a
+rank together, tells that too where others use the machine.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def built(group: Any, rows: int) -> Any:
 
     def step() -> Row:
         summing.clear()
-        return {"seconds": timed(lambda: backend.train_step([batch], 1e-4)), "sum": sum(summing)}
+        before = time.process_time()
+        seconds = timed(lambda: backend.train_step([batch], 1e-4))
+        return {"seconds": seconds, "cpu": time.process_time() - before, "sum": sum(summing)}
 
     step()
     step()
@@ -171,11 +174,13 @@ def training(options: argparse.Namespace) -> list[Row]:
             "ranks": Workers(n, True, *words),
         }
         seconds: dict[str, list[float]] = {name: [] for name in teams}
+        work: dict[str, list[float]] = {name: [] for name in teams}
         shares = []
         for _ in range(options.turns):
             for name, team in teams.items():
                 answers = team.run("step 3")
                 seconds[name].append(max(answer["seconds"] for answer in answers))
+                work[name].append(max(answer["cpu"] for answer in answers))
                 if name == "ranks":
                     shares.append(max(a["sum"] / a["seconds"] for a in answers))
         for team in teams.values():
@@ -187,6 +192,7 @@ def training(options: argparse.Namespace) -> list[Row]:
                 **{f"{k}, ms": 1e3 * statistics.median(v) for k, v in seconds.items()},
                 "over alone, %": _more(ranks, seconds["alone"]),
                 "over side by side, %": _more(ranks, seconds["side by side"]),
+                "processor time over side by side, %": _more(work["ranks"], work["side by side"]),
                 "in the sum, with waiting, %": 100 * statistics.median(shares),
             }
         )  # fmt: skip
