@@ -13,6 +13,7 @@ from mlx_randygpt.backends.base import StepResult
 from mlx_randygpt.backends.group import again
 from mlx_randygpt.backends.mlx_backend import MLXBackend, _to_numpy
 from mlx_randygpt.backends.mlx_group import Ranks
+from mlx_randygpt.backends.mlx_lora import MLXLora
 from mlx_randygpt.backends.mlx_optimizer import Weights
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, Params, TrainState
@@ -49,6 +50,10 @@ class MLXRank(MLXBackend):
     def _accumulated(self, batches: Sequence[Batch]) -> tuple[mx.array, Weights]:
         shares = [self._group.share(batch) for batch in batches]
         return self._group.mean(*super()._accumulated(shares), _weight(shares, batches))
+
+
+class MLXLoraRank(MLXRank, MLXLora):
+    """The same where adapters are trained; only their gradients are summed."""
 
 
 def _weight(shares: Sequence[Batch], batches: Sequence[Batch]) -> float:

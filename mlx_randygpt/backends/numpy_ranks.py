@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mlx_randygpt.backends.base import StepResult
 from mlx_randygpt.backends.group import again
 from mlx_randygpt.backends.numpy_backend import NumpyBackend
+from mlx_randygpt.backends.numpy_lora import NumpyLora
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, Params, TrainState
 
@@ -50,3 +51,7 @@ class NumpyRank(NumpyBackend):
     def _reduce(self) -> None:
         super()._reduce()
         self._group.sum(self._g)
+
+
+class NumpyLoraRank(NumpyRank, NumpyLora):
+    """The same where adapters are trained; what is summed is the gradient of the whole model."""

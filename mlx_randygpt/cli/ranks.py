@@ -31,9 +31,9 @@ from mlx_randygpt.state import TrainState
 from mlx_randygpt.train import Run, TrainingDiverged, train
 
 LIFELINE = "MLXGPT_LIFELINE"  # number of the open file that ends when the launcher does
-RANKED = {  # backend -> module and class of one rank of several
-    "mlx": ("mlx_randygpt.backends.mlx_ranks", "MLXRank"),
-    "numpy": ("mlx_randygpt.backends.numpy_ranks", "NumpyRank"),
+RANKED = {  # backend -> module, and class of one rank of several, without and with adapters
+    "mlx": ("mlx_randygpt.backends.mlx_ranks", "MLXRank", "MLXLoraRank"),
+    "numpy": ("mlx_randygpt.backends.numpy_ranks", "NumpyRank", "NumpyLoraRank"),
 }
 RANK_TIMEOUT = 20.0  # seconds of silence
 WAITING_NOTE_SECONDS = 10
@@ -147,8 +147,8 @@ class Team:
         """The backend; with several ranks, all of them begin with rank 0's state."""
         if self.group.size == 1:
             return make_backend(name, model, config, state)
-        module, attribute = RANKED[name]
-        build: Callable[..., Backend] = getattr(import_module(module), attribute)
+        module, *kinds = RANKED[name]
+        build: Callable[..., Backend] = getattr(import_module(module), kinds[model.lora_rank > 0])
         own = replace(config, threads=max(1, config.threads // self.n_beside))
         made = build(self.group, model, own, state)
         held = made.state()

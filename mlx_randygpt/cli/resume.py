@@ -12,6 +12,7 @@ from mlx_randygpt.checkpoint import Checkpoint, CheckpointError, kept_name, load
 from mlx_randygpt.cli import text
 from mlx_randygpt.cli.folder import RunFolder
 from mlx_randygpt.cli.job import Job
+from mlx_randygpt.cli.model import merged
 from mlx_randygpt.cli.settings import ResumeError, resumed
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import Corpus
@@ -28,6 +29,7 @@ def starting_point(job: Job, folder: RunFolder) -> tuple[Checkpoint | None, list
         folder.refuse_if_used()
     source = job.resume or job.init_from
     saved = load_checkpoint(source) if source else None
+    saved = merged(saved) if saved and job.init_from else saved
     if job.resume and job.resume.resolve().parent != job.out.resolve():
         folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
     saved, skipped = folder.newest() if job.resume_newest else (saved, [])
