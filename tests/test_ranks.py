@@ -145,6 +145,20 @@ def test_any_number_of_ranks_is_the_same_run(
     assert worst(metrics(tmp_path / "one"), metrics(tmp_path / "several")) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+def test_adapters_train_on_ranks_too(
+    start: Callable[..., Process], tmp_path: Path, backend: str
+) -> None:
+    """Only rank 0 reads the checkpoint. Measured: 4e-7."""
+    finished(start("--iters=3", out="base"))
+    whole = str(tmp_path / "base" / NEWEST)
+    words = ["--iters=20", "--lora-rank=2", f"--backend={backend}", "--init-from", whole]
+    finished(start(*words, "--dropout=0", out="one"))
+    finished(start(*words, "--dropout=0", launch=TWO, out="several"))
+    assert worst(metrics(tmp_path / "one"), metrics(tmp_path / "several")) < 1e-5
+
+
 def test_only_rank_0_writes_and_draws(by_hand: Callable[..., list[Process]]) -> None:
     first, second = by_hand("--iters=3")
     assert "loss" in finished(first)[0]
@@ -180,7 +194,7 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on_with_fewer(
     finished(start(*words, "--resume"))
     finished(start(*words, out="undisturbed"))
     whole, resumed = metrics(tmp_path / "undisturbed"), metrics(tmp_path / "out")
-    assert worst(whole[-20:], resumed[-20:]) < 1e-4  # measured: 4e-6
+    assert worst(whole[-20:], resumed[-20:]) < 1e-4  # no more than its rounding grows
 
 
 @pytest.mark.slow
