@@ -17,7 +17,6 @@ from mlx_randygpt import __version__
 # name -> (module of this package, line for --help)
 COMMANDS = {
     "train": ("train", "Train a model on your text; Ctrl-C saves and stops, --resume goes on."),
-    "launch": ("launch", "Train on several ranks or machines: launch -n 4 -- train …"),
     "find-lr": ("find_lr", "Find a learning rate in under a minute, with a curve."),
     "sample": ("sample", "Let a trained model write."),
     "chat": ("chat", "Talk with a trained model."),
@@ -29,6 +28,7 @@ COMMANDS = {
     "runs": ("runs", "List and compare runs, the best first."),
     "inspect": ("inspect", "Show what a model has learned, as a page."),
     "export": ("export", "Write a model as files that other programs run."),
+    "launch": ("launch", "Train on several ranks or machines: launch -n 4 -- train …"),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
     "presets": ("presets", "List the named sizes with their parameter counts."),
