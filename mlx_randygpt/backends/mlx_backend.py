@@ -50,6 +50,7 @@ class MLXBackend:
     """A base.Backend on MLX's default device."""
 
     name = "mlx"
+    _own_dropout: tuple[int, ...] = ()  # what tells a rank's masks from those of the others
 
     def __init__(self, model: ModelConfig, train: TrainConfig, state: TrainState) -> None:
         device = probe()
@@ -157,7 +158,8 @@ class MLXBackend:
     def _micro_batch(self, batch: Batch, index: int) -> tuple[mx.array, Weights]:
         key = None
         if self._config.dropout > 0:
-            bits = rng(self._train.seed, "dropout", self.step, index).integers(2**63)
+            random = rng(self._train.seed, "dropout", self.step, index, *self._own_dropout)
+            bits = random.integers(2**63)
             key = mx.random.key(int(bits))
         loss, grads = self._training_grads(self._weights, *self._windows(batch), key)
         return loss, grads
