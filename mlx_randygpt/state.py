@@ -44,6 +44,7 @@ class Batch:
     tokens: Array  # (n,) integers, a whole split
     starts: NDArray[np.int64]  # (B,)
     block_size: int  # T
+    row: int = 0  # of its first window, where this is a part of a batch
 
     @staticmethod
     def of(windows: Array) -> Batch:

@@ -24,8 +24,9 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
-    {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"},
-    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"},
+    {"tally", "curve", "footprint", "devices", "metrics", "train", "filters", "sample", "beams", "evaluation"},
+    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight",
+     "plan"},
     {"chart_png", "insight_page"},
     {"cli", "__main__"},
 ]
@@ -33,7 +34,7 @@ CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluat
 CORE += ("sample", "records", "durable", "data.windows")
 GUESTS = {  # the core runs without them: numba, another architecture, a rate to compare with
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
-    "backends.numpy_speed", "backends.mlx_speed",
+    "backends.numpy_speed", "backends.mlx_speed", "backends.numpy_recompute",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),

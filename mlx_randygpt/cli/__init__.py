@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": ("inspect", "Show what a model has learned, as a page."),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
+    "plan": ("plan", "Say what a run needs: memory, time and cost."),
     "presets": ("presets", "List the named sizes with their parameter counts."),
     "doctor": ("doctor", "Look at this machine and say what would make it faster."),
 }

@@ -1,0 +1,107 @@
+"""What `mlxgpt plan` says of this machine, beside what is measured: peak memory and step time.
+
+    python benchmarks/plan.py [--rounds 3] [--json FILE]
+
+For each size: `mlxgpt plan`, `mlxgpt bench` for the time of a step, and four steps of `mlxgpt train`
+with its evaluations and saves, whose resident memory at its peak is what the operating system counted
+for the process. Every one is a process of its own; the sizes take turns, and times are medians over
+the rounds. NumPy on all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from turns import save
+
+SIZES = {  # name -> options
+    "tiny": ["--preset", "tiny"],
+    "small4, classic": ["--preset", "small4", "--recipe", "classic"],
+    "small": ["--preset", "small"],
+    "medium, classic": ["--preset", "medium", "--recipe", "classic", "--batch-size", "16"],
+    "s": ["--preset", "s", "--batch-size", "16"],
+    "large, 9 layers": ["--preset", "large", "--n-layer", "9", "--batch-size", "8"],
+}
+TRAIN = ["--iters", "4", "--lr", "1e-4", "--eval-every", "0", "--sample-every", "0", "--plain"]
+WORDS = "the old red ship and a small grey bird over hill under moon king queen says runs".split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    planned, measured, peaks = defaultdict(list), defaultdict(list), defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        text.write_text(sentences(4000), encoding="utf-8")
+        for _ in range(options.rounds):
+            for name, size in SIZES.items():
+                planned[name].append(asked("plan", *size, "--vocab-size", str(vocabulary(text))))
+                measured[name].append(asked("bench", "train", *size, "--iters", "8"))
+                peaks[name].append(peak_of_training(size, text, Path(folder, "out")))
+    rows = [row(n, planned[n], measured[n], peaks[n]) for n in SIZES]
+    print(f"{'size':18} {'parameters':>12}  {'memory, MB':>22}  {'step, ms':>22}")
+    for line in rows:
+        memory = f"{line['planned_mb']:7,.0f} {line['peak_mb']:7,.0f} {line['memory_error']:+6.1%}"
+        time = f"{line['planned_ms']:7,.1f} {line['step_ms']:7,.1f} {line['time_error']:+6.1%}"
+        print(f"{line['size']:18} {line['parameters']:12,}  {memory}  {time}")
+    save(options.json, settings={"rounds": options.rounds}, rows=rows)
+
+
+def row(name: str, plans: list[Any], benches: list[Any], peaks: list[int]) -> dict[str, Any]:
+    planned_mb = statistics.median(plan["memory_bytes"] for plan in plans) / 1e6
+    planned_ms = 1e3 * statistics.median(plan["step_seconds"] for plan in plans)
+    step_ms = statistics.median(bench["step_ms"] for bench in benches)
+    peak_mb = statistics.median(peaks) / 1e6
+    return {
+        "size": name,
+        "parameters": plans[0]["parameters"],
+        "planned_mb": planned_mb,
+        "peak_mb": peak_mb,
+        "memory_error": planned_mb / peak_mb - 1,
+        "planned_ms": planned_ms,
+        "step_ms": step_ms,
+        "time_error": planned_ms / step_ms - 1,
+    }
+
+
+def asked(*words: str) -> Any:
+    """What a command answers with --json."""
+    command = [sys.executable, "-m", "mlx_randygpt", *words, "--backend", "numpy", "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def peak_of_training(size: list[str], text: Path, out: Path) -> int:
+    """Bytes of resident memory at the peak of a short run."""
+    words = ["train", *size, *TRAIN, "--data", str(text), "--out", str(out), "--overwrite"]
+    command = [sys.executable, "-m", "mlx_randygpt", *words, "--backend", "numpy"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, command
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def sentences(n: int) -> str:
+    random = Random(1)
+    return "".join(f"{' '.join(random.choices(WORDS, k=7)).capitalize()}.\n" for _ in range(n))
+
+
+def vocabulary(text: Path) -> int:
+    """Characters of the text, and three special tokens."""
+    return len(set(text.read_text(encoding="utf-8"))) + 3
+
+
+if __name__ == "__main__":
+    main()
