@@ -2,10 +2,10 @@
 
     python benchmarks/plan.py [--rounds 3] [--json FILE]
 
-For each size: `mlxgpt plan`, `mlxgpt bench` for the time of a step, and four steps of `mlxgpt train`
-with its evaluations and saves, whose resident memory at its peak is what the operating system counted
-for the process. Every one is a process of its own; the sizes take turns, and times are medians over
-the rounds. NumPy on all cores.
+For each size: `mlxgpt plan`, `mlxgpt bench` for the time of a step, and four steps of `mlxgpt
+train` with its evaluations and saves, whose resident memory at its peak is what the operating
+system counted for the process. Every one is a process of its own; the sizes take turns, and times
+are medians over the rounds. NumPy on all cores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,25 @@ SIZES = {  # name -> options
     "large, 9 layers": ["--preset", "large", "--n-layer", "9", "--batch-size", "8"],
 }
 TRAIN = ["--iters", "4", "--lr", "1e-4", "--eval-every", "0", "--sample-every", "0", "--plain"]
-WORDS = "the old red ship and a small grey bird over hill under moon king queen says runs".split()
+WORDS = ("the", "old", "red", "ship", "under", "a", "quick", "moon", "jumps", "over", "five", "boxes")
+    "the",
+    "old",
+    "red",
+    "ship",
+    "and",
+    "a",
+    "small",
+    "grey",
+    "bird",
+    "over",
+    "hill",
+    "under",
+    "moon",
+    "king",
+    "queen",
+    "says",
+    "runs",
+]
 
 
 def main() -> None:

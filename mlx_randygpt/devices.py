@@ -31,6 +31,7 @@ class Device:
     bandwidth: float
     link: float  # to another host, each way
     latency: float  # seconds a message takes
+    unified: bool = True  # the program, and what is being saved, lie in the same memory
 
 
 def _apple(title: str, gigabytes: int, cores: int, ghz: float, bandwidth: float) -> Device:
@@ -41,7 +42,8 @@ def _apple(title: str, gigabytes: int, cores: int, ghz: float, bandwidth: float)
 
 def _nvidia(title: str, gigabytes: float, tf32: float, bf16: float, bandwidth: float) -> Device:
     memory = int(0.95 * gigabytes * 1e9)
-    return Device(title, memory, tf32 * 1e12, bf16 * 1e12, bandwidth * 1e9, 50e9, 10e-6)
+    rates = (tf32 * 1e12, bf16 * 1e12, bandwidth * 1e9)
+    return Device(title, memory, *rates, 50e9, 10e-6, unified=False)
 
 
 DEVICES = {

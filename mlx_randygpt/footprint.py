@@ -16,8 +16,8 @@ from mlx_randygpt.backends.numpy_backend import CHUNK_TOKENS
 from mlx_randygpt.backends.numpy_model import ATTENTION, LOGITS
 from mlx_randygpt.backends.numpy_optimizer import STACK
 from mlx_randygpt.config import MOST, ConfigError, ModelConfig, TrainConfig
-from mlx_randygpt.train import EVAL_BATCH_TOKENS
 from mlx_randygpt.state import muon_parts, parameter_count, parameter_shapes
+from mlx_randygpt.train import EVAL_BATCH_TOKENS
 
 FLOAT = 4  # bytes
 Bytes = dict[str, int]  # by kind
@@ -91,7 +91,9 @@ def numpy_step(model: ModelConfig, train: TrainConfig, sequences: int, threads: 
     rows = chunk_rows(model, max(sequences, EVAL_BATCH_TOKENS // model.block_size), threads)
     chunk = chunk_numbers(model, rows, train.checkpoint_activations)
     found = {kind: FLOAT * threads * count for kind, count in chunk.items()}
-    found["working"] += FLOAT * threads * (passing_numbers(model, rows) + muon_numbers(model, train, threads))
+    found["working"] += (
+        FLOAT * threads * (passing_numbers(model, rows) + muon_numbers(model, train, threads))
+    )
     return {
         "weights": FLOAT * n, "gradients": FLOAT * n * threads, "moments": 2 * FLOAT * n, **found,
     }  # fmt: skip

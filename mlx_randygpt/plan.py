@@ -1,9 +1,9 @@
 """What a run will need before it begins: memory by kind, the batch that fits, time and cost.
 
-Pure but for `trial`, which measures short steps of a backend. Time on this machine is fitted to such
-steps; elsewhere it is a roof: products at an assumed share of the peak, the passes between them at an
-assumed share of the bandwidth, and a ring that sums the gradients. Which of the two it was stands
-in every plan.
+Pure but for `trial`, which measures short steps of a backend. Time on this machine is fitted to
+such steps; elsewhere it is a roof: products at an assumed share of the peak, the passes between
+them at an assumed share of the bandwidth, and a ring that sums the gradients. Which of the two it
+was stands in every plan.
 
 Legend: L layers, T time, C n_embd, P parameters.
 """
@@ -27,6 +27,7 @@ from mlx_randygpt.state import Batch, flops_per_token, parameter_count, rng
 TRIAL_FLOP = 2e10  # of a trial step of one layer: a fifth of a second on two cores
 TRIAL_SECONDS = 1.0  # of one size
 WARM = 1  # steps that are not counted
+ON_HOST = ("program", "saving")  # kinds that are not in the memory of a GPU that has its own
 PASSES = 4  # over what a layer keeps: written and read in each direction
 Make = Callable[[ModelConfig], Backend]
 
@@ -59,6 +60,7 @@ class Plan:
     memory: dict[str, int]  # bytes of each host by kind
     memory_bytes: int
     device_bytes: int  # that a run may fill
+    host_bytes: int  # of the machine's own memory, to save from a GPU that has its own
     fits: bool
     largest_batch: int  # of each host in one pass; that which fits
     step_seconds: float
@@ -84,9 +86,10 @@ def make_plan(
     in_pass = min(share, train.micro_batch or share)
 
     def memory(sequences: int) -> dict[str, int]:
-        return footprint(backend, model, train, sequences, threads, program)
+        found = footprint(backend, model, train, sequences, threads, program)
+        return {k: n for k, n in found.items() if device.unified or k not in ON_HOST}
 
-    needed = memory(in_pass)
+    needed, saving = memory(in_pass), footprint(backend, model, train, 1, threads)["saving"]
     if rate is None:
         compute = train.grad_accum * roof_seconds(model, train, device, needed, share, in_pass)
     else:
@@ -108,6 +111,7 @@ def make_plan(
         memory=needed,
         memory_bytes=total,
         device_bytes=device.memory,
+        host_bytes=0 if device.unified else saving,
         fits=total <= device.memory,
         largest_batch=largest_batch(lambda n: sum(memory(n).values()) <= device.memory),
         step_seconds=step,
@@ -152,7 +156,7 @@ def sources(backend: str, rate: Rate | None, model: ModelConfig, hosts: int) -> 
     if rate is None:
         time_from = f"assumed: {REACHED:.0%} of peak FLOP/s, {CONTINUED:.0%} of bandwidth"
     elif rate.scale == 1:
-        time_from = f"measured here: {len(rate.trials)} short runs at this width"
+        time_from = "measured here: short steps at this width"
     else:
         time_from = f"measured here at width {rate.width}, scaled by FLOP to {model.n_embd}"
     network = "none" if hosts == 1 else "assumed: ring at the link's rate, not overlapped"

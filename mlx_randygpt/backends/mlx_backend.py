@@ -160,12 +160,17 @@ class MLXBackend:
         keys = None
         if self._config.dropout > 0:  # by sequence: the same for any split
             seeds = (self._train.seed, "dropout", self.step, index)
-            rows, size = range(batch.row, batch.row + len(batch.starts)), (2 * self._config.n_layer, 2)
+            rows, size = (
+                range(batch.row, batch.row + len(batch.starts)),
+                (2 * self._config.n_layer, 2),
+            )
             drawn = [rng(*seeds, r).integers(2**32, size=size, dtype=np.uint32) for r in rows]
             keys = mx.array(np.stack(drawn, axis=1))  # (2L, B, 2)
         loss, grads = self._training_grads(self._weights, *self._windows(batch), keys)
         part = batch.n_targets() / total
-        return (loss, grads) if part == 1 else (loss * part, {n: g * part for n, g in grads.items()})
+        return (
+            (loss, grads) if part == 1 else (loss * part, {n: g * part for n, g in grads.items()})
+        )
 
     def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
         """Mean cross-entropy over the targets that count; logits are float32 here."""

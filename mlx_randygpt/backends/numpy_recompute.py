@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_randygpt.backends.numpy_model import Activations, Chunk, Randoms
+from mlx_randygpt.backends.numpy_model import Chunk, Randoms
 from mlx_randygpt.state import Array, Params
 
 

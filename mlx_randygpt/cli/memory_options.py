@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 AUTO = "auto_micro_batch"  # a key of what was given, where it was `--micro-batch auto`
 
 
-class MicroBatch(click.ParamType):
+class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     """A number of sequences, or `auto`."""
 
     name = "N|auto"

@@ -19,7 +19,7 @@ from mlx_randygpt.cli.options import (
     show,
     show_facts,
 )
-from mlx_randygpt.config import DTYPES, OPTIMIZERS, ConfigError, ModelConfig, TrainConfig
+from mlx_randygpt.config import DTYPES, MOST, OPTIMIZERS, ConfigError, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from mlx_randygpt.devices import Device
@@ -31,9 +31,7 @@ BAR = 30  # columns
 
 @click.command("plan", cls=Command)
 @model_options()
-@click.option(
-    "--vocab-size", type=click.IntRange(1), help="[default: 67; 50,257 for gpt2 presets]"
-)
+@click.option("--vocab-size", type=click.IntRange(1), help="[default: 67; 50,257 for gpt2 presets]")
 @click.option("--tokens", type=float, help="To train on.  [default: 1000 steps]")
 @click.option("--batch-size", type=int, help="Sequences, over all hosts.  [default: preset, 64]")
 @click.option("--grad-accum", type=int, help="Micro-batches per step.  [default: 1]")
@@ -160,7 +158,7 @@ def memory_table(plan: Plan) -> Any:
     table.add_column(style="cyan", no_wrap=True)
     largest = max(plan.memory.values())
     for kind in KINDS:
-        if size := plan.memory[kind]:
+        if size := plan.memory.get(kind):
             table.add_row(kind, readable_bytes(size), "━" * round(BAR * size / largest))
     word = "fits" if plan.fits else "does not fit"
     room = f"of {readable_bytes(plan.device_bytes)}: {word}"
@@ -170,24 +168,30 @@ def memory_table(plan: Plan) -> Any:
 
 def facts(plan: Plan, model: ModelConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
     """Batch, time and cost."""
-    from mlx_randygpt.config import MOST
-
     several = f" on {plan.hosts} hosts" if plan.hosts > 1 else ""
     yield "Batch", f"{plan.batch_size} × {model.block_size} tokens{several}{passes(plan, train)}"
-    most = plan.largest_batch
-    fitting = "any: chunks are of bounded size" if most == MOST["batch_size"] else f"{most:,}"
-    yield "Largest", f"{fitting if most else 'none'} sequences on one device in one pass"
+    yield "Largest", largest(plan.largest_batch)
+    if plan.host_bytes:
+        yield "Host", f"{readable_bytes(plan.host_bytes)} of its own memory besides, to save"
     network = f", {seconds(plan.network_seconds)} of it network" if plan.hosts > 1 else ""
     yield "Step", f"{seconds(plan.step_seconds)}{network}"
     yield "Speed", f"{plan.tokens_per_second:,.0f} tokens/s"
     yield "Time", f"{hours(plan.hours)} for {plan.tokens:,.0f} tokens, {plan.steps:,} steps"
     if plan.cost is not None and plan.cost_per_million_tokens is not None:
         yield "Cost", f"{plan.cost:,.2f}; {plan.cost_per_million_tokens:.4g} per million tokens"
-    else:
-        yield "Price", f"{3600 * plan.hours_per_million_tokens:,.3g} s per million tokens"
-    yield "From", f"memory {plan.source['memory']}; time {plan.source['time']}"
+    elif plan.tokens >= 1e6:
+        yield "", f"{3600 * plan.hours_per_million_tokens:,.0f} s per million tokens"
+    yield "From", f"memory: {plan.source['memory']}"
+    yield "", f"time: {plan.source['time']}"
     if plan.hosts > 1:
-        yield "", f"network {plan.source['network']}"
+        yield "", f"network: {plan.source['network']}"
+
+
+def largest(sequences: int) -> str:
+    """How many sequences a device can work through at once."""
+    if sequences == MOST["batch_size"]:
+        return "any batch: it is worked through in chunks of bounded size"
+    return f"{sequences:,} sequences on one device in one pass" if sequences else "none fits"
 
 
 def passes(plan: Plan, train: TrainConfig) -> str:
@@ -204,6 +208,6 @@ def seconds(value: float) -> str:
 
 def hours(value: float) -> str:
     """`36 s`, `2.5 h`, `83 days`."""
-    if value < 0.1:
-        return f"{3600 * value:,.0f} s"
+    if value < 1:
+        return f"{60 * value:,.1f} minutes" if value > 1 / 60 else f"{3600 * value:,.1f} s"
     return f"{value:,.1f} h" if value < 72 else f"{value / 24:,.0f} days"
