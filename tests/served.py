@@ -30,11 +30,12 @@ class Host:
     n_streams: int = 8
     n_waiting: int = 64
     port: int = 0
+    keeps_params: bool = True  # for attention maps
     build: Callable[[], Any] | None = None  # in the engine's thread, where not `backend`
 
     def start(self) -> None:
         run, self.metrics = self.run, Metrics()
-        params = self.backend.state().params
+        params = self.backend.state().params if self.keeps_params else {}
         served = Served(
             "tale", run.model, run.tokenizer, params, 1, "abc", 3, run.train.prompt, CURVE
         )

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("mlx.core", exc_type=ImportError)
 
+from mlx_randygpt.check import SUBJECTS
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -51,13 +53,13 @@ def test_every_part_ends_well(report: dict[str, Any], gpu: Any) -> None:
     assert outcomes == proofs | speeds | {"torch": "skipped"}
 
 
-def test_both_recipes_are_proven_in_every_type_and_at_the_sizes_of_fused_kernels(
+def test_every_model_is_proven_in_every_type_and_at_the_sizes_of_fused_kernels(
     report: dict[str, Any],
 ) -> None:
     rows = [
         r for part in ("gradients", "tf32") for r in report["parts"][part]["tables"]["gradients"]
     ]
-    for recipe in ("classic", "modern"):
+    for recipe in SUBJECTS:
         for dtype in ("float32", "TF32", "bfloat16"):
             sizes = {r["width_and_context"] for r in rows
                      if r["recipe"] == recipe and r["check"].endswith(dtype)}  # fmt: skip

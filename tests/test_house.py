@@ -24,38 +24,19 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
-    {
-        "tally",
-        "curve",
-        "footprint",
-        "devices",
-        "metrics",
-        "train",
-        "filters",
-        "sample",
-        "beams",
-        "evaluation",
-    },
-    {
-        "dashboard",
-        "chat",
-        "serve",
-        "exchange",
-        "check",
-        "bench",
-        "find_lr",
-        "charts",
-        "insight",
-        "plan",
-    },
+    {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"},
+    {"footprint", "devices"},
+    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"},
+    {"plan"},
     {"chart_png", "insight_page"},
     {"cli", "__main__"},
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
 CORE += ("sample", "records", "durable", "data.windows")
-GUESTS = {  # the core runs without them: numba, another architecture, a rate to compare with
+GUESTS = {  # the core runs without them: numba, another architecture, fewer bits, a rate to compare
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
-    "backends.numpy_speed", "backends.mlx_speed", "backends.numpy_recompute",
+    "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
+    "backends.numpy_recompute",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),

@@ -330,6 +330,15 @@ def test_attention_rows_are_shares(host: Host) -> None:
     assert wrong.json()["error"]["message"] == "layer=2 is not there; it is 0 to 1"
 
 
+def test_attention_wants_the_float_weights(lively_run: Any) -> None:
+    host = Host(*lively_run(), keeps_params=False)
+    host.start()
+    answer = post(host, "/attention", {"text": "The old", "layer": 1, "head": 2})
+    host.stop()
+    assert answer.status_code == 404
+    assert "serve without --quantize" in answer.json()["error"]["message"]
+
+
 def test_metrics_are_what_prometheus_reads(host: Host) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     before = host.metrics.value("generated_tokens_total")

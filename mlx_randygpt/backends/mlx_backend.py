@@ -66,6 +66,7 @@ class MLXBackend:
         compiled = mx.compile if self._on_gpu else (lambda f: f)
         self._value_and_grad = mx.value_and_grad(self._mean_loss)
         self._training_grads = compiled(self._value_and_grad)
+        self._evaluated_loss = compiled(self._mean_loss)
         self._update = compiled(partial(update, train))
 
     def restore(self, state: TrainState) -> None:
@@ -88,7 +89,7 @@ class MLXBackend:
 
     def loss(self, batch: Batch) -> float:
         """Mean cross-entropy in nats over the targets that count, without dropout."""
-        return float(self._mean_loss(self._weights, *self._windows(batch), None))
+        return float(self._evaluated_loss(self._weights, *self._windows(batch), None))
 
     def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
         """`loss` and its gradient for every weight, float32, without dropout or clipping."""
@@ -110,18 +111,19 @@ class MLXBackend:
         self._bind(self._weights)
         empty = not cache.lengths[rows].any()
         for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
-            x = self._advance(part, cache, rows)  # (B, T, C)
-        return np.array(self._model.lm_head(x[:, -1]))  # (B, V)
+            logits = self._advance(part, cache, rows)
+        return np.array(logits)
 
     def _advance(self, tokens: Array, cache: MLXCache, rows: slice) -> mx.array:
-        """Append tokens (B, T) to the rows, empty ones where T > 1; what the head reads."""
+        """Append tokens (B, T) to the rows, empty ones where T > 1; logits (B, V) of the last."""
         ids, layers = mx.array(tokens.astype(np.int32)), layer_rows(cache, rows)
         x = self._model.features(ids, layers, mask(cache, rows, tokens.shape[1]))  # (B, T, C)
         for layer in layers:
             layer.keep()
         cache.lengths[rows] += tokens.shape[1]
-        mx.eval(x, cache.arrays())
-        return x
+        logits = self._model.lm_head(x[:, -1])
+        mx.eval(logits, cache.arrays())
+        return logits
 
     def state(self) -> TrainState:
         """A copy of step, weights and moments in float32; waits for the device."""
@@ -158,19 +160,15 @@ class MLXBackend:
     def _part(self, batch: Batch, index: int, total: int) -> tuple[mx.array, Weights]:
         """What these sequences of micro-batch `index` add to the means over `total` targets."""
         keys = None
-        if self._config.dropout > 0:  # by sequence: the same for any split
-            seeds = (self._train.seed, "dropout", self.step, index)
-            rows, size = (
-                range(batch.row, batch.row + len(batch.starts)),
-                (2 * self._config.n_layer, 2),
-            )
-            drawn = [rng(*seeds, r).integers(2**32, size=size, dtype=np.uint32) for r in rows]
-            keys = mx.array(np.stack(drawn, axis=1))  # (2L, B, 2)
+        if self._config.dropout > 0:  # by place and sequence: the same for any split
+            bits = rng(self._train.seed, "dropout", self.step, index).integers(2**32, size=2)
+            places = np.indices((2 * self._config.n_layer, len(batch.starts))).transpose(1, 2, 0)
+            keys = mx.array((bits + places + (0, batch.row)).astype(np.uint32))  # (2L, B, 2)
         loss, grads = self._training_grads(self._weights, *self._windows(batch), keys)
         part = batch.n_targets() / total
-        return (
-            (loss, grads) if part == 1 else (loss * part, {n: g * part for n, g in grads.items()})
-        )
+        if part < 1:
+            loss, grads = loss * part, {name: g * part for name, g in grads.items()}
+        return loss, grads
 
     def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
         """Mean cross-entropy over the targets that count; logits are float32 here."""

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.cli.model import Loaded, biases, checkpoint_option, load, sampling_options
+from mlx_randygpt.cli.model import (
+    Loaded,
+    biases,
+    checkpoint_option,
+    load,
+    quantize_option,
+    sampling_options,
+)
 from mlx_randygpt.cli.options import Command, backend_option
 
 if TYPE_CHECKING:
@@ -30,16 +37,17 @@ N_REMEMBERED = 1000  # lines of history
     type=click.Path(path_type=Path),
     help="Have a conversation again that was kept with /save.",
 )
+@quantize_option
 @backend_option
 def command(
     checkpoint: Path | None, stop: tuple[str, ...], logit_bias: tuple[str, ...],
-    replay: Path | None, backend: str, **filters: Any,
+    replay: Path | None, backend: str, quantize: int | None, **filters: Any,
 ) -> None:  # fmt: skip
     """Talk with a trained model: it goes on from all that was said. /help lists the commands."""
     from mlx_randygpt.filters import SampleConfig
 
     SampleConfig(stop=stop, **filters)
-    loaded = load(checkpoint, backend)
+    loaded = load(checkpoint, backend, quantize)
     bias = biases(logit_bias, loaded.tokenizer)
     converse(loaded, SampleConfig(stop=stop, logit_bias=bias, **filters), replay)
 

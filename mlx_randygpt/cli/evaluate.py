@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.cli.model import build, checkpoint_option, read
+from mlx_randygpt.cli.model import build, checkpoint_option, quantize_option, read, require_mlx
 from mlx_randygpt.cli.options import (
     Command,
     backend_option,
@@ -16,6 +17,12 @@ from mlx_randygpt.cli.options import (
     print_json,
 )
 from mlx_randygpt.cli.text_options import reading_options
+
+if TYPE_CHECKING:
+    from mlx_randygpt.checkpoint import Checkpoint
+    from mlx_randygpt.evaluation import Score
+    from mlx_randygpt.state import Array
+    from mlx_randygpt.tokenizer import Tokenizer
 
 
 @click.command("eval", cls=Command)
@@ -27,11 +34,12 @@ from mlx_randygpt.cli.text_options import reading_options
 @reading_options
 @model_options(defaults=False)
 @click.option("--batch-size", type=int, default=64, show_default=True)
+@quantize_option
 @backend_option
 @json_option
 def command(
     checkpoint: Path | None, data: tuple[str, ...], split: str, batch_size: int, backend: str,
-    json: bool, **options: Any,
+    quantize: int | None, json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Score a checkpoint on a whole split: the same number every time.
 
@@ -39,7 +47,6 @@ def command(
     must be those of the checkpoint.
     """
     from mlx_randygpt.cli import settings, text
-    from mlx_randygpt.evaluation import evaluate
 
     if batch_size < 1:
         raise click.BadParameter(
@@ -51,16 +58,22 @@ def command(
     _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
     if line := text.unknown_line(corpus.unknown):
         click.echo(line, err=True)
+    if quantize is not None:  # compared in one type; and what is wrong is told before it takes time
+        saved = replace(saved, train=replace(saved.train, dtype="float32"))
+        require_mlx(backend)
     tokens = {"val": corpus.val, "train": corpus.train, "all": corpus.tokens}[split]
-    engine = build(saved, backend)
-    score = evaluate(engine, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
-    assert score is not None
+    score = _score(saved, tokens, batch_size, tokenizer, backend, None)
+    cost: dict[str, float] = {}
+    if quantize is not None:
+        full, score = score, _score(saved, tokens, batch_size, tokenizer, backend, quantize)
+        cost = {"loss_float": full.loss, "loss_cost": score.loss - full.loss, "bits": quantize}
     values = {
         "loss": score.loss,
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
         "tokens": score.tokens,
         "split": split,
+        **cost,
     }
     if json:
         print_json(values)
@@ -70,3 +83,20 @@ def command(
         f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
         f"step {saved.state.step}"
     )
+    if cost:
+        click.echo(
+            f"{quantize} bits cost {cost['loss_cost']:+.4f}: the float32 weights have "
+            f"{cost['loss_float']:.4f}"
+        )
+
+
+def _score(
+    saved: Checkpoint, tokens: Array, batch_size: int, tokenizer: Tokenizer, backend: str,
+    quantize: int | None,
+) -> Score:  # fmt: skip
+    from mlx_randygpt.evaluation import evaluate
+
+    engine = build(saved, backend, quantize)
+    score = evaluate(engine, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
+    assert score is not None
+    return score

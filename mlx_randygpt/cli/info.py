@@ -81,7 +81,8 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
 
     model, train, progress = saved.model, saved.train, saved.progress
     yield "File", f"{path}, {readable_bytes(n_bytes)}, its checksum holds"
-    yield "Model", f"{parameter_count(model):,} parameters, dropout {model.dropout:g}"
+    kind = "GPT-2, " if model.is_gpt2 else ""
+    yield "Model", f"{kind}{parameter_count(model):,} parameters, dropout {model.dropout:g}"
     yield (
         "Sizes",
         (

@@ -56,8 +56,8 @@ def describe_model(model: ModelConfig) -> str:
     size = f"{n:,}" if n < 1e6 else f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
     layers = f"{model.n_layer} layer{'s' if model.n_layer > 1 else ''}"
     return (
-        f"{size} parameters, {layers} × {model.n_head} heads × {model.n_embd}, "
-        f"context {model.block_size}"
+        f"{'GPT-2, ' if model.is_gpt2 else ''}{size} parameters, "
+        f"{layers} × {model.n_head} heads × {model.n_embd}, context {model.block_size}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_randygpt.cli.options import default_checkpoint
+from mlx_randygpt.cli.options import default_checkpoint, readable_bytes
 
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Backend
@@ -30,10 +30,10 @@ class Loaded:
     backend: Backend
 
 
-def load(checkpoint: Path | None, backend: str) -> Loaded:
+def load(checkpoint: Path | None, backend: str, quantize: int | None = None) -> Loaded:
     """The checkpoint, else the best of checkpoints/; says on stderr what computes."""
     path, saved, tokenizer = read(checkpoint)
-    return Loaded(path, saved, tokenizer, build(saved, backend))
+    return Loaded(path, saved, tokenizer, build(saved, backend, quantize))
 
 
 def describe_backend(backend: Backend, why: str) -> str:
@@ -53,14 +53,55 @@ def read(checkpoint: Path | None) -> tuple[Path, Checkpoint, Tokenizer]:
     return path, saved, tokenizer_from_json(saved.tokenizer)
 
 
-def build(saved: Checkpoint, backend: str) -> Backend:
-    """A backend with the weights of the checkpoint; says on stderr what computes."""
+def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Backend:
+    """A backend with the weights of the checkpoint; says on stderr what computes. With `quantize`,
+    a number of bits, the checkpoint's own weights are emptied: nobody needs them any more."""
     from mlx_randygpt.backends import choose, make_backend
 
+    if quantize is not None:
+        return _quantized(saved, backend, quantize)
     name, why = choose(backend)
     built = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
     click.echo(f"Backend: {describe_backend(built, why)}", err=True)
     return built
+
+
+def require_mlx(backend: str) -> None:
+    """BackendError where `--quantize` finds another backend than MLX."""
+    from mlx_randygpt.backends import choose
+    from mlx_randygpt.backends.base import BackendError
+
+    name, why = choose(backend)
+    if name != "mlx":
+        took = f"auto took NumPy ({why}); --backend mlx" if why else f"not --backend {name}; mlx"
+        raise BackendError(f"--quantize needs MLX, {took} takes it")
+
+
+def _quantized(saved: Checkpoint, backend: str, bits: int) -> Backend:
+    require_mlx(backend)
+    from mlx_randygpt.backends.mlx_quantized import QuantizedMLX
+
+    built = QuantizedMLX(saved.model, replace(saved.train, dtype="float32"), saved.state, bits)
+    before = sum(weight.nbytes for weight in saved.state.params.values())
+    saved.state.params.clear()
+    after, of = readable_bytes(built.weight_bytes()), readable_bytes(before)
+    click.echo(f"Backend: {describe_backend(built, '')}", err=True)
+    click.echo(f"Weights in {bits} bits: {after} instead of {of}", err=True)
+    return built
+
+
+def quantize_option(function: F) -> F:
+    """--quantize, of every command that only lets a model compute."""
+
+    def bits(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+        if value not in (None, 8, 4):
+            raise click.BadParameter(f"{value} bits; it is 8 or 4", ctx, param)
+        return value
+
+    return click.option(
+        "--quantize", type=int, metavar="8|4", callback=bits,
+        help="Hold the weights in so many bits (MLX).  [default: off, 32]",
+    )(function)  # fmt: skip
 
 
 def checkpoint_option(function: F) -> F:

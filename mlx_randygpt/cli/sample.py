@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.cli.model import Loaded, biases, checkpoint_option, load, sampling_options
+from mlx_randygpt.cli.model import (
+    Loaded,
+    biases,
+    checkpoint_option,
+    load,
+    quantize_option,
+    sampling_options,
+)
 from mlx_randygpt.cli.options import Command, backend_option, json_option, print_json
 
 if TYPE_CHECKING:
@@ -34,14 +41,15 @@ N_ALTERNATIVES = 5  # shown beside each token
 @click.option("--no-echo", is_flag=True, help="Leave the prompt out.")
 @click.option("--show-probs", is_flag=True, help="Tint each token; list what it might have been.")
 @click.option("--interactive", is_flag=True, help="A conversation; the same as `mlxgpt chat`.")
+@quantize_option
 @backend_option
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context, /, checkpoint: Path | None, prompt: str | None, prompt_file: Path | None,
     beams: int, length_penalty: float, num_samples: int, stop: tuple[str, ...], no_echo: bool,
-    show_probs: bool, interactive: bool, logit_bias: tuple[str, ...], backend: str, json: bool,
-    **filters: Any,
+    show_probs: bool, interactive: bool, logit_bias: tuple[str, ...], backend: str,
+    quantize: int | None, json: bool, **filters: Any,
 ) -> None:  # fmt: skip
     """Let a trained model write. The same seed and settings give the same text."""
     from mlx_randygpt.cli.text import unknown_line
@@ -50,7 +58,7 @@ def command(
 
     _check_usage(ctx.params)
     SampleConfig(stop=stop, **filters)  # what is wrong is told before anything is loaded
-    loaded = load(checkpoint, backend)
+    loaded = load(checkpoint, backend, quantize)
     bias = biases(logit_bias, loaded.tokenizer)
     config = SampleConfig(stop=stop, logit_bias=bias, **filters)
     if interactive:

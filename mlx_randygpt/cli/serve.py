@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.cli.model import biases, build, checkpoint_option, read, sampling_options
+from mlx_randygpt.cli.model import (
+    biases,
+    build,
+    checkpoint_option,
+    quantize_option,
+    read,
+    sampling_options,
+)
 from mlx_randygpt.cli.options import Command, backend_option
 from mlx_randygpt.config import UserError
 from mlx_randygpt.extras import missing
@@ -50,12 +57,13 @@ class ServeError(UserError, RuntimeError):
     help="Texts that may wait; more are told to come again (503).",
 )
 @sampling_options
+@quantize_option
 @backend_option
 @click.pass_context
 def command(
     ctx: click.Context, /, checkpoint: Path | None, host: str, port: int, api_key: str,
     name: str | None, batch_size: int, queue: int, stop: tuple[str, ...],
-    logit_bias: tuple[str, ...], backend: str, **filters: Any,
+    logit_bias: tuple[str, ...], backend: str, quantize: int | None, **filters: Any,
 ) -> None:  # fmt: skip
     """Serve a trained model: the OpenAI API, and a page to write with it in the browser."""
     from mlx_randygpt.filters import SampleConfig
@@ -79,7 +87,9 @@ def command(
     from mlx_randygpt.serve.api import Api
 
     with _listen(host, port) as listening:
-        engine = Engine(lambda: build(saved, backend), saved.model, metrics, batch_size, queue)
+        engine = Engine(
+            lambda: build(saved, backend, quantize), saved.model, metrics, batch_size, queue
+        )
         engine.start()
         _serve(Api(served, settings, engine, metrics).app(), listening, host)
 

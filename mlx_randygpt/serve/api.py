@@ -225,6 +225,8 @@ class Api:
         body = schema.parse(await read_body(request), schema.ATTENTION)
         served, layer, head = self._served, int(body["layer"]), int(body["head"])
         model = served.model
+        if not served.params:
+            raise ApiError(404, "attention maps need the float weights; serve without --quantize")
         for name, value, n in (("layer", layer, model.n_layer), ("head", head, model.n_head)):
             if value >= n:
                 raise ApiError(400, f"{name}={value} is not there; it is 0 to {n - 1}", param=name)
