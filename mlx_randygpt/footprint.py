@@ -22,16 +22,16 @@ from mlx_randygpt.train import EVAL_BATCH_TOKENS
 FLOAT = 4  # bytes
 Bytes = dict[str, int]  # by kind
 
-KINDS = {
-    "program": "the interpreter and its libraries",
-    "weights": "float32, and a copy in the compute type",
-    "gradients": "one vector for each thread",
-    "moments": "two of AdamW; Muon needs one",
-    "activations": "what the backward pass reads again",
-    "attention": "probabilities, T² for each head and layer",
-    "logits": "as many as stand in memory at once",
-    "working": "scratch arrays of a pass and of the optimizer",
-    "saving": "two snapshots, one of them as a file",
+KINDS = {  # and what each is, in words
+    "program": "Python and its libraries",
+    "weights": "float32, and cast copies",
+    "gradients": "before the update",
+    "moments": "the optimizer's",
+    "activations": "for the backward pass",
+    "attention": "its probabilities, T²",
+    "logits": "at once",
+    "working": "scratch, and the update",
+    "saving": "two snapshots, one a file",
 }
 
 

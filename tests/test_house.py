@@ -24,10 +24,10 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
     {"reports"},
     {"writer"},
-    {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"},
-    {"footprint", "devices"},
-    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"},
-    {"plan"},
+    {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"}
+    | {"footprint", "devices"},
+    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"}
+    | {"plan"},
     {"chart_png", "insight_page"},
     {"cli", "__main__"},
 ]

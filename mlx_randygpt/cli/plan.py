@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from mlx_randygpt.plan import Plan, Rate
 
 VOCAB_SIZE, GPT2_VOCAB_SIZE = 67, 50257  # tiny Shakespeare's characters; GPT-2's subwords
-BAR = 30  # columns
+BAR = 24  # columns
+TEXT = 8_000_000  # bytes that reading a short text leaves behind
 
 
 @click.command("plan", cls=Command)
@@ -55,6 +57,7 @@ def command(
     stated assumptions. DEVICE is this, m2-ultra, m3-max, m3-ultra, m4-max, a100, h100 or h200.
     """
     from dataclasses import replace
+    from importlib import import_module
 
     from mlx_randygpt.backends import choose
     from mlx_randygpt.backends.base import resident_bytes
@@ -72,7 +75,8 @@ def command(
     threads = train.threads or n_threads(name)
     if given.get(AUTO):
         train = replace(train, micro_batch=micro_batch(name, model, train, chosen.memory))
-    program = resident_bytes()  # before anything is measured
+    import_module("mlx_randygpt.cli.run")  # as `train` does, for what it takes of memory
+    program = resident_bytes() + TEXT  # before anything is measured
     rate = measured(name, model, train, hosts, threads) if device == "this" else None
     wanted = 1000 * train.sequences_per_step * model.block_size if tokens is None else tokens
     if not 1 <= wanted < 1e18:
@@ -133,11 +137,14 @@ def draw(plan: Plan, model: ModelConfig, train: TrainConfig) -> None:
     from mlx_randygpt.cli.job import describe_model
 
     hosts = f"{plan.hosts} × {plan.device}" if plan.hosts > 1 else plan.device
+    optimizer = {"muon": "Muon", "adamw": "AdamW"}[train.optimizer]
+    kept = ", activations made again" if train.checkpoint_activations else ""
     backend = {"mlx": "MLX", "numpy": "NumPy"}.get(plan.backend, plan.backend)
     show_facts(
         [
-            ("Model", f"{describe_model(model)} ({train.recipe}, {train.optimizer})"),
-            ("Device", f"{hosts}, {backend}, {train.dtype}"),
+            ("Model", describe_model(model)),
+            ("Run", f"{train.recipe} recipe, {optimizer}, {train.dtype}{kept}"),
+            ("Device", f"{hosts}, {backend}"),
         ]
     )
     click.echo()
@@ -149,39 +156,43 @@ def draw(plan: Plan, model: ModelConfig, train: TrainConfig) -> None:
 def memory_table(plan: Plan) -> Any:
     """Bytes by kind, a bar each, and whether the sum fits."""
     from rich.table import Table
+    from rich.text import Text
 
     from mlx_randygpt.footprint import KINDS
 
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="cyan", no_wrap=True)
-    largest = max(plan.memory.values())
-    for kind in KINDS:
+    table.add_column(style="dim", no_wrap=True)
+    most = max(plan.memory.values())
+    for kind, words in KINDS.items():
         if size := plan.memory.get(kind):
-            table.add_row(kind, readable_bytes(size), "━" * round(BAR * size / largest))
-    word = "fits" if plan.fits else "does not fit"
-    room = f"of {readable_bytes(plan.device_bytes)}: {word}"
-    table.add_row("memory", readable_bytes(plan.memory_bytes), room)
+            bar = "━" * math.ceil(BAR * size / most)
+            table.add_row(kind, readable_bytes(size), bar, words)
+    word = Text("fits", "bold green") if plan.fits else Text("does not fit", "bold red")
+    room = Text(f"of {readable_bytes(plan.device_bytes)}  ").append_text(word)
+    table.add_row(Text("in all", "bold"), Text(readable_bytes(plan.memory_bytes), "bold"), room)
     return table
 
 
 def facts(plan: Plan, model: ModelConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
     """Batch, time and cost."""
     several = f" on {plan.hosts} hosts" if plan.hosts > 1 else ""
-    yield "Batch", f"{plan.batch_size} × {model.block_size} tokens{several}{passes(plan, train)}"
-    yield "Largest", largest(plan.largest_batch)
+    size = f"{plan.batch_size} × {model.block_size:,} tokens"
+    yield "Batch", f"{size}{several}{passes(plan, train)}"
+    yield "Most", largest(plan.largest_batch)
     if plan.host_bytes:
         yield "Host", f"{readable_bytes(plan.host_bytes)} of its own memory besides, to save"
     network = f", {seconds(plan.network_seconds)} of it network" if plan.hosts > 1 else ""
     yield "Step", f"{seconds(plan.step_seconds)}{network}"
     yield "Speed", f"{plan.tokens_per_second:,.0f} tokens/s"
-    yield "Time", f"{hours(plan.hours)} for {plan.tokens:,.0f} tokens, {plan.steps:,} steps"
+    yield "Time", f"{hours(plan.hours)} for {amount(plan.tokens)} tokens, {plan.steps:,} steps"
     if plan.cost is not None and plan.cost_per_million_tokens is not None:
         yield "Cost", f"{plan.cost:,.2f}; {plan.cost_per_million_tokens:.4g} per million tokens"
     elif plan.tokens >= 1e6:
-        yield "", f"{3600 * plan.hours_per_million_tokens:,.0f} s per million tokens"
-    yield "From", f"memory: {plan.source['memory']}"
+        yield "", f"{hours(plan.hours_per_million_tokens)} per million tokens"
+    yield "Source", f"memory: {plan.source['memory']}"
     yield "", f"time: {plan.source['time']}"
     if plan.hosts > 1:
         yield "", f"network: {plan.source['network']}"
@@ -199,6 +210,13 @@ def passes(plan: Plan, train: TrainConfig) -> str:
     each = -(-plan.batch_size // plan.hosts)
     words = f", {plan.sequences} a pass" if plan.sequences < each else ""
     return words + (f", {train.grad_accum} of them a step" if train.grad_accum > 1 else "")
+
+
+def amount(value: float) -> str:
+    """`4,096,000`, `300 million`, `10 billion`."""
+    if value < 1e7:
+        return f"{value:,.0f}"
+    return f"{value / 1e6:,.4g} million" if value < 1e9 else f"{value / 1e9:,.4g} billion"
 
 
 def seconds(value: float) -> str:
