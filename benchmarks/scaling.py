@@ -5,6 +5,7 @@
     python benchmarks/scaling.py collectives   sums over 2 to 4 processes on loopback, by MLX's ring
     python benchmarks/scaling.py ranks         what that makes of a step on 1 to 64 hosts, simulated
     python benchmarks/scaling.py shard         whether nn.fully_shard runs over the ring
+    python benchmarks/scaling.py mlx           plan's memory of MLX beside what MLX counted
 
     [--rounds 3] [--json FILE]
 
@@ -159,6 +160,53 @@ def one_size(case: dict[str, Any]) -> None:
     }))  # fmt: skip
 
 
+# MLX
+
+MLX_SIZES = [
+    {"recipe": "classic", "n_layer": 4, "n_embd": 64, "block_size": 64, "batch_size": 16},
+    {"recipe": "classic", "n_layer": 6, "n_embd": 128, "block_size": 128, "batch_size": 16},
+    {"recipe": "modern", "n_layer": 4, "n_embd": 64, "block_size": 64, "batch_size": 16},
+    {"recipe": "modern", "n_layer": 6, "n_embd": 128, "block_size": 128, "batch_size": 16},
+]
+
+
+def mlx(rounds: int) -> Any:
+    """Each size as it is, with activations made again, and in passes of four sequences."""
+    changes = ({}, {"checkpoint_activations": True}, {"micro_batch": 4})
+    cases = [size | {"change": change} for size in MLX_SIZES for change in changes]
+    found = medians(cases, rounds, "mlx")
+    for case, figures in zip(cases, found, strict=True):
+        words = " ".join(f"{k} {v}" for k, v in case["change"].items()) or "as it is"
+        print(f"{case['recipe']:8} {case['n_layer']} × {case['n_embd']:3}  {words:28} plan "
+              f"{figures['planned_mb']:7.0f} MB, MLX {figures['peak_mb']:7.0f} MB, "
+              f"step {figures['step_ms']:7.0f} ms")  # fmt: skip
+    return [case | figures for case, figures in zip(cases, found, strict=True)]
+
+
+def one_mlx(case: dict[str, Any]) -> None:
+    """The peak of two steps, as MLX counts what it has allocated."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_randygpt.backends.mlx_backend import MLXBackend
+    from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
+    from mlx_randygpt.footprint import mlx_step
+    from mlx_randygpt.state import Batch, TrainState, initial_params
+
+    recipe, change, batch_size = (case.pop(name) for name in ("recipe", "change", "batch_size"))
+    model = ModelConfig(vocab_size=67, n_head=4, **case, **RECIPES[recipe]["model"])
+    train = TrainConfig(**RECIPES[recipe]["train"], batch_size=batch_size, **change)
+    windows = np.random.default_rng(0).integers(0, 67, (batch_size, model.block_size + 1))
+    backend = MLXBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    batch = Batch.of(windows)
+    times = [timed(lambda: backend.train_step([batch], 1e-3).loss) for _ in range(2)]
+    planned = mlx_step(model, train, train.micro_batch or batch_size, 1)
+    print(json.dumps({
+        "planned_mb": sum(planned.values()) / 1e6, "peak_mb": mx.get_peak_memory() / 1e6,
+        "step_ms": 1e3 * times[-1],
+    }))  # fmt: skip
+
+
 # Ranks
 
 
@@ -281,10 +329,11 @@ def ranks(_: int) -> Any:
 
 MODES: dict[str, Callable[[int], Any]] = {
     "size": size, "activations": activations, "collectives": collectives, "ranks": ranks,
-    "shard": shard,
+    "shard": shard, "mlx": mlx,
 }  # fmt: skip
 CHILDREN: dict[str, Callable[[dict[str, Any]], None]] = {
     "size": one_size, "activations": one_size, "collectives": sums, "shard": one_shard,
+    "mlx": one_mlx,
 }  # fmt: skip
 
 

@@ -18,6 +18,8 @@ REACHED = 0.4  # of a device's peak, by products of a training step: an assumpti
 CONTINUED = 0.7  # of its bandwidth, by the passes between them: an assumption
 APPLE_SHARE = 0.75  # of unified memory that Metal recommends at most
 CPU_SHARE = 0.9  # of a machine's memory that one program should take
+CUDA_SHARE = 0.95  # of a GPU's
+ETHERNET, INFINIBAND = 1.25e9, 50e9  # 10 and 400 Gbit/s
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Device:
 def _apple(title: str, gigabytes: int, cores: int, ghz: float, bandwidth: float) -> Device:
     flops = cores * 128 * 2 * ghz * 1e9  # bfloat16 is no faster there
     memory = int(APPLE_SHARE * gigabytes * GIB)
-    return Device(title, memory, flops, flops, bandwidth * 1e9, 1.25e9, 50e-6)
+    return Device(title, memory, flops, flops, bandwidth * 1e9, ETHERNET, 50e-6)
 
 
 def _nvidia(title: str, gigabytes: float, tf32: float, bf16: float, bandwidth: float) -> Device:
-    memory = int(0.95 * gigabytes * 1e9)
+    memory = int(CUDA_SHARE * gigabytes * 1e9)
     rates = (tf32 * 1e12, bf16 * 1e12, bandwidth * 1e9)
-    return Device(title, memory, *rates, 50e9, 10e-6, unified=False)
+    return Device(title, memory, *rates, INFINIBAND, 10e-6, unified=False)
 
 
 DEVICES = {
@@ -57,18 +59,22 @@ DEVICES = {
 }
 
 
-def memory_here(backend: str) -> int:
-    """Bytes that a run may fill on this machine: what Metal recommends, a GPU's own memory, or
-    most of the machine's."""
+def here(backend: str) -> Device:
+    """This machine, whose rates are not known before they are measured: what Metal recommends, a
+    GPU's own memory, or most of the machine's."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if backend != "mlx":
-        return int(CPU_SHARE * total)
-    module = import_module(BACKENDS["mlx"][0])  # only the backend imports MLX
-    if not module.probe().has_gpu:
-        return int(CPU_SHARE * total)
-    info = module.mx.device_info()
-    recommended = info.get("max_recommended_working_set_size")
-    return int(recommended or 0.95 * (info.get("total_memory") or info.get("memory_size") or total))
+    memory, unified = int(CPU_SHARE * total), True
+    if backend == "mlx":
+        module = import_module(BACKENDS["mlx"][0])  # only the backend imports MLX
+        found = module.probe()
+        info = module.mx.device_info() if found.has_gpu else {}
+        unified = not found.description.endswith("(CUDA)")
+        memory = int(
+            info.get("max_recommended_working_set_size")
+            or CUDA_SHARE * info.get("total_memory", 0)
+            or memory
+        )
+    return Device("this machine", memory, 0, 0, 0, ETHERNET, 50e-6, unified)
 
 
 def all_reduce_seconds(n_bytes: int, hosts: int, link: float, latency: float) -> float:

@@ -20,6 +20,7 @@ from mlx_randygpt.state import muon_parts, parameter_count, parameter_shapes
 from mlx_randygpt.train import EVAL_BATCH_TOKENS
 
 FLOAT = 4  # bytes
+ON_HOST = ("program", "saving")  # kinds that a GPU with its own memory leaves to the machine's
 Bytes = dict[str, int]  # by kind
 
 KINDS = {  # and what each is, in words
@@ -63,14 +64,21 @@ def largest_batch(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def micro_batch(backend: str, model: ModelConfig, train: TrainConfig, room: int) -> int:
+def on_device(found: Bytes, unified: bool) -> Bytes:
+    """The kinds that lie in a device's memory; of a GPU that has its own, not all do."""
+    return {kind: n for kind, n in found.items() if unified or kind not in ON_HOST}
+
+
+def micro_batch(
+    backend: str, model: ModelConfig, train: TrainConfig, room: int, unified: bool = True
+) -> int:
     """Sequences of a pass so that a step fits into `room` bytes; 0 is the whole micro-batch, and
     all that NumPy knows. ConfigError where not even one sequence fits."""
     if backend == "numpy":
         return 0
 
     def needs(sequences: int) -> int:
-        return sum(footprint(backend, model, train, sequences, 1).values())
+        return sum(on_device(footprint(backend, model, train, sequences, 1), unified).values())
 
     most = largest_batch(lambda sequences: needs(sequences) <= room)
     if most == 0:

@@ -21,13 +21,12 @@ import numpy as np
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.devices import CONTINUED, REACHED, Device, all_reduce_seconds
-from mlx_randygpt.footprint import adamw_count, footprint, largest_batch
+from mlx_randygpt.footprint import adamw_count, footprint, largest_batch, on_device
 from mlx_randygpt.state import Batch, flops_per_token, parameter_count, rng
 
 TRIAL_FLOP = 2e10  # of a trial step of one layer: a fifth of a second on two cores
 TRIAL_SECONDS = 1.0  # of one size
 WARM = 1  # steps that are not counted
-ON_HOST = ("program", "saving")  # kinds that are not in the memory of a GPU that has its own
 PASSES = 4  # over what a layer keeps: written and read in each direction
 Make = Callable[[ModelConfig], Backend]
 
@@ -87,7 +86,7 @@ def make_plan(
 
     def memory(sequences: int) -> dict[str, int]:
         found = footprint(backend, model, train, sequences, threads, program)
-        return {k: n for k, n in found.items() if device.unified or k not in ON_HOST}
+        return on_device(found, device.unified)
 
     needed, saving = memory(in_pass), footprint(backend, model, train, 1, threads)["saving"]
     if rate is None:

@@ -15,6 +15,7 @@ from mlx_randygpt.cli import group
 from mlx_randygpt.config import TrainConfig
 from mlx_randygpt.footprint import footprint
 
+BOX = devices.DEVICES["m3-max"]
 SMALL = ["--n-layer=2", "--n-head=2", "--n-embd=8", "--block-size=8", "--batch-size=4"]
 
 
@@ -66,7 +67,7 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     call("--iters=1", "--backend", "numpy", "--out", "first")
     saved = load_checkpoint(Path("first", NEWEST))
     room = sum(footprint("mlx", saved.model, saved.train, 3, 1).values())
-    monkeypatch.setattr(devices, "memory_here", lambda backend: room)
+    monkeypatch.setattr(devices, "here", lambda backend: replace(BOX, memory=room))
     done = call("--iters=1", "--backend", "mlx", "--micro-batch", "auto")
     assert done.exit_code == 0, done.output
     assert settings().micro_batch == 3
@@ -75,7 +76,7 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_where_nothing_fits_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlx.core", exc_type=ImportError)
-    monkeypatch.setattr(devices, "memory_here", lambda backend: 1000)
+    monkeypatch.setattr(devices, "here", lambda backend: replace(BOX, memory=1000))
     done = call("--iters=1", "--backend", "mlx", "--micro-batch", "auto")
     assert done.exit_code == 1
     assert "Error: one sequence takes 0.0 GB, and there are 0.0 GB" in done.output

@@ -62,12 +62,13 @@ def fitted(
     """The settings with the micro-batch that was asked for, and the line that tells of `auto`."""
     if not given.get(AUTO):
         return train, ""
-    from mlx_randygpt.devices import memory_here
+    from mlx_randygpt.devices import here
     from mlx_randygpt.footprint import micro_batch
 
     if backend == "numpy":
         line = "NumPy works through chunks of bounded size; --micro-batch changes nothing there."
         return replace(train, micro_batch=0), line
-    size = micro_batch(backend, model, train, memory_here(backend))
+    device = here(backend)
+    size = micro_batch(backend, model, train, device.memory, device.unified)
     passes = f"{size} sequences a pass" if size else "the whole batch in one pass"
     return replace(train, micro_batch=size), f"Micro-batch: {passes}, to fit into this device."

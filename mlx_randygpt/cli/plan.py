@@ -74,7 +74,8 @@ def command(
         chosen = replace(chosen, link=link * 1e9)
     threads = train.threads or n_threads(name)
     if given.get(AUTO):
-        train = replace(train, micro_batch=micro_batch(name, model, train, chosen.memory))
+        size = micro_batch(name, model, train, chosen.memory, chosen.unified)
+        train = replace(train, micro_batch=size)
     import_module("mlx_randygpt.cli.run")  # as `train` does, for what it takes of memory
     program = resident_bytes() + TEXT  # before anything is measured
     rate = measured(name, model, train, hosts, threads) if device == "this" else None
@@ -93,10 +94,10 @@ def command(
 
 def found_device(name: str, backend: str) -> Device:
     """The device of this name; ConfigError where there is none."""
-    from mlx_randygpt.devices import DEVICES, Device, memory_here
+    from mlx_randygpt.devices import DEVICES, here
 
     if name == "this":
-        return Device("this machine", memory_here(backend), 0, 0, 0, 1.25e9, 50e-6)
+        return here(backend)
     if name not in DEVICES:
         raise ConfigError(f"device={name!r} is unknown; it is one of this, {', '.join(DEVICES)}")
     return DEVICES[name]
