@@ -17,7 +17,7 @@ AUTO = "auto_micro_batch"  # a key of what was given, where it was `--micro-batc
 class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     """A number of sequences, or `auto`."""
 
-    name = "N|auto"
+    name = "number or auto"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -34,13 +34,14 @@ def memory_options(function: F) -> F:
     """--micro-batch and --checkpoint-activations."""
     options = [
         click.option(
-            "--micro-batch", type=MicroBatch(), help="Sequences of one pass of MLX; the batch and "
-            "its gradient stay the same. auto: what fits.  [default: all]",
+            "--micro-batch", type=MicroBatch(), metavar="N|auto",
+            help="Sequences of one pass of MLX; the batch and its gradient stay the same. auto: "
+            "what fits.  [default: all]",
         ),
         click.option(
             "--checkpoint-activations/--keep-activations", default=None,
             help="Keep only what enters each layer, and make the rest again: less memory, about "
-            "a fifth more time.  [default: keep]",
+            "a quarter more time.  [default: keep]",
         ),
     ]  # fmt: skip
     for option in reversed(options):

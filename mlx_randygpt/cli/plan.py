@@ -40,7 +40,9 @@ TEXT = 8_000_000  # bytes that reading a short text leaves behind
 @memory_options
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="[default: float32]")
-@click.option("--device", default="this", show_default=True, help="this, or a name; see below.")
+@click.option(
+    "--device", default="this", show_default=True, metavar="NAME", help="this, or one named above."
+)
 @click.option("--hosts", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--link", type=float, help="Between hosts, GB/s each way.  [default: the device's]")
 @click.option("--cost-per-hour", type=click.FloatRange(0), help="Of one host.")
@@ -53,8 +55,8 @@ def command(
 ) -> None:  # fmt: skip
     """Say what a run needs before it begins: memory, the batch that fits, time and cost.
 
-    This machine is measured for a few seconds; other devices are reckoned from published rates and
-    stated assumptions. DEVICE is this, m2-ultra, m3-max, m3-ultra, m4-max, a100, h100 or h200.
+    This machine is measured for a few seconds. Others are reckoned from published rates and stated
+    assumptions: m2-ultra, m3-max, m3-ultra, m4-max, a100, h100, h200.
     """
     from dataclasses import replace
     from importlib import import_module
