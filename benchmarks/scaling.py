@@ -165,10 +165,9 @@ def one_size(case: dict[str, Any]) -> None:
 # MLX
 
 MLX_SIZES = [
-    {"recipe": "classic", "n_layer": 4, "n_embd": 64, "block_size": 64, "batch_size": 16},
-    {"recipe": "classic", "n_layer": 6, "n_embd": 128, "block_size": 128, "batch_size": 16},
-    {"recipe": "modern", "n_layer": 4, "n_embd": 64, "block_size": 64, "batch_size": 16},
-    {"recipe": "modern", "n_layer": 6, "n_embd": 128, "block_size": 128, "batch_size": 16},
+    {"recipe": recipe, "n_layer": n, "n_embd": 64, "block_size": 64, "batch_size": 16}
+    for recipe in ("classic", "modern")
+    for n in (4, 16)
 ]
 
 
@@ -190,6 +189,7 @@ def one_mlx(case: dict[str, Any]) -> None:
     import mlx.core as mx
     import numpy as np
 
+    mx.set_memory_limit(1)  # nothing is handed out ahead of its turn
     from mlx_randygpt.backends.mlx_backend import MLXBackend
     from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
     from mlx_randygpt.footprint import mlx_step

@@ -36,7 +36,7 @@ CORE += ("sample", "records", "durable", "data.windows")
 GUESTS = {  # the core runs without them: numba, another architecture, fewer bits, a rate to compare
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
     "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
-    "backends.numpy_recompute",
+    "backends.numpy_recompute", "backends.mlx_recompute",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),

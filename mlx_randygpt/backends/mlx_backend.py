@@ -57,7 +57,10 @@ class MLXBackend:
         self._on_gpu = device.has_gpu
         self._config, self._train = model, train
         self._model = build(model)
-        self._model.recompute = train.checkpoint_activations
+        if train.checkpoint_activations:
+            from mlx_randygpt.backends.mlx_recompute import recomputed
+
+            self._model.around = recomputed
         self.restore(state)
         self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
         self._splits: list[tuple[Array, mx.array]] = []  # the latest last

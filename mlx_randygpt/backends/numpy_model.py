@@ -105,8 +105,7 @@ class Chunk:
     def forward(self, w: Params, tokens: Array, random: Randoms | None) -> Array:
         """What the head reads of tokens (B, T), (N, C); with `random`, dropout draws from it."""
         b, t = tokens.shape
-        x = self.x[: b * t]
-        np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=x, mode="clip")
+        x = np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=self.x[: b * t], mode="clip")
         if self.config.position == "learned":
             x.reshape(b, t, -1)[...] += w["wpe.weight"][:t]
         for i in range(self.config.n_layer):
