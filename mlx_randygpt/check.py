@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.numpy_backend import NumpyBackend
+from mlx_randygpt.backends.numpy_lora import NumpyLora
 from mlx_randygpt.config import ARCHS, RECIPES, ModelConfig, TrainConfig
 from mlx_randygpt.state import Array, Batch, Params, TrainState, parameter_shapes, rng
 
@@ -22,7 +23,8 @@ GRADIENT_BOUND = 1e-5  # NumPy against MLX, float32
 DIFFERENCE_BOUND = 5e-6  # NumPy float64 against finite differences
 # Steps, rate and bound. AdamW turns the sign of a gradient as small as its rounding into a whole
 # step, so what is left of 1e-7 grows with the rate; 1e-3 is a usual one.
-SUBJECTS = (*RECIPES, "gpt2")
+VARIANTS = ARCHS | {"lora": {"lora_rank": 4}}  # switches over those of a recipe
+SUBJECTS = (*RECIPES, "gpt2", "lora")
 TRAJECTORIES = {"adamw": (50, 1e-3, 1e-5), "muon": (20, 0.04, 1e-4)}
 
 
@@ -41,8 +43,9 @@ class Finding:
 
 
 def check_model(subject: str) -> ModelConfig:
-    """A small model of this recipe, or of another architecture, that has every kind of tensor."""
-    switches = RECIPES[recipe_of(subject)]["model"] | ARCHS.get(subject, {})
+    """A small model of this recipe, of another architecture or with adapters, that has every kind
+    of tensor."""
+    switches = RECIPES[recipe_of(subject)]["model"] | VARIANTS.get(subject, {})
     return ModelConfig(vocab_size=67, block_size=32, n_layer=2, n_head=4, n_embd=64, **switches)
 
 
@@ -55,12 +58,17 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
     """NumPy in float64: dloss/dε along a random unit direction of each tensor, against the
     gradient's share of it; relative to the gradient's norm over √n, its size along such a
     direction."""
-    backend = NumpyBackend(
-        model, TrainConfig(seed=seed), TrainState(0, params, {}), dtype=np.float64
+    kind = NumpyLora if model.lora_rank else NumpyBackend
+    backend = kind(
+        model,
+        TrainConfig(optimizer="adamw", seed=seed),
+        TrainState(0, params, {}),
+        dtype=np.float64,
     )
     batch = _batch(model, seed, 0)
     _, grads = backend.loss_and_grads(batch)
-    for index, (name, weight) in enumerate(backend.params.items()):
+    trained = backend.adapters if isinstance(backend, NumpyLora) else backend.params
+    for index, (name, weight) in enumerate(trained.items()):
         direction = rng(seed, "check", 1, index).standard_normal(weight.shape)
         direction /= np.linalg.norm(direction)
         kept, losses = weight.copy(), []
@@ -79,7 +87,11 @@ def cross_check(
     dtype: str = "float32", bound: float = GRADIENT_BOUND,
 ) -> Iterator[Finding]:  # fmt: skip
     """Gradients of NumPy, float32, against another backend's in `dtype`, tensor by tensor."""
-    batch, train, state = _batch(model, seed, 0), TrainConfig(seed=seed), TrainState(0, params, {})
+    batch, train, state = (
+        _batch(model, seed, 0),
+        TrainConfig(optimizer="adamw", seed=seed),
+        TrainState(0, params, {}),
+    )
     _, ours = make_backend("numpy", model, train, state).loss_and_grads(batch)
     train = replace(train, dtype=dtype)
     _, theirs = make_backend(other, model, train, state).loss_and_grads(batch)

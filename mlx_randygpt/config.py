@@ -10,7 +10,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_randygpt import gpt2
+from mlx_randygpt import gpt2, lora_names
 
 
 class UserError(Exception):
@@ -40,6 +40,9 @@ class ModelConfig:
     arch: str = "gpt"  # "gpt" | "gpt2": LayerNorm, GELU, biases and a head that is wte
     activation: str = "relu2"  # of gpt2: "gelu_tanh" | "gelu", the exact one
     bias: bool = False  # of gpt2, in products and LayerNorms
+    lora_rank: int = 0  # of adapters beside the blocks' matrices; 0 is none, and all is trained
+    lora_alpha: float = 16.0  # they are multiplied by lora_alpha / lora_rank
+    lora_targets: str = "all"  # which matrices: c_attn, c_proj, c_fc (with commas between) or all
 
     @property
     def head_size(self) -> int:
@@ -72,6 +75,11 @@ class ModelConfig:
         for name in gpt2.FIXED if self.is_gpt2 else ("bias",):
             if getattr(self, name) != ARCHS[self.arch].get(name, False):
                 raise ConfigError(f"{name}={getattr(self, name)} does not go with arch {self.arch}")
+        _at_least("lora_rank", self.lora_rank, 0)
+        _at_most("lora_rank", self.lora_rank, self.n_embd)
+        _between("lora_alpha", self.lora_alpha, 1e-6, 1e6)
+        for target in self.lora_targets.split(","):
+            _one_of("lora_targets", target, lora_names.TARGETS)
 
 
 @dataclass(frozen=True)

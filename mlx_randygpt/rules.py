@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.lora import trained_count
 from mlx_randygpt.state import parameter_count
 
 MEMORY_PASSES = 0.5  # of the text, over which Muon's weights forget
@@ -15,6 +16,7 @@ MOST_FORGOTTEN = 0.05  # of a weight in one step at the full rate
 MUON_RATE = 0.02  # the full rate; at a lower --lr weights are written and forgotten more slowly
 DROPOUT_FROM = 100.0  # passes × parameters per training token
 DROPOUT = 0.1
+LORA = {"optimizer": "adamw", "lr": 3e-3, "min_lr": 0.0, "weight_decay": 0.0}  # of adapters
 
 
 # Parameters, and bytes of text: the least that helps, what is better, and what it takes in.
@@ -51,7 +53,7 @@ def dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
     until a model reads a text that is short for its size very often."""
     if n_tokens == 0:
         return 0.0
-    strain = passes(model, train, n_tokens) * parameter_count(model) / n_tokens
+    strain = passes(model, train, n_tokens) * trained_count(model) / n_tokens
     return DROPOUT if strain > DROPOUT_FROM else 0.0
 
 

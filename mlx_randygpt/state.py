@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt import gpt2
+from mlx_randygpt import gpt2, lora_names
 from mlx_randygpt.config import ModelConfig
 
 Array = NDArray[Any]
@@ -84,8 +84,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"h.{i}.mlp.c_fc.weight"] = (4 * c, c)
         shapes[f"h.{i}.mlp.c_proj.weight"] = (c, 4 * c)
     if config.is_gpt2:
-        return shapes | gpt2.vectors(config.n_layer, c, config.bias)
-    return shapes | {"lm_head.weight": (v, c)}
+        shapes |= gpt2.vectors(config.n_layer, c, config.bias)
+    else:
+        shapes["lm_head.weight"] = (v, c)
+    return shapes | lora_names.shapes(shapes, config.lora_rank, config.lora_targets)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -113,7 +115,7 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
     params: Params = {}
     for index, (name, shape) in enumerate(parameter_shapes(config).items()):
         zero = config.zero_init and name.endswith("c_proj.weight")
-        if len(shape) == 1 or zero:
+        if len(shape) == 1 or zero or name.endswith("lora_b"):
             params[name] = np.full(shape, "ln_" in name and name.endswith("weight"), np.float32)
             continue
         scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0

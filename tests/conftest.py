@@ -14,8 +14,8 @@ import pytest
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.check import recipe_of
-from mlx_randygpt.config import ARCHS, RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.check import VARIANTS, recipe_of
+from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.state import Params, TrainState, initial_params, parameter_shapes, rng
 from mlx_randygpt.tokenizer import CharTokenizer
@@ -37,11 +37,11 @@ def text() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., ModelConfig]:
-    """(recipe or "gpt2", **changes) -> a model of two layers of width 32 that reads 16 tokens."""
+    """(recipe, gpt2 or lora, **changes) -> two layers of width 32 that read 16 tokens."""
 
     def build(recipe: str, **changes: Any) -> ModelConfig:
         sizes = {"vocab_size": 29, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
-        switches = RECIPES[recipe_of(recipe)]["model"] | ARCHS.get(recipe, {})
+        switches = RECIPES[recipe_of(recipe)]["model"] | VARIANTS.get(recipe, {})
         return ModelConfig(**{**sizes, **switches, **changes})
 
     return build

@@ -68,9 +68,9 @@ class LayerRows:
         return self._push(rings[0], k), self._push(rings[1], v)
 
     def keep(self) -> None:
-        """Store `last` for the next token."""
+        """Store the end of `last` for the next token."""
         for old, new in zip(self._cache.last[self._layer], self.last, strict=True):
-            old[self._rows] = new
+            old[self._rows] = new[:, -1:]
 
     def _push(self, ring: mx.array, new: mx.array) -> mx.array:
         size, t = ring.shape[2], new.shape[2]

@@ -52,13 +52,14 @@ def drop(x: mx.array, p: float, keys: mx.array | None) -> mx.array:
 
 def shift(x: mx.array, cache: Any, slot: int) -> mx.array:
     """Token shift (arXiv 2305.13048): the first half of x (B, T, C) is that of the position
-    before. Before the first comes zero, or what the cache kept in this slot."""
+    before. Before the first comes zero, or what the cache kept in this slot; it gets all that is
+    read, to keep the last of it."""
     half = x.shape[-1] // 2
     before = None if cache is None else cache.last[slot]
     if before is None:
         before = mx.zeros_like(x[:, :1, :half])
     if cache is not None:
-        cache.last[slot] = x[:, -1:, :half]
+        cache.last[slot] = x[:, :, :half]
     before = mx.concatenate([before, x[:, :-1, :half]], axis=1)  # (B, T, C/2)
     return mx.concatenate([before, x[:, :, half:]], axis=-1)
 

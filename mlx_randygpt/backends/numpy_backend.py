@@ -76,12 +76,17 @@ class NumpyBackend:
             for micro, batch in enumerate(batches)
         ]
         self._reduce()
+        norm = self._clipped_update(lr)
+        self.step += 1
+        return StepResult(sum(losses), norm)
+
+    def _clipped_update(self, lr: float) -> float:
+        """Move the weights, unless the gradient is not finite; its norm before clipping."""
         norm = float(np.sqrt(np.dot(self._g, self._g)))
         if np.isfinite(norm):
             self._g *= optimizer.clip_scale(norm, self.train.grad_clip)
             self._update(lr)
-        self.step += 1
-        return StepResult(sum(losses), norm)
+        return norm
 
     def loss(self, batch: Batch) -> float:
         return self._run(batch, batch.n_targets(), self._chunk_loss)

@@ -27,6 +27,7 @@ COMMANDS = {
     "plot": ("plot", "Draw the curves of runs, in the terminal or as a picture."),
     "runs": ("runs", "List and compare runs, the best first."),
     "inspect": ("inspect", "Show what a model has learned, as a page."),
+    "export": ("export", "Write a model as files that other programs run."),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
     "plan": ("plan", "Say what a run needs: memory, time and cost."),

@@ -48,6 +48,7 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
     """All of it under machine names; losses in nats, nan or inf before the first evaluation."""
     from dataclasses import asdict
 
+    from mlx_randygpt.lora import trained_count
     from mlx_randygpt.state import parameter_count
 
     progress = saved.progress
@@ -55,6 +56,7 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
         "path": str(path),
         "step": saved.state.step,
         "parameters": parameter_count(saved.model),
+        "trained_parameters": trained_count(saved.model),
         "val_loss": progress.val_loss,
         "val_step": progress.eval_step if progress.eval_step >= 0 else None,
         "perplexity": _perplexity(progress.val_loss),
@@ -76,6 +78,7 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
 
 def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, str]]:
     """The same for people."""
+    from mlx_randygpt.lora import trained_count
     from mlx_randygpt.state import parameter_count
     from mlx_randygpt.tally import duration
 
@@ -83,6 +86,12 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
     yield "File", f"{path}, {readable_bytes(n_bytes)}, its checksum holds"
     kind = "GPT-2, " if model.is_gpt2 else ""
     yield "Model", f"{kind}{parameter_count(model):,} parameters, dropout {model.dropout:g}"
+    if model.lora_rank:
+        yield (
+            "Adapters",
+            f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, beside {model.lora_targets}: "
+            f"{trained_count(model):,} parameters are trained",
+        )
     yield (
         "Sizes",
         (

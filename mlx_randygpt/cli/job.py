@@ -10,6 +10,7 @@ from typing import Any
 from mlx_randygpt.checkpoint import BEST, NEWEST
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.lora import trained_count
 from mlx_randygpt.state import parameter_count
 from mlx_randygpt.train import Run
 
@@ -43,6 +44,7 @@ def config_toml(job: Job, run: Run) -> str:
         "out": str(job.out),
         "backend": job.backend,
         **{name: getattr(run.model, name) for name in shared},
+        **{name: getattr(run.model, name) for name in settings.LORA if run.model.lora_rank},
     }
     options = asdict(run.train)
     for name in ("adamw_lr_ratio", "beta1", "beta2", "adam_eps", "momentum"):  # recipe, no options
@@ -52,13 +54,18 @@ def config_toml(job: Job, run: Run) -> str:
 
 def describe_model(model: ModelConfig) -> str:
     """The model line of the screen."""
-    n = parameter_count(model)
-    size = f"{n:,}" if n < 1e6 else f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
+    size = _count(parameter_count(model))
+    if model.lora_rank:
+        size = f"{_count(trained_count(model))} trained of {size}"
     layers = f"{model.n_layer} layer{'s' if model.n_layer > 1 else ''}"
     return (
         f"{'GPT-2, ' if model.is_gpt2 else ''}{size} parameters, "
         f"{layers} × {model.n_head} heads × {model.n_embd}, context {model.block_size}"
     )
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n < 1e6 else f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
 
 
 def resume_line(job: Job, run: Run) -> str:

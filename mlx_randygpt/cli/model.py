@@ -43,14 +43,23 @@ def describe_backend(backend: Backend, why: str) -> str:
     return f"{line} ({why})" if why else line
 
 
-def read(checkpoint: Path | None) -> tuple[Path, Checkpoint, Tokenizer]:
-    """The checkpoint, else the best of checkpoints/, and its tokenizer."""
+def read(checkpoint: Path | None, merge: bool = True) -> tuple[Path, Checkpoint, Tokenizer]:
+    """The checkpoint, else the best of checkpoints/, its adapters merged, and its tokenizer."""
     from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.tokenizer import tokenizer_from_json
 
     path = default_checkpoint(checkpoint)
     saved = load_checkpoint(path, weights_only=True)
+    saved = merged(saved) if merge else saved
     return path, saved, tokenizer_from_json(saved.tokenizer)
+
+
+def merged(saved: Checkpoint) -> Checkpoint:
+    """The same model without adapters, as most of the program knows it."""
+    from mlx_randygpt import lora
+
+    params, model = lora.merged(saved.state.params, saved.model)
+    return replace(saved, model=model, state=replace(saved.state, params=params))
 
 
 def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Backend:

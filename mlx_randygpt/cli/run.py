@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from mlx_randygpt import rules
+from mlx_randygpt import lora, rules
 from mlx_randygpt.backends import choose, make_backend
 from mlx_randygpt.backends.base import Backend, BackendError
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError, load_checkpoint
@@ -25,7 +25,7 @@ from mlx_randygpt.cli.job import (
 )
 from mlx_randygpt.cli.loggers import Loggers
 from mlx_randygpt.cli.memory_options import fitted
-from mlx_randygpt.cli.model import describe_backend
+from mlx_randygpt.cli.model import describe_backend, merged
 from mlx_randygpt.cli.resume import before_decay, changes, same_tokenizer, same_vocabulary
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.view import Shown, choose_console
@@ -52,6 +52,7 @@ def train_command(job: Job) -> int:
             folder.refuse_if_used()
         source = job.resume or job.init_from
         saved = load_checkpoint(source) if source else None
+        saved = merged(saved) if saved and job.init_from else saved
         if job.resume and job.resume.resolve().parent != job.out.resolve():
             folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
         saved, skipped = folder.newest() if job.resume_newest else (saved, [])
@@ -114,7 +115,7 @@ def prepare(
         state, progress = saved.state, saved.progress
         notes += changes(saved, model, config, corpus, backend_name)
     elif saved:
-        state = TrainState(0, saved.state.params, {})
+        state = TrainState(0, lora.begin(model, saved.state.params, config.seed), {})
     else:
         state = TrainState(0, initial_params(model, config.seed), {})
     if not job.resuming and "dropout" not in job.given and model.dropout:
@@ -123,7 +124,7 @@ def prepare(
             f"Dropout {model.dropout:g}: the text is read {n_passes:.0f} times and short for a "
             "model of this size; --dropout 0 turns it off."
         )
-    if not job.resuming and (advice := text.advice(corpus, model)):
+    if saved is None and (advice := text.advice(corpus, model)):
         notes.append(advice)
     remembered = saved.data if saved and job.resuming else {}
     whole = bool(job.given.get("respect_documents", remembered.get("respect_documents", False)))
@@ -217,11 +218,14 @@ def _settings(
     decided = (*settings.MODEL_SIZES, "arch", "preset", "recipe")
     sizes = {name: value for name, value in job.given.items() if name in decided}
     model, _ = settings.resumed(sizes, saved)
+    adapters = {name: job.given[name] for name in settings.LORA if name in job.given}
+    model = replace(model, **adapters)
+    given = settings.fine_tuning(job.given, model)
     _, config = settings.fresh(
-        {"recipe": saved.train.recipe, "preset": saved.train.preset} | job.given,
+        {"recipe": saved.train.recipe, "preset": saved.train.preset} | given,
         tokenizer.vocab_size,
     )
-    return settings.by_rule(job.given, model, config, n_tokens)
+    return settings.by_rule(given, model, config, n_tokens)
 
 
 def _resolved(job: Job, config: TrainConfig, backend_name: str, corpus: Corpus) -> TrainConfig:

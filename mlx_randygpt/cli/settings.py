@@ -12,6 +12,7 @@ from mlx_randygpt.config import (
     DEFAULT_PRESET,
     PRESETS,
     RECIPES,
+    ConfigError,
     ModelConfig,
     TrainConfig,
     UserError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
 
 MODEL_SIZES = ("n_layer", "n_head", "n_embd", "block_size")
+LORA = ("lora_rank", "lora_alpha", "lora_targets")
 PLATEAU_PATIENCE = 5  # evaluations, where --schedule plateau comes without --patience
 
 
@@ -49,6 +51,19 @@ def fresh(
     switches = recipe["model"] | ARCHS[given.get("arch", "gpt")]
     model = ModelConfig(vocab_size=vocab_size, **switches, **sizes)
     return by_rule(given, model, TrainConfig(**chosen), n_tokens)
+
+
+def fine_tuning(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """What was given, and what adapters are trained with where it was not; ConfigError for Muon,
+    whose steps are for whole matrices."""
+    if not model.lora_rank:
+        return given
+    if given.get("optimizer", "adamw") != "adamw":
+        raise ConfigError(
+            f"optimizer={given['optimizer']} does not go with lora_rank={model.lora_rank}; "
+            "adapters are trained by adamw: leave --optimizer out"
+        )
+    return rules.LORA | given
 
 
 def by_rule(
@@ -80,6 +95,12 @@ def resumed(given: dict[str, Any], saved: Checkpoint) -> tuple[ModelConfig, Trai
         raise ResumeError(
             f"Checkpoint arch {saved.model.arch} != arch {given['arch']}; leave the option out"
         )
+    for name in LORA:
+        if given.get(name, getattr(saved.model, name)) != getattr(saved.model, name):
+            raise ResumeError(
+                f"Checkpoint {name} {getattr(saved.model, name)} != {name} {given[name]}; leave "
+                "the option out, or start anew with --init-from and another --out"
+            )
     for name in ("recipe", "optimizer"):
         if given.get(name, getattr(saved.train, name)) != getattr(saved.train, name):
             raise ResumeError(

@@ -55,6 +55,13 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
     metavar="PATH",
     help="Start from another model's weights at step 0 (fine-tuning).",
 )
+@click.option("--lora-rank", type=int, help="Train adapters of this rank (with --init-from).")
+@click.option("--lora-alpha", type=float, help="Their scale, times the rank.  [default: 16]")
+@click.option(
+    "--lora-targets",
+    metavar="NAMES",
+    help="c_attn, c_proj, c_fc with commas between.  [default: all]",
+)
 @model_options()
 @click.option("--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]")
 @click.option("--grad-accum", type=int, help="Micro-batches per step.  [default: 1]")
@@ -123,6 +130,10 @@ def command(
 
     if resume and (overwrite or init_from):
         raise click.UsageError("--resume goes with neither --overwrite nor --init-from")
+    if options["lora_rank"] and not (init_from or resume):
+        raise click.UsageError("--lora-rank adapts a trained model: give it with --init-from")
+    if (options["lora_alpha"] or options["lora_targets"]) and not (options["lora_rank"] or resume):
+        raise click.UsageError("--lora-alpha and --lora-targets go with --lora-rank")
     resumed = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
     raise SystemExit(
         train_command(

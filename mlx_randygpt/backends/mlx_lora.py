@@ -1,0 +1,67 @@
+"""Low-rank adapters in MLX: W = W₀ + s·B·A is made inside the differentiated function, so that
+autodiff, the compiled step and the optimizer see the adapters as the only weights.
+
+Legend: A (r, in), B (out, r), W and W₀ (out, in); s = alpha / r.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_randygpt import lora
+from mlx_randygpt.backends.mlx_backend import MLXBackend
+from mlx_randygpt.backends.mlx_optimizer import Weights
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.state import TrainState
+
+
+class MLXLora(MLXBackend):
+    """An MLXBackend of the merged model, whose weights are the adapters."""
+
+    def __init__(self, model: ModelConfig, train: TrainConfig, state: TrainState) -> None:
+        assert train.optimizer == "adamw", "settings.fine_tuning sees to it"
+        self._matrices, self._scale = lora.matrices(model), lora.scale(model)
+        self._shapes = lora.adapter_shapes(model)
+        super().__init__(lora.base(model), train, state)
+
+    def restore(self, state: TrainState) -> None:
+        """Go on from these weights, moments and step."""
+        arrays = {name: mx.array(weight) for name, weight in state.params.items()}
+        self.step = state.step
+        self._weights = {name: arrays.pop(name) for name in self._shapes}
+        self._frozen = arrays
+        self._moments = {
+            kind: {
+                name: mx.array(state.moments.get(kind, {}).get(name, np.zeros(shape, np.float32)))
+                for name, shape in self._shapes.items()
+            }
+            for kind in ("m", "v")
+        }
+        self._merged = self._weights, self._merge(self._weights)
+
+    def state(self) -> TrainState:
+        """A copy of step, weights and moments in float32; waits for the device."""
+        adapters = super().state()
+        frozen = {name: np.array(weight) for name, weight in self._frozen.items()}
+        return TrainState(self.step, frozen | adapters.params, adapters.moments)
+
+    def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
+        return super()._mean_loss(self._merge(weights), x, y, keys)
+
+    def _bind(self, weights: Weights) -> None:
+        """Let the model compute with these, or with what the adapters make of the frozen ones;
+        that is kept, for decoding binds at every token."""
+        if weights is self._weights:
+            if self._merged[0] is not weights:
+                self._merged = weights, self._merge(weights)
+            weights = self._merged[1]
+        super()._bind(weights)
+
+    def _merge(self, adapters: Weights) -> Weights:
+        merged = dict(self._frozen)
+        for name, (a, b) in self._matrices.items():
+            merged[name] = merged[name] + self._scale * (adapters[b] @ adapters[a])
+        return merged

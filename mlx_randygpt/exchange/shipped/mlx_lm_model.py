@@ -1,0 +1,169 @@
+"""The model as mlx-lm loads it: the GPT of `mlx_model.py`, beside this file, over mlx-lm's caches.
+
+A layer keeps the keys and values of the last `block_size` positions and, where the model has a
+token shift, what attention and MLP read of the position before. Where positions are learned, a full
+cache begins again with the last half window, as mlx-randygpt does; such texts are decoded one by
+one, for mlx-lm cannot begin again in a single row of a batch.
+
+Legend: B batch, T new tokens, S keys seen, C n_embd, V vocab.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, _BaseCache
+
+
+def _beside(name: str) -> ModuleType:
+    """The module in the file of this name in this folder."""
+    spec = importlib.util.spec_from_file_location(
+        f"mlxgpt_{name}", Path(__file__).with_name(f"{name}.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+gpt = _beside("mlx_model")
+
+
+class ModelArgs(gpt.ModelArgs):  # type: ignore[misc, name-defined]
+    """The fields of config.json that decide the shape of the model."""
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ModelArgs:
+        """As mlx-lm calls it; what the model does not know is left out."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: config[name] for name in names if name in config})
+
+
+class Shifted:
+    """What the token shift of one layer reads next: slot 0 of attention, slot 1 of the MLP."""
+
+    def __init__(self, arrays: ArraysCache) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, slot: int) -> Any:
+        return self._arrays[slot]  # (B, 1, C/2), or None before the first token
+
+    def __setitem__(self, slot: int, read: mx.array) -> None:
+        """Keep the last position of `read` (B, T, C/2); of a row that is padded on the right, the
+        last that is no padding."""
+        left = self._arrays.lengths  # (B,) tokens to come, where rows are padded
+        if left is None:
+            self._arrays[slot] = read[:, -1:]
+            return
+        before = self._arrays[slot]
+        if before is None:
+            before = mx.zeros_like(read[:, :1])
+        all_read = mx.concatenate([before, read], axis=1)  # (B, 1 + T, C/2)
+        at = mx.clip(left, 0, read.shape[1])[:, None, None]
+        self._arrays[slot] = mx.take_along_axis(all_read, at, axis=1)
+
+
+class Layer:
+    """The cache of one layer as `gpt.GPT` asks for it."""
+
+    def __init__(self, cache: Any) -> None:
+        shifts = isinstance(cache, CacheList)
+        self.keys = cache[0] if shifts else cache
+        self.arrays = cache[1] if shifts else None
+        self.offset = self.keys.offset
+        self.update_and_fetch = self.keys.update_and_fetch
+        self.last = Shifted(cache[1]) if shifts else None
+
+
+class Again(_BaseCache):  # type: ignore[misc]
+    """Keys and values of one layer with learned positions, and the ids that were read."""
+
+    def __init__(self) -> None:
+        self.inner = KVCache()
+        self.ids: mx.array | None = None  # (B, n), kept by the first layer
+
+    @property
+    def offset(self) -> int:
+        return int(self.inner.offset)
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        found: tuple[mx.array, mx.array] = self.inner.update_and_fetch(k, v)
+        return found
+
+    def make_mask(self, *args: Any, **named: Any) -> Any:
+        return self.inner.make_mask(*args, **named)
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state, self.ids
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.inner = KVCache()
+        self.inner.state, self.ids = value
+
+    def size(self) -> int:
+        return self.offset
+
+    def empty(self) -> bool:
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.inner.nbytes)
+
+
+def begin_again(tokens: mx.array, cache: Sequence[Again], window: int) -> mx.array:
+    """What is read of new tokens (B, T): these or, where they do not fit, the last half window
+    into an empty cache. A long prompt is cut to its end, with room for one more token."""
+    first, n_new = cache[0], tokens.shape[1]
+    ids = tokens if first.ids is None else mx.concatenate([first.ids, tokens], axis=1)
+    first.ids = ids[:, -window:]
+    if first.offset + n_new <= window:
+        return tokens
+    for layer in cache:
+        layer.inner = KVCache()
+    return ids[:, -max(1, window // 2 if n_new == 1 else window - 1) :]
+
+
+class Model(gpt.GPT):  # type: ignore[misc, name-defined]
+    """Token ids (B, T) to logits (B, T, V)."""
+
+    model_type = "mlxgpt"
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        window = self.args.block_size
+        if cache is not None and isinstance(cache[0], Again):
+            tokens = begin_again(tokens, cache, window)
+        layers = None if cache is None or cache[0] is None else [Layer(c) for c in cache]
+        keys = layers[0].keys if layers else None
+        mask = create_attention_mask(tokens, keys, None if keys else window)
+        logits = super().__call__(tokens, layers, mask)
+        for layer in layers or []:
+            if layer.arrays is not None:
+                layer.arrays.advance(tokens.shape[1])
+        return logits
+
+    def make_cache(self) -> list[Any]:
+        """An empty cache for each layer."""
+        window = self.args.block_size
+        if self.args.position == "learned":
+            return [Again() for _ in self.h]
+        if not self.args.token_shift:
+            return [RotatingKVCache(window) for _ in self.h]
+        return [CacheList(RotatingKVCache(window), ArraysCache(2)) for _ in self.h]
+
+    @property
+    def layers(self) -> list[Any]:
+        """The blocks, by the name that adapters look for."""
+        return list(self.h)
