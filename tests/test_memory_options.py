@@ -82,10 +82,11 @@ def test_auto_where_nothing_fits_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     assert "Error: one sequence takes 0.0 GB, and there are 0.0 GB" in done.output
 
 
-def test_auto_changes_nothing_on_numpy() -> None:
-    done = call("--iters=1", "--backend", "numpy", "--micro-batch", "auto")
+@pytest.mark.parametrize(("word", "kept"), [("auto", 0), ("2", 2)])
+def test_numpy_says_that_it_changes_nothing(word: str, kept: int) -> None:
+    done = call("--iters=1", "--backend", "numpy", "--micro-batch", word)
     assert done.exit_code == 0, done.output
-    assert settings().micro_batch == 0
+    assert settings().micro_batch == kept
     assert "--micro-batch changes nothing there" in done.output
 
 

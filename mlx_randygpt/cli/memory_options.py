@@ -60,15 +60,15 @@ def given_of(options: dict[str, Any]) -> dict[str, Any]:
 def fitted(
     given: dict[str, Any], model: ModelConfig, train: TrainConfig, backend: str
 ) -> tuple[TrainConfig, str]:
-    """The settings with the micro-batch that was asked for, and the line that tells of `auto`."""
+    """The settings with the micro-batch that was asked for, and a line that tells of it."""
+    if backend == "numpy" and (given.get(AUTO) or given.get("micro_batch")):
+        line = "NumPy works through chunks of bounded size; --micro-batch changes nothing there."
+        return train, line
     if not given.get(AUTO):
         return train, ""
     from mlx_randygpt.devices import here
     from mlx_randygpt.footprint import micro_batch
 
-    if backend == "numpy":
-        line = "NumPy works through chunks of bounded size; --micro-batch changes nothing there."
-        return replace(train, micro_batch=0), line
     device = here(backend)
     size = micro_batch(backend, model, train, device.memory, device.unified)
     passes = f"{size} sequences a pass" if size else "the whole batch in one pass"
