@@ -23,7 +23,7 @@ GRADIENT_BOUND = 1e-5  # NumPy against MLX, float32
 DIFFERENCE_BOUND = 5e-6  # NumPy float64 against finite differences
 # Steps, rate and bound. AdamW turns the sign of a gradient as small as its rounding into a whole
 # step, so what is left of 1e-7 grows with the rate; 1e-3 is a usual one.
-VARIANTS = ARCHS | {"lora": {"lora_rank": 4}}  # switches over those of a recipe
+VARIANTS = ARCHS | {"lora": {**RECIPES["modern"]["model"], "lora_rank": 4}}  # over a recipe's
 SUBJECTS = (*RECIPES, "gpt2", "lora")
 TRAJECTORIES = {"adamw": (50, 1e-3, 1e-5), "muon": (20, 0.04, 1e-4)}
 

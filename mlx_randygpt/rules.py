@@ -16,7 +16,9 @@ MOST_FORGOTTEN = 0.05  # of a weight in one step at the full rate
 MUON_RATE = 0.02  # the full rate; at a lower --lr weights are written and forgotten more slowly
 DROPOUT_FROM = 100.0  # passes × parameters per training token
 DROPOUT = 0.1
-LORA = {"optimizer": "adamw", "lr": 3e-3, "min_lr": 0.0, "weight_decay": 0.0}  # of adapters
+FINE_RATE = 1e-3  # AdamW's on a trained model, up to a width of FINE_WIDTH
+ADAPTER_RATE = 1e-2  # the same on adapters
+FINE_WIDTH = 128
 
 
 # Parameters, and bytes of text: the least that helps, what is better, and what it takes in.
@@ -46,6 +48,13 @@ def weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float
         return train.weight_decay
     per_step = 1 / (MEMORY_PASSES * _steps_per_pass(model, train, n_tokens))
     return float(f"{min(per_step, MOST_FORGOTTEN) / MUON_RATE:.2g}")
+
+
+def fine_tuning_rate(model: ModelConfig) -> float:
+    """AdamW's rate on a trained model; a wider one takes less (after Yang et al. 2022,
+    arXiv:2203.03466). Muon keeps the recipe's."""
+    rate = ADAPTER_RATE if model.lora_rank else FINE_RATE
+    return float(f"{rate * min(1.0, FINE_WIDTH / model.n_embd):.2g}")
 
 
 def dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:

@@ -151,6 +151,17 @@ def test_the_card_tells_the_run(model: Make) -> None:
     assert "- my notes.txt: unknown: add it" in text
 
 
+def test_a_model_from_elsewhere_is_told_as_such(model: Make) -> None:
+    saved = model()
+    source = {"format": "gpt2", "source": "/home/me/their gpt2"}
+    foreign = replace(saved, data={**saved.data, "imported": source})
+    text = card(foreign, "hf", "x")
+    assert "made elsewhere (gpt2, their gpt2)" in text
+    assert "seed 42" not in text
+    files = files_of(foreign, "safetensors", "x")
+    assert not [name for name, content in files.items() if b"/home/me" in content]
+
+
 def test_the_card_knows_the_licences_of_the_library() -> None:
     known = {"paths": [str(sample_corpus_path()), "/x/text8.txt"], "sha256": ""}
     assert licences(known) == [

@@ -72,7 +72,7 @@ def test_logits_are_ours_on_1000_tokens(exported: Any, recipe: str, kind: str, t
     assert tokenizer.encode(text, add_special_tokens=False)[:1000] == ids.tolist()
     ours = streamed(saved, ids)
     whole = np.concatenate([logits(model, part) for part in windows(saved, ids)])
-    assert np.abs(whole - ours).max() < 1e-4  # measured: 2e-5 of logits up to 14
+    assert np.abs(whole - ours).max() < 1e-4  # measured: 4.2e-5 of logits up to 40
     cache, at = model_cache(model), 0
     for n in CHUNKS if saved.model.position == "learned" else [*CHUNKS, *CHUNKS, 300, 200]:
         found = logits(model, ids[at : at + n], cache)
@@ -87,12 +87,13 @@ def model_cache(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("n_prompt", [30, 150])
+@pytest.mark.parametrize("odd", [{}, {"token_shift": True, "n_embd": 57, "n_head": 3}])
 def test_learned_positions_begin_again_as_ours_do(
-    text: str, tiny_model: Any, lively: Any, tmp_path: Path, n_prompt: int
+    text: str, tiny_model: Any, lively: Any, tmp_path: Path, odd: dict[str, Any], n_prompt: int
 ) -> None:
     from mlx_lm.generate import stream_generate
 
-    saved = make("classic", "char", text, tiny_model, lively, block_size=64)
+    saved = make("classic", "char", text, tiny_model, lively, block_size=64, **odd)
     export(saved, "hf", tmp_path / "x")
     model, tokenizer = load(tmp_path / "x")
     prompt = tokenizer_from_json(saved.tokenizer).encode(text)[:n_prompt]

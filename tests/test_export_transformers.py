@@ -67,7 +67,7 @@ def test_logits_are_ours_on_1000_tokens(loaded: Any, recipe: str, kind: str, tex
     assert tokenizer(text)["input_ids"][:1000] == ids.tolist()
     ours = streamed(saved, ids)
     whole = np.concatenate([logits(model, part)[0] for part in windows(saved, ids)])
-    assert np.abs(whole - ours).max() < 1e-4  # measured: 2e-5 of logits up to 14
+    assert np.abs(whole - ours).max() < 1e-4  # measured: 2.8e-5 of logits up to 40
     cache, at = None, 0
     for n in CHUNKS if saved.model.position == "learned" else [*CHUNKS, *CHUNKS, 300, 200]:
         found, cache = logits(model, ids[at : at + n], past_key_values=cache, use_cache=True)
@@ -117,10 +117,17 @@ def test_loss_is_that_of_the_shifted_logits_and_trains(loaded: Any, recipe: str,
 
 @pytest.mark.parametrize("n_prompt", [30, 64])
 @pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("odd", [{}, {"token_shift": True, "n_embd": 57, "n_head": 3}])
 def test_learned_positions_begin_again_as_ours_do(
-    text: str, tiny_model: Any, lively: Any, tmp_path: Path, n_prompt: int, masked: bool
+    text: str,
+    tiny_model: Any,
+    lively: Any,
+    tmp_path: Path,
+    odd: dict[str, Any],
+    n_prompt: int,
+    masked: bool,
 ) -> None:
-    saved = make("classic", "char", text, tiny_model, lively, block_size=64)
+    saved = make("classic", "char", text, tiny_model, lively, block_size=64, **odd)
     export(saved, "mlx-lm", tmp_path / "x")
     model, _ = load(tmp_path / "x", trust_remote_code=True)
     ids = tokenizer_from_json(saved.tokenizer).encode(text)

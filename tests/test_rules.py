@@ -60,6 +60,28 @@ def test_dropout_comes_with_many_passes_over_a_text_that_is_short_for_the_model(
     assert settings.fresh(DEFAULT, 68)[0].dropout == 0
 
 
+@pytest.mark.parametrize(
+    ("n_embd", "rank", "rate"),
+    [(64, 0, 1e-3), (128, 0, 1e-3), (768, 0, 1.7e-4), (128, 8, 1e-2), (1600, 8, 8e-4)],
+)
+def test_a_trained_model_takes_smaller_steps_of_adamw(n_embd: int, rank: int, rate: float) -> None:
+    model = ModelConfig(vocab_size=68, n_embd=n_embd, lora_rank=rank)
+    given = {"recipe": "classic"}
+    assert settings.fine_tuning(given, model)["lr"] == rate
+    assert settings.fine_tuning({**given, "lr": 0.5}, model)["lr"] == 0.5
+
+
+def test_muon_keeps_its_rate_on_a_trained_model_and_has_none_for_adapters() -> None:
+    given, sizes = {"recipe": "modern"}, {"vocab_size": 68}
+    assert settings.fine_tuning(given, ModelConfig(**sizes)) == given
+    adapted = ModelConfig(**sizes, lora_rank=8)
+    found = settings.fine_tuning({**given, "weight_decay": 0.3}, adapted)
+    assert (found["optimizer"], found["lr"], found["min_lr"]) == ("adamw", 1e-2, 0.0)
+    assert found["weight_decay"] == 0.3
+    _, train = settings.fresh(found, 68, SHAKESPEARE)
+    assert (train.optimizer, train.lr, train.weight_decay, train.warmup) == ("adamw", 1e-2, 0.3, 30)
+
+
 def test_what_is_given_wins() -> None:
     given = {**DEFAULT, "warmup": 100, "weight_decay": 0.0, "dropout": 0.25, "iters": 50}
     model, train = settings.fresh(given, 68, 10_000)

@@ -220,11 +220,9 @@ def _settings(
     model, _ = settings.resumed(sizes, saved)
     adapters = {name: job.given[name] for name in settings.LORA if name in job.given}
     model = replace(model, **adapters)
-    given = settings.fine_tuning(job.given, model)
-    _, config = settings.fresh(
-        {"recipe": saved.train.recipe, "preset": saved.train.preset} | given,
-        tokenizer.vocab_size,
-    )
+    recipe = {"recipe": saved.train.recipe, "preset": saved.train.preset}
+    given = settings.fine_tuning(recipe | job.given, model)
+    _, config = settings.fresh(given, tokenizer.vocab_size)
     return settings.by_rule(given, model, config, n_tokens)
 
 

@@ -54,16 +54,20 @@ def fresh(
 
 
 def fine_tuning(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """What was given, and what adapters are trained with where it was not; ConfigError for Muon,
-    whose steps are for whole matrices."""
-    if not model.lora_rank:
-        return given
-    if given.get("optimizer", "adamw") != "adamw":
-        raise ConfigError(
-            f"optimizer={given['optimizer']} does not go with lora_rank={model.lora_rank}; "
-            "adapters are trained by adamw: leave --optimizer out"
-        )
-    return rules.LORA | given
+    """What was given, the recipe among it, and how a trained model or its adapters are trained
+    where it was not; ConfigError for adapters under Muon, whose steps are for whole matrices."""
+    chosen = RECIPES[given["recipe"]]["train"]
+    if model.lora_rank:
+        if given.get("optimizer", "adamw") != "adamw":
+            raise ConfigError(
+                f"optimizer={given['optimizer']} does not go with lora_rank={model.lora_rank}; "
+                "adapters are trained by adamw: leave --optimizer out"
+            )
+        chosen = {"optimizer": "adamw", "min_lr": 0.0, "weight_decay": 0.0}
+        given = chosen | given
+    if given.get("optimizer", chosen["optimizer"]) == "adamw":
+        given = {"lr": rules.fine_tuning_rate(model)} | given
+    return given
 
 
 def by_rule(

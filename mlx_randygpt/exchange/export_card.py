@@ -73,8 +73,8 @@ tags: [mlx, mlx-randygpt, gpt]
 
 # {_cell(name)}
 
-A GPT trained from scratch with mlx-randygpt {__version__}.
-It continues text; it was not taught to answer or to be safe.
+{origin(saved)}
+It continues text; nothing here taught it to answer or to be safe.
 
 | | |
 |---|---|
@@ -91,6 +91,16 @@ Of this model: {UNKNOWN}.
 ## How to run it
 
 {run_lines(saved, kind, name)}"""
+
+
+def origin(saved: Checkpoint) -> str:
+    """Whose model this is, as far as the checkpoint knows."""
+    found = saved.data.get("imported")
+    if not isinstance(found, dict):
+        return f"A GPT trained with mlx-randygpt {__version__}."
+    source = _cell(Path(str(found.get("source"))).name)
+    kind = _cell(str(found.get("format")))
+    return f"A GPT made elsewhere ({kind}, {source}) and exported by mlx-randygpt {__version__}."
 
 
 def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
@@ -122,6 +132,8 @@ def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{saved.tokenizer['type']}, vocabulary {model.vocab_size:,}"
     yield "validation loss", loss_line(progress.val_loss, progress.bits_per_byte)
     yield "best validation loss", f"{_number(progress.best_loss)} at step {progress.best_step:,}"
+    if "imported" in data:
+        return  # how it was trained is not known
     yield "steps", f"{saved.state.step:,} of {train.iters:,}"
     yield "tokens trained on", f"{progress.tokens:,}"
     yield "recipe", f"{train.recipe}, preset {train.preset}, seed {train.seed}"

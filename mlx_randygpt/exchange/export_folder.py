@@ -46,8 +46,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = Fal
         with suppress(OSError):
             if old.exists() and not folder.exists():
                 old.rename(folder)
-        for rest in (part, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_to_lose(folder: Path, overwrite: bool) -> None:

@@ -33,7 +33,7 @@ def gpt2_files(saved: Checkpoint, kind: str) -> dict[str, bytes]:
         "config.json": as_json(config(saved)),
         "generation_config.json": as_json(generation(saved)),
         "model.safetensors": safetensors.numpy.save(weights, {"format": "pt"}),
-        **tokenizer_files(saved.tokenizer, saved.model.block_size),
+        **tokenizer_files(saved.tokenizer, saved.model),
     }
 
 

@@ -27,7 +27,7 @@ def native_files(saved: Checkpoint) -> dict[str, bytes]:
         "config.json": as_json(config(saved)),
         "generation_config.json": as_json(generation(saved)),
         "model.safetensors": safetensors.numpy.save(saved.state.params, {"format": "pt"}),
-        **tokenizer_files(saved.tokenizer, saved.model.block_size),
+        **tokenizer_files(saved.tokenizer, saved.model),
         **{path.name: path.read_bytes() for path in sorted(sources)},
     }
 

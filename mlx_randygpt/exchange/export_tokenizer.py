@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 
 CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
@@ -16,21 +17,22 @@ ANY_CHARACTER = r"[\s\S]"
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # text that goes on
 
 
-def tokenizer_files(data: dict[str, Any], block_size: int) -> dict[str, bytes]:
+def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of what `Tokenizer.to_json` wrote."""
     tokenizer = tokenizer_from_json(data)
     content = tokenizer_json(tokenizer)
     names = token_names(content)
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[tokenizer.bos],
         "eos_token": names[tokenizer.eos],
         "pad_token": names[tokenizer.eos],
-        "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # of a text
         "chat_template": CHAT,
     }
+    if model.position == "learned":
+        settings["model_max_length"] = model.block_size
     if unknown := content["model"].get("unk_token"):
         settings["unk_token"] = unknown
     return {"tokenizer.json": as_json(content), "tokenizer_config.json": as_json(settings)}

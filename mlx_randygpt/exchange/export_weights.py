@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from mlx_randygpt.checkpoint import Checkpoint, save_checkpoint
 from mlx_randygpt.state import TrainState
@@ -16,9 +17,17 @@ def weights_files(saved: Checkpoint) -> dict[str, bytes]:
     """One file that is a checkpoint still: settings, vocabulary and a checksum are in its header.
     It names the run's texts without the folders they were in."""
     state = TrainState(saved.state.step, saved.state.params, {})
-    names = [Path(path).name for path in saved.data["paths"]]
-    slim = replace(saved, state=state, data={**saved.data, "paths": names})
+    slim = replace(saved, state=state, data=without_folders(saved.data))
     with TemporaryDirectory() as folder:
         path = Path(folder, WEIGHTS)
         save_checkpoint(path, slim)
         return {WEIGHTS: path.read_bytes()}
+
+
+def without_folders(data: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint knows of its texts, their paths cut to names: folders are nobody's
+    business."""
+    found = {**data, "paths": [Path(path).name for path in data["paths"]]}
+    if isinstance(source := data.get("imported"), dict):
+        found["imported"] = {**source, "source": Path(str(source.get("source"))).name}
+    return found

@@ -76,51 +76,48 @@ class Shifted:
 class Layer:
     """The cache of one layer as `gpt.GPT` asks for it."""
 
-    def __init__(self, cache: Any) -> None:
-        shifts = isinstance(cache, CacheList)
-        self.keys = cache[0] if shifts else cache
+    def __init__(self, cache: Any, shifts: bool) -> None:
+        self.keys = cache[0]
         self.arrays = cache[1] if shifts else None
         self.offset = self.keys.offset
         self.update_and_fetch = self.keys.update_and_fetch
-        self.last = Shifted(cache[1]) if shifts else None
+        self.last = Shifted(self.arrays) if shifts else None
 
 
 class Again(_BaseCache):  # type: ignore[misc]
-    """Keys and values of one layer with learned positions, and the ids that were read."""
+    """As a CacheList, of one layer with learned positions; and the ids that were read."""
 
     def __init__(self) -> None:
-        self.inner = KVCache()
         self.ids: mx.array | None = None  # (B, n), kept by the first layer
+        self.forget()
 
-    @property
-    def offset(self) -> int:
-        return int(self.inner.offset)
+    def forget(self) -> None:
+        """Begin again, at position 0."""
+        self.caches = KVCache(), ArraysCache(2)
 
-    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        found: tuple[mx.array, mx.array] = self.inner.update_and_fetch(k, v)
-        return found
-
-    def make_mask(self, *args: Any, **named: Any) -> Any:
-        return self.inner.make_mask(*args, **named)
+    def __getitem__(self, index: int) -> Any:
+        return self.caches[index]
 
     @property
     def state(self) -> Any:
-        return self.inner.state, self.ids
+        return [cache.state for cache in self.caches], self.ids
 
     @state.setter
     def state(self, value: Any) -> None:
-        self.inner = KVCache()
-        self.inner.state, self.ids = value
+        self.forget()
+        states, self.ids = value
+        for cache, state in zip(self.caches, states, strict=True):
+            cache.state = state
 
     def size(self) -> int:
-        return self.offset
+        return int(self.caches[0].offset)
 
     def empty(self) -> bool:
-        return self.offset == 0
+        return self.size() == 0
 
     @property
     def nbytes(self) -> int:
-        return int(self.inner.nbytes)
+        return sum(int(cache.nbytes) for cache in self.caches)
 
 
 def begin_again(tokens: mx.array, cache: Sequence[Again], window: int) -> mx.array:
@@ -129,10 +126,10 @@ def begin_again(tokens: mx.array, cache: Sequence[Again], window: int) -> mx.arr
     first, n_new = cache[0], tokens.shape[1]
     ids = tokens if first.ids is None else mx.concatenate([first.ids, tokens], axis=1)
     first.ids = ids[:, -window:]
-    if first.offset + n_new <= window:
+    if first.size() + n_new <= window:
         return tokens
     for layer in cache:
-        layer.inner = KVCache()
+        layer.forget()
     return ids[:, -max(1, window // 2 if n_new == 1 else window - 1) :]
 
 
@@ -142,26 +139,29 @@ class Model(gpt.GPT):  # type: ignore[misc, name-defined]
     model_type = "mlxgpt"
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        window = self.args.block_size
-        if cache is not None and isinstance(cache[0], Again):
+        window, shifts = self.args.block_size, self.args.token_shift
+        if cache is None or cache[0] is None:
+            mask = create_attention_mask(tokens, None, window)
+            return super().__call__(tokens, None, mask)
+        if isinstance(cache[0], Again):
             tokens = begin_again(tokens, cache, window)
-        layers = None if cache is None or cache[0] is None else [Layer(c) for c in cache]
-        keys = layers[0].keys if layers else None
-        mask = create_attention_mask(tokens, keys, None if keys else window)
-        logits = super().__call__(tokens, layers, mask)
-        for layer in layers or []:
+        layers = [Layer(one, shifts) for one in cache]
+        mask = create_attention_mask(tokens, layers[0].keys)
+        logits = super().__call__(tokens, layers, mask)  # (B, T, V)
+        for layer in layers:
             if layer.arrays is not None:
                 layer.arrays.advance(tokens.shape[1])
         return logits
 
     def make_cache(self) -> list[Any]:
         """An empty cache for each layer."""
-        window = self.args.block_size
         if self.args.position == "learned":
             return [Again() for _ in self.h]
-        if not self.args.token_shift:
-            return [RotatingKVCache(window) for _ in self.h]
-        return [CacheList(RotatingKVCache(window), ArraysCache(2)) for _ in self.h]
+        window, shifts = self.args.block_size, self.args.token_shift
+        return [
+            CacheList(RotatingKVCache(window), *([ArraysCache(2)] if shifts else []))
+            for _ in self.h
+        ]
 
     @property
     def layers(self) -> list[Any]:

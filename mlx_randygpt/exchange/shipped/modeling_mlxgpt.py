@@ -223,7 +223,7 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache = self._cache(past_key_values) if use_cache or past_key_values else None
         layers = cache.layers if cache else [None] * len(self.h)
         if cache and input_ids is not None and self.config.position == "learned":
-            input_ids = self._begin_again(input_ids, attention_mask, layers)
+            input_ids = self._begin_again(input_ids, attention_mask, cache.layers)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         positions, mask, real = self._places(x, attention_mask, position_ids, layers[0])
         if self.config.position == "learned":
@@ -247,7 +247,7 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ValueError(f"a cache of another model ({type(given).__name__}); pass its own")
         return WindowCache(self.config)
 
-    def _begin_again(self, ids: Tensor, mask: Tensor | None, layers: list[WindowLayer]) -> Tensor:
+    def _begin_again(self, ids: Tensor, mask: Tensor | None, layers: list[Any]) -> Tensor:
         """What is read of new tokens (B, T): these or, if one more does not fit, the last half
         window from position 0."""
         first, window = layers[0], self.config.block_size
