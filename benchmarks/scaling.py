@@ -166,8 +166,7 @@ def one_size(case: dict[str, Any]) -> None:
 
 MLX_SIZES = [
     {"recipe": recipe, "n_layer": n, "n_embd": 64, "block_size": 64, "batch_size": 16}
-    for recipe in ("classic", "modern")
-    for n in (4, 16)
+    for recipe, n in (("classic", 4), ("classic", 16), ("modern", 4))
 ]
 
 
