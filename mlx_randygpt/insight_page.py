@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_randygpt import insight
+from mlx_randygpt.char_table import NEVER
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.data import DataError
 from mlx_randygpt.state import Array, parameter_count
@@ -38,7 +39,8 @@ def page(
     config, w = saved.model, saved.state.params
     labels = insight.spelled(tokenizer)
     found = insight.losses(w, config, val, max_tokens)
-    ids = tokenizer.encode(text) if text else val[val != tokenizer.bos]
+    framed = tokenizer.eos != NEVER  # else its BOS is a token like others
+    ids = tokenizer.encode(text) if text else val[(val != tokenizer.bos) | (not framed)]
     longest = int((MAPS_BYTES / (config.n_layer * config.n_head)) ** 0.5)
     ids = ids[: max(1, min(config.block_size, longest))]
     logits, maps = insight.forward(w, config, ids[None])
@@ -78,7 +80,8 @@ def _facts(name: str, saved: Checkpoint, found: insight.Losses) -> list[tuple[st
 def _common(val: Array, tokenizer: Tokenizer) -> list[int]:
     """The tokens to compare: all of a small vocabulary, else the most frequent; by id."""
     counts = np.bincount(val, minlength=tokenizer.vocab_size)
-    counts[[tokenizer.bos, tokenizer.eos]] = 0
+    if tokenizer.eos != NEVER:
+        counts[[tokenizer.bos, tokenizer.eos]] = 0
     order = np.argsort(-counts, kind="stable")[:MOST_TOKENS]
     return sorted(int(i) for i in order if counts[i])
 

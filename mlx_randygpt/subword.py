@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.config import MOST, ConfigError
 from mlx_randygpt.extras import missing
+from mlx_randygpt.streaming import Growing
 
 KINDS = ("bpe", "wordpiece")
 SMALLEST = {"bpe": 258, "wordpiece": 515}  # bytes, first and inner ones apart, and specials
 DEFAULT_SIZE = 1024
 BOS, EOS, UNK = "<bos>", "<eos>", "<unk>"
 END_OF_TEXT = "<|endoftext|>"
-BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", END_OF_TEXT)
-EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", END_OF_TEXT, "[SEP]")
+BOS_NAMES = (BOS, "<s>", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", END_OF_TEXT)
+EOS_NAMES = (EOS, "</s>", "<|eos|>", "<|end_of_text|>", END_OF_TEXT, "[SEP]")
 INNER = "⋯"  # before a WordPiece that goes on with a word; no byte is spelled so, as "##" would be
 LONGEST_WORD = 64  # bytes of a word under WordPiece, whose search is cubic in it
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece spells a single byte
@@ -129,13 +130,16 @@ class SubwordTokenizer:
     def decoder(self) -> Callable[[int], str]:
         spelled = self._bytes
         if spelled is None:
-            return _Growing(self.decode)
+            return Growing(self.decode)
         half = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: half.decode(spelled[token])
 
     def unknown(self, text: str) -> dict[str, int]:
-        if self._bytes is not None or self._unk is None:
+        if self._bytes is not None:
             return {}
+        if self._unk is None:
+            known = self._characters
+            return dict(Counter(c for c in text if known and c not in known).most_common())
         found = self._model.encode(_scalars(text), add_special_tokens=False)
         pairs = zip(found.ids, found.offsets, strict=True)
         return dict(Counter(text[a:b] for id_, (a, b) in pairs if id_ == self._unk).most_common())
@@ -177,6 +181,14 @@ class SubwordTokenizer:
         return self._names.index(name) if name in self._names else None
 
     @cached_property
+    def _characters(self) -> set[str]:
+        """The characters that are tokens, where a BPE leaves out all others; else none."""
+        content = json.loads(self.content)
+        model, is_plain = content["model"], content.get("normalizer") is None
+        drops = model["type"] == "BPE" and not model.get("byte_fallback")
+        return set(self._names) if drops and is_plain else set()
+
+    @cached_property
     def _bytes(self) -> list[bytes] | None:
         """The bytes of each token where it has bytes of its own; None: a token's text depends on
         its neighbours."""
@@ -215,30 +227,14 @@ class SubwordTokenizer:
         return letters[0] if letters else self.vocab_size - 1
 
 
-class _Growing:
-    """Streaming for tokens whose text depends on their neighbours: decode the last few with and
-    without the new one, and give the difference once it holds no half character."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []
-        self._n_shown = 0  # of the ids kept, those whose text was given
-
-    def __call__(self, token: int) -> str:
-        self._ids.append(token)
-        shown, grown = self._decode(self._ids[: self._n_shown]), self._decode(self._ids)
-        if len(grown) <= len(shown) or grown.endswith("\ufffd"):
-            return ""
-        self._ids, self._n_shown = self._ids[self._n_shown :], len(self._ids) - self._n_shown
-        return grown[len(shown) :]
-
-
 def _read(content: str) -> Any:
     """The library's tokenizer; texts that look like a special token are text to it."""
     library = _library()
     try:
         model = library.Tokenizer.from_str(content)
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower; its panics are wider
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
         raise ValueError(f"tokenizer: not a tokenizer.json ({error})") from error
     if not model.get_vocab_size():
         raise ValueError("tokenizer: it has no tokens")

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt.char_table import SURROGATES, TableTokenizer, code_points
+
 MAX_CHARS = 512
 REPLACEMENT = 0xFFFD  # what <unk> decodes to
-SURROGATES = range(0xD800, 0xE000)  # code points that no UTF-8 text can hold
 CODE_POINTS = 0x110000
 
 
@@ -32,11 +33,12 @@ class Tokenizer(Protocol):
 
     @property
     def bos(self) -> int:
-        """The id before a document."""
+        """The id before a document, and what an empty prompt becomes."""
 
     @property
     def eos(self) -> int:
-        """The id after a document, where generation may stop."""
+        """The id after a document, where generation may stop. NEVER: nothing ends a text, and
+        documents follow each other without anything between them."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Ids of `text`, without BOS or EOS; never fails."""
@@ -77,7 +79,7 @@ class CharTokenizer:
             raise ValueError(f"max_chars={max_chars} is not in 1..{MAX_CHARS}")
         counts = np.zeros(CODE_POINTS, np.int64)
         for text in [texts] if isinstance(texts, str) else texts:
-            count = np.bincount(_code_points(text))
+            count = np.bincount(code_points(text))
             counts[: len(count)] += count
         counts[SURROGATES.start : SURROGATES.stop] = 0
         found = np.flatnonzero(counts)
@@ -125,7 +127,7 @@ class CharTokenizer:
 
     def encode(self, text: str) -> NDArray[np.int32]:
         # Code points past the table are clipped to its last entry, which is <unk>.
-        return self._id_of_code.take(_code_points(text), mode="clip")
+        return self._id_of_code.take(code_points(text), mode="clip")
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         ends = np.cumsum([len(text) for text in texts])
@@ -146,7 +148,7 @@ class CharTokenizer:
         lost = self.encode(text) == self.unk
         if not lost.any():
             return {}
-        found, counts = np.unique(_code_points(text)[lost], return_counts=True)
+        found, counts = np.unique(code_points(text)[lost], return_counts=True)
         order = np.argsort(-counts, kind="stable")
         return {chr(found[i]): int(counts[i]) for i in order}
 
@@ -162,7 +164,7 @@ class CharTokenizer:
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
         table = np.full(ord(self.chars[-1]) + 2, self.unk, np.int32)
-        table[_code_points(self.chars)] = np.arange(len(self.chars))
+        table[code_points(self.chars)] = np.arange(len(self.chars))
         return table
 
     @cached_property
@@ -171,7 +173,7 @@ class CharTokenizer:
 
     @cached_property
     def _code_of_id(self) -> NDArray[np.uint32]:
-        return np.append(_code_points(self.chars), [0, 0, REPLACEMENT]).astype("<u4")
+        return np.append(code_points(self.chars), [0, 0, REPLACEMENT]).astype("<u4")
 
 
 def tokenizer_from_json(data: object) -> Tokenizer:
@@ -180,12 +182,8 @@ def tokenizer_from_json(data: object) -> Tokenizer:
         raise ValueError(f"tokenizer: {reprlib.repr(data)} is not a JSON object")
     if data.get("type") == "char":
         return CharTokenizer.from_json(data)
+    if data.get("type") == "table":
+        return TableTokenizer.from_json(data)
     from mlx_randygpt.subword import SubwordTokenizer  # its library is an extra
 
     return SubwordTokenizer.from_json(data)
-
-
-def _code_points(text: str) -> NDArray[np.uint32] | NDArray[np.uint8]:
-    if text.isascii():  # a quarter of the memory to read
-        return np.frombuffer(text.encode("ascii"), np.uint8)
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

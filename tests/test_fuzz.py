@@ -42,7 +42,7 @@ from mlx_randygpt.checkpoint import (
     peek_step,
     save_checkpoint,
 )
-from mlx_randygpt.cli import group, job
+from mlx_randygpt.cli import group, job, run
 from mlx_randygpt.cli.settings import fresh
 from mlx_randygpt.cli.train import command
 from mlx_randygpt.config import (
@@ -730,7 +730,7 @@ def trains_nothing() -> Iterator[None]:
         return 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "train_command", resolve)
+        patch.setattr(run, "train_command", resolve)
         yield
 
 

@@ -22,7 +22,8 @@ PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "gpt2", "lora_names", "backends.base"},
     {"backends", "durable", "lora"},
-    {"checkpoint", "records", "data", "schedule", "tokenizer", "rules", "subword", "extras"},
+    {"checkpoint", "records", "data", "schedule", "rules", "extras"}
+    | {"tokenizer", "char_table", "subword", "streaming"},
     {"reports"},
     {"writer"},
     {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"}

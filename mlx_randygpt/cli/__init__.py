@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("evaluate", "Score a checkpoint on a whole split: loss, perplexity, bits per byte."),
     "info": ("info", "Tell what a checkpoint holds and whether its checksum holds."),
     "data": ("data", "Fetch a corpus by name; make tokens ahead of a run."),
+    "import": ("import_", "Read a model of GPT-2, nanoGPT or randyGPT as a checkpoint."),
     "plot": ("plot", "Draw the curves of runs, in the terminal or as a picture."),
     "runs": ("runs", "List and compare runs, the best first."),
     "inspect": ("inspect", "Show what a model has learned, as a page."),

@@ -15,7 +15,7 @@ FORMATS = ("hf", "mlx-lm", "safetensors", "gguf", "adapters")
 @click.command("export", cls=Command)
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--format", "kind", type=click.Choice(FORMATS), required=True,
+    "--format", "kind", type=click.Choice(FORMATS), default="hf", show_default=True,
     help="hf and mlx-lm: one folder for both; safetensors: weights alone; gguf: llama.cpp; "
     "adapters: those of --lora-rank alone, which the others merge.",
 )  # fmt: skip

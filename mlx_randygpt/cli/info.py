@@ -115,7 +115,11 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
     )
     yield "Schedule", f"{train.schedule} to {train.min_lr:g}, warmup {train.warmup}"
     yield "Data", _data(saved.data)
-    yield "Written by", f"the {saved.backend} backend"
+    origin = saved.data.get("imported")
+    if isinstance(origin, dict):
+        yield "Imported from", f"{origin.get('format')}, {origin.get('source')}"
+    else:
+        yield "Written by", f"the {saved.backend} backend"
 
 
 def _loss(loss: float, step: int, bits: float) -> str:

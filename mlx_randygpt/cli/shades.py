@@ -31,7 +31,7 @@ def shade(probability: float) -> str:
 def spelled(tokenizer: Tokenizer) -> Callable[[int], str]:
     """token id -> its text; the end of a text is `<eos>`."""
     names = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}
-    return lambda token: names.get(token) or tokenizer.decode([token])
+    return lambda token: tokenizer.decode([token]) or names.get(token, "")
 
 
 def show_choices(prompt: str, sample: Generated, tokenizer: Tokenizer) -> None:

@@ -41,9 +41,10 @@ def wanted(given: Mapping[str, Any]) -> Tokenizer | Vocabulary:
 def tokenizer_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that ask for this tokenizer again."""
     kind = tokenizer.to_json()["type"]
-    named = {"tokenizer": kind if kind != "file" else given.get("tokenizer")}
+    learned = kind not in ("file", "table")
+    named = {"tokenizer": kind if learned else given.get("tokenizer")}
     size = given.get("vocab_size") if kind == "char" else tokenizer.vocab_size
-    named |= {"vocab_size": None if kind == "file" else size}
+    named |= {"vocab_size": size if learned else None}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -104,15 +105,15 @@ def download_shakespeare(path: Path) -> None:
 
 
 def unknown_line(counts: Mapping[str, int]) -> str:
-    """One line about the characters that become `<unk>`; "" where there are none."""
+    """One line about the characters that are lost; "" where there are none."""
     if not counts:
         return ""
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     named = ", ".join(f"{character!r} × {n}" for character, n in most[:N_SHOWN])
     more = f" and {len(most) - N_SHOWN} more kinds" if len(most) > N_SHOWN else ""
     total = sum(counts.values())
-    plural = "characters that are" if total > 1 else "character that is"
-    return f"{total:,} {plural} not in the vocabulary became <unk>: {named}{more}"
+    what, are = ("characters", "are") if total > 1 else ("character", "is")
+    return f"{total:,} {what} {are} not in the vocabulary and {are} lost: {named}{more}"
 
 
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:

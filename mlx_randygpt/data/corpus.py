@@ -45,7 +45,7 @@ class Corpus:
     characters: int = 0  # 0 for token files
     n_bytes: int = 0  # of the characters in UTF-8
     n_train: int | None = None  # tokens; None: nine tenths
-    unknown: dict[str, int] = field(default_factory=dict)  # characters that became <unk>
+    unknown: dict[str, int] = field(default_factory=dict)  # characters that were lost
     has_romeo: bool = False
 
     @cached_property

@@ -1,6 +1,7 @@
 """From pieces of text to blocks of tokens, on several threads and in order.
 
-Owns how documents are framed (BOS document EOS) and what is found out about a text on the way.
+Owns how documents are framed (BOS document EOS, where texts have an end) and what is found out
+about a text on the way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt.char_table import NEVER
 from mlx_randygpt.data.reading import PIECE, Piece
 from mlx_randygpt.tokenizer import Tokenizer
 
@@ -29,7 +31,7 @@ class Found:
     characters: int = 0
     n_bytes: int = 0  # of the same in UTF-8
     has_romeo: bool = False  # whether ROMEO: is in it, the default prompt
-    unknown: Counter[str] = field(default_factory=Counter)  # characters that became <unk>
+    unknown: Counter[str] = field(default_factory=Counter)  # characters that were lost
     digest: Any = field(default_factory=sha256)  # of the documents in UTF-8, a NUL between them
     n_tokens: int = 0
     starts: array[int] = field(default_factory=lambda: array("q"))  # where documents begin
@@ -76,16 +78,18 @@ def _jobs(pieces: Iterable[Piece], found: Found) -> Iterator[list[Piece]]:
 
 def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dict[str, int]]:
     """The tokens of a job, where documents begin in them, and what is not in the vocabulary."""
-    ends = [tokenizer.eos] * (tokenizer.eos != tokenizer.bos)  # else the next BOS ends it
-    bos, eos = np.array([tokenizer.bos], np.int32), np.array(ends, np.int32)
+    framed = tokenizer.eos != NEVER
+    ends = [tokenizer.eos] * (framed and tokenizer.eos != tokenizer.bos)  # else the next BOS does
+    bos = np.array([tokenizer.bos] * framed, np.int32)
+    eos = np.array(ends, np.int32)
     parts, starts, n = list[Ids](), list[int](), 0
     texts = [piece.text for piece in job]
     for piece, ids in zip(job, tokenizer.encode_batch(texts), strict=True):
         if piece.begins:
             starts.append(n)
-        framed = bos[: piece.begins], ids, eos[: piece.ends]
-        parts += framed
-        n += sum(map(len, framed))
+        document = bos[: piece.begins], ids, eos[: piece.ends]
+        parts += document
+        n += sum(map(len, document))
     return np.concatenate(parts), starts, tokenizer.unknown("".join(texts))
 
 

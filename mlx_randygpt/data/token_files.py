@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt.char_table import NEVER
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.encoding import Found
 from mlx_randygpt.data.files import is_validation
@@ -50,8 +51,9 @@ def token_blocks(
                     )
                 seen(len(raw))
                 found.digest.update(raw)
-                begins = np.flatnonzero(ids == tokenizer.bos) + found.n_tokens
-                found.starts.extend(int(at) for at in begins if at > found.starts[-1])
+                if tokenizer.eos != NEVER:  # else its BOS is a token like others
+                    begins = np.flatnonzero(ids == tokenizer.bos) + found.n_tokens
+                    found.starts.extend(int(at) for at in begins if at > found.starts[-1])
                 found.n_tokens += len(ids)
                 yield ids.astype(np.int32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -37,11 +38,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = Fal
         part.rename(folder)
         durable.sync_folder(folder.parent)
     except OSError as error:
-        size = sum(map(len, files.values())) / 1e6
         reason = error.strerror or str(error)
-        raise ExchangeError(
-            f"could not write {folder}: {reason}; it needs {size:.1f} MB"
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += f"; it needs {sum(map(len, files.values())) / 1e6:.1f} MB"
+        raise ExchangeError(f"could not write {folder}: {reason}") from error
     finally:
         with suppress(OSError):
             if old.exists() and not folder.exists():

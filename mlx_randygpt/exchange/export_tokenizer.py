@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mlx_randygpt.char_table import TableTokenizer
 from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 
 CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
@@ -40,6 +42,11 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer in the form of the library `tokenizers`."""
+    if isinstance(tokenizer, TableTokenizer):
+        raise ExchangeError(
+            "the tokenizer is a table without begin, end and unknown, as nanoGPT's and randyGPT's "
+            "characters are, which these programs have no form for; --format safetensors keeps it"
+        )
     if not isinstance(tokenizer, CharTokenizer):
         content: dict[str, Any] = tokenizer.to_json()["tokenizer"]
         return content

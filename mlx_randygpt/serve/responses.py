@@ -146,7 +146,7 @@ class Growth:
 def spelled(tokenizer: Tokenizer) -> Callable[[int], str]:
     """token id -> its text; begin and end of a text have names."""
     names = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}
-    return lambda token: names.get(token) or tokenizer.decode([token])
+    return lambda token: tokenizer.decode([token]) or names.get(token, "")
 
 
 def _append(rows: Body, token: str, logprob: float | None, top: Body | None, first: int) -> None:
