@@ -112,6 +112,8 @@ class TrainConfig:
     on_nan: str = "stop"  # where loss or gradient are not finite: stop | skip | rollback
     dtype: str = "float32"  # compute type on a GPU; weights and moments stay float32
     threads: int = 0  # NumPy backend; 0 is all cores
+    micro_batch: int = 0  # sequences of a pass, MLX backend; 0 is the whole micro-batch
+    checkpoint_activations: bool = False  # keep each layer's input, make the rest again
     seed: int = 1337
     prompt: str = ""  # for the samples; empty picks ROMEO: or a newline
 
@@ -122,10 +124,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "grad_accum", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("iters", "batch_size", "grad_accum", "log_every"):
             _at_most(name, getattr(self, name), MOST.get(name, (1 << 63) - 1))
         for name in (
             "warmup", "patience", "eval_every", "sample_every", "keep_every", "threads", "seed",
+            "micro_batch",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
             _at_most(name, getattr(self, name), MOST.get(name, (1 << 63) - 1))

@@ -26,8 +26,10 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
     | {"tokenizer", "char_table", "subword", "streaming"},
     {"reports"},
     {"writer"},
-    {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"},
-    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"},
+    {"tally", "curve", "metrics", "train", "filters", "sample", "beams", "evaluation"}
+    | {"footprint", "devices"},
+    {"dashboard", "chat", "serve", "exchange", "check", "bench", "find_lr", "charts", "insight"}
+    | {"plan"},
     {"chart_png", "insight_page"},
     {"cli", "__main__"},
 ]
@@ -37,6 +39,7 @@ GUESTS = {  # the core runs without them: numba, GPT-2, fewer bits, a rate to co
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
     "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
     "backends.group", "backends.mlx_group", "backends.numpy_ranks", "backends.mlx_ranks",
+    "backends.numpy_recompute", "backends.mlx_recompute",
     "backends.numpy_lora", "backends.mlx_lora",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named

@@ -289,9 +289,9 @@ def test_resume_is_bit_exact(recipe: str) -> None:
 def test_dropout_differs_by_step_and_micro_batch_and_spares_evaluation() -> None:
     b = backend("modern", dropout=0.5)
     batch = Batch.of(tokens(4, T + 1))
-    losses = [b._micro_batch(batch, index)[0].item() for index in (0, 1, 0)]
+    losses = [b._part(batch, index, batch.n_targets())[0].item() for index in (0, 1, 0)]
     b.step += 1
-    assert len({*losses, b._micro_batch(batch, 0)[0].item()}) == 3
+    assert len({*losses, b._part(batch, 0, batch.n_targets())[0].item()}) == 3
     assert b.loss(batch) == backend("modern").loss(batch)
 
 

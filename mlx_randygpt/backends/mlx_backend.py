@@ -10,7 +10,7 @@ Legend: B batch, T time, C n_embd, H heads, D = C/H, V vocab.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,6 @@ class MLXBackend:
     """A base.Backend on MLX's default device."""
 
     name = "mlx"
-    _own_dropout: tuple[int, ...] = ()  # what tells a rank's masks from those of the others
 
     def __init__(self, model: ModelConfig, train: TrainConfig, state: TrainState) -> None:
         device = probe()
@@ -58,13 +57,16 @@ class MLXBackend:
         self._on_gpu = device.has_gpu
         self._config, self._train = model, train
         self._model = build(model)
+        if train.checkpoint_activations:
+            from mlx_randygpt.backends.mlx_recompute import recomputed
+
+            self._model.around = recomputed
         self.restore(state)
         self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
         self._splits: list[tuple[Array, mx.array]] = []  # the latest last
 
-        compiled = (
-            mx.compile if self._on_gpu else (lambda f: f)
-        )  # on a CPU: 30 s lost, nothing gained
+        # on a CPU: 30 s lost, nothing gained
+        compiled = mx.compile if self._on_gpu else (lambda f: f)
         self._value_and_grad = mx.value_and_grad(self._mean_loss)
         self._training_grads = compiled(self._value_and_grad)
         self._evaluated_loss = compiled(self._mean_loss)
@@ -81,10 +83,8 @@ class MLXBackend:
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step on the mean loss over all micro-batches, with dropout; see base."""
         loss, grads = self._accumulated(batches)
-        rates_now = rates(self._train, self.step, lr)
-        self._weights, self._moments, norm = self._update(
-            self._weights, self._moments, grads, rates_now
-        )
+        now = rates(self._train, self.step, lr)
+        self._weights, self._moments, norm = self._update(self._weights, self._moments, grads, now)
         self._bind(self._weights)  # else the model would keep the old ones alive
         self.step += 1
         mx.async_eval(self._weights, self._moments, loss, norm)
@@ -145,29 +145,38 @@ class MLXBackend:
         return int(mx.get_peak_memory() + mx.get_cache_memory())
 
     def _accumulated(self, batches: Sequence[Batch]) -> tuple[mx.array, Weights]:
-        """Mean loss and mean gradients over the micro-batches, one of them in memory at a time."""
-        loss, grads = self._micro_batch(batches[0], 0)
-        for index, batch in enumerate(batches[1:], start=1):
-            mx.async_eval(loss, grads)
-            another, more = self._micro_batch(batch, index)
+        """Mean loss and gradients over all targets, `micro_batch` sequences in memory at a time."""
+        total = max(1, sum(batch.n_targets() for batch in batches))
+        size = self._train.micro_batch or max(1, len(batches[0].starts))
+        terms = (
+            self._part(replace(b, starts=b.starts[i : i + size], row=b.row + i), index, total)
+            for index, b in enumerate(batches)
+            for i in range(0, len(b.starts), size)
+        )
+        loss, grads = next(terms)
+        for another, more in terms:
+            mx.eval(loss, grads)  # else the passes would stand in memory side by side
             loss = loss + another
             grads = {name: g + more[name] for name, g in grads.items()}
-        n = len(batches)
-        return (loss / n, {name: g / n for name, g in grads.items()}) if n > 1 else (loss, grads)
-
-    def _micro_batch(self, batch: Batch, index: int) -> tuple[mx.array, Weights]:
-        key = None
-        if self._config.dropout > 0:
-            random = rng(self._train.seed, "dropout", self.step, index, *self._own_dropout)
-            bits = random.integers(2**63)
-            key = mx.random.key(int(bits))
-        loss, grads = self._training_grads(self._weights, *self._windows(batch), key)
         return loss, grads
 
-    def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, key: Any) -> mx.array:
+    def _part(self, batch: Batch, index: int, total: int) -> tuple[mx.array, Weights]:
+        """What these sequences of micro-batch `index` add to the means over `total` targets."""
+        keys = None
+        if self._config.dropout > 0:  # by place and sequence: the same for any split
+            bits = rng(self._train.seed, "dropout", self.step, index).integers(2**32, size=2)
+            places = np.indices((2 * self._config.n_layer, len(batch.starts))).transpose(1, 2, 0)
+            keys = mx.array((bits + places + (0, batch.row)).astype(np.uint32))  # (2L, B, 2)
+        loss, grads = self._training_grads(self._weights, *self._windows(batch), keys)
+        part = batch.n_targets() / total
+        if part < 1:
+            loss, grads = loss * part, {name: g * part for name, g in grads.items()}
+        return loss, grads
+
+    def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
         """Mean cross-entropy over the targets that count; logits are float32 here."""
         self._bind({name: w.astype(self._dtype) for name, w in weights.items()})
-        logits = self._model(x, key=key).astype(mx.float32)  # (B, T, V)
+        logits = self._model(x, keys=keys).astype(mx.float32)  # (B, T, V)
         counts = y != IGNORED  # (B, T)
         target = mx.where(counts, y, 0)[..., None]  # (B, T, 1)
         chosen = mx.take_along_axis(logits, target, axis=-1).squeeze(-1)  # (B, T)

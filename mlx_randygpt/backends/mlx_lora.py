@@ -48,8 +48,8 @@ class MLXLora(MLXBackend):
         frozen = {name: np.array(weight) for name, weight in self._frozen.items()}
         return TrainState(self.step, frozen | adapters.params, adapters.moments)
 
-    def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, key: Any) -> mx.array:
-        return super()._mean_loss(self._merge(weights), x, y, key)
+    def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
+        return super()._mean_loss(self._merge(weights), x, y, keys)
 
     def _bind(self, weights: Weights) -> None:
         """Let the model compute with these, or with what the adapters make of the frozen ones;

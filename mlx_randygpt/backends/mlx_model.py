@@ -41,11 +41,13 @@ def rms(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, EPS)
 
 
-def drop(x: mx.array, p: float, key: mx.array | None) -> mx.array:
-    """Inverted dropout: zero with probability p, the rest times 1/(1-p); no key, no dropout."""
-    if key is None or p == 0:
+def drop(x: mx.array, p: float, keys: mx.array | None) -> mx.array:
+    """Inverted dropout: zero with probability p, the rest times 1/(1-p); one key (2,) for each
+    sequence of x (B, T, C), so that a part of a batch draws as the whole; no keys, no dropout."""
+    if keys is None or p == 0:
         return x
-    return mx.where(mx.random.bernoulli(1 - p, x.shape, key), x * (1 / (1 - p)), 0)
+    kept = mx.vmap(lambda key: mx.random.bernoulli(1 - p, x.shape[1:], key))(keys)  # (B, T, C)
+    return mx.where(kept, x * (1 / (1 - p)), 0)
 
 
 def shift(x: mx.array, cache: Any, slot: int) -> mx.array:
@@ -146,9 +148,11 @@ class GPT(nn.Module):  # type: ignore[misc]
 
     `cache` has one object per layer with `offset` (positions seen: an int, or an array (B,)),
     `update_and_fetch(k, v)` and, for the token shift, a list `last` of two; `mask` then says which
-    of its S keys each query sees: "causal", None for all, or booleans (T, S). `key` switches
-    dropout on and decides it.
+    of its S keys each query sees: "causal", None for all, or booleans (T, S). `keys` (2L, B,
+    2), one for each place and sequence, switch dropout on and decide it.
     """
+
+    around: Any = None  # what a block is wrapped in where there is no cache
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -164,25 +168,26 @@ class GPT(nn.Module):  # type: ignore[misc]
         tokens: mx.array,
         cache: Sequence[Any] | None = None,
         mask: Any = "causal",
-        key: mx.array | None = None,
+        keys: mx.array | None = None,
     ) -> mx.array:
-        return self.lm_head(self.features(tokens, cache, mask, key))  # (B, T, V)
+        return self.lm_head(self.features(tokens, cache, mask, keys))  # (B, T, V)
 
     def features(
         self,
         tokens: mx.array,
         cache: Sequence[Any] | None = None,
         mask: Any = "causal",
-        key: mx.array | None = None,
+        keys: mx.array | None = None,
     ) -> mx.array:
         """What the head reads, (B, T, C); decoding needs the head at the last position only."""
         x = self.wte(tokens)  # (B, T, C)
         if self.args.position == "learned":
             x = x + self.wpe(self.positions(tokens.shape[1], cache))
         caches = cache or [None] * len(self.h)
-        keys = [None] * (2 * len(self.h)) if key is None else mx.random.split(key, 2 * len(self.h))
+        places = [None] * (2 * len(self.h)) if keys is None else keys
         for i, block in enumerate(self.h):
-            x = block(x, mask, caches[i], keys[2 * i : 2 * i + 2])
+            run = self.around(block) if self.around and cache is None else block
+            x = run(x, mask, caches[i], places[2 * i : 2 * i + 2])
         return self.final(x)
 
     def final(self, x: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
 """The MLX backend as one rank of several: its own rows of every batch, means over all ranks.
 
-Dropout draws by rank, so with it another number of ranks is another run.
+Dropout draws by sequence of the whole batch, so the number of ranks changes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class MLXRank(MLXBackend):
     ) -> None:
         self._group = group
         super().__init__(model, train, state)
-        self._own_dropout = (group.rank,)
 
     def restore(self, state: TrainState) -> None:
         """Go on from rank 0's state."""

@@ -47,6 +47,10 @@ class NumpyBackend:
         )
         self._chunks: list[Chunk] = []
         self._chunk, advance = architecture(model.arch)
+        if train.checkpoint_activations:
+            from mlx_randygpt.backends.numpy_recompute import recomputing
+
+            self._chunk = recomputing(self._chunk)
         self._w, self.params = flat_views(model, dtype)
         self._g, self._grads = flat_views(model, dtype)
         self._decoder = Decoder(model, advance, self._w, self.params, self._pool, self.n_threads)

@@ -96,8 +96,7 @@ class Chunk:
         self.ds = new(few, h, t, t)
         self.turned = new(few, h, config.head_size, t)  # heads with time last
         self.wide, self.dqkv, self.dropped = new(n, 4 * c), new(n, 3 * c), new(drop, c)
-        copies = 2 * h  # queries and keys turn together
-        self.phases = ops.rope_phases(np.arange(t), config.head_size, copies, dtype)
+        self.phases = ops.rope_phases(np.arange(t), config.head_size, 2 * h, dtype)  # of q and k
         self.back_phases = self.phases.conj()
         self.flat_grads, self.grads = flat_grads, grads
         self.spare = new(max(gradient.size for gradient in self.grads.values()))
@@ -106,16 +105,17 @@ class Chunk:
     def forward(self, w: Params, tokens: Array, random: Randoms | None) -> Array:
         """What the head reads of tokens (B, T), (N, C); with `random`, dropout draws from it."""
         b, t = tokens.shape
-        n = b * t
-        x = np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=self.x[:n], mode="clip")
+        x = np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=self.x[: b * t], mode="clip")
         if self.config.position == "learned":
             x.reshape(b, t, -1)[...] += w["wpe.weight"][:t]
-        for i, act in enumerate(self.layers):
-            branch = self._attention(w, i, act, x, b, t)
-            x += self._drop(branch, act.mask1, random)
-            branch = self._mlp(w, i, act, x, t)
-            x += self._drop(branch, act.mask2, random)
+        for i in range(self.config.n_layer):
+            self._layer(w, i, x, t, random)
         return self._read(w, "ln_f", x, self.final, None) if self.config.final_norm else x
+
+    def _layer(self, w: Params, i: int, x: Array, t: int, random: Randoms | None) -> None:
+        act = self.layers[i]
+        x += self._drop(self._attention(w, i, act, x, len(x) // t, t), act.mask1, random)
+        x += self._drop(self._mlp(w, i, act, x, t), act.mask2, random)
 
     def head(self, w: Params, final: Array, targets: Array, scale: float | None) -> float:
         """Σ cross-entropy of final (N, C) against targets (N,). With `scale`, also the gradients
@@ -136,14 +136,11 @@ class Chunk:
     def backward(self, w: Params, tokens: Array, dropped: bool) -> None:
         """Add the gradients of the last forward pass to `grads`, once `head` has left its in dx."""
         b, t = tokens.shape
-        n = b * t
-        dx = self.dx[:n]
+        dx = self.dx[: b * t]
         if self.config.final_norm:
             self._read_backward(w, "ln_f", dx, self.final, None)
         for i in reversed(range(self.config.n_layer)):
-            act = self.layers[i]
-            dx += self._mlp_backward(w, i, act, self._undrop(dx, act.mask2, dropped), t)
-            dx += self._attention_backward(w, i, act, self._undrop(dx, act.mask1, dropped), b, t)
+            self._layer_backward(w, i, dx, t, dropped)
         if not self.accumulating and self.head_name != "wte.weight":
             self.grads["wte.weight"][...] = 0
         ops.embedding_backward(dx, tokens.reshape(-1), self.grads["wte.weight"])
@@ -153,6 +150,11 @@ class Chunk:
                 dwpe[...] = 0
             dwpe[:t] += dx.reshape(b, t, -1).sum(axis=0)
         self.accumulating = True
+
+    def _layer_backward(self, w: Params, i: int, dx: Array, t: int, dropped: bool) -> None:
+        act, b = self.layers[i], len(dx) // t
+        dx += self._mlp_backward(w, i, act, self._undrop(dx, act.mask2, dropped), t)
+        dx += self._attention_backward(w, i, act, self._undrop(dx, act.mask1, dropped), b, t)
 
     def _attention(self, w: Params, i: int, act: Activations, x: Array, b: int, t: int) -> Array:
         n, config = b * t, self.config

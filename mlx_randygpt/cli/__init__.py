@@ -32,6 +32,7 @@ COMMANDS = {
     "launch": ("launch", "Train on several ranks or machines: launch -n 4 -- train …"),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
+    "plan": ("plan", "Say what a run needs: memory, time and cost."),
     "presets": ("presets", "List the named sizes with their parameter counts."),
     "doctor": ("doctor", "Look at this machine and say what would make it faster."),
 }

@@ -240,7 +240,7 @@ def _fitting_one(option: click.Parameter, value: Any) -> Any:
         if isinstance(value, bool):
             return RESUME_NEWEST if value else None
         kinds = (str, bool)
-    elif option.name == "save_every" and type(value) is int:
+    elif option.name in ("save_every", "micro_batch") and type(value) is int:
         return str(value)
     if type(value) not in kinds:
         raise TypeError(f"it should be {' or '.join(kind.__name__ for kind in kinds)}")

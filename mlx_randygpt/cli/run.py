@@ -31,6 +31,7 @@ from mlx_randygpt.cli.job import (
     sample_line,
 )
 from mlx_randygpt.cli.loggers import Loggers
+from mlx_randygpt.cli.memory_options import fitted
 from mlx_randygpt.cli.model import describe_backend
 from mlx_randygpt.cli.ranks import RANK_TIMEOUT, Team, compute
 from mlx_randygpt.cli.resume import changes, same_tokenizer, same_vocabulary, starting_point
@@ -122,9 +123,10 @@ def prepare(
     tokenizer, corpus = _corpus(job, saved)
     model, config = _settings(job, saved, tokenizer, len(corpus.train))
     config = _resolved(job, config, backend_name, corpus, team)
+    config, passes = fitted(job.given, model, config, backend_name)
     check_length(corpus, model.block_size)
     lost = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(config.prompt))
-    notes = [line for line in lost if line]
+    notes = [line for line in (*lost, passes) if line]
     state, progress = TrainState(0, {}, {}), Progress()
     if saved and job.resuming:
         state, progress = saved.state, saved.progress

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mlx_randygpt.cli.memory_options import given_of, memory_options
 from mlx_randygpt.cli.options import (
     RESUME_NEWEST,
     Command,
@@ -64,6 +65,7 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 @model_options()
 @click.option("--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]")
 @click.option("--grad-accum", type=int, help="Micro-batches per step.  [default: 1]")
+@memory_options
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]")
 @click.option("--min-lr", type=float, help="Where the decay ends.  [default: recipe]")
@@ -141,7 +143,7 @@ def command(
     raise SystemExit(
         train_command(
             Job(
-                given={name: value for name, value in options.items() if value is not None},
+                given=given_of(options),
                 data=data, backend=backend, plain=plain, overwrite=overwrite,
                 out=out or (resumed.parent if resumed else Path("checkpoints")),
                 resume=resumed,

@@ -1,0 +1,83 @@
+"""What a run may be planned for: memory, rates and links of devices, as far as they are published.
+
+Rates are peaks of matrix products with float32 sums. Apple publishes memory and bandwidth but no
+rates: those are cores × 128 lanes × 2 × clock. What is reached of a peak is an assumption, told as
+one wherever it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+
+from mlx_randygpt.config import BACKENDS
+
+GIB = 1 << 30
+REACHED = 0.4  # of a device's peak, by products of a training step: an assumption
+CONTINUED = 0.7  # of its bandwidth, by the passes between them: an assumption
+APPLE_SHARE = 0.75  # of unified memory that Metal recommends at most
+CPU_SHARE = 0.9  # of a machine's memory that one program should take
+CUDA_SHARE = 0.95  # of a GPU's
+ETHERNET, INFINIBAND = 1.25e9, 50e9  # 10 and 400 Gbit/s
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device; all but its name in bytes, bytes per second and FLOP per second."""
+
+    title: str
+    memory: int  # that a run may fill
+    flops: float  # float32 as MLX computes it: TF32 where the device has it
+    flops_16: float  # bfloat16
+    bandwidth: float
+    link: float  # to another host, each way
+    latency: float  # seconds a message takes
+    unified: bool = True  # the program, and what is being saved, lie in the same memory
+
+
+def _apple(title: str, gigabytes: int, cores: int, ghz: float, bandwidth: float) -> Device:
+    flops = cores * 128 * 2 * ghz * 1e9  # bfloat16 is no faster there
+    memory = int(APPLE_SHARE * gigabytes * GIB)
+    return Device(title, memory, flops, flops, bandwidth * 1e9, ETHERNET, 50e-6)
+
+
+def _nvidia(title: str, gigabytes: float, tf32: float, bf16: float, bandwidth: float) -> Device:
+    memory = int(CUDA_SHARE * gigabytes * 1e9)
+    rates = (tf32 * 1e12, bf16 * 1e12, bandwidth * 1e9)
+    return Device(title, memory, *rates, INFINIBAND, 10e-6, unified=False)
+
+
+DEVICES = {
+    "m2-ultra": _apple("Apple M2 Ultra, 76 GPU cores, 192 GB", 192, 76, 1.40, 800),
+    "m3-max": _apple("Apple M3 Max, 40 GPU cores, 128 GB", 128, 40, 1.38, 400),
+    "m3-ultra": _apple("Apple M3 Ultra, 80 GPU cores, 512 GB", 512, 80, 1.38, 819),
+    "m4-max": _apple("Apple M4 Max, 40 GPU cores, 128 GB", 128, 40, 1.58, 546),
+    "a100": _nvidia("NVIDIA A100 SXM, 80 GB", 80, 156, 312, 2039),
+    "h100": _nvidia("NVIDIA H100 SXM, 80 GB", 80, 494, 989, 3350),
+    "h200": _nvidia("NVIDIA H200 SXM, 141 GB", 141, 494, 989, 4800),
+}
+
+
+def here(backend: str) -> Device:
+    """This machine, whose rates are not known before they are measured: what Metal recommends, a
+    GPU's own memory, or most of the machine's."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory, unified = int(CPU_SHARE * total), True
+    if backend == "mlx":
+        module = import_module(BACKENDS["mlx"][0])  # only the backend imports MLX
+        found = module.probe()
+        info = module.mx.device_info() if found.has_gpu else {}
+        unified = not found.description.endswith("(CUDA)")
+        memory = int(
+            info.get("max_recommended_working_set_size")
+            or CUDA_SHARE * info.get("total_memory", 0)
+            or memory
+        )
+    return Device("this machine", memory, 0, 0, 0, ETHERNET, 50e-6, unified)
+
+
+def all_reduce_seconds(n_bytes: int, hosts: int, link: float, latency: float) -> float:
+    """A ring: each of n hosts sends 2(n−1) pieces of 1/n of the array, one after the other
+    (Patarasuk & Yuan 2009)."""
+    return 2 * (hosts - 1) * (n_bytes / hosts / link + latency)
