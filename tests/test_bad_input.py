@@ -137,6 +137,8 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("inspect --data=latin.txt", 1, "latin.txt is not UTF-8"),
     ("inspect --data=letter.txt", 1, "give more --data"),
     ("inspect --max-tokens=0", 2, "0 is not in the range x>=1"),
+    ("launch -n 2 -- sample", 2, "launch starts train, not sample"),
+    ("launch --hostfile=nope.json -- train", 1, "nope.json cannot be read"),
     ("export", 2, "Missing option '-o'"),
     ("export --format=onnx -o new", 2, "'onnx' is not one of"),
     ("export none --format=hf -o new", 1, "could not read none: No such file"),
