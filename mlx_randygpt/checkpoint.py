@@ -72,7 +72,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{path} is not replaced: {name} is not finite")
-    header = json.dumps(strict(_header(checkpoint)), sort_keys=True, allow_nan=False)
+    header = json.dumps(strict(header_of(checkpoint)), sort_keys=True, allow_nan=False)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -138,7 +138,8 @@ def _tensors(state: TrainState) -> Params:
     return named
 
 
-def _header(checkpoint: Checkpoint) -> dict[str, Any]:
+def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything but the arrays, for JSON."""
     return {
         "step": checkpoint.state.step,
         "model": asdict(checkpoint.model),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_randygpt.backends import make_backend
+from mlx_randygpt.char_table import TableTokenizer
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.filters import SampleConfig
@@ -33,6 +34,8 @@ def make(
     tokenizer: Tokenizer
     if kind == "char":
         tokenizer = CharTokenizer.train(text + ODD)
+    elif kind == "table":  # nothing begins or ends a text, one id stands for no character
+        tokenizer = TableTokenizer(("", *sorted(set(text + ODD + "\\]^-"), reverse=True)))
     else:
         tokenizer = SubwordTokenizer.train(kind, [text + ODD], 300 if kind == "bpe" else 600)
     sizes = SIZES | {"vocab_size": tokenizer.vocab_size} | changes

@@ -27,6 +27,7 @@ from mlx_randygpt.tokenizer import tokenizer_from_json
 
 Make = Callable[..., Checkpoint]
 KINDS = ("char", "bpe", "wordpiece")
+PLAIN = ("char", "table")  # they need no library
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def model(text: str, tiny_model: Any, lively: Any) -> Make:
     """(recipe="modern", kind="char", **changes) -> a checkpoint with moments."""
 
     def build(recipe: str = "modern", kind: str = "char", **changes: Any) -> Checkpoint:
-        if kind != "char":
+        if kind not in PLAIN:
             pytest.importorskip("tokenizers")
         return make(recipe, kind, text, tiny_model, lively, **changes)
 
@@ -95,7 +96,7 @@ def test_mlx_lm_has_no_exact_gelu(model: Make) -> None:
 # tokenizer.json
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "table"])
 def test_tokenizer_json_reads_and_spells_as_ours(model: Make, kind: str, text: str) -> None:
     library = pytest.importorskip("tokenizers")
     ours = tokenizer_from_json(model(kind=kind).tokenizer)
@@ -106,6 +107,14 @@ def test_tokenizer_json_reads_and_spells_as_ours(model: Make, kind: str, text: s
         assert theirs.encode(sample, add_special_tokens=False).ids == ids
         if not ours.unknown(sample):
             assert theirs.decode(ids) == sample
+
+
+def test_a_table_from_elsewhere_ends_no_text(model: Make) -> None:
+    files = files_of(model("gpt2", "table"), "hf", "x")
+    settings = json.loads(files["tokenizer_config.json"])
+    assert not {"bos_token", "eos_token", "pad_token", "unk_token"} & settings.keys()
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads(files[name])["eos_token_id"] is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,6 +272,7 @@ def test_mistakes_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
     [
         ("modern", "bpe", {}, "only arch gpt2 fits"),
         ("gpt2", "char", {}, "this model reads characters"),
+        ("gpt2", "table", {}, "this model reads characters"),
         ("gpt2", "wordpiece", {}, "this model has WordPiece"),
         ("gpt2", "bpe", {"activation": "gelu"}, "has the tanh GELU"),
     ],

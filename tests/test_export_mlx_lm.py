@@ -63,7 +63,7 @@ def logits(model: Any, ids: Array, cache: Any = None) -> Array:
     return np.array(model(mx.array(ids[None]), cache=cache)[0])
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
+@pytest.mark.parametrize("kind", ["char", "bpe", "table"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_logits_are_ours_on_1000_tokens(exported: Any, recipe: str, kind: str, text: str) -> None:
     saved, folder = exported(recipe, kind)

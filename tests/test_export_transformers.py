@@ -59,7 +59,7 @@ def logits(model: Any, ids: Array, **given: Any) -> tuple[Array, Any]:
     return found.logits[0].numpy(), found.past_key_values
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
+@pytest.mark.parametrize("kind", ["char", "bpe", "table"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_logits_are_ours_on_1000_tokens(loaded: Any, recipe: str, kind: str, text: str) -> None:
     saved, model, tokenizer = loaded(recipe, kind)

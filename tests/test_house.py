@@ -21,7 +21,7 @@ FILES = sorted(file for file in ROOT.rglob("*.py") if file.parent != SHIPPED)
 PACKAGE = ROOT.name
 FLOORS = [  # from the ground up; a room sees its own floor and those below
     {"", "state", "config", "gpt2", "lora_names", "backends.base"},
-    {"backends", "durable", "lora"},
+    {"backends", "durable", "lora", "heartbeat"},
     {"checkpoint", "records", "data", "schedule", "rules", "extras"}
     | {"tokenizer", "char_table", "subword", "streaming"},
     {"reports"},
@@ -35,9 +35,10 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
 CORE += ("sample", "records", "durable", "data.windows")
-GUESTS = {  # the core runs without them: numba, another architecture, fewer bits, a rate to compare
+GUESTS = {  # the core runs without them: numba, GPT-2, fewer bits, a rate to compare, other ranks
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
     "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
+    "backends.group", "backends.mlx_group", "backends.numpy_ranks", "backends.mlx_ranks",
     "backends.numpy_recompute", "backends.mlx_recompute",
     "backends.numpy_lora", "backends.mlx_lora",
 }  # fmt: skip

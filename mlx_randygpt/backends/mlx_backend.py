@@ -146,7 +146,7 @@ class MLXBackend:
 
     def _accumulated(self, batches: Sequence[Batch]) -> tuple[mx.array, Weights]:
         """Mean loss and gradients over all targets, `micro_batch` sequences in memory at a time."""
-        total = sum(batch.n_targets() for batch in batches)
+        total = max(1, sum(batch.n_targets() for batch in batches))
         size = self._train.micro_batch or max(1, len(batches[0].starts))
         terms = (
             self._part(replace(b, starts=b.starts[i : i + size], row=b.row + i), index, total)

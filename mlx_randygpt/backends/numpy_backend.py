@@ -144,7 +144,7 @@ class NumpyBackend:
             chunk, loss = self._chunks[worker], 0.0
             for start in range(edges[worker], edges[worker + 1], rows):
                 part = slice(start, min(start + rows, edges[worker + 1]))
-                loss += work(chunk, x[part], y[part].reshape(-1), total, start)
+                loss += work(chunk, x[part], y[part].reshape(-1), total, batch.row + start)
             return loss
 
         return sum(self._pool.map(share, range(self.n_threads)))

@@ -29,6 +29,7 @@ COMMANDS = {
     "runs": ("runs", "List and compare runs, the best first."),
     "inspect": ("inspect", "Show what a model has learned, as a page."),
     "export": ("export", "Write a model as files that other programs run."),
+    "launch": ("launch", "Train on several ranks or machines: launch -n 4 -- train …"),
     "check": ("check", "Prove the gradients on this machine."),
     "bench": ("bench", "Measure training or sampling speed."),
     "plan": ("plan", "Say what a run needs: memory, time and cost."),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.checkpoint import BEST, NEWEST
+from mlx_randygpt.checkpoint import BEST, NEWEST, peek_step
 from mlx_randygpt.cli import settings, text
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.lora import trained_count
 from mlx_randygpt.state import parameter_count
 from mlx_randygpt.train import Run
+
+LAUNCH = "MLXGPT_LAUNCH"  # how `mlxgpt launch` was called, to say how to go on
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Job:
     resume: Path | None
     resume_newest: bool
     init_from: Path | None
+    tokenizer: dict[str, Any] | None = None  # that of rank 0, where this is another
 
     @property
     def resuming(self) -> bool:
@@ -70,11 +74,24 @@ def _count(n: int) -> str:
 
 def resume_line(job: Job, run: Run) -> str:
     """The command that goes on with this run."""
-    words = ["mlxgpt", "train", "--iters", str(run.train.iters), "--resume"]
+    words = [
+        *shlex.split(os.environ.get(LAUNCH, "mlxgpt")),
+        "train",
+        "--iters",
+        str(run.train.iters),
+        "--resume",
+    ]
     words += ["--out", str(job.out)] if str(job.out) != "checkpoints" else []
     words += [word for name in job.given.get("log", ()) for word in ("--log", name)]
     words += ["--backend", job.backend] if job.backend != "auto" else []
     return shlex.join(words)
+
+
+def kept_line(job: Job, run: Run) -> str:
+    """What the disk holds of a run that could not go on, and the command that does."""
+    newest = job.out / NEWEST
+    kept = f"Saved last: {newest} (iter {peek_step(newest)}). " if newest.exists() else ""
+    return f"{kept}Go on with: {resume_line(job, run)}"
 
 
 def sample_line(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""What resuming asks: is it the same run still, and what makes it another one."""
+"""What resuming asks: from where, is it the same run still, and what makes it another one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,51 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from mlx_randygpt.checkpoint import Checkpoint, CheckpointError, kept_name, load_checkpoint
 from mlx_randygpt.cli import text
-from mlx_randygpt.cli.settings import ResumeError
+from mlx_randygpt.cli.folder import RunFolder
+from mlx_randygpt.cli.job import Job
+from mlx_randygpt.cli.model import merged
+from mlx_randygpt.cli.settings import ResumeError, resumed
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import Vocabulary, chosen
 from mlx_randygpt.schedule import decay_start
 from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer
+
+
+def starting_point(job: Job, folder: RunFolder) -> tuple[Checkpoint | None, list[str]] | None:
+    """The checkpoint to start from, if there is one, and lines about those passed over; None where
+    nothing is left to train, which is said."""
+    if not job.resuming and not job.overwrite:
+        folder.refuse_if_used()
+    source = job.resume or job.init_from
+    saved = load_checkpoint(source) if source else None
+    saved = merged(saved) if saved and job.init_from else saved
+    if job.resume and job.resume.resolve().parent != job.out.resolve():
+        folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
+    saved, skipped = folder.newest() if job.resume_newest else (saved, [])
+    if saved is None or not job.resuming:
+        return saved, skipped
+    _, config = resumed(job.given, saved)
+    done = saved.progress.eval_step >= config.iters  # else a stop has cut it off
+    if saved.state.step > config.iters or (saved.state.step == config.iters and done):
+        for line in skipped:
+            click.echo(line)
+        click.echo(
+            f"Already at iteration {saved.state.step} (target {config.iters}). Nothing to train."
+        )
+        return None
+    if saved.progress.plateau.exhausted(config.patience):
+        click.echo(
+            f"Stopped early at iteration {saved.state.step}: {config.patience} evaluations "
+            f"without a new best. --patience 0, or a larger one, goes on."
+        )
+        return None
+    return (before_decay(saved, config.iters, job.out) if job.resume_newest else saved), skipped
 
 
 def same_tokenizer(tokenizer: Tokenizer, given: Mapping[str, Any]) -> None:

@@ -10,23 +10,31 @@ import click
 import numpy as np
 
 from mlx_randygpt import lora, rules
-from mlx_randygpt.backends import choose, make_backend
+from mlx_randygpt.backends import choose
 from mlx_randygpt.backends.base import Backend, BackendError
-from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError, load_checkpoint
+from mlx_randygpt.checkpoint import (
+    BEST,
+    NEWEST,
+    Checkpoint,
+    CheckpointError,
+)
 from mlx_randygpt.cli import settings, text
+from mlx_randygpt.cli.common import checkpoint_without_arrays, facts, told
 from mlx_randygpt.cli.folder import RunFolder, no_checkpoint
 from mlx_randygpt.cli.job import (
     Job,
     config_toml,
     describe_model,
     interval,
+    kept_line,
     resume_line,
     sample_line,
 )
 from mlx_randygpt.cli.loggers import Loggers
 from mlx_randygpt.cli.memory_options import fitted
-from mlx_randygpt.cli.model import describe_backend, merged
-from mlx_randygpt.cli.resume import before_decay, changes, same_tokenizer, same_vocabulary
+from mlx_randygpt.cli.model import describe_backend
+from mlx_randygpt.cli.ranks import RANK_TIMEOUT, Team, compute
+from mlx_randygpt.cli.resume import changes, same_tokenizer, same_vocabulary, starting_point
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.view import Shown, choose_console
 from mlx_randygpt.config import ModelConfig, TrainConfig
@@ -44,68 +52,77 @@ from mlx_randygpt.train import Run, TrainingDiverged, train
 
 def train_command(job: Job) -> int:
     """Train as asked; the exit code."""
-    if job.resume_newest and not job.out.is_dir():
-        raise CheckpointError(no_checkpoint(job.out))
     overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-    with StopSignals() as signals, RunFolder(job.out) as folder, overflow_is_checked:
-        if not job.resuming and not job.overwrite:
-            folder.refuse_if_used()
-        source = job.resume or job.init_from
-        saved = load_checkpoint(source) if source else None
-        saved = merged(saved) if saved and job.init_from else saved
-        if job.resume and job.resume.resolve().parent != job.out.resolve():
-            folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
-        saved, skipped = folder.newest() if job.resume_newest else (saved, [])
-        if saved is not None and job.resuming:
-            _, config = settings.resumed(job.given, saved)
-            done = saved.progress.eval_step >= config.iters  # else a stop has cut it off
-            if saved.state.step > config.iters or (saved.state.step == config.iters and done):
-                for line in skipped:
-                    click.echo(line)
-                click.echo(
-                    f"Already at iteration {saved.state.step} (target {config.iters}). "
-                    "Nothing to train."
-                )
-                return 0
-            if saved.progress.plateau.exhausted(config.patience):
-                click.echo(
-                    f"Stopped early at iteration {saved.state.step}: {config.patience} evaluations "
-                    f"without a new best. --patience 0, or a larger one, goes on."
-                )
-                return 0
-            if job.resume_newest:
-                saved = before_decay(saved, config.iters, job.out)
+    timeout = job.given.get("rank_timeout", RANK_TIMEOUT)
+    with StopSignals() as signals, Team(timeout) as team, overflow_is_checked:
+        if team.rank > 0:
+            return helped(job, team, signals)
+        if job.resume_newest and not job.out.is_dir():
+            raise CheckpointError(no_checkpoint(job.out))
+        with RunFolder(job.out) as folder:
+            return led(job, team, folder, signals)
+
+
+def led(job: Job, team: Team, folder: RunFolder, signals: StopSignals) -> int:
+    """The run as rank 0, or the only one, goes through it: with files and a screen."""
+    with team.leading():
+        if (found := starting_point(job, folder)) is None:
+            team.group.tell(None)
+            return 0
+        saved, skipped = found
         name, why = choose(job.backend)
-        run, state, description, notes = prepare(job, saved, name)
-        backend = make_backend(name, run.model, run.train, state)
-        loggers = Loggers(job.given.get("log", ()), notes.append)
-        loggers.begin(job.out, asdict(run.model) | asdict(run.train))
-        kept = folder.keep_best(state.step) if job.resume else ""  # nothing can be refused now
-        folder.begin(config_toml(job, run), fresh=not job.resuming)
-        info = RunInfo(
-            model=describe_model(run.model),
-            data=description,
-            backend=describe_backend(backend, why),
-            recipe=run.train.recipe,
-            saves=f"{job.out / NEWEST}, every {interval(run.train.save_every)}",
-            out=str(job.out),
-            iters=run.train.iters,
-            start_step=state.step,
-        )
-        del saved, state  # the backend has its own copy
-        notes[:0] = [*skipped, *([kept] if kept else [])]
-        if (device := backend.device).endswith("(Metal)"):
-            notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
-        return follow(job, run, backend, info, folder, signals, notes, loggers)
+        run, state, description, notes = prepare(job, saved, name, team)
+        team.check(name, run.train)
+        start = told(saved, run)
+    team.group.tell(start)
+    team.agree(facts(run, name))
+    backend = team.backend(name, run.model, run.train, state)
+    loggers = Loggers(job.given.get("log", ()), notes.append)
+    loggers.begin(job.out, asdict(run.model) | asdict(run.train))
+    kept = folder.keep_best(state.step) if job.resume else ""  # nothing can be refused now
+    folder.begin(config_toml(job, run), fresh=not job.resuming)
+    info = RunInfo(
+        model=describe_model(run.model),
+        data=description,
+        backend=describe_backend(backend, why) + team.described,
+        recipe=run.train.recipe,
+        saves=f"{job.out / NEWEST}, every {interval(run.train.save_every)}",
+        out=str(job.out),
+        iters=run.train.iters,
+        start_step=state.step,
+    )
+    del saved, state, found  # the backend has its own copy
+    notes[:0] = [*skipped, *([kept] if kept else [])]
+    if (device := backend.device).endswith("(Metal)"):
+        notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
+    return follow(job, run, backend, info, folder, signals, notes, loggers, team)
+
+
+def helped(job: Job, team: Team, signals: StopSignals) -> int:
+    """The run as every other rank goes through it: steps, and nothing else."""
+    start = team.group.tell(None)
+    if not isinstance(start, dict):
+        return int(start or 0)  # rank 0 has said why
+    saved = checkpoint_without_arrays(start["checkpoint"]) if start["checkpoint"] else None
+    data = job.data or tuple(start["paths"])
+    name, _ = choose(job.backend)
+    job = replace(job, data=data, tokenizer=start["tokenizer"])
+    run, state, _, _ = prepare(job, saved, name, team)
+    team.agree(facts(run, name))
+    backend = team.backend(name, run.model, run.train, state)
+    team.group.asked = lambda: signals.exit_code
+    signals.defer(lambda: None)
+    del saved, state  # the backend has its own copy
+    return compute(run, backend, team)
 
 
 def prepare(
-    job: Job, saved: Checkpoint | None, backend_name: str
+    job: Job, saved: Checkpoint | None, backend_name: str, team: Team
 ) -> tuple[Run, TrainState, str, list[str]]:
     """The run, its first state, the data line and what the user should be told."""
     tokenizer, corpus = _corpus(job, saved)
     model, config = _settings(job, saved, tokenizer, len(corpus.train))
-    config = _resolved(job, config, backend_name, corpus)
+    config = _resolved(job, config, backend_name, corpus, team)
     config, passes = fitted(job.given, model, config, backend_name)
     check_length(corpus, model.block_size)
     lost = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(config.prompt))
@@ -144,7 +161,7 @@ def prepare(
 
 def follow(
     job: Job, run: Run, backend: Backend, info: RunInfo, folder: RunFolder, signals: StopSignals,
-    notes: list[str], loggers: Loggers,
+    notes: list[str], loggers: Loggers, team: Team,
 ) -> int:  # fmt: skip
     """Show every report, record it, and say at the end what can be done next."""
     console, plain = choose_console(job.plain)
@@ -153,14 +170,18 @@ def follow(
     with Shown(make_view(info, console, plain)) as view, contextlib.closing(loggers):
         loggers.note = view.note
         signals.defer(view.restore)
+        team.begin(
+            lambda: signals.exit_code or int(view.lost), view.restore, lambda: kept_line(job, run)
+        )
         for note in notes:
             view.note(note)
         try:
-            for report in train(run, backend, job.out, lambda: signals.asked() or view.lost):
+            for report in train(run, backend, job.out, team.group.should_stop):
                 folder.record(report, run.train.log_every)
                 loggers.record(report, run.train.log_every)
                 if isinstance(report, EndLog):
                     end = report
+                    team.part()
                     if end.reason == "stopped":
                         view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
                 if isinstance(report, SaveLog):
@@ -178,12 +199,12 @@ def follow(
             what = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
             raise CheckpointError(f"{what} is not on the disk: {save.error}")
     if view.lost:  # nobody is there to read: a closed pipe or terminal
-        return signals.exit_code or 1
+        return team.exit_code or 1
     if end is not None and end.reason == "stopped":
         click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)
     elif end is not None:
         click.echo(f"Let it write: {sample_line(job)}", file=console.file)
-    return signals.exit_code
+    return team.exit_code
 
 
 def _corpus(job: Job, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
@@ -191,7 +212,8 @@ def _corpus(job: Job, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
     remembered = saved.data if saved and job.resuming else {}
     how = text.reading(job.given, remembered)
     if saved is None:
-        return text.load(text.files_of(job.data), how, text.wanted(job.given))
+        known = tokenizer_from_json(job.tokenizer) if job.tokenizer else text.wanted(job.given)
+        return text.load(text.files_of(job.data), how, known)
     tokenizer = tokenizer_from_json(saved.tokenizer)
     same_tokenizer(tokenizer, job.given)
     if not job.resuming:
@@ -226,15 +248,18 @@ def _settings(
     return settings.by_rule(given, model, config, n_tokens)
 
 
-def _resolved(job: Job, config: TrainConfig, backend_name: str, corpus: Corpus) -> TrainConfig:
+def _resolved(
+    job: Job, config: TrainConfig, backend_name: str, corpus: Corpus, team: Team
+) -> TrainConfig:
     """Defaults that depend on machine and text, written down so that a resume keeps them."""
     if backend_name == "numpy":
         if config.dtype != "float32":
             raise BackendError(f"--dtype {config.dtype} needs MLX; the NumPy backend is float32")
         from mlx_randygpt.backends.numpy_backend import available_cores
 
-        asked = job.given.get("threads") or min(config.threads, available_cores())
-        config = replace(config, threads=asked or available_cores())
+        cores = available_cores()
+        asked = job.given.get("threads", 0) * team.n_beside or min(config.threads, cores)
+        config = replace(config, threads=asked or cores)  # of the machine, shared by ranks on it
     if not config.prompt:
         config = replace(config, prompt="ROMEO:" if corpus.has_romeo else "\n")
     return config

@@ -108,6 +108,11 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
     help="Compute type on a GPU; weights and moments stay float32.  [default: float32]",
 )
 @click.option("--threads", type=int, help="NumPy backend.  [default: all cores]")
+@click.option(
+    "--rank-timeout",
+    type=float,
+    help="Several ranks: seconds of silence after which one is lost.  [default: 20]",
+)
 @click.option("--seed", type=int, help="Everything random follows from it.  [default: 1337]")
 @click.option(
     "--prompt", help="For the samples.  [default: ROMEO: if the text has it, else a newline]"

@@ -61,7 +61,7 @@ def refuse_misfit(saved: Checkpoint) -> None:
             f"--format gguf: llama.cpp's gpt2 has the tanh GELU, this model has "
             f"activation {model.activation!r}; --format hf holds it"
         )
-    if saved.tokenizer["type"] == "char":
+    if saved.tokenizer["type"] in ("char", "table"):
         raise ExchangeError(
             "--format gguf: llama.cpp's gpt2 reads byte-level BPE, this model reads characters; "
             "train with --tokenizer bpe, or take --format hf"

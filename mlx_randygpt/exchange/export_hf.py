@@ -13,6 +13,7 @@ from typing import Any
 import safetensors.numpy
 
 from mlx_randygpt import backends
+from mlx_randygpt.char_table import NEVER
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange.export_tokenizer import as_json, tokenizer_files
 from mlx_randygpt.tokenizer import tokenizer_from_json
@@ -56,7 +57,9 @@ def generation(saved: Checkpoint) -> dict[str, Any]:
     return {**found, "suppress_tokens": never} if never else found
 
 
-def ends(saved: Checkpoint) -> dict[str, int]:
-    """The ids before and after a document."""
+def ends(saved: Checkpoint) -> dict[str, int | None]:
+    """The ids before and after a document; None where nothing is."""
     tokenizer = tokenizer_from_json(saved.tokenizer)
+    if tokenizer.eos == NEVER:
+        return {"bos_token_id": None, "eos_token_id": None}  # else a GPT-2 has its own
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}

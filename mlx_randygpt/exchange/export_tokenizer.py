@@ -1,17 +1,18 @@
 """Any of our tokenizers as the tokenizer.json that other programs read.
 
-A character vocabulary becomes a word vocabulary whose words are single characters. The others are
-a tokenizer.json already. Texts that look like a special token are text, as they are here.
+A character vocabulary becomes a word vocabulary whose words are single characters; where it has no
+token for unknown ones, they are removed before. The others are a tokenizer.json already. Texts that
+look like a special token are text, as they are here.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from mlx_randygpt.char_table import TableTokenizer
+from mlx_randygpt.char_table import NEVER, TableTokenizer
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from_json
 
 CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
@@ -26,16 +27,16 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
     names = token_names(content)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[tokenizer.bos],
-        "eos_token": names[tokenizer.eos],
-        "pad_token": names[tokenizer.eos],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # of a text
         "chat_template": CHAT,
     }
+    if tokenizer.eos != NEVER:
+        end = names[tokenizer.eos]
+        settings |= {"bos_token": names[tokenizer.bos], "eos_token": end, "pad_token": end}
     if model.position == "learned":
         settings["model_max_length"] = model.block_size
-    if unknown := content["model"].get("unk_token"):
+    if (unknown := content["model"].get("unk_token")) in names.values():
         settings["unk_token"] = unknown
     return {"tokenizer.json": as_json(content), "tokenizer_config.json": as_json(settings)}
 
@@ -43,25 +44,30 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer in the form of the library `tokenizers`."""
     if isinstance(tokenizer, TableTokenizer):
-        raise ExchangeError(
-            "the tokenizer is a table without begin, end and unknown, as nanoGPT's and randyGPT's "
-            "characters are, which these programs have no form for; --format safetensors keeps it"
-        )
-    if not isinstance(tokenizer, CharTokenizer):
-        content: dict[str, Any] = tokenizer.to_json()["tokenizer"]
-        return content
-    first = len(tokenizer.chars)
+        ids = {symbol: token for token, symbol in enumerate(tokenizer.symbols) if symbol}
+        listed = "".join(f"\\x{{{ord(symbol):X}}}" for symbol in ids)
+        others = {"type": "Replace", "pattern": {"Regex": f"[^{listed}]"}, "content": ""}
+        return _characters(ids, [], others)
+    if isinstance(tokenizer, CharTokenizer):
+        words = [*tokenizer.chars, *CHAR_SPECIALS]
+        return _characters({word: token for token, word in enumerate(words)}, CHAR_SPECIALS, None)
+    content: dict[str, Any] = tokenizer.to_json()["tokenizer"]
+    return content
+
+
+def _characters(
+    ids: dict[str, int], special: Sequence[str], normalizer: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A tokenizer.json of which each word is one character."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    words = [*tokenizer.chars, *CHAR_SPECIALS]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": first + i, "content": name, **plain, "special": True}
-            for i, name in enumerate(CHAR_SPECIALS)
+            {"id": ids[name], "content": name, **plain, "special": True} for name in special
         ],
-        "normalizer": None,
+        "normalizer": normalizer,
         "pre_tokenizer": {
             "type": "Split",
             "pattern": {"Regex": ANY_CHARACTER},
@@ -70,11 +76,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "post_processor": None,
         "decoder": {"type": "Fuse"},
-        "model": {
-            "type": "WordLevel",
-            "vocab": {word: token for token, word in enumerate(words)},
-            "unk_token": CHAR_SPECIALS[2],
-        },
+        "model": {"type": "WordLevel", "vocab": ids, "unk_token": CHAR_SPECIALS[2]},
     }
 
 

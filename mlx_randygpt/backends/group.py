@@ -1,0 +1,122 @@
+"""The ranks that train one model together, seen from one of them: which rows of a batch are its
+own, and what all agree on. `Alone` is the only rank; several are in mlx_group.
+
+A collective is a call that every rank makes, in the same order. Knows no device, socket or file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.config import UserError
+from mlx_randygpt.state import Batch
+
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+SIZE_VARIABLES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+AGAIN_STEPS = 1000
+STOP_CODES = (1, 129, 130, 143)  # exit codes a rank may ask for: nobody reads, SIGHUP, INT, TERM
+
+
+class RankError(UserError):
+    """Ranks that cannot begin together, or one that is lost."""
+
+
+class Group(Protocol):
+    """One rank among `size`."""
+
+    rank: int
+    size: int
+    asked: Callable[[], int]  # the exit code this rank wants to stop with; 0: go on
+    stop: int  # the exit code all have agreed to stop with; 0: go on
+
+    def should_stop(self) -> bool:
+        """Whether all have agreed to stop. Every rank hears the same at the same step."""
+
+    def tell(self, value: Any) -> Any:
+        """Rank 0's value, which JSON can hold, on every rank; a collective."""
+
+    def gather(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The numbers (n,) of every rank, (size, n); a collective."""
+
+
+class Alone:
+    """The only rank of a run; nothing of MLX is imported for it."""
+
+    rank, size, stop = 0, 1, 0
+
+    def __init__(self) -> None:
+        self.asked: Callable[[], int] = lambda: 0
+
+    def should_stop(self) -> bool:
+        self.stop = self.asked()
+        return self.stop != 0
+
+    def tell(self, value: Any) -> Any:
+        return value
+
+    def gather(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+        return numbers[None]
+
+
+def share(batch: Batch, rank: int, size: int) -> Batch:
+    """The rows of `batch` that are this rank's own: contiguous, differing by at most one between
+    ranks. One without rows gets a window past the end, which has no targets that count."""
+    n = len(batch.starts)
+    first, last = n * rank // size, n * (rank + 1) // size
+    if first == last:
+        return replace(batch, starts=np.array([len(batch.tokens)], np.int64), row=first)
+    return replace(batch, starts=batch.starts[first:last], row=first)
+
+
+def again(backend: Backend) -> None:
+    """Every AGAIN_STEPS steps let all go on from rank 0's state: gradients are the same everywhere,
+    but processors of different kinds round an update differently."""
+    if backend.step % AGAIN_STEPS == 0:
+        backend.restore(backend.state())
+
+
+def is_ranked(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this process as one of several; RankError: it says nonsense.
+
+    MLX's ring waits for ever where it is started alone or with a rank that is no number.
+    """
+    rank = next((environment[name] for name in RANK_VARIABLES if name in environment), None)
+    if rank is None or any(environment.get(name) == "1" for name in SIZE_VARIABLES):
+        return False
+    if not rank.isdigit():
+        raise RankError(f"MLX_RANK={rank!r} is not a number; the first rank is 0")
+    return "MLX_HOSTFILE" not in environment or len(ring_hosts(environment)) > 1
+
+
+def ring_hosts(environment: Mapping[str, str] = os.environ) -> list[list[str]]:
+    """The addresses of each rank in the file MLX_HOSTFILE names, [["ip:port", …], …]; [] where
+    there is none. RankError where it is not such a file or does not list this rank."""
+    import json
+
+    path = environment.get("MLX_HOSTFILE", "")
+    try:
+        text = Path(path).read_text(encoding="utf-8") if path else ""
+        hosts = json.loads(text) if text.strip() else []  # mlx.launch -n 1 leaves it empty
+    except OSError as error:
+        raise RankError(f"MLX_HOSTFILE={path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RankError(f"MLX_HOSTFILE={path} is not JSON: {error}") from error
+    if not isinstance(hosts, list) or not all(
+        isinstance(host, list) and host and all(isinstance(at, str) for at in host)
+        for host in hosts
+    ):
+        raise RankError(f'MLX_HOSTFILE={path} is not a list such as [["10.0.0.1:5000"], …]')
+    rank = int(environment.get("MLX_RANK", "0"))
+    if len(hosts) > 1 and rank >= len(hosts):
+        raise RankError(
+            f"MLX_RANK={rank}, but {path} lists {len(hosts)} ranks: 0 to {len(hosts) - 1}"
+        )
+    return hosts
