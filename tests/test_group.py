@@ -71,6 +71,9 @@ def test_an_environment_says_whether_there_are_other_ranks(tmp_path: Path) -> No
     assert is_ranked({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"})
     assert not is_ranked({})
     assert not is_ranked({"PMI_RANK": "0", "PMI_SIZE": "1"})
+    assert not is_ranked({"PMIX_RANK": "0", "SLURM_NTASKS": "1"})
+    several = ring(tmp_path, [["127.0.0.1:5000"], ["127.0.0.1:5001"]])
+    assert is_ranked({**several, "SLURM_NTASKS": "1"})  # a launcher inside a job of one task
     assert not is_ranked({**ring(tmp_path, "\n"), "MLX_RANK": "0"})  # mlx.launch -n 1
 
 

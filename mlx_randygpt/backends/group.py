@@ -19,8 +19,12 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Batch
 
-RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
-SIZE_VARIABLES = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+LAUNCHERS = {  # the variable of a rank, and those that may say how many there are
+    "MLX_RANK": ("MLX_WORLD_SIZE",),
+    "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",),
+    "PMIX_RANK": ("SLURM_NTASKS", "PMI_SIZE"),
+    "PMI_RANK": ("PMI_SIZE", "SLURM_NTASKS"),
+}
 AGAIN_STEPS = 1000
 STOP_CODES = (1, 129, 130, 143)  # exit codes a rank may ask for: nobody reads, SIGHUP, INT, TERM
 
@@ -88,11 +92,12 @@ def is_ranked(environment: Mapping[str, str] = os.environ) -> bool:
 
     MLX's ring waits for ever where it is started alone or with a rank that is no number.
     """
-    rank = next((environment[name] for name in RANK_VARIABLES if name in environment), None)
-    if rank is None or any(environment.get(name) == "1" for name in SIZE_VARIABLES):
+    name = next((name for name in LAUNCHERS if name in environment), None)
+    if name is None or any(environment.get(size) == "1" for size in LAUNCHERS[name]):
         return False
+    rank = environment[name]
     if not rank.isdigit():
-        raise RankError(f"MLX_RANK={rank!r} is not a number; the first rank is 0")
+        raise RankError(f"{name}={rank!r} is not a number; the first rank is 0")
     return "MLX_HOSTFILE" not in environment or len(ring_hosts(environment)) > 1
 
 

@@ -46,7 +46,10 @@ def join(waiting: Callable[[float], None]) -> Ranks:
         polls += 1
         waiting(polls * JOIN_POLL_SECONDS)
     if isinstance(found[0], RuntimeError):
-        raise RankError(f"the ranks could not be connected: {found[0]}")
+        raise RankError(
+            f"the ranks could not be connected: {found[0]}; a launcher's variables, such as "
+            "MLX_RANK, are set: without them this process trains alone"
+        )
     return Ranks(found[0])
 
 
