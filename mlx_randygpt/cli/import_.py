@@ -13,7 +13,7 @@ from mlx_randygpt.gpt2 import ACTIVATIONS
 if TYPE_CHECKING:
     from mlx_randygpt.exchange.foreign import Foreign
 
-FORMATS = ("gpt2", "nanogpt", "randygpt", "randygpt-hf")
+FORMATS = ("gpt2", "mlxgpt", "nanogpt", "randygpt", "randygpt-hf")
 
 
 @click.command("import", cls=Command)
@@ -46,7 +46,7 @@ def command(
     source: Path, format: str, output: Path, overwrite: bool, vocab: Path | None,
     activation: str | None, json: bool, **sizes: int | None,
 ) -> None:  # fmt: skip
-    """Read a model of GPT-2, nanoGPT or randyGPT and write it as a checkpoint.
+    """Read a model of GPT-2, nanoGPT, randyGPT or `mlxgpt export` and write it as a checkpoint.
 
     SOURCE is a Hugging Face folder, a ckpt.pt or a .bin file. No code in it is run. The checkpoint
     is for eval, sample, info, serve and train --init-from.

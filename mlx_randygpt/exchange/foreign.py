@@ -31,17 +31,18 @@ class Foreign:
     moments: dict[str, Params] = field(default_factory=dict)
     step: int = 0
     best_loss: float = math.inf
-    train: Mapping[str, Any] = field(default_factory=dict)  # over those of the classic recipe
+    train: Mapping[str, Any] = field(default_factory=dict)  # over those of the recipe
     notes: tuple[str, ...] = ()
+    recipe: str = "classic"
 
     def checkpoint(self) -> Checkpoint:
         """The same as a checkpoint of ours, from which a new run begins or, where there are
         moments, its own goes on."""
         sizes = [getattr(self.model, name) for name in SIZES]
         named = (n for n, p in PRESETS.items() if [getattr(p, name) for name in SIZES] == sizes)
-        settings = {**RECIPES["classic"]["train"], **self.train}
+        settings = {**RECIPES[self.recipe]["train"], **self.train}
         settings |= {"iters": max(self.step, settings.get("iters", 1000))}
-        train = TrainConfig(recipe="classic", preset=next(named, DEFAULT_PRESET), **settings)
+        train = TrainConfig(recipe=self.recipe, preset=next(named, DEFAULT_PRESET), **settings)
         known = math.isfinite(self.best_loss)
         progress = Progress(
             best_loss=self.best_loss if known else math.inf, best_step=self.step if known else 0

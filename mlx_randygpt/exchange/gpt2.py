@@ -50,10 +50,7 @@ def read_folder(source: Path, vocab: Path | None) -> Foreign:
     """The model of a folder; ExchangeError where it is another than our GPT-2."""
     config = read_json(source / "config.json")
     model = _model(source / "config.json", config)
-    path = next((source / name for name in WEIGHTS if (source / name).is_file()), None)
-    if path is None:
-        raise ExchangeError(f"{source} holds no weights; looked for {', '.join(WEIGHTS)}")
-    stored = _stored(path)
+    path, stored = stored_in(source)
     untied = config.get("tie_word_embeddings", True) is not True
     params = weights(path, model, stored, untied=untied, turned=TURNED)
     tokenizer = tokenizer_at(vocab or source, model.vocab_size)
@@ -107,8 +104,15 @@ def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**ARCHS["gpt2"] | {"activation": ACTIVATIONS[activation]}, **sizes)
 
 
+def stored_in(source: Path) -> tuple[Path, Mapping[str, Stored]]:
+    """The file of weights in a folder, and its tensors."""
+    path = next((source / name for name in WEIGHTS if (source / name).is_file()), None)
+    if path is None:
+        raise ExchangeError(f"{source} holds no weights; looked for {', '.join(WEIGHTS)}")
+    return path, _stored(path)
+
+
 def _stored(path: Path) -> Mapping[str, Stored]:
-    """The tensors of a file of weights."""
     if path.name.endswith(".index.json"):
         return read_shards(path.parent, path.name)
     if path.suffix == ".safetensors":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mlx_randygpt.exchange import ExchangeError, gpt2, nanogpt, randygpt
+from mlx_randygpt.exchange import ExchangeError, gpt2, nanogpt, native, randygpt
 from mlx_randygpt.exchange.foreign import Foreign
 from mlx_randygpt.exchange.tensors import read_json
 from mlx_randygpt.exchange.torch_file import MAGIC
 
-FORMATS = ("gpt2", "nanogpt", "randygpt", "randygpt-hf")
-_OF_MODEL_TYPE = {"gpt2": "gpt2", "randygpt": "randygpt-hf"}
+FORMATS = ("gpt2", "mlxgpt", "nanogpt", "randygpt", "randygpt-hf")
+_OF_MODEL_TYPE = {"gpt2": "gpt2", "mlxgpt": "mlxgpt", "randygpt": "randygpt-hf"}
+_FOLDERS: dict[str, Callable[[Path, Path | None], Foreign]] = {
+    "gpt2": gpt2.read_folder, "mlxgpt": native.read_folder, "randygpt-hf": randygpt.read_folder,
+}  # fmt: skip
 
 
 def read_foreign(
@@ -38,12 +41,10 @@ def read_foreign(
         raise ExchangeError(
             f"--{min(sizes).replace('_', '-')} is for randygpt; a {kind} says its own"
         )
-    if kind in ("gpt2", "randygpt-hf") and not source.is_dir():
-        raise ExchangeError(f"{source} is a file; {kind} is a folder with a config.json")
-    if kind == "gpt2":
-        return gpt2.read_folder(source, vocab)
-    if kind == "randygpt-hf":
-        return randygpt.read_folder(source, vocab)
+    if kind in _FOLDERS:
+        if not source.is_dir():
+            raise ExchangeError(f"{source} is a file; {kind} is a folder with a config.json")
+        return _FOLDERS[kind](source, vocab)
     if kind == "nanogpt":
         return nanogpt.read_checkpoint(source, vocab, activation)
     return randygpt.read_bin(source, vocab, sizes or {})
