@@ -77,10 +77,13 @@ def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Backe
 
 def require_mlx(backend: str) -> None:
     """BackendError where `--quantize` finds another backend than MLX."""
-    from mlx_randygpt.backends import choose
+    from mlx_randygpt.backends import choose, mlx_device
     from mlx_randygpt.backends.base import BackendError
 
     name, why = choose(backend)
+    device, missing = mlx_device()
+    if name != "mlx" and device is None:
+        raise BackendError(f"--quantize needs MLX: {missing}; pip install 'mlx-randygpt[cpu]'")
     if name != "mlx":
         took = f"auto took NumPy ({why}); --backend mlx" if why else f"not --backend {name}; mlx"
         raise BackendError(f"--quantize needs MLX, {took} takes it")
