@@ -345,6 +345,8 @@ def refused(words: str, code: int, env: dict[str, str] | None = None) -> str:
 
 @pytest.mark.parametrize(("words", "code", "says"), BAD_INPUT)
 def test_a_bad_command_line_is_one_line(words: str, code: int, says: str, folder: Path) -> None:
+    if "--host=" in words:
+        pytest.importorskip("starlette")
     assert says in refused(words, code)
 
 
