@@ -125,7 +125,7 @@ def run(*words: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["modern", "classic"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_generate_writes_what_we_write(exported: Any, recipe: str) -> None:
     saved, folder = exported(recipe)
     prompt = tokenizer_from_json(saved.tokenizer).encode("The old")
