@@ -19,7 +19,7 @@ from turns import Runners, interleave, rows, save, show
 
 from mlx_randygpt.backends.numpy_backend import NumpyBackend, available_cores
 from mlx_randygpt.config import ARCHS, PRESETS, RECIPES, ModelConfig, TrainConfig
-from mlx_randygpt.exchange.gpt2 import TURNED
+from mlx_randygpt.gpt2 import TURNED
 from mlx_randygpt.state import Batch, TrainState, initial_params
 
 VOCAB_SIZE, RATE = 50257, 1e-4

@@ -68,10 +68,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     The newest of a run leaves the one before it as PREVIOUS. Raises CheckpointError on a full or
     read-only disk, and where a weight is not finite.
     """
-    tensors = _tensors(checkpoint.state)
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(checkpoint.state).items():
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{path} is not replaced: {name} is not finite")
+    follows = path.name == NEWEST and checkpoint.state.step > 0
+    previous = path.with_name(PREVIOUS) if follows else None
+    write_atomically(path, serialized(checkpoint), previous)
+
+
+def serialized(checkpoint: Checkpoint) -> bytes:
+    """The content of its file."""
+    tensors = _tensors(checkpoint.state)
     header = json.dumps(strict(header_of(checkpoint)), sort_keys=True, allow_nan=False)
     metadata = {
         "format": FORMAT,
@@ -79,9 +86,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "header": header,
         "sha256": _digest(header, tensors),
     }
-    follows = path.name == NEWEST and checkpoint.state.step > 0
-    previous = path.with_name(PREVIOUS) if follows else None
-    write_atomically(path, safetensors.numpy.save(tensors, metadata), previous)
+    return bytes(safetensors.numpy.save(tensors, metadata))
 
 
 def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:

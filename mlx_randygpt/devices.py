@@ -65,15 +65,9 @@ def here(backend: str) -> Device:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory, unified = int(CPU_SHARE * total), True
     if backend == "mlx":
-        module = import_module(BACKENDS["mlx"][0])  # only the backend imports MLX
-        found = module.probe()
-        info = module.mx.device_info() if found.has_gpu else {}
+        found = import_module(BACKENDS["mlx"][0]).probe()
         unified = not found.description.endswith("(CUDA)")
-        memory = int(
-            info.get("max_recommended_working_set_size")
-            or CUDA_SHARE * info.get("total_memory", 0)
-            or memory
-        )
+        memory = int(found.recommended or CUDA_SHARE * found.memory or memory)
     return Device("this machine", memory, 0, 0, 0, ETHERNET, 50e-6, unified)
 
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+NORM_EPS = 1e-5  # of every LayerNorm
+TURNED = (  # weights that its files hold as (in, out)
+    "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+)  # fmt: skip
 ACTIVATIONS = ("gelu_tanh", "gelu")
 SWITCHES: dict[str, Any] = {  # over those of a recipe
     "arch": "gpt2", "activation": "gelu_tanh", "bias": True, "position": "learned",

@@ -35,6 +35,8 @@ class Device:
 
     has_gpu: bool
     description: str  # "Apple M3 Max (Metal)", "NVIDIA H200 (CUDA)", "CPU"
+    memory: int = 0  # bytes of a GPU; 0 is not known
+    recommended: int = 0  # bytes that a program should fill at most, as Metal says
 
 
 def probe() -> Device:
@@ -42,8 +44,10 @@ def probe() -> Device:
     if mx.default_device().type != mx.DeviceType.gpu:
         return Device(False, "CPU")
     is_metal = hasattr(mx, "metal") and mx.metal.is_available()
-    name = mx.device_info().get("device_name", "GPU")
-    return Device(True, f"{name} ({'Metal' if is_metal else 'CUDA'})")
+    info = mx.device_info()
+    name = f"{info.get('device_name', 'GPU')} ({'Metal' if is_metal else 'CUDA'})"
+    memory = info.get("memory_size") or info.get("total_memory") or 0
+    return Device(True, name, int(memory), int(info.get("max_recommended_working_set_size") or 0))
 
 
 class MLXBackend:

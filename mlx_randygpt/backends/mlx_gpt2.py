@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_randygpt.backends.mlx_model import GPT, Attention, Embedding, ModelArgs, drop
-
-EPS = 1e-5  # of every LayerNorm
+from mlx_randygpt.gpt2 import NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class GPT2Block(nn.Module):  # type: ignore[misc]
     def __init__(self, args: GPT2Args) -> None:
         super().__init__()
         self.dropout = args.dropout
-        self.ln_1 = nn.LayerNorm(args.n_embd, EPS, bias=args.bias)
+        self.ln_1 = nn.LayerNorm(args.n_embd, NORM_EPS, bias=args.bias)
         self.attn = GPT2Attention(args)
-        self.ln_2 = nn.LayerNorm(args.n_embd, EPS, bias=args.bias)
+        self.ln_2 = nn.LayerNorm(args.n_embd, NORM_EPS, bias=args.bias)
         self.mlp = GPT2MLP(args)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
@@ -85,7 +84,7 @@ class GPT2(GPT):
         self.wte = Embedding(args.vocab_size, args.n_embd)
         self.wpe = nn.Embedding(args.block_size, args.n_embd)
         self.h = [GPT2Block(args) for _ in range(args.n_layer)]
-        self.ln_f = nn.LayerNorm(args.n_embd, EPS, bias=args.bias)
+        self.ln_f = nn.LayerNorm(args.n_embd, NORM_EPS, bias=args.bias)
 
     def final(self, x: mx.array) -> mx.array:
         return self.ln_f(x)

@@ -17,9 +17,9 @@ import numpy as np
 from mlx_randygpt.backends import numpy_cache
 from mlx_randygpt.backends.numpy_model import Chunk, Read
 from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.gpt2 import NORM_EPS
 from mlx_randygpt.state import Array, Params
 
-NORM_EPS = 1e-5
 TANH_SCALE, TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
 NODES, REACH = 1 << 14, 8.0  # of the table of the normal distribution, which spans ±REACH
 

@@ -10,7 +10,6 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from typing import Any
 
 import click
@@ -201,16 +200,13 @@ def _gflops(backend: str) -> float:
 
 def _mlx() -> Facts:
     from mlx_randygpt.backends import mlx_device
-    from mlx_randygpt.config import BACKENDS
 
     device, reason = mlx_device()
     if device is None:
         return {"device": None, "absent": reason}
     found = {"device": device.description, "has_gpu": device.has_gpu}
     if device.has_gpu:
-        mlx = import_module(BACKENDS["mlx"][0]).mx  # only the backend imports MLX
-        info = mlx.device_info()
-        found["memory_bytes"] = info.get("memory_size") or info.get("total_memory")
+        found["memory_bytes"] = device.memory or None
         found["tf32"] = os.environ.get("MLX_ENABLE_TF32") != "0"
     return found
 

@@ -28,7 +28,7 @@ import click
 from mlx_randygpt.cli.hosts import Hosts
 from mlx_randygpt.cli.job import LAUNCH
 from mlx_randygpt.cli.ranks import LIFELINE
-from mlx_randygpt.cli.signals import STOPPING
+from mlx_randygpt.cli.signals import give_back, take
 
 ORDERLY = (0, 129, 130, 143)  # all ranks end with these together, rank 0 once it has saved
 POLL_SECONDS = 0.05
@@ -53,10 +53,7 @@ class Ranks:
         self._asked = False  # SIGTERM went to those that did not end by themselves
 
     def __enter__(self) -> Ranks:
-        for number in STOPPING:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # started by nohup
-            self._old[number] = signal.signal(number, self._forward)
+        self._old = take(self._forward)
         ring = json.dumps([[address] for address in self._addresses()])
         hostfile = Path(self._folder.name, "hosts.json")
         hostfile.write_text(ring)
@@ -74,8 +71,7 @@ class Ranks:
                 process.stdin.close()
         for reader in self._readers:
             reader.join()
-        for number, old in self._old.items():
-            signal.signal(number, old)
+        give_back(self._old)
         self._folder.cleanup()
 
     def wait(self) -> int:

@@ -18,6 +18,22 @@ import click
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def take(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Let `handler` have the signals that stop a program; who had them, for `give_back`. SIGHUP
+    stays ignored where nohup has seen to that."""
+    return {
+        number: signal.signal(number, handler)
+        for number in STOPPING
+        if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
+    }
+
+
+def give_back(old: dict[int, Any]) -> None:
+    """Undo `take`."""
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
 class Stopped(SystemExit):
     """A signal before the training loop: nothing to save, the code is 128 + its number."""
 
@@ -32,10 +48,7 @@ class StopSignals:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in STOPPING:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # started by nohup
-            self._old[number] = signal.signal(number, self._handle)
+        self._old = take(self._handle)
         return self
 
     def __exit__(
@@ -44,8 +57,7 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
+        give_back(self._old)
         if kind is Stopped:
             click.echo("\nInterrupted before the training began; nothing to save.", err=True)
 
@@ -53,10 +65,6 @@ class StopSignals:
         """From now on signals only ask; `leave` gives the terminal back before a second one ends
         the process."""
         self._deferring, self._leave = True, leave
-
-    def asked(self) -> bool:
-        """Whether a signal has asked to stop."""
-        return self.received != 0
 
     @property
     def exit_code(self) -> int:

@@ -12,9 +12,10 @@ from typing import Any
 
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.export_gpt2 import EPS, with_biases
+from mlx_randygpt.exchange.export_gpt2 import with_biases
 from mlx_randygpt.exchange.export_tokenizer import token_names
 from mlx_randygpt.extras import missing
+from mlx_randygpt.gpt2 import NORM_EPS
 from mlx_randygpt.tokenizer import tokenizer_from_json
 
 GGUF = "model.gguf"
@@ -85,7 +86,7 @@ def add_settings(writer: Any, saved: Checkpoint, name: str) -> None:
     writer.add_feed_forward_length(4 * model.n_embd)
     writer.add_block_count(model.n_layer)
     writer.add_head_count(model.n_head)
-    writer.add_layer_norm_eps(EPS)
+    writer.add_layer_norm_eps(NORM_EPS)
 
 
 def add_tokenizer(writer: Any, saved: Checkpoint) -> None:

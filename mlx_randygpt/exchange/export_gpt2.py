@@ -17,7 +17,6 @@ from mlx_randygpt.exchange.export_hf import ends, generation
 from mlx_randygpt.exchange.export_tokenizer import as_json, tokenizer_files
 from mlx_randygpt.state import Params
 
-EPS = 1e-5  # of every LayerNorm
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}  # ours -> that of transformers
 
 
@@ -50,7 +49,7 @@ def config(saved: Checkpoint) -> dict[str, Any]:
         "n_embd": model.n_embd,
         "n_layer": model.n_layer,
         "n_head": model.n_head,
-        "layer_norm_epsilon": EPS,
+        "layer_norm_epsilon": gpt2.NORM_EPS,
         "resid_pdrop": model.dropout,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
@@ -69,4 +68,4 @@ def with_biases(saved: Checkpoint) -> Params:
 
 def stored(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A weight as GPT-2's files have it."""
-    return np.ascontiguousarray(array.T) if ".c_" in name and array.ndim == 2 else array
+    return np.ascontiguousarray(array.T) if name.endswith(gpt2.TURNED) else array

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlx_randygpt.checkpoint import Checkpoint, save_checkpoint
+from mlx_randygpt.checkpoint import Checkpoint, serialized
 from mlx_randygpt.state import TrainState
 
 WEIGHTS = "model.safetensors"
@@ -18,10 +17,7 @@ def weights_files(saved: Checkpoint) -> dict[str, bytes]:
     It names the run's texts without the folders they were in."""
     state = TrainState(saved.state.step, saved.state.params, {})
     slim = replace(saved, state=state, data=without_folders(saved.data))
-    with TemporaryDirectory() as folder:
-        path = Path(folder, WEIGHTS)
-        save_checkpoint(path, slim)
-        return {WEIGHTS: path.read_bytes()}
+    return {WEIGHTS: serialized(slim)}
 
 
 def without_folders(data: dict[str, Any]) -> dict[str, Any]:

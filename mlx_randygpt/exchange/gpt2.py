@@ -27,6 +27,7 @@ from mlx_randygpt.exchange.tensors import (
 )
 from mlx_randygpt.exchange.torch_file import TorchFile
 from mlx_randygpt.exchange.vocabulary import tokenizer_at
+from mlx_randygpt.gpt2 import NORM_EPS, TURNED
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PREFIX = "transformer."
@@ -39,10 +40,9 @@ ACTIVATIONS = {  # as Hugging Face names them
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
 }  # fmt: skip
 FIXED = {  # what else decides the numbers, and the only value our model has
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "layer_norm_epsilon": NORM_EPS, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
 }  # fmt: skip
-TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HEAD, WTE = "lm_head.weight", "wte.weight"
 
 

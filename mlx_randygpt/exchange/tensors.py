@@ -1,5 +1,6 @@
 """Tensors of foreign files: what a file says of them is checked before anything is read, and what
-is read becomes float32. Owns the files of safetensors and JSON beside them.
+is read becomes float32. Owns the files of safetensors, whose library gives NumPy no bfloat16, and
+JSON beside them.
 """
 
 from __future__ import annotations
