@@ -51,14 +51,11 @@ class MLXLora(MLXBackend):
     def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
         return super()._mean_loss(self._merge(weights), x, y, keys)
 
-    def _bind(self, weights: Weights) -> None:
-        """Let the model compute with these, or with what the adapters make of the frozen ones;
-        that is kept, for decoding binds at every token."""
-        if weights is self._weights:
-            if self._merged[0] is not weights:
-                self._merged = weights, self._merge(weights)
-            weights = self._merged[1]
-        super()._bind(weights)
+    def _whole(self) -> Weights:
+        """What the adapters make of the frozen weights, kept, for decoding asks at every token."""
+        if self._merged[0] is not self._weights:
+            self._merged = self._weights, self._merge(self._weights)
+        return self._merged[1]
 
     def _merge(self, adapters: Weights) -> Weights:
         merged = dict(self._frozen)
