@@ -142,4 +142,5 @@ def test_the_source_names_nothing_that_metal_lacks(file: Path) -> None:
     attributes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
     named = {n.attr for n in attributes if ast.unparse(n.value).split(".")[0] in ("mx", "nn")}
     assert named
-    assert named & FORBIDDEN == set()
+    on_purpose = {"cpu"} if file.name == "mlx_group.py" else set()  # a ring adds there anyhow
+    assert named & FORBIDDEN == on_purpose

@@ -20,7 +20,8 @@ pytest.importorskip("mlx.core", exc_type=ImportError)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_randygpt.backends import mlx_backend, mlx_model
+from mlx_randygpt.backends import choose, mlx_backend, mlx_device, mlx_model
+from mlx_randygpt.backends.base import BackendError
 from mlx_randygpt.backends.mlx_backend import MLXBackend
 from mlx_randygpt.backends.mlx_optimizer import newton_schulz, update
 from mlx_randygpt.check import recipe_of
@@ -399,3 +400,12 @@ def test_bfloat16_moves_float32_weights_and_stays_near_float32(recipe: str) -> N
         assert not np.array_equal(w, before[name])
         m, m32 = half.state().moments["m"][name], full.state().moments["m"][name]
         assert np.linalg.norm(m - m32) < 0.05 * np.linalg.norm(m32)  # measured: 0.019
+
+
+def test_a_build_for_a_gpu_that_finds_none_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA without a device, or a Mac that shows no Metal: MLX then names a GPU all the same."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "is_available", lambda device: False)
+    assert choose("auto") == ("numpy", mlx_device()[1])
+    with pytest.raises(BackendError, match=r"needs a GPU and finds none.*--backend numpy can"):
+        choose("mlx")

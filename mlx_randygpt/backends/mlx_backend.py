@@ -40,9 +40,12 @@ class Device:
 
 
 def probe() -> Device:
-    """The default device; it starts nothing on it."""
+    """The default device; it starts nothing on it. RuntimeError where MLX is built for a GPU and
+    there is none: it then allocates nothing, for its CPU device neither."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return Device(False, "CPU")
+    if not mx.is_available(mx.gpu):
+        raise RuntimeError("this build of MLX needs a GPU and finds none")
     is_metal = hasattr(mx, "metal") and mx.metal.is_available()
     info = mx.device_info()
     name = f"{info.get('device_name', 'GPU')} ({'Metal' if is_metal else 'CUDA'})"
