@@ -122,7 +122,7 @@ def write_atomically(path: Path, parts: Parts, previous: Path | None = None) -> 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", buffering=1 << 20) as file:
             file.writelines(parts)
             file.flush()
             durable.flush(file.fileno())
