@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.backends.base import Backend, StepResult
@@ -26,7 +25,7 @@ from mlx_randygpt.sample import generate
 from mlx_randygpt.schedule import is_due, learning_rate
 from mlx_randygpt.state import Array, Batch, TrainState
 from mlx_randygpt.tokenizer import Tokenizer
-from mlx_randygpt.writer import Saver
+from mlx_randygpt.writer import Folder, Saver
 
 MAX_SKIPS = 10  # steps in a row that `--on-nan skip` leaves out
 MAX_ROLLBACKS = 3  # of a run, each at half the rate
@@ -58,7 +57,7 @@ class Run:
 def train(
     run: Run,
     backend: Backend,
-    out: Path | None = None,
+    out: Folder | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Report]:

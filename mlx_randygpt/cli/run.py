@@ -171,12 +171,16 @@ def follow(
         loggers.note = view.note
         signals.defer(view.restore)
         team.begin(
-            lambda: signals.exit_code or int(view.lost), view.restore, lambda: kept_line(job, run)
+            lambda: signals.exit_code or int(view.lost),
+            view.restore,
+            lambda: kept_line(replace(job, out=folder.path), run),
         )
         for note in notes:
             view.note(note)
         try:
-            for report in train(run, backend, job.out, team.group.should_stop):
+            for report in train(run, backend, folder, team.group.should_stop):
+                while folder.news:
+                    view.note(folder.news.pop(0))
                 folder.record(report, run.train.log_every)
                 loggers.record(report, run.train.log_every)
                 if isinstance(report, EndLog):
@@ -193,6 +197,7 @@ def follow(
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
         if folder.problem:
             view.note(folder.problem)
+    job = replace(job, out=folder.path)  # it may have been moved
     for save in sorted(saves.values(), key=lambda save: save.best):
         if save.error:
             name = Path(save.path).name
