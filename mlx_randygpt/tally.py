@@ -259,6 +259,9 @@ class PlainLog:
     def restore(self) -> None:
         """Nothing to give back."""
 
+    def take(self) -> None:
+        """Nor to take again."""
+
     def _print_step(self) -> None:
         if self._unprinted:
             self._print(step_line(self._tally))

@@ -169,7 +169,7 @@ def follow(
     end: EndLog | None = None
     with Shown(make_view(info, console, plain)) as view, contextlib.closing(loggers):
         loggers.note = view.note
-        signals.defer(view.restore)
+        signals.defer(view.restore, view.take)
         team.begin(
             lambda: signals.exit_code or int(view.lost),
             view.restore,

@@ -42,6 +42,9 @@ class Shown:
     def restore(self) -> None:
         self._try(self._view.restore)
 
+    def take(self) -> None:
+        self._try(self._view.take)
+
     def _try(self, call: Callable[[], object]) -> None:
         if self.lost:
             return
