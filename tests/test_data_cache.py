@@ -85,6 +85,17 @@ def test_what_the_dead_left_is_swept_and_what_the_living_write_is_not(tmp_path: 
     assert sorted(os.listdir(tmp_path)) == ["a.tokens", "c.tokens"]
 
 
+def test_what_no_run_has_read_for_long_goes(tmp_path: Path) -> None:
+    old, read = tmp_path / f"{'a' * 32}.tokens", tmp_path / f"{'b' * 32}.tokens"
+    for path in (old, read, foreign := tmp_path / "c.tokens"):
+        write(path)
+    for path in (old, read, foreign):
+        os.utime(path, (0, 0))
+    assert cache.read(read) is not None
+    write(new := tmp_path / "new.tokens")
+    assert sorted(tmp_path.iterdir()) == sorted([read, foreign, new])
+
+
 def test_the_name_depends_on_every_part() -> None:
     names = {cache.key("a", {"x": 1}), cache.key("a", {"x": 2}), cache.key("b", {"x": 1})}
     assert len(names) == 3
