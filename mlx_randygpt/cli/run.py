@@ -203,7 +203,10 @@ def follow(
             name = Path(save.path).name
             what = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
             raise CheckpointError(f"{what} is not on the disk: {save.error}")
-    if view.lost:  # nobody is there to read: a closed pipe or terminal
+    if view.lost:  # nobody is there to read: a closed pipe or terminal, a full disk
+        with contextlib.suppress(OSError):
+            why = f"the output cannot be written ({view.why}), so the run has stopped"
+            click.echo(f"Error: {why}. {kept_line(job, run)}", err=True)
         return team.exit_code or 1
     if end is not None and end.reason == "stopped":
         click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)

@@ -25,6 +25,7 @@ class Shown:
 
     def __init__(self, view: Dashboard | PlainLog) -> None:
         self._view, self.lost = view, False
+        self.why = ""  # it is lost
 
     def __enter__(self) -> Shown:
         self._try(self._view.__enter__)
@@ -50,5 +51,5 @@ class Shown:
             return
         try:
             call()
-        except OSError:
-            self.lost = True
+        except OSError as error:
+            self.lost, self.why = True, error.strerror or str(error)
