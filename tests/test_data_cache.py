@@ -114,6 +114,18 @@ def test_the_place_is_that_of_the_environment(environ: dict[str, str], folder: s
     assert str(cache.place(environ)) == folder
 
 
+def test_without_a_home_the_place_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: a user without a name
+    assert cache.place({}) == Path(".cache", "mlx-randygpt")
+
+
+def test_a_refused_tokenizer_names_the_variable_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="set MLXGPT_CACHE to a folder"):
+        cache.write_small(tmp_path / "file" / "a.tokenizer.json", b"{}")
+
+
 PREPARE = """
 import sys
 from pathlib import Path

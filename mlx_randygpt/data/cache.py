@@ -42,10 +42,14 @@ class Mapped(NamedTuple):
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder of caches: MLXGPT_CACHE, else mlx-randygpt in XDG_CACHE_HOME or ~/.cache."""
-    if own := environ.get(PLACE):
-        return Path(own).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-randygpt"
+    """The folder of caches: MLXGPT_CACHE, else mlx-randygpt in XDG_CACHE_HOME or ~/.cache; where
+    nobody is at home, in .cache here."""
+    own = environ.get(PLACE)
+    path = Path(own or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "mlx-randygpt"))
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a process without HOME whose user has no name, as in some containers
+        return Path(*path.parts[1:])
 
 
 def key(*parts: object) -> str:
@@ -82,10 +86,7 @@ def write(
             length = len(content).to_bytes(8, "little")
             file.write(content + sha256(content).digest() + length + MAGIC)
     except OSError as error:
-        raise DataError(
-            f"the tokens cannot be written to {path.parent}: {error.strerror or error}; "
-            f"set {PLACE} to a folder with room for two to four bytes a token"
-        ) from error
+        raise _refused(path, error) from error
 
 
 def write_small(path: Path, content: bytes) -> None:
@@ -95,7 +96,14 @@ def write_small(path: Path, content: bytes) -> None:
         with _Temporary(path) as file:
             file.write(content)
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the tokens cannot be written to {path.parent}: {error.strerror or error}; "
+        f"set {PLACE} to a folder with room for two to four bytes a token"
+    )
 
 
 def read(path: Path) -> Mapped | None:
