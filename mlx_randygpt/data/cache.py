@@ -139,14 +139,15 @@ def read(path: Path) -> Mapped | None:
 def used(path: Path) -> None:
     """A run has read this file: its KEPT_DAYS begin again."""
     with contextlib.suppress(OSError):  # a folder of somebody else
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def _forget(folder: Path, before: float) -> None:
     """Remove our files that were last read before that time; who has mapped one keeps it."""
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
-            if OURS.fullmatch(path.name) and path.stat().st_mtime < before:
+            facts = path.stat()
+            if OURS.fullmatch(path.name) and max(facts.st_atime, facts.st_mtime) < before:
                 path.unlink()
 
 
