@@ -12,6 +12,7 @@ import json
 import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Conversation:
         if name in SETTINGS:
             return self._set(name, value.strip())
         if name == "/save":
-            return self.save(Path(value.strip()).expanduser()) if value.strip() else _needs_file()
+            return self.save(Path(expanduser(value.strip()))) if value.strip() else _needs_file()
         known = {"/reset": self._reset, "/show": self._show, "/help": _help}
         if name not in known:
             raise ChatError(f"{reprlib.repr(name)} is unknown; it is one of {', '.join(COMMANDS)}")

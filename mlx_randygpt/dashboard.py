@@ -76,6 +76,10 @@ class Dashboard:
         """Gives the terminal back without drawing: for a signal handler about to leave for good."""
         os.write(self._console.file.fileno(), b"\x1b[?1049l\x1b[?25h")
 
+    def take(self) -> None:
+        """Has the terminal again after `restore`; the next report draws all of it."""
+        os.write(self._console.file.fileno(), b"\x1b[?1049h\x1b[?25l")
+
     def _draw(self) -> None:
         began = self._clock()
         self._live.refresh()

@@ -18,6 +18,7 @@ from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Report, SampleLog, Sa
 Clock = Callable[[], float]
 
 SMOOTHING = 0.05  # weight of the newest loss in the smoothed one: about the last 20 reports
+FEW_STEPS = 10  # fewer give no mean speed
 N_EVENTS = 10  # notes and saved files remembered for the end
 ENDINGS = {"stopped": ", stopped on request", "patience": ", stopped early: no new best"}
 
@@ -96,10 +97,14 @@ class Tally:
 
     @property
     def tokens_per_second(self) -> float:
-        """Since the first report of this session, evaluations included."""
-        if not self.first or not self.last or self.last.seconds <= self.first.seconds:
-            return self.last.tokens_per_second if self.last else 0.0
-        return (self.last.tokens - self.first.tokens) / (self.last.seconds - self.first.seconds)
+        """Since the first report of this session, evaluations included. That report comes when the
+        second step is taken, so a few steps tell nothing: their pace does."""
+        first, last = self.first, self.last
+        if not first or not last:
+            return 0.0
+        if last.step - first.step < FEW_STEPS or last.seconds <= first.seconds:
+            return last.tokens_per_second
+        return (last.tokens - first.tokens) / (last.seconds - first.seconds)
 
     @property
     def elapsed(self) -> float:
@@ -258,6 +263,9 @@ class PlainLog:
 
     def restore(self) -> None:
         """Nothing to give back."""
+
+    def take(self) -> None:
+        """Nor to take again."""
 
     def _print_step(self) -> None:
         if self._unprinted:

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.backends.base import Backend, StepResult
@@ -27,7 +26,7 @@ from mlx_randygpt.sample import generate
 from mlx_randygpt.schedule import is_due, learning_rate
 from mlx_randygpt.state import Array, Batch, TrainState
 from mlx_randygpt.tokenizer import Tokenizer
-from mlx_randygpt.writer import Saver
+from mlx_randygpt.writer import Folder, Saver
 
 MAX_SKIPS = 10  # steps in a row that `--on-nan skip` leaves out
 MAX_ROLLBACKS = 3  # of a run, each at half the rate
@@ -59,7 +58,7 @@ class Run:
 def train(
     run: Run,
     backend: Backend,
-    out: Path | None = None,
+    out: Folder | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Report]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 from mlx_randygpt.checkpoint import (
@@ -24,6 +25,7 @@ from mlx_randygpt.reports import SaveLog
 from mlx_randygpt.schedule import decay_start, is_due
 
 RETRY_SECONDS = 10.0
+Folder = PathLike[str]  # asked for each file: a folder may be moved meanwhile
 
 
 def save_log(path: Path, checkpoint: Checkpoint, error: str = "") -> SaveLog:
@@ -48,9 +50,8 @@ class CheckpointWriter:
         self._waiting: dict[Path, Checkpoint] = {}
         self._failed: dict[Path, Checkpoint] = {}
         self._told: set[Path] = set()  # whose failure is known
-        self._last_try = False
+        self._last_try = self._closing = False
         self._finished: list[SaveLog] = []
-        self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
@@ -118,7 +119,7 @@ class CheckpointWriter:
 class Saver:
     """When the state of a run goes to the disk, and under which name."""
 
-    def __init__(self, config: TrainConfig, out: Path | None, clock: Callable[[], float]) -> None:
+    def __init__(self, config: TrainConfig, out: Folder | None, clock: Callable[[], float]) -> None:
         self._config, self._out, self._clock = config, out, clock
         self._writer = CheckpointWriter() if out is not None else None
         self._saved_at = clock()
@@ -138,7 +139,7 @@ class Saver:
     def save(self, name: str, snapshot: Callable[[], Checkpoint]) -> None:
         """Have a snapshot written soon."""
         if self._writer is not None and self._out is not None:
-            self._writer.submit(self._out / name, snapshot())
+            self._writer.submit(Path(self._out) / name, snapshot())
 
     def finished(self) -> list[SaveLog]:
         """What was written, or failed, since the last call."""
@@ -151,7 +152,7 @@ class Saver:
         logs = sorted(self.close(), key=lambda log: log.best)
         if self._out is None or any(log.best for log in logs):
             return logs
-        if (best := self._out / BEST).exists():
+        if (best := Path(self._out) / BEST).exists():
             try:
                 logs.append(save_log(best, load_checkpoint(best, weights_only=True)))
             except CheckpointError as error:

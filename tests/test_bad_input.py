@@ -82,12 +82,15 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{NEW} --data=tex.txt", 1, "is it text.txt?"),
     (f"{NEW} --data=*.rst", 1, "no file matches '*.rst'"),
     (f"{NEW} --data=", 1, "no such file: ''"),
+    (f"{NEW} --data=~nobodyofthatname/a.txt", 1, "no such file: '~nobodyofthatname/a.txt'"),
+    (f"{NEW} --tokenizer=~nobodyofthatname/t.json", 1, "nor a file: No such file or directory"),
     (f"{NEW} --data=hollow", 1, "hollow holds no text: no .txt, .md, .jsonl or .parquet file"),
     (f"{NEW} --data=empty.txt", 1, "empty.txt is empty; put text into it or leave it out"),
     (f"{NEW} --data=binary.txt", 1, "binary.txt is binary, not text: a NUL byte at offset 2"),
     (f"{NEW} --data=latin.txt", 1, "latin.txt is not UTF-8 text: byte 0xe9 at offset 3 (line 1)"),
     (f"{NEW} --data=wide.txt", 1, "wide.txt is UTF-16, not UTF-8; convert it, e.g. iconv"),
-    (f"{NEW} --out=text.txt", 1, "--out text.txt cannot be written: File exists"),
+    (f"{NEW} --data=bare.txt", 1, "bare.txt looks like utf-16-le, not UTF-8; give --encoding utf-"),
+    (f"{NEW} --out=text.txt", 1, "--out text.txt cannot be written: it is a file, not a folder"),
     (f"{NEW} --out=text.txt/sub", 1, "--out text.txt/sub cannot be written: Not a directory"),
     (f"{NEW} --out=checkpoints", 1, "checkpoints already holds a checkpoint"),
     # train: files to begin from
@@ -295,6 +298,7 @@ def folder(text: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     folder = tmp_path_factory.mktemp("bad")
     texts = {
         "text.txt": text.encode(), "empty.txt": b"", "binary.txt": b"ab\0c" * 999,
+        "bare.txt": text.encode("utf-16-le"),
         "latin.txt": b"caf\xe9 " * 999, "wide.txt": text.encode("utf-16"), "letter.txt": b"a",
         "digits.txt": b"0123456789" * 99,
     }  # fmt: skip

@@ -114,7 +114,7 @@ def test_texts_that_cannot_be_trained_on(content: bytes | None, reason: str) -> 
         ("--resume=.", ". is a folder; name the file, such as checkpoint.safetensors"),
         ("--resume", "there is no checkpoint in checkpoints; leave --resume out"),
         ("--init-from=text.txt", "text.txt is not a checkpoint of mlxgpt"),
-        ("--out=text.txt", "--out text.txt cannot be written: File exists"),
+        ("--out=text.txt", "--out text.txt cannot be written: it is a file, not a folder"),
         ("--out=text.txt/sub", "--out text.txt/sub cannot be written: Not a directory"),
     ],
 )

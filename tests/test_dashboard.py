@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,13 @@ def test_drawing_stays_within_one_percent(monkeypatch: pytest.MonkeyPatch) -> No
     dashboard.show(SAMPLE)
     assert drawn[-1] == now.seconds - 0.01
     assert drawn[-2] == drawn[-1] - 0.01
+
+
+def test_a_run_of_few_steps_is_as_fast_as_its_steps() -> None:
+    tally = Tally(INFO, Now())
+    for n, seconds in ((1, 1.0), (2, 1.001)):  # the first is told when the second is taken
+        tally.add(replace(step(n), seconds=seconds))
+    assert tally.tokens_per_second == step(2).tokens_per_second
 
 
 def test_the_summary_holds_the_outcome_and_what_was_said() -> None:

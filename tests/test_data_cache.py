@@ -85,6 +85,17 @@ def test_what_the_dead_left_is_swept_and_what_the_living_write_is_not(tmp_path: 
     assert sorted(os.listdir(tmp_path)) == ["a.tokens", "c.tokens"]
 
 
+def test_what_no_run_has_read_for_long_goes(tmp_path: Path) -> None:
+    old, read = tmp_path / f"{'a' * 32}.tokens", tmp_path / f"{'b' * 32}.tokens"
+    for path in (old, read, foreign := tmp_path / "c.tokens"):
+        write(path)
+    for path in (old, read, foreign):
+        os.utime(path, (0, 0))
+    assert cache.read(read) is not None
+    write(new := tmp_path / "new.tokens")
+    assert sorted(tmp_path.iterdir()) == sorted([read, foreign, new])
+
+
 def test_the_name_depends_on_every_part() -> None:
     names = {cache.key("a", {"x": 1}), cache.key("a", {"x": 2}), cache.key("b", {"x": 1})}
     assert len(names) == 3
@@ -101,6 +112,18 @@ def test_the_name_depends_on_every_part() -> None:
 )
 def test_the_place_is_that_of_the_environment(environ: dict[str, str], folder: str) -> None:
     assert str(cache.place(environ)) == folder
+
+
+def test_without_a_home_the_place_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: a user without a name
+    assert cache.place({}) == Path(".cache", "mlx-randygpt")
+
+
+def test_a_refused_tokenizer_names_the_variable_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="set MLXGPT_CACHE to a folder"):
+        cache.write_small(tmp_path / "file" / "a.tokenizer.json", b"{}")
 
 
 PREPARE = """

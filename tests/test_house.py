@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import subprocess
 import sys
@@ -99,6 +100,13 @@ def floor(name: str) -> int:
         if name in names or (name not in FLOORS[0] and name.split(".")[0] in names):
             return level
     raise AssertionError(f"{name} has no place in the house")
+
+
+@pytest.mark.parametrize("name", sorted(set(mlx_randygpt.__all__) - {"__version__"}))
+def test_a_public_name_is_one_thing_whatever_was_imported(name: str) -> None:
+    import mlx_randygpt.train
+
+    assert not inspect.ismodule(getattr(mlx_randygpt, name))
 
 
 @pytest.mark.parametrize("name", MODULES)

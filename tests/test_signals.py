@@ -164,3 +164,28 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
         got, expected = (load_checkpoint(r.out / name) for r in (run, straight))
         np.testing.assert_equal(asdict(got.state), asdict(expected.state))
         assert got.progress.best_loss == expected.progress.best_loss
+
+
+LEAVING = """
+import os, signal, sys
+from mlx_randygpt.cli.signals import StopSignals
+say = lambda word: print(word, flush=True)
+with StopSignals() as signals:
+    signals.defer(lambda: say("left"), lambda: say("back"))
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTSTP", "SIGQUIT"])
+def test_ctrl_z_and_sigquit_give_the_terminal_back_first(name: str) -> None:
+    command = [sys.executable, "-c", LEAVING, name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        if name == "SIGQUIT":
+            assert os.WTERMSIG(status) == signal.SIGQUIT
+        else:
+            assert os.WSTOPSIG(status) == signal.SIGTSTP
+            process.send_signal(signal.SIGCONT)
+        assert process.communicate()[0].split() == (
+            ["left"] if name == "SIGQUIT" else ["left", "back"]
+        )

@@ -7,6 +7,7 @@ loop makes of them can be worked by hand. Exactness is tested on the real ones.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -275,8 +276,9 @@ def test_a_resumed_run_does_not_evaluate_twice(faked: Callable[..., tuple[Run, F
 def test_long_splits_are_sampled_evenly(
     faked: Callable[..., tuple[Run, Fake]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_randygpt.train.EVAL_TOKENS", 64)
-    monkeypatch.setattr("mlx_randygpt.train.EVAL_BATCH_TOKENS", 16)
+    module = sys.modules[Run.__module__]  # `mlx_randygpt.train` is the function
+    monkeypatch.setattr(module, "EVAL_TOKENS", 64)
+    monkeypatch.setattr(module, "EVAL_BATCH_TOKENS", 16)
     run, backend = faked(iters=1, batch_size=1)
     list(train(run, backend))  # type: ignore[arg-type]
     assert backend.evaluated == [0] * 4 + [1] * 4  # four windows of 16 at each

@@ -6,6 +6,7 @@ answer without numpy, mlx or rich.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Any
@@ -85,7 +86,13 @@ def main() -> None:
     """The entry point `mlxgpt`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, until a command has begun
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: a checkpoint would be opened under its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # no text may end a run
-    group(prog_name="mlxgpt", auto_envvar_prefix="MLXGPT")
+    try:
+        group(prog_name="mlxgpt", auto_envvar_prefix="MLXGPT")
+    except OSError as error:  # of --help and --version, whose output is click's own
+        raise SystemExit(f"Error: the output cannot be written: {error.strerror}") from None

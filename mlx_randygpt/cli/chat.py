@@ -164,7 +164,7 @@ def _line_editing() -> Iterator[None]:
     from mlx_randygpt.chat import completions
 
     base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    path = Path(base).expanduser() / "mlx-randygpt" / "chat_history"
+    path = Path(os.path.expanduser(base), "mlx-randygpt", "chat_history")
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(N_REMEMBERED)
@@ -175,5 +175,6 @@ def _line_editing() -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_absolute():  # else nobody is at home
+                path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)

@@ -24,6 +24,7 @@ from mlx_randygpt.records import strict
 from mlx_randygpt.reports import EvalLog, Report, SampleLog, StepLog
 
 FLUSH_SECONDS = 1.0
+LOCK = ".lock"
 MAX_LINE = 1 << 20  # bytes; a line of metrics has about 200, a sample rarely 4,000
 
 
@@ -31,48 +32,70 @@ class FolderError(UserError, OSError):
     """An output folder that cannot be used."""
 
 
+class FolderInUse(FolderError):
+    """A folder that another run holds."""
+
+
 class RunFolder:
-    """Context manager that holds the folder's lock, which dies with its process."""
+    """Context manager that holds the folder's lock, which dies with its process. As a path it is
+    where the folder is by then: one that was moved is followed, one that is gone made again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problem = ""  # why metrics and samples are no longer written
+        self.news: list[str] = []  # what became of the folder, not yet told
         self._flushed_at = time.monotonic()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise FolderError(
-                f"--out {path} cannot be written: {error.strerror}; give a folder that can"
-            ) from error
+        self._config_toml: str | None = None  # None: no run has begun here
         self._metrics: Any = None
         self._samples: Any = None
 
     def __enter__(self) -> RunFolder:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise FolderError(
-                f"{self.path} is in use by another run (process {owner}); "
-                "wait for it or give another --out"
-            ) from error
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            self._lock.truncate(0)
-            self._lock.write(f"{os.getpid()}\n")
-            self._lock.flush()
+        parts = (self.path / LOCK, self.path, *self.path.parents)
+        self._made = [part for part in parts if not part.exists()]
+        self._lock = locked(self.path)
         for left in self.path.glob(".*.tmp"):  # of a process that died while it wrote
             left.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close_logs()
         with contextlib.suppress(OSError):
-            for file in filter(None, (self._metrics, self._samples)):
-                file.close()
             self._lock.truncate(0)
-            self._lock.close()
+            if self._config_toml is None:  # refused: as if it had never been asked for
+                for made in self._made:
+                    made.unlink() if made.name == LOCK else made.rmdir()
+        self._lock.close()
+
+    def __fspath__(self) -> str:
+        old = self.path
+        if not is_at(self._lock, old / LOCK):
+            if now := whereabouts(self._lock):
+                self.path = now.parent
+                self.news.append(f"{old} was moved; this run goes on in {self.path}.")
+            else:
+                with contextlib.suppress(FolderError):  # who saves will say why, and try again
+                    self._make_again()
+        return str(self.path)
+
+    def _make_again(self) -> None:
+        """The folder was removed; it may be another run's by now, then take one beside it."""
+        old = self.path
+        try:
+            lock = locked(old)
+        except FolderInUse:
+            self.path = old.with_name(f"{old.name}-{os.getpid()}")
+            lock = locked(self.path)
+        self._lock.close()
+        self._lock = lock
+        self.news.append(f"{old} was removed; this run goes on in {self.path}, made anew.")
+        if self._config_toml is not None:
+            self._close_logs()
+            self.begin(self._config_toml, fresh=False)
+
+    def _close_logs(self) -> None:
+        for file in filter(None, (self._metrics, self._samples)):
+            with contextlib.suppress(OSError):  # a full disk
+                file.close()
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints here: checkpoint.safetensors, then the others, the latest first."""
@@ -128,6 +151,7 @@ class RunFolder:
     def begin(self, config_toml: str, *, fresh: bool) -> None:
         """Write config.toml, open metrics.jsonl and samples.jsonl; a fresh run empties these and
         takes away another run's checkpoints, but for the newest, which its own first replaces."""
+        self._config_toml = config_toml
         try:
             for old in self.checkpoints() if fresh else ():
                 if old.name != NEWEST:
@@ -157,6 +181,67 @@ class RunFolder:
             self.problem = (
                 f"metrics.jsonl and samples.jsonl are no longer written: {error.strerror}"
             )
+
+
+def locked(folder: Path) -> TextIO:
+    """The folder's lock file, held by this process; the folder is made where there is none."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            is_file = folder.is_file()
+            reason = "it is a file, not a folder" if is_file else error.strerror
+            raise FolderError(
+                f"--out {folder} cannot be written: {reason}; give a folder that can"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderInUse(
+                f"{folder} is in use by another run (process {_owner(lock)}); "
+                "wait for it or give another --out"
+            ) from error
+        except OSError as error:
+            lock.close()
+            raise FolderError(
+                f"--out {folder} cannot be locked: {error.strerror}; give one on another disk"
+            ) from error
+        if is_at(lock, folder / LOCK):
+            break
+        lock.close()  # whoever held it has just taken it away
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+    return lock
+
+
+def _owner(lock: TextIO) -> str:
+    with lock:
+        lock.seek(0)
+        return lock.read().strip() or "unknown"
+
+
+def is_at(file: TextIO, path: Path) -> bool:
+    """Whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def whereabouts(file: TextIO) -> Path | None:
+    """Where an open file is by now; None where it is gone or the system does not tell."""
+    try:
+        if macos := getattr(fcntl, "F_GETPATH", None):
+            told = fcntl.fcntl(file, macos, bytes(1024)).rstrip(b"\0")
+        else:
+            told = os.fsencode(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    except OSError:
+        return None
+    path = Path(os.fsdecode(told))
+    return path if is_at(file, path) else None
 
 
 def _opened(path: Path, fresh: bool) -> TextIO:

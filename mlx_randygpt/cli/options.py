@@ -8,6 +8,7 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -267,4 +268,6 @@ def _one_line(error: Exception) -> str:
         return f"out of memory ({text}); try a smaller --batch-size, --block-size or model"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EIO):
+        return f"the output cannot be written: {error.strerror}"
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

@@ -169,14 +169,18 @@ def follow(
     end: EndLog | None = None
     with Shown(make_view(info, console, plain)) as view, contextlib.closing(loggers):
         loggers.note = view.note
-        signals.defer(view.restore)
+        signals.defer(view.restore, view.take)
         team.begin(
-            lambda: signals.exit_code or int(view.lost), view.restore, lambda: kept_line(job, run)
+            lambda: signals.exit_code or int(view.lost),
+            view.restore,
+            lambda: kept_line(replace(job, out=folder.path), run),
         )
         for note in notes:
             view.note(note)
         try:
-            for report in train(run, backend, job.out, team.group.should_stop):
+            for report in train(run, backend, folder, team.group.should_stop):
+                while folder.news:
+                    view.note(folder.news.pop(0))
                 folder.record(report, run.train.log_every)
                 loggers.record(report, run.train.log_every)
                 if isinstance(report, EndLog):
@@ -193,12 +197,16 @@ def follow(
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
         if folder.problem:
             view.note(folder.problem)
+    job = replace(job, out=folder.path)  # it may have been moved
     for save in sorted(saves.values(), key=lambda save: save.best):
         if save.error:
             name = Path(save.path).name
             what = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
             raise CheckpointError(f"{what} is not on the disk: {save.error}")
-    if view.lost:  # nobody is there to read: a closed pipe or terminal
+    if view.lost:  # nobody is there to read: a closed pipe or terminal, a full disk
+        with contextlib.suppress(OSError):
+            why = f"the output cannot be written ({view.why}), so the run has stopped"
+            click.echo(f"Error: {why}. {kept_line(job, run)}", err=True)
         return team.exit_code or 1
     if end is not None and end.reason == "stopped":
         click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)

@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP: the first asks, the second leaves at once and writes nothing.
 
 The handler only sets a flag: an exception inside a compiled step would destroy the arrays it
-holds. Before there is anything to save a signal simply ends the program.
+holds. Before there is anything to save a signal simply ends the program. While there is a live
+screen, Ctrl-Z and SIGQUIT give the terminal back before they do what they always do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import click
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LEAVING = (signal.SIGTSTP, signal.SIGQUIT)
 
 
 def take(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
@@ -45,6 +47,7 @@ class StopSignals:
         self.received = 0  # number of the first signal since `defer`; 0 is none
         self._deferring = False
         self._leave: Callable[[], None] = lambda: None
+        self._return: Callable[[], None] = lambda: None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -61,10 +64,23 @@ class StopSignals:
         if kind is Stopped:
             click.echo("\nInterrupted before the training began; nothing to save.", err=True)
 
-    def defer(self, leave: Callable[[], None]) -> None:
+    def defer(self, leave: Callable[[], None], back: Callable[[], None] = lambda: None) -> None:
         """From now on signals only ask; `leave` gives the terminal back before a second one ends
-        the process."""
-        self._deferring, self._leave = True, leave
+        the process, and `back` takes it again after Ctrl-Z and `fg`."""
+        self._deferring, self._leave, self._return = True, leave, back
+        for number in LEAVING:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                self._old[number] = signal.signal(number, self._as_ever)
+
+    def _as_ever(self, number: int, frame: FrameType | None) -> None:
+        """What the system does by itself, with the terminal given back meanwhile."""
+        with contextlib.suppress(Exception):
+            self._leave()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # SIGQUIT does not return; SIGTSTP does after `fg`
+        signal.signal(number, self._as_ever)
+        with contextlib.suppress(Exception):
+            self._return()
 
     @property
     def exit_code(self) -> int:

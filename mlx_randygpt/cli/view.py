@@ -25,6 +25,7 @@ class Shown:
 
     def __init__(self, view: Dashboard | PlainLog) -> None:
         self._view, self.lost = view, False
+        self.why = ""  # it is lost
 
     def __enter__(self) -> Shown:
         self._try(self._view.__enter__)
@@ -42,10 +43,13 @@ class Shown:
     def restore(self) -> None:
         self._try(self._view.restore)
 
+    def take(self) -> None:
+        self._try(self._view.take)
+
     def _try(self, call: Callable[[], object]) -> None:
         if self.lost:
             return
         try:
             call()
-        except OSError:
-            self.lost = True
+        except OSError as error:
+            self.lost, self.why = True, error.strerror or str(error)

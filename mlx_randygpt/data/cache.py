@@ -11,6 +11,8 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +27,8 @@ from mlx_randygpt.data import DataError
 MAGIC = b"mlxgptk1"
 TAIL = 32 + 8 + len(MAGIC)  # bytes after the JSON
 PLACE = "MLXGPT_CACHE"  # environment: another folder
+KEPT_DAYS = 90  # since a run has last read it
+OURS = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json)")
 SHORT = 1 << 16  # vocabularies up to it take two bytes a token
 Array = NDArray[Any]
 
@@ -38,10 +42,14 @@ class Mapped(NamedTuple):
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder of caches: MLXGPT_CACHE, else mlx-randygpt in XDG_CACHE_HOME or ~/.cache."""
-    if own := environ.get(PLACE):
-        return Path(own).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-randygpt"
+    """The folder of caches: MLXGPT_CACHE, else mlx-randygpt in XDG_CACHE_HOME or ~/.cache; where
+    nobody is at home, in .cache here."""
+    own = environ.get(PLACE)
+    path = Path(own or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "mlx-randygpt"))
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a process without HOME whose user has no name, as in some containers
+        return Path(*path.parts[1:])
 
 
 def key(*parts: object) -> str:
@@ -57,12 +65,14 @@ def write(
 ) -> None:
     """Write the blocks as one file; `finish` then gives the starts of documents and the facts.
 
-    The name is there once the whole file is on the disk. DataError where it cannot be written.
+    The name is there once the whole file is on the disk, and what nobody has read for KEPT_DAYS is
+    gone by then. DataError where it cannot be written.
     """
     dtype = np.dtype(np.uint16 if vocab_size <= SHORT else np.uint32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
+        _forget(path.parent, time.time() - KEPT_DAYS * 86_400)
         with _Temporary(path) as file:
             n_tokens = 0
             for block in blocks:
@@ -76,10 +86,7 @@ def write(
             length = len(content).to_bytes(8, "little")
             file.write(content + sha256(content).digest() + length + MAGIC)
     except OSError as error:
-        raise DataError(
-            f"the tokens cannot be written to {path.parent}: {error.strerror or error}; "
-            f"set {PLACE} to a folder with room for two to four bytes a token"
-        ) from error
+        raise _refused(path, error) from error
 
 
 def write_small(path: Path, content: bytes) -> None:
@@ -89,7 +96,14 @@ def write_small(path: Path, content: bytes) -> None:
         with _Temporary(path) as file:
             file.write(content)
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the tokens cannot be written to {path.parent}: {error.strerror or error}; "
+        f"set {PLACE} to a folder with room for two to four bytes a token"
+    )
 
 
 def read(path: Path) -> Mapped | None:
@@ -114,11 +128,27 @@ def read(path: Path) -> Mapped | None:
     end += -end % 8
     if end + 8 * n_starts + n_bytes + TAIL != size or not facts["tokens"]:
         return None
+    used(path)
     tokens = np.memmap(path, dtype, "r", shape=(facts["tokens"],))
     starts = np.empty(0, np.int64)
     if n_starts:
         starts = np.asarray(np.memmap(path, np.int64, "r", offset=end, shape=(n_starts,)))
     return Mapped(tokens, starts, facts)
+
+
+def used(path: Path) -> None:
+    """A run has read this file: its KEPT_DAYS begin again."""
+    with contextlib.suppress(OSError):  # a folder of somebody else
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _forget(folder: Path, before: float) -> None:
+    """Remove our files that were last read before that time; who has mapped one keeps it."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            if OURS.fullmatch(path.name) and max(facts.st_atime, facts.st_mtime) < before:
+                path.unlink()
 
 
 class _Temporary:

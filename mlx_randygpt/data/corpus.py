@@ -123,7 +123,9 @@ class Loader:
             return wanted
         path = self.folder / f"{cache.key(content, asdict(wanted))}.tokenizer.json"
         try:
-            return tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+            kept = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+            cache.used(path)
+            return kept
         except (OSError, ValueError):  # not there yet, or damaged
             tokenizer = self.learn(files, wanted)
             cache.write_small(path, json.dumps(tokenizer.to_json()).encode())

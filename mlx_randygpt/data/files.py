@@ -91,7 +91,7 @@ def _sample(reason: str) -> tuple[list[Path], str]:
 
 
 def _expand(name: str) -> Iterator[Path]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which, unlike pathlib's, takes ~nobody for a name
     if path.is_dir() and name:
         yield from _texts_under(path)
     elif path.exists() and name:

@@ -122,6 +122,10 @@ def _decoded(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
                 f"{file} is UTF-16, not UTF-8; {_iconv(file, 'utf-16')}, or give --encoding utf-16"
             )
         if utf8 and (nul := chunk.find(0)) >= 0:
+            half = chunk[nul % 2 :: 2]
+            if half.count(0) > 0.8 * len(half):  # as in UTF-16 of mostly Latin letters
+                name = f"utf-16-{'be' if (offset + nul) % 2 == 0 else 'le'}"
+                raise DataError(f"{file} looks like {name}, not UTF-8; give --encoding {name}")
             place = _place(file, offset + nul)
             raise DataError(f"{file} is binary, not text: a NUL byte {place}")
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from mlx_randygpt.config import ConfigError
@@ -48,7 +49,7 @@ def chosen(name: str, size: int) -> Tokenizer | Vocabulary:
     if size:
         raise ConfigError(f"--vocab-size {size} does not go with a tokenizer that is in a file")
     try:
-        return SubwordTokenizer.from_file(Path(name).expanduser().read_text(encoding="utf-8"))
+        return SubwordTokenizer.from_file(Path(expanduser(name)).read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
             f"--tokenizer {name} is neither char, {', '.join(KINDS)} nor a file: {error.strerror}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -145,6 +146,18 @@ def test_a_folder_that_is_removed_is_made_again(run: Run, undisturbed: Run) -> N
     life.until(saved(run))
     assert life.finish().code == 0
     assert_same_end(run, undisturbed, best=False)
+
+
+def test_a_folder_that_is_moved_is_followed(run: Run, undisturbed: Run) -> None:
+    life = run.launch()
+    life.until("eval 100 |")
+    moved = run.out.with_name("moved")
+    run.out.rename(moved)
+    life.until(f"✓ Saved {moved / NEWEST}")
+    assert life.finish().code == 0
+    shutil.rmtree(run.out, ignore_errors=True)  # of a write that was under way
+    moved.rename(run.out)
+    assert_same_end(run, undisturbed)
 
 
 def test_damaged_checkpoints_are_skipped_by_name(run: Run, undisturbed: Run) -> None:
