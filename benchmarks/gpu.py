@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,23 @@ class Part:
     seconds: int
     about: str
     function: str = ""  # where it is not the part's name
-    tf32: str = ""  # MLX_ENABLE_TF32, which MLX reads when it is imported
+    env: dict[str, str] = field(default_factory=dict)  # what MLX reads when it is imported
 
 
 PARTS = {
     "device": Part("gpu_training", 20, "What this machine is, and its rate in matrix products."),
     "gradients": Part(
         "gpu_proof", 40, "Every gradient against NumPy, the worst tensor of each; TF32 off.",
-        tf32="0",
+        env={"MLX_ENABLE_TF32": "0"},
     ),
     "tf32": Part(
-        "gpu_proof", 30, "The same with TF32, as MLX trains by default.", "gradients_tf32", "1"
+        "gpu_proof", 30, "The same with TF32, as MLX trains by default.", "gradients_tf32",
+        {"MLX_ENABLE_TF32": "1"},
     ),
     "resume": Part(
         "gpu_proof", 50, "Stopped, saved, loaded and finished, beside an undisturbed run and that "
-        "run made again.",
+        "run made again; without cuDNN's attention, whose gradient is added in no fixed order.",
+        env={"MLX_CUDA_USE_CUDNN_SDPA": "0"},
     ),
     "training": Part(
         "gpu_training", 120, "Optimizer steps as `mlxgpt train` takes them, the loss read one step "
@@ -110,9 +112,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def watched(name: str, options: argparse.Namespace) -> Row:
     """The part in a process of its own: its tables, and an `error` or `skipped` that says why."""
-    part, env = PARTS[name], dict(os.environ)
-    if part.tf32:
-        env["MLX_ENABLE_TF32"] = part.tf32
+    part = PARTS[name]
+    env = os.environ | part.env
     command = [sys.executable, __file__, "--part", name, "--device", options.device]
     command += ["--torch-python", options.torch_python]
     command += ["--data", options.data] * bool(options.data) + ["--small"] * options.small

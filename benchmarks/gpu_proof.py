@@ -6,13 +6,14 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_randygpt import check
-from mlx_randygpt.backends import make_backend
+from mlx_randygpt.backends import make_backend, mlx_backend, mlx_model
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import settings
@@ -85,15 +86,17 @@ def row(
 
 
 def resume(options: argparse.Namespace) -> Found:
-    """Per recipe and type: a run, the same again, and one that stopped in the middle and went
-    through a file. Where the second differs from the first, the device adds up in no fixed order,
+    """Per recipe and type, and with the gradient of a wide vocabulary's embedding, which is summed
+    in another way: a run, the same again, and one that stopped in the middle and went through a
+    file. Where the second differs from the first, the device adds up in no fixed order,
     and a difference of the third is no fault of resuming."""
     given = {"preset": "mini" if options.small else "m", "dropout": 0.1, "grad_accum": 2}
     given |= {"batch_size": 4 if options.small else 16, "iters": 6 if options.small else 20}
     tokenizer = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz")
     tokens = rng(1, "check").integers(0, 26, 10_000, dtype=np.int32)  # (n,)
-    for recipe in RECIPES:
-        for dtype in ("float32", "bfloat16"):
+    for few_rows in (mlx_model.FEW_ROWS, 0):
+        mlx_model.FEW_ROWS = mlx_backend.FEW_ROWS = few_rows
+        for recipe, dtype in product(RECIPES, ("float32", "bfloat16")):
             model, train = settings.fresh(
                 {**given, "recipe": recipe, "dtype": dtype}, tokenizer.vocab_size
             )
@@ -113,7 +116,7 @@ def resume(options: argparse.Namespace) -> Found:
             expected = straight.state()
             differing = differences(resumed.state(), expected)
             yield "resume", {
-                "recipe": recipe, "dtype": dtype, "steps": train.iters,
+                "recipe": recipe, "dtype": dtype, "embedding": "wide" if few_rows == 0 else "narrow", "steps": train.iters,
                 "tensors": len(expected.params) + sum(map(len, expected.moments.values())),
                 "differ_when_run_again": len(differences(again.state(), expected)),
                 "differ_when_resumed": len(differing),

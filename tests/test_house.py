@@ -36,12 +36,13 @@ FLOORS = [  # from the ground up; a room sees its own floor and those below
 ]
 CORE = ("config", "state", "schedule", "checkpoint", "writer", "train", "evaluation")
 CORE += ("sample", "records", "durable", "data.windows")
-GUESTS = {  # the core runs without them: numba, GPT-2, fewer bits, a rate to compare, other ranks
+GUESTS = {  # the core runs without them: numba, GPT-2, fewer bits, a rate to compare, other ranks,
+    # activations made again, adapters, the bits of a wide embedding's gradient
     "backends.numba_decode", "backends.numpy_gpt2", "backends.mlx_gpt2",
     "backends.numpy_speed", "backends.mlx_speed", "backends.mlx_quantized",
     "backends.group", "backends.mlx_group", "backends.numpy_ranks", "backends.mlx_ranks",
     "backends.numpy_recompute", "backends.mlx_recompute",
-    "backends.numpy_lora", "backends.mlx_lora",
+    "backends.numpy_lora", "backends.mlx_lora", "backends.mlx_wide",
 }  # fmt: skip
 MAY_IMPORT = {  # third parties, and where they may be named
     "mlx": ("backends.mlx_",),

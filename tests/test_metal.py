@@ -22,6 +22,7 @@ import mlx_randygpt
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.mlx_backend import MLXBackend
 from mlx_randygpt.backends.mlx_optimizer import rates, update
+from mlx_randygpt.backends.mlx_wide import gradient
 from mlx_randygpt.check import SUBJECTS
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, TrainState, initial_params
@@ -39,8 +40,8 @@ HAVE_KERNELS = {
     "Less", "LessEqual", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
     "NotEqual", "Remainder", "Rsqrt", "Select", "Sin", "Sqrt", "Square", "Subtract", "Tanh",
     # kernels of their own; a scatter adds with atomics, see `lacking`
-    "AddMM", "Arange", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits", "Reduce",
-    "Scatter", "ScatterAxis", "Softmax",
+    "AddMM", "Arange", "ArgSort", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits",
+    "Reduce", "Scatter", "ScatterAxis", "Softmax",
     # copies and views, without arithmetic
     "Broadcast", "Concatenate", "ExpandDims", "Flatten", "Full", "Reshape", "Slice", "SliceUpdate",
     "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten",
@@ -104,6 +105,12 @@ def test_a_training_step_uses_what_metal_has(
     found = Recorded(step, list(b._weights.values()))
     assert {"Matmul", "ScatterAxis", "RandomBits"} < found.operations
     assert (mx.bfloat16 in found.types) is (dtype == "bfloat16")
+    assert found.lacking() == set()
+
+
+def test_the_gradient_of_a_wide_embedding_uses_what_metal_has() -> None:
+    found = Recorded(lambda x, ids: [gradient(ids, x, 9)], [mx.ones((8, 4)), mx.arange(8)])
+    assert {"ArgSort", "Scatter"} < found.operations
     assert found.lacking() == set()
 
 

@@ -122,6 +122,11 @@ def check_decoding(config: ModelConfig, tokens: Array, lengths: Array) -> None:
         raise ValueError(f"{t} tokens at once; it must be 1 to block_size={size}")
     if config.position == "learned" and (longest := int(lengths.max())) + t > size:
         raise ValueError(f"{longest} + {t} positions pass block_size={size}, the last learned")
+    check_ids(tokens, config.vocab_size)
+
+
+def check_ids(tokens: Array, vocab_size: int, lowest: int = 0) -> None:
+    """ValueError unless every id is in lowest..vocab_size-1: MLX would read past the end."""
     for token in (int(tokens.min()), int(tokens.max())):
-        if not 0 <= token < config.vocab_size:
-            raise ValueError(f"token id {token} is outside 0..{config.vocab_size - 1}")
+        if not lowest <= token < vocab_size:
+            raise ValueError(f"token id {token} is outside {lowest}..{vocab_size - 1}")

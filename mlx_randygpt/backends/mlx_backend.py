@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_randygpt.backends.base import ALL, StepResult, check_decoding, resident_bytes
+from mlx_randygpt.backends.base import ALL, StepResult, check_decoding, check_ids, resident_bytes
 from mlx_randygpt.backends.mlx_cache import Layer, LayerPass, MLXCache, mask
-from mlx_randygpt.backends.mlx_model import GPT, ModelArgs
+from mlx_randygpt.backends.mlx_model import FEW_ROWS, GPT, ModelArgs
 from mlx_randygpt.backends.mlx_optimizer import Moments, Weights, rates, update, uses_muon
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import IGNORED, Array, Batch, Params, TrainState, parameter_shapes, rng
@@ -245,14 +245,12 @@ def build(model: ModelConfig) -> GPT:
         from mlx_randygpt.backends.mlx_gpt2 import GPT2, GPT2Args
 
         kind, arguments = GPT2, GPT2Args
-    return kind(arguments(**{f.name: getattr(model, f.name) for f in fields(arguments)}))
+    built = kind(arguments(**{f.name: getattr(model, f.name) for f in fields(arguments)}))
+    if model.vocab_size > FEW_ROWS:
+        from mlx_randygpt.backends.mlx_wide import rows
 
-
-def check_ids(tokens: Array, vocab_size: int, lowest: int = 0) -> None:
-    """Raise ValueError unless every id is in lowest..vocab_size-1: MLX would read past the end."""
-    for token in (int(tokens.min()), int(tokens.max())):
-        if not lowest <= token < vocab_size:
-            raise ValueError(f"token id {token} is outside {lowest}..{vocab_size - 1}")
+        built.wte.rows = rows
+    return built
 
 
 def _to_numpy(arrays: Weights) -> Params:

@@ -77,20 +77,19 @@ class LayerPass:
     def __init__(self, layer: Layer, lengths: mx.array, t: int) -> None:
         self._keys, self._values, *self.last = layer
         self._slots = (lengths % self._keys.shape[2])[:, None, None, None]  # (B, 1, 1, 1)
-        self._is_token = t == 1
-        self.offset = lengths if self._is_token else 0
+        self.offset = lengths if t == 1 else 0
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Store k and v (B, H, T, D); what the new queries read, behind `mask`."""
         self._keys, self._values = self._put(self._keys, k), self._put(self._values, v)
-        return (self._keys, self._values) if self._is_token else (k, v)
+        return (self._keys, self._values) if k.shape[2] == 1 else (k, v)
 
     def layer(self) -> Layer:
         """What the layer holds afterwards."""
         return [self._keys, self._values, *(x[:, -1:] for x in self.last)]
 
     def _put(self, ring: mx.array, new: mx.array) -> mx.array:
-        if self._is_token:
+        if new.shape[2] == 1:
             return mx.put_along_axis(ring, self._slots, new, axis=2)
         return mx.concatenate([new, ring[:, :, new.shape[2] :]], axis=2)
 

@@ -69,12 +69,14 @@ class Embedding(nn.Embedding):  # type: ignore[misc]
     positions, of which bfloat16 loses most, and a GPU adds them in any order. A product adds in
     float32 and in one order."""
 
+    rows: Any = staticmethod(lambda table, ids: table[ids])  # of many rows; see mlx_wide
+
     def __call__(self, ids: mx.array) -> mx.array:
         table = self.weight  # (V, C)
         if ids.shape[-1] == 1:  # decoding
             return table[ids]
         if len(table) > FEW_ROWS:
-            return table.astype(mx.float32)[ids].astype(table.dtype)  # (B, T, C)
+            return self.rows(table.astype(mx.float32), ids).astype(table.dtype)  # (B, T, C)
         hot = (ids[..., None] == mx.arange(len(table))).astype(table.dtype)  # (B, T, V)
         product = hot @ table  # (B, T, C)
         return mx.stop_gradient(table[ids] - product) + product  # TF32 rounds products

@@ -56,9 +56,7 @@ def update(
 def clip(grads: Weights, largest: float) -> tuple[Weights, mx.array]:
     """Gradients scaled down to a global norm of `largest` (0: as they are), and their norm."""
     norm = mx.sqrt(sum(mx.square(g).sum() for g in grads.values()))
-    if largest == 0:
-        return grads, norm
-    scale = mx.minimum(1.0, largest / (norm + 1e-6))
+    scale = mx.minimum(1.0, (largest or float("inf")) / (norm + 1e-6))
     return {name: g * scale for name, g in grads.items()}, norm
 
 
