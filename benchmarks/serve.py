@@ -151,9 +151,9 @@ async def one_stream(port: int) -> float:
     return content.count(b'"text": "') / (time.perf_counter() - started)
 
 
-async def first_tokens(port: int) -> tuple[float, float, float]:
-    """Seconds to a first token: idle, beside 15 endless streams, and of 16 that come at once;
-    medians."""
+async def first_tokens(port: int) -> tuple[float, float, float, float]:
+    """Seconds to a first token: idle, beside 15 endless streams, of 16 that come at once, and of
+    16 with prompts of 16 lengths; medians."""
     short = {**LONG, "max_tokens": 8}
     idle = [await Client(port).first_token(short) for _ in range(20)]
     endless = json.dumps({**LONG, "max_tokens": 30_000, "stream": True}).encode()
@@ -166,11 +166,14 @@ async def first_tokens(port: int) -> tuple[float, float, float]:
         client.writer.close()
     await asyncio.gather(*drains, return_exceptions=True)
     await asyncio.sleep(0.5)
-    together = list[float]()
+    same, mixed = list[float](), list[float]()
+    bodies = [{**short, "prompt": WORDS[: 7 + 3 * i]} for i in range(16)]
     for _ in range(3):
-        together += await asyncio.gather(*(Client(port).first_token(short) for _ in range(16)))
-        await asyncio.sleep(0.2)
-    return statistics.median(idle), statistics.median(beside), statistics.median(together)
+        for found, asked in ((same, [short] * 16), (mixed, bodies)):
+            found += await asyncio.gather(*(Client(port).first_token(body) for body in asked))
+            await asyncio.sleep(0.2)
+    idle_s, beside_s, same_s, mixed_s = map(statistics.median, (idle, beside, same, mixed))
+    return idle_s, beside_s, same_s, mixed_s
 
 
 def resident_mb(pid: int) -> float:
@@ -190,12 +193,13 @@ async def measure(requests: list[Request], port: int, pid: int, at_once: int) ->
         single += [await one_stream(port) for _ in range(2)]
         outcomes.update(found["outcomes"])
         memory.append(resident_mb(pid))
-        idle, beside, together = await first_tokens(port)
+        idle, beside, same, mixed = await first_tokens(port)
         one = statistics.median(single)
         rounds.append({
             "tokens_per_second": found["tokens_per_second"], "one_stream_tokens_per_second": one,
             "ratio": found["tokens_per_second"] / one, "first_token_idle_ms": 1e3 * idle,
-            "beside_15_over_idle": beside / idle, "16_at_once_over_idle": together / idle,
+            "beside_15_over_idle": beside / idle, "16_at_once_over_idle": same / idle,
+            "16_lengths_at_once_over_idle": mixed / idle,
         })  # fmt: skip
     medians = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
     counts = {"requests": len(requests), "at_once": at_once, "outcomes": dict(outcomes)}

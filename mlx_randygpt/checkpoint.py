@@ -17,10 +17,9 @@ import os
 import reprlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from mlx_randygpt import durable
@@ -37,7 +36,7 @@ FORMAT_VERSION = "1"
 _MOMENTS = ("m", "v")
 MOST_TENSORS = 3 * (4 * MOST["n_layer"] + 3) + 1000  # 1000: braces in texts and settings
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-_T = TypeVar("_T")
+Parts = list[bytes | memoryview]  # of a file, one after the other
 
 
 class CheckpointError(UserError, ValueError):
@@ -76,17 +75,21 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, serialized(checkpoint), previous)
 
 
-def serialized(checkpoint: Checkpoint) -> bytes:
-    """The content of its file."""
-    tensors = _tensors(checkpoint.state)
+def serialized(checkpoint: Checkpoint) -> Parts:
+    """The content of its file, byte for byte what `safetensors.numpy.save` could return; that
+    makes two more copies and stops all threads, and `save_file` leaves other names if killed."""
+    named = sorted(_tensors(checkpoint.state).items())
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in named}
     header = json.dumps(strict(header_of(checkpoint)), sort_keys=True, allow_nan=False)
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "header": header,
-        "sha256": _digest(header, tensors),
-    }
-    return bytes(safetensors.numpy.save(tensors, metadata))
+    facts = {"format": FORMAT, "format_version": FORMAT_VERSION, "header": header}
+    index: dict[str, Any] = {"__metadata__": facts | {"sha256": _digest(header, tensors)}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        index[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *(tensor.data for tensor in tensors.values())]
 
 
 def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -113,14 +116,14 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     return Checkpoint(model, train, reached, tokenizer, data, backend, state)
 
 
-def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+def write_atomically(path: Path, parts: Parts, previous: Path | None = None) -> None:
     """Temporary file beside `path`, flushed to the disk, renamed over it, folder flushed; what
     was at `path` is then at `previous`. A folder that is gone is made again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with open(temporary, "wb", buffering=1 << 20) as file:
+            file.writelines(parts)
             file.flush()
             durable.flush(file.fileno())
         if previous is not None and path.exists():
@@ -130,10 +133,8 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise CheckpointError(
-            f"could not write {path}: {reason}; it needs {_size(len(content))}"
-        ) from error
+        reason, size = error.strerror or str(error), _size(sum(memoryview(p).nbytes for p in parts))
+        raise CheckpointError(f"could not write {path}: {reason}; it needs {size}") from error
 
 
 def _tensors(state: TrainState) -> Params:

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.state import Array
 
+WIDE = 1024  # tokens; of a wider vocabulary the likely ones are looked at alone
 RANGES = {  # what a setting may be
     "temperature": (0, 1e3), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3), "presence_penalty": (-100, 100),
@@ -78,6 +79,9 @@ def penalise(
 
 def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
     """What `pick` draws from, (N, V) float64, each row summing to 1, of penalised logits (N, V)."""
+    if scores.shape[1] > WIDE and len(scores) > 1:  # each has likely tokens of its own
+        alone = zip(np.asarray(scores)[:, None], configs, strict=True)
+        return np.concatenate([probabilities(row, [config]) for row, config in alone])
     columns = _columns(tuple(configs))
     scores = np.array(scores, np.float64)
     scores -= scores.max(axis=-1, keepdims=True)
@@ -105,13 +109,14 @@ def pick(p: Array, draws: Array) -> Array:
 def _top_k(p: Array, k: Array) -> Array:
     """The k likeliest (Fan et al. 2018) and all that tie with the last of them."""
     at = p.shape[1] - np.clip(k, 1, p.shape[1]).astype(int)
-    return np.asarray(p >= np.take_along_axis(np.sort(p, axis=-1), at, axis=-1))
+    return np.asarray(p >= np.take_along_axis(np.partition(p, at[:, 0]), at, axis=-1))
 
 
 def _top_p(p: Array, top_p: Array) -> Array:
     """The fewest most likely tokens whose sum reaches top_p (Holtzman et al. 2020), at least one:
     a token stays while what is ahead of it sums to less than top_p. Ties go to the lower id."""
-    return _fewest(p, np.argsort(-p, axis=-1, kind="stable"), top_p)
+    rare = (1 - top_p) / p.shape[1]  # all that are as rare sum to 1 - top_p at most
+    return _fewest(p, rare / 2, -p, top_p)  # half: sums are rounded
 
 
 def _min_p(p: Array, min_p: Array) -> Array:
@@ -125,16 +130,22 @@ def _typical(p: Array, typical_p: Array) -> Array:
     surprise = -np.log(np.where(p > 0, p, 1))
     entropy = (p * surprise).sum(axis=-1, keepdims=True)
     distance = np.where(p > 0, np.abs(surprise - entropy), np.inf)
-    return _fewest(p, np.argsort(distance, axis=-1, kind="stable"), typical_p)
+    return _fewest(p, np.finfo(np.float64).smallest_subnormal, distance, typical_p)
 
 
-def _fewest(p: Array, order: Array, mass: Array) -> Array:
-    """The first of each row in this order, as few as sum to the mass, at least one."""
-    rows = np.arange(len(p))[:, None]
+def _fewest(p: Array, least: Any, rank: Array, mass: Array) -> Array:
+    """The first of each row by rank, as few as sum to the mass, at least one. What is below
+    `least` comes last and never counts: of a wide vocabulary the others alone are sorted."""
+    if p.shape[1] > WIDE:
+        columns = np.flatnonzero((p >= least).any(axis=0))
+    else:
+        columns = np.arange(p.shape[1])
+    order = np.argsort(rank[:, columns], axis=-1, kind="stable")
+    rows, order = np.arange(len(p))[:, None], columns[order]
     ordered = p[rows, order]
     keep: Array = np.cumsum(ordered, axis=-1) - ordered < mass
     keep[:, 0] = True
-    kept: Array = np.empty_like(keep)
+    kept = np.zeros(p.shape, bool)
     kept[rows, order] = keep
     return kept
 

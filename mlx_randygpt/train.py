@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -113,6 +114,7 @@ class Trainer:
         self.started = clock() - run.progress.seconds
         rolls_back = run.train.on_nan == "rollback"
         self.safe: TrainState | None = backend.state() if rolls_back else None  # saved last
+        self.copied: Callable[[], TrainState | None] = lambda: None  # the last state, if in use
         self.skipped = 0  # steps in a row
         self.recent_loss = math.nan  # of training, an average that forgets
         self.warned = False
@@ -248,7 +250,10 @@ class Trainer:
     def _checkpoint(self) -> Checkpoint:
         run = self.run
         progress = replace(self.progress, seconds=self._seconds())
-        state = self.backend.state()
+        state = self.copied()  # the same step for another file, while the first is written
+        if state is None or state.step != self.step:
+            state = self.backend.state()
+            self.copied = weakref.ref(state)
         self.safe = state if run.train.on_nan == "rollback" else None
         return Checkpoint(
             run.model, run.train, progress, run.tokenizer.to_json(), run.data,

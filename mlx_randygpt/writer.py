@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -29,19 +28,10 @@ RETRY_SECONDS = 10.0
 Folder = PathLike[str]  # asked for each file: a folder may be moved meanwhile
 
 
-@dataclass(frozen=True)
-class Saved:
-    """One file the writer has dealt with; `error` is empty where it is safe on the disk."""
-
-    path: Path
-    checkpoint: Checkpoint
-    error: str = ""
-
-    def log(self) -> SaveLog:
-        """What the run tells of it."""
-        best, loss = self.path.name == BEST, self.checkpoint.progress.best_loss
-        step = self.checkpoint.state.step
-        return SaveLog(step, str(self.path), best, loss if best else math.nan, self.error)
+def save_log(path: Path, checkpoint: Checkpoint, error: str = "") -> SaveLog:
+    """What the run tells of a file; `error` is empty where it is safe on the disk."""
+    best, loss = path.name == BEST, checkpoint.progress.best_loss
+    return SaveLog(checkpoint.state.step, str(path), best, loss if best else math.nan, error)
 
 
 class CheckpointWriter:
@@ -61,7 +51,7 @@ class CheckpointWriter:
         self._failed: dict[Path, Checkpoint] = {}
         self._told: set[Path] = set()  # whose failure is known
         self._last_try = self._closing = False
-        self._finished: list[Saved] = []
+        self._finished: list[SaveLog] = []
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
@@ -73,13 +63,13 @@ class CheckpointWriter:
             self._waiting[path] = checkpoint
             self._changed.notify()
 
-    def finished(self) -> list[Saved]:
+    def finished(self) -> list[SaveLog]:
         """What was written, or failed, since the last call."""
         with self._changed:
             done, self._finished = self._finished, []
         return done
 
-    def close(self) -> list[Saved]:
+    def close(self) -> list[SaveLog]:
         """Wait until nothing is left to write, end the thread, return what `finished` would."""
         with self._changed:
             self._closing = True
@@ -89,14 +79,17 @@ class CheckpointWriter:
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
-            path, checkpoint = job
-            error = ""
-            try:
-                self._save(path, checkpoint)
-            except Exception as failure:  # the run goes on; the screen and the exit code tell
-                error = str(failure)
-            with self._changed:
-                self._note(path, checkpoint, error)
+            self._write(*job)
+            del job  # a copy of all weights and moments, which is not kept until the next
+
+    def _write(self, path: Path, checkpoint: Checkpoint) -> None:
+        error = ""
+        try:
+            self._save(path, checkpoint)
+        except Exception as failure:  # the run goes on; the screen and the exit code tell
+            error = str(failure)
+        with self._changed:
+            self._note(path, checkpoint, error)
 
     def _note(self, path: Path, checkpoint: Checkpoint, error: str) -> None:
         known = path in self._told and not self._last_try
@@ -107,7 +100,7 @@ class CheckpointWriter:
             self._failed.pop(path, None)
             self._told.discard(path)
         if not (error and known):
-            self._finished.append(Saved(path, checkpoint, error))
+            self._finished.append(save_log(path, checkpoint, error))
 
     def _next(self) -> tuple[Path, Checkpoint] | None:
         """The next snapshot to write; None when the writer is closed and all was tried."""
@@ -150,7 +143,7 @@ class Saver:
 
     def finished(self) -> list[SaveLog]:
         """What was written, or failed, since the last call."""
-        return [saved.log() for saved in self._writer.finished()] if self._writer else []
+        return self._writer.finished() if self._writer else []
 
     def finish(self, snapshot: Callable[[], Checkpoint]) -> list[SaveLog]:
         """Write the last state, wait for all, and tell of both files: the best one too, which
@@ -161,14 +154,14 @@ class Saver:
             return logs
         if (best := Path(self._out) / BEST).exists():
             try:
-                logs.append(Saved(best, load_checkpoint(best, weights_only=True)).log())
+                logs.append(save_log(best, load_checkpoint(best, weights_only=True)))
             except CheckpointError as error:
                 logs.append(SaveLog(0, str(best), True, math.nan, str(error)))
         return logs
 
     def close(self) -> list[SaveLog]:
         """Wait until nothing is left to write; what `finished` would return."""
-        return [saved.log() for saved in self._writer.close()] if self._writer else []
+        return self._writer.close() if self._writer else []
 
     def _keep_due(self, step: int) -> bool:
         config = self._config

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from random import Random
 from typing import Any
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # before mlx is imported: TF32 drops 13 bits of a factor
+if os.environ.get("MLXGPT_TEST_DEVICE") == "cpu":  # else the device that MLX takes by itself
+    with contextlib.suppress(ImportError):
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
 
 import numpy as np
 import pytest

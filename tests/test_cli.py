@@ -15,12 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from mlx_randygpt.checkpoint import BEST, NEWEST, PREVIOUS, load_checkpoint
 from mlx_randygpt.cli import group
+from mlx_randygpt.cli.options import Command
 
 SMALL = ["--n-layer=1", "--n-head=2", "--n-embd=8", "--block-size=8", "--batch-size=4"]
 MINE = ["--data", "text.txt", "--backend", "numpy"]
@@ -396,7 +398,7 @@ def test_an_extended_trapezoid_ends_as_a_longer_one() -> None:
     trained(*trapezoid, "--iters=40", "--out=straight")
     trained(*trapezoid, "--iters=20", "--out=extended")
     assert load_checkpoint(Path("extended/checkpoint-12.safetensors")).state.step == 12
-    result = call("--resume", "--iters=40", "--out=extended")
+    result = call("--resume", "--backend=numpy", "--iters=40", "--out=extended")
     assert "going on from step 12, where the decay had not begun" in result.stdout
     ends = [load_checkpoint(Path(run, NEWEST)).state for run in ("straight", "extended")]
     np.testing.assert_equal(ends[0].params, ends[1].params)
@@ -471,3 +473,26 @@ def test_resuming_a_file_goes_on_in_its_folder() -> None:
     assert call("--resume=runs/a/checkpoint.safetensors", "--iters=5").exit_code == 0
     assert load_checkpoint(Path("runs/a") / NEWEST).state.step == 5
     assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
+        "buffer size of 8 bytes.",
+        "[METAL] Command buffer execution failed: Insufficient Memory "
+        "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).",
+        "cudaMallocAsync(&data, size, stream) failed: out of memory",
+        "[malloc] Unable to allocate 99 bytes.",
+    ],
+)
+def test_a_device_without_room_is_one_line(says: str) -> None:
+    """MLX has no type of its own for it."""
+
+    @click.command(cls=Command)
+    def full() -> None:
+        raise RuntimeError(says)
+
+    done = CliRunner().invoke(full)
+    assert done.exit_code == 1
+    assert done.output.startswith(f"Error: out of memory ({says}); try a smaller --batch-size")

@@ -79,6 +79,20 @@ def test_texts_together_read_as_each_alone(host: Host) -> None:
     )
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one(host: Host) -> None:
+    told: list[list[Job]] = []
+
+    def deliver(jobs: list[Job]) -> None:
+        told.append(jobs)
+        host.deliver(jobs)
+
+    host.engine.deliver = deliver
+    jobs = [host.job("The old red ship"[:n]) for n in (14, 3, 8, 3)]
+    host.engine.submit(jobs)
+    host.wait(*jobs)
+    assert [group for group in told if group][:3] == [[jobs[1], jobs[3]], [jobs[2]], [jobs[0]]]
+
+
 def test_who_is_cancelled_makes_room_and_others_go_on(host: Host) -> None:
     seen: list[int] = []
     never = {"max_tokens": 10**9, "logit_bias": ((host.run.tokenizer.eos, -100.0),)}

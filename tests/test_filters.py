@@ -132,6 +132,37 @@ def test_rows_side_by_side_have_settings_of_their_own() -> None:
         assert np.array_equal(together[row], chances(logits[row], config))
 
 
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.99999])
+@pytest.mark.parametrize("digits", [1, 8])  # 1: most tie with others
+def test_of_a_wide_vocabulary_the_same_stay(top_p: float, digits: int) -> None:
+    """Only likely tokens are sorted there; here all are."""
+    logits = rng(4, "check").normal(0, 3, (3, 3000)).round(digits)
+    found = probabilities(logits, [alone(top_p=top_p)] * 3)
+    for row, p in zip(found, probabilities(logits, [alone()] * 3), strict=True):
+        kept, mass = np.zeros(3000, bool), 0.0
+        for token in sorted(range(3000), key=lambda t: (-p[t], t)):
+            if mass >= top_p and kept.any():
+                break
+            kept[token] = True
+            mass += p[token]
+        assert np.array_equal(row > 0, kept)
+        np.testing.assert_allclose(row[kept], p[kept] / p[kept].sum(), rtol=1e-12)
+
+
+def test_of_a_wide_vocabulary_typical_and_top_k_keep_the_same() -> None:
+    logits = rng(5, "check").normal(0, 3, (2, 3000)).round(1)
+    p = probabilities(logits, [alone()] * 2)
+    surprise = -np.log(p)
+    distance = abs(surprise - (p * surprise).sum(axis=1, keepdims=True)).round(12)
+    typical = probabilities(logits, [alone(typical_p=0.5)] * 2)
+    best = probabilities(logits, [alone(top_k=20)] * 2)
+    for row in range(2):
+        kept = typical[row] > 0
+        assert distance[row][kept].max() <= distance[row][~kept].min()
+        assert p[row][kept].sum() >= 0.5
+        assert np.array_equal(best[row] > 0, logits[row] >= np.sort(logits[row])[-20])
+
+
 def test_what_is_impossible_stays_so() -> None:
     for config in ({"top_k": 3}, {"top_p": 0.99}, {"min_p": 0.0}, {"repetition_penalty": 2.0}):
         p = drawn_from([0, 1, 0, 1], (0, 1), **config)

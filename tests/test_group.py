@@ -145,3 +145,27 @@ def test_a_launch_of_nothing_is_wrong_usage(words: list[str], why: str) -> None:
     done = CliRunner().invoke(group, ["launch", *words])
     assert done.exit_code == 2
     assert why in done.stderr
+
+
+@pytest.mark.parametrize("metal", [True, False])
+def test_sums_are_made_in_one_order_and_on_metal_no_gpu_waits_for_them(
+    metal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metal ends a program whose GPU waits for another rank; a sine is the sum over two here."""
+    mx = pytest.importorskip("mlx.core", exc_type=ImportError)
+    from mlx_randygpt.backends import mlx_group
+
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group: mx.sin(array))
+    monkeypatch.setattr(mlx_group, "BUCKET", 6)
+    ranks = mlx_group.Ranks(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
+    ranks._metal = metal
+    grads = {"a": mx.ones((2, 3)), "b": mx.ones(4) * 2, "c": mx.ones((5, 1)) * 3}
+    loss, means = ranks.mean(mx.array(4.0), grads, 0.5)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), loss, *means.values())
+    graph = (tmp_path / "graph.dot").read_text()
+    assert ("Sin" in graph, "Depends" in graph) == (not metal, not metal)
+    assert [*means] == [*grads]
+    for name, value in {"a": 1.0, "b": 2.0, "c": 3.0}.items():
+        assert means[name].shape == grads[name].shape
+        np.testing.assert_allclose(means[name], np.full(grads[name].shape, np.sin(value / 2)), 1e-6)
+    assert float(loss) == pytest.approx(np.sin(2.0))

@@ -164,6 +164,20 @@ def test_both_backends_train_alike(arch: str, tiny_model: Model, lively: Lively)
 # what is trained and what is saved
 
 
+def test_mlx_goes_on_with_the_frozen_weights_that_its_steps_hold(
+    adapted: ModelConfig, lively: Lively
+) -> None:
+    """A compiled step has them inside it; new arrays would be a second copy on the device."""
+    pytest.importorskip("mlx.core", exc_type=ImportError)
+    engine: Any = backend("mlx", adapted, lively(adapted))
+    held, state = dict(engine._frozen), engine.state()
+    engine.restore(state)
+    assert all(engine._frozen[name] is held[name] for name in held)
+    other = replace(state, params=state.params | {n: state.params[n] + 1 for n in held})
+    with pytest.raises(AssertionError, match="frozen weights stay"):
+        engine.restore(other)
+
+
 def test_only_adapters_move_and_have_moments(
     name: str, adapted: ModelConfig, lively: Lively
 ) -> None:

@@ -20,7 +20,6 @@ import mlx.core as mx
 
 import mlx_randygpt
 from mlx_randygpt.backends import make_backend
-from mlx_randygpt.backends.base import ALL
 from mlx_randygpt.backends.mlx_backend import MLXBackend
 from mlx_randygpt.backends.mlx_optimizer import rates, update
 from mlx_randygpt.check import SUBJECTS
@@ -37,8 +36,8 @@ TYPES = {mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int32, mx.int64, mx.float3
 HAVE_KERNELS = {
     # unary, binary and ternary .metal files: one thread an element
     "Add", "AsType", "Cos", "Cosh", "Divide", "Equal", "Erf", "Exp", "Greater", "GreaterEqual",
-    "Less", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative", "NotEqual",
-    "Rsqrt", "Select", "Sin", "Sqrt", "Square", "Subtract", "Tanh",
+    "Less", "LessEqual", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
+    "NotEqual", "Remainder", "Rsqrt", "Select", "Sin", "Sqrt", "Square", "Subtract", "Tanh",
     # kernels of their own; a scatter adds with atomics, see `lacking`
     "AddMM", "Arange", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits", "Reduce",
     "Scatter", "ScatterAxis", "Softmax",
@@ -111,22 +110,21 @@ def test_a_training_step_uses_what_metal_has(
 @pytest.mark.parametrize("recipe", MODELS)
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 3]])
 def test_decoding_uses_what_metal_has(
-    recipe: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch,
+    recipe: str, lengths: list[int],
     tiny_model: Callable[..., ModelConfig], tiny_train: Callable[..., TrainConfig],
 ) -> None:  # fmt: skip
     b = backend(recipe, tiny_model, tiny_train)
-    names, cache = list(b._weights), b.new_cache(2)
-    monkeypatch.setattr(mx, "eval", lambda *arrays: None)  # a graph in the making has no values
+    names, empty = list(b._weights), b.new_cache(2).layers
+    ids, none = mx.zeros((2, 4), mx.int32), mx.zeros(2, mx.int32)
 
     def read(*weights: mx.array) -> list[mx.array]:
-        b._bind(dict(zip(names, weights, strict=True)))
-        prompt = b._advance(np.zeros((2, 4), np.int32), cache, ALL)
-        cache.lengths[:] = lengths
-        token = b._advance(np.zeros((2, 1), np.int32), cache, ALL)
-        return [prompt, token, *cache.arrays()]
+        whole = dict(zip(names, weights, strict=True))
+        prompt, layers = b._advanced(whole, ids, none, empty)
+        token, layers = b._advanced(whole, ids[:, :1], mx.array(lengths), layers)
+        return [prompt, token, *(array for layer in layers for array in layer)]
 
     found = Recorded(read, list(b._weights.values()))
-    assert {"Matmul", "Softmax", "SliceUpdate"} < found.operations
+    assert {"Matmul", "Softmax", "ScatterAxis"} < found.operations
     assert found.lacking() == set()
 
 
@@ -144,4 +142,5 @@ def test_the_source_names_nothing_that_metal_lacks(file: Path) -> None:
     attributes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
     named = {n.attr for n in attributes if ast.unparse(n.value).split(".")[0] in ("mx", "nn")}
     assert named
-    assert named & FORBIDDEN == set()
+    on_purpose = {"cpu"} if file.name == "mlx_group.py" else set()  # a ring adds there anyhow
+    assert named & FORBIDDEN == on_purpose

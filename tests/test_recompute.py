@@ -6,6 +6,7 @@ Legend: B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_mlx_checkpoints_without_changing_gradients(
     assert difference(others, grads) < 1e-6
     assert other_loss == pytest.approx(numpy_loss, rel=1e-5)
     assert difference(others, independent) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["modern", "gpt2"])
+def test_a_compiled_step_draws_dropout_again_and_keeps_none(
+    build: Callable[..., Backend], kind: str, tmp_path: Path
+) -> None:
+    """A compiler that took both drawings for one would hold every mask until the backward pass.
+    Fused kernels are compiled when they run, and nothing runs here."""
+    mx = pytest.importorskip("mlx.core", exc_type=ImportError)
+    backend: Any = build(kind, "mlx", checkpoint_activations=True)
+    x, n_places = mx.zeros((2, 16), mx.int32), 2 * backend._config.n_layer
+    step = mx.compile(backend._value_and_grad)
+    loss, grads = step(backend._weights, x, x, mx.zeros((n_places, 2, 2), mx.uint32))
+    mx.export_to_dot(str(tmp_path / "step.dot"), loss, *grads.values())
+    assert (tmp_path / "step.dot").read_text().count("RandomBits") == 2 * n_places
 
 
 def test_a_pass_draws_dropout_as_the_whole_batch() -> None:

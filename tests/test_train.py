@@ -26,8 +26,8 @@ from mlx_randygpt.reports import EndLog, EvalLog, NoteLog, Report, SampleLog, Sa
 from mlx_randygpt.schedule import Plateau
 from mlx_randygpt.state import Batch, TrainState, initial_params
 from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import MAX_SKIPS, Run, TrainingDiverged, train
-from mlx_randygpt.writer import Saved
+from mlx_randygpt.train import MAX_SKIPS, Run, Trainer, TrainingDiverged, step_batches, train
+from mlx_randygpt.writer import Saver, save_log
 
 Make = Callable[..., tuple[Run, Backend]]
 each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
@@ -94,16 +94,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.submitted: list[tuple[str, int]] = []
-        self._finished: list[Saved] = []
+        self._finished: list[SaveLog] = []
 
     def __call__(self) -> Recorder:
         return self
 
     def submit(self, path: Path, checkpoint: Checkpoint) -> None:
         self.submitted.append((path.name, checkpoint.state.step))
-        self._finished.append(Saved(path, checkpoint))
+        self._finished.append(save_log(path, checkpoint))
 
-    def finished(self) -> list[Saved]:
+    def finished(self) -> list[SaveLog]:
         done, self._finished = self._finished, []
         return done
 
@@ -427,6 +427,17 @@ def test_saves_follow_the_steps(
     newest = [step for path, step in writer.submitted if path == NEWEST]
     assert newest == [0, 3, 6, 7]
     assert [step for path, step in writer.submitted if path == BEST] == [0, 7]
+
+
+def test_two_files_of_one_step_share_a_copy(make_run: Make, tmp_path: Path) -> None:
+    run, backend = make_run("modern", iters=1)
+    trainer = Trainer(run, backend, Saver(run.train, None, float), bool, float)
+    first = trainer._checkpoint().state
+    assert trainer._checkpoint().state is first
+    backend.train_step(step_batches(run.train, run.train_tokens, run.model.block_size, 0), 0.1)
+    trainer.step += 1
+    assert trainer._checkpoint().state.step == 1
+    assert not np.shares_memory(first.params["wte.weight"], backend.params["wte.weight"])
 
 
 def test_saves_follow_the_clock(

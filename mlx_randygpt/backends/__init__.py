@@ -48,5 +48,7 @@ def mlx_device() -> tuple[Any, str]:
         return import_module(BACKENDS["mlx"][0]).probe(), ""
     except ModuleNotFoundError:
         return None, "MLX is not installed"
+    except RuntimeError as error:
+        return None, f"{error}; reinstall with [cpu]"
     except ImportError as error:  # plain `mlx` on Linux: the library comes with an extra
         return None, f"MLX is installed without its library ({error}); reinstall with [cpu]"

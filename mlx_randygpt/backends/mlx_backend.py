@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_randygpt.backends.base import ALL, StepResult, check_decoding, resident_bytes
-from mlx_randygpt.backends.mlx_cache import MLXCache, layer_rows, mask
+from mlx_randygpt.backends.mlx_cache import Layer, LayerPass, MLXCache, mask
 from mlx_randygpt.backends.mlx_model import GPT, ModelArgs
 from mlx_randygpt.backends.mlx_optimizer import Moments, Weights, rates, update, uses_muon
 from mlx_randygpt.config import ModelConfig, TrainConfig
@@ -40,9 +40,12 @@ class Device:
 
 
 def probe() -> Device:
-    """The default device; it starts nothing on it."""
+    """The default device; it starts nothing on it. RuntimeError where MLX is built for a GPU and
+    there is none: it then allocates nothing, for its CPU device neither."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return Device(False, "CPU")
+    if not mx.is_available(mx.gpu):
+        raise RuntimeError("this build of MLX needs a GPU and finds none")
     is_metal = hasattr(mx, "metal") and mx.metal.is_available()
     info = mx.device_info()
     name = f"{info.get('device_name', 'GPU')} ({'Metal' if is_metal else 'CUDA'})"
@@ -75,6 +78,7 @@ class MLXBackend:
         self._training_grads = compiled(self._value_and_grad)
         self._evaluated_loss = compiled(self._mean_loss)
         self._update = compiled(partial(update, train))
+        self._token = compiled(self._advanced)
 
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step."""
@@ -89,7 +93,7 @@ class MLXBackend:
         loss, grads = self._accumulated(batches)
         now = rates(self._train, self.step, lr)
         self._weights, self._moments, norm = self._update(self._weights, self._moments, grads, now)
-        self._bind(self._weights)  # else the model would keep the old ones alive
+        self._bind(self._whole())  # else the model would keep the old ones alive
         self.step += 1
         mx.async_eval(self._weights, self._moments, loss, norm)
         return StepResult(loss, norm)
@@ -115,22 +119,25 @@ class MLXBackend:
         once, others take them one by one.
         """
         check_decoding(self._config, tokens, cache.lengths[rows])
-        self._bind(self._weights)
         empty = not cache.lengths[rows].any()
         for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
-            logits = self._advance(part, cache, rows)
+            now = mx.array(part.astype(np.int32)), mx.array(cache.lengths[rows].astype(np.int32))
+            advance = self._token if part.shape[1] == 1 else self._advanced
+            logits, layers = advance(self._whole(), *now, cache.read(rows))
+            cache.write(rows, layers, part.shape[1])
+            del layers  # the cache's now
+            mx.eval(logits, cache.layers)
         return np.array(logits)
 
-    def _advance(self, tokens: Array, cache: MLXCache, rows: slice) -> mx.array:
-        """Append tokens (B, T) to the rows, empty ones where T > 1; logits (B, V) of the last."""
-        ids, layers = mx.array(tokens.astype(np.int32)), layer_rows(cache, rows)
-        x = self._model.features(ids, layers, mask(cache, rows, tokens.shape[1]))  # (B, T, C)
-        for layer in layers:
-            layer.keep()
-        cache.lengths[rows] += tokens.shape[1]
-        logits = self._model.lm_head(x[:, -1])
-        mx.eval(logits, cache.arrays())
-        return logits
+    def _advanced(
+        self, weights: Weights, ids: mx.array, lengths: mx.array, layers: list[Layer]
+    ) -> tuple[mx.array, list[Layer]]:
+        """Logits (B, V) after ids (B, T) that follow rows of these lengths (B,), T = 1 or the rows
+        are empty; and what the rows hold then."""
+        self._bind(weights)
+        passes = [LayerPass(layer, lengths, ids.shape[1]) for layer in layers]
+        x = self._model.features(ids, passes, mask(layers, lengths, ids.shape[1]))  # (B, T, C)
+        return self._model.lm_head(x[:, -1]), [each.layer() for each in passes]
 
     def state(self) -> TrainState:
         """A copy of step, weights and moments in float32; waits for the device."""
@@ -178,14 +185,18 @@ class MLXBackend:
         return loss, grads
 
     def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
-        """Mean cross-entropy over the targets that count; logits are float32 here."""
+        """Mean cross-entropy over the targets that count, added up in float32."""
         self._bind({name: w.astype(self._dtype) for name, w in weights.items()})
-        logits = self._model(x, keys=keys).astype(mx.float32)  # (B, T, V)
+        logits = self._model(x, keys=keys)  # (B, T, V)
+        if not self._on_gpu:  # a GPU's kernel adds in float32 whatever it reads
+            logits = logits.astype(mx.float32)
         counts = y != IGNORED  # (B, T)
-        target = mx.where(counts, y, 0)[..., None]  # (B, T, 1)
-        chosen = mx.take_along_axis(logits, target, axis=-1).squeeze(-1)  # (B, T)
-        surprise = mx.where(counts, mx.logsumexp(logits, axis=-1) - chosen, 0)  # (B, T)
-        return surprise.sum() / mx.maximum(counts.sum(), 1)
+        surprise = mx.fast.cross_entropy(logits, mx.where(counts, y, 0))  # (B, T)
+        return mx.where(counts, surprise, 0).sum() / mx.maximum(counts.sum(), 1)
+
+    def _whole(self) -> Weights:
+        """The weights of the whole model as they are now."""
+        return self._weights
 
     def _bind(self, weights: Weights) -> None:
         """Let the model compute with these; no use of it relies on what was bound before."""

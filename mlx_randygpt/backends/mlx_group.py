@@ -61,6 +61,7 @@ class Ranks:
         self.rank, self.size = int(group.rank()), int(group.size())
         self.asked: Callable[[], int] = lambda: 0
         self.stop = 0
+        self._metal = mx.metal.is_available() and mx.default_device() == mx.gpu
         self._flags: deque[mx.array] = deque()  # of steps the device may still be busy with
 
     def should_stop(self) -> bool:
@@ -98,22 +99,35 @@ class Ranks:
             part[:] = self._summed(part)
 
     def mean(self, loss: mx.array, grads: Grads, weight: float) -> tuple[mx.array, Grads]:
-        """Loss and gradients of the whole batch from every rank's own times its weight, lazily:
-        buckets in the order in which the backward pass has them ready, the wishes to stop with
-        the loss."""
+        """Loss and gradients of the whole batch from every rank's own times its weight: buckets in
+        the order in which the backward pass has them ready, then the loss and the wishes to stop.
+        """
+        groups = [*buckets({name: grads[name].size for name in reversed(grads)})]
+        flats = [mx.concatenate([grads[n].reshape(-1) for n in names]) * weight for names in groups]
+        wishes = mx.array(self._wishes(), mx.float32)
+        *sums, last = self._in_turn([*flats, mx.concatenate([(loss * weight).reshape(1), wishes])])
+        self._flags.append(last[1:])
         summed: Grads = {}
-        for names in buckets({name: grads[name].size for name in reversed(grads)}):
-            flat = mx.concatenate([grads[name].reshape(-1) for name in names]) * weight
-            flat = mx.distributed.all_sum(flat, group=self._group)
+        for names, flat in zip(groups, sums, strict=True):
             ends = np.cumsum([grads[name].size for name in names]).tolist()
             for name, part in zip(names, mx.split(flat, ends[:-1]), strict=True):
                 summed[name] = part.reshape(grads[name].shape)
-        last = mx.concatenate([(loss * weight).reshape(1), mx.array(self._wishes(), mx.float32)])
-        if summed:  # the same order on all: after the gradients
-            last = mx.depends([last], [flat])[0]
-        last = mx.distributed.all_sum(last, group=self._group)
-        self._flags.append(last[1:])
         return last[0], {name: summed[name] for name in grads}
+
+    def _in_turn(self, arrays: list[mx.array]) -> list[mx.array]:
+        """Their sums over all ranks, in this order on each of them, whatever graph they hang in.
+        Metal ends a program whose GPU has waited for some five seconds, as it would for a slower
+        rank: there the host waits, and the GPU is given what has arrived."""
+        sums: list[mx.array] = []
+        for array in arrays:
+            ready = array
+            if sums:
+                with mx.stream(mx.cpu if self._metal else mx.default_device()):
+                    (ready,) = mx.depends([array], [sums[-1]])
+            sums.append(mx.distributed.all_sum(ready, group=self._group))
+        if self._metal:
+            mx.eval(sums)
+        return sums
 
     def same_state(self, state: TrainState) -> TrainState:
         """Rank 0's state on every rank; the weights must be there in shape, moments need not."""

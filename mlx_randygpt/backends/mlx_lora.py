@@ -15,7 +15,7 @@ from mlx_randygpt import lora
 from mlx_randygpt.backends.mlx_backend import MLXBackend
 from mlx_randygpt.backends.mlx_optimizer import Weights
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.state import TrainState
+from mlx_randygpt.state import Params, TrainState
 
 
 class MLXLora(MLXBackend):
@@ -25,14 +25,14 @@ class MLXLora(MLXBackend):
         assert train.optimizer == "adamw", "settings.fine_tuning sees to it"
         self._matrices, self._scale = lora.matrices(model), lora.scale(model)
         self._shapes = lora.adapter_shapes(model)
+        self._frozen: Weights = {}
         super().__init__(lora.base(model), train, state)
 
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step."""
-        arrays = {name: mx.array(weight) for name, weight in state.params.items()}
         self.step = state.step
-        self._weights = {name: arrays.pop(name) for name in self._shapes}
-        self._frozen = arrays
+        self._weights = {name: mx.array(state.params[name]) for name in self._shapes}
+        self._freeze({n: w for n, w in state.params.items() if n not in self._shapes})
         self._moments = {
             kind: {
                 name: mx.array(state.moments.get(kind, {}).get(name, np.zeros(shape, np.float32)))
@@ -41,6 +41,15 @@ class MLXLora(MLXBackend):
             for kind in ("m", "v")
         }
         self._merged = self._weights, self._merge(self._weights)
+
+    def _freeze(self, weights: Params) -> None:
+        """Hold these. Compiled steps have the arrays of the first time inside them: others would
+        be a second copy that training does not see."""
+        if not self._frozen:
+            self._frozen = {name: mx.array(weight) for name, weight in weights.items()}
+            return
+        same = (np.array_equal(self._frozen[n], w, equal_nan=True) for n, w in weights.items())
+        assert all(same), "frozen weights stay what they were"
 
     def state(self) -> TrainState:
         """A copy of step, weights and moments in float32; waits for the device."""
@@ -51,14 +60,11 @@ class MLXLora(MLXBackend):
     def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
         return super()._mean_loss(self._merge(weights), x, y, keys)
 
-    def _bind(self, weights: Weights) -> None:
-        """Let the model compute with these, or with what the adapters make of the frozen ones;
-        that is kept, for decoding binds at every token."""
-        if weights is self._weights:
-            if self._merged[0] is not weights:
-                self._merged = weights, self._merge(weights)
-            weights = self._merged[1]
-        super()._bind(weights)
+    def _whole(self) -> Weights:
+        """What the adapters make of the frozen weights, kept, for decoding asks at every token."""
+        if self._merged[0] is not self._weights:
+            self._merged = self._weights, self._merge(self._weights)
+        return self._merged[1]
 
     def _merge(self, adapters: Weights) -> Weights:
         merged = dict(self._frozen)

@@ -84,9 +84,10 @@ def muon(
 ) -> tuple[Weights, Weights]:
     """New weights and momenta of these: w -= lr (sqrt(max(1, R/K)) ortho(u) + decay w), with u
     the Nesterov momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
-    mu = train.momentum
+    mu, dtype = train.momentum, getattr(mx, train.dtype)
     m = {name: mu * m[name] + (1 - mu) * grads[name] for name in weights}
-    ortho = orthogonalize({name: (1 - mu) * grads[name] + mu * m[name] for name in weights})
+    nesterov = {name: (1 - mu) * grads[name] + mu * m[name] for name in weights}
+    ortho = orthogonalize(nesterov, dtype)
     new = {}
     for name, w in weights.items():
         rows = w.shape[0] // muon_parts(name)
@@ -95,8 +96,9 @@ def muon(
     return new, m
 
 
-def orthogonalize(updates: Weights) -> Weights:
-    """Each stacked matrix with its singular values near 1; one batch per shape, over all layers."""
+def orthogonalize(updates: Weights, dtype: mx.Dtype) -> Weights:
+    """Each stacked matrix with its singular values near 1, by products in `dtype`; one batch per
+    shape, over all layers."""
     groups: dict[tuple[int, int], Weights] = {}
     for name, u in updates.items():
         x = u.reshape(muon_parts(name), -1, u.shape[1])  # (P, R, K)
@@ -104,7 +106,7 @@ def orthogonalize(updates: Weights) -> Weights:
         groups.setdefault(x.shape[1:], {})[name] = x
     ortho = {}
     for group in groups.values():
-        stacked = newton_schulz(mx.concatenate(list(group.values())))  # (sum of P, R, K)
+        stacked = newton_schulz(mx.concatenate(list(group.values())), dtype)  # (sum of P, R, K)
         at = 0
         for name, x in group.items():
             y = stacked[at : at + len(x)]  # (P, R, K)
@@ -114,11 +116,11 @@ def orthogonalize(updates: Weights) -> Weights:
     return ortho
 
 
-def newton_schulz(x: mx.array) -> mx.array:
+def newton_schulz(x: mx.array, dtype: mx.Dtype) -> mx.array:
     """Matrices (N, R, K), R <= K, to about U V^T of their singular value decompositions."""
     a, b, c = NEWTON_SCHULZ
     frobenius = mx.sqrt(mx.square(x).sum(axis=(1, 2), keepdims=True))  # (N, 1, 1)
-    x = x / (frobenius + 1e-7)
+    x = (x / (frobenius + 1e-7)).astype(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.swapaxes(1, 2)  # (N, R, R)
         x = a * x + (b * gram + c * gram @ gram) @ x

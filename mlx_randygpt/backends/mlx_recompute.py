@@ -9,6 +9,7 @@ layer below waits for those of this one's weights: of 117 MB for 16 layers 23 st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,18 +22,22 @@ def recomputed(block: nn.Module) -> Callable[..., mx.array]:
     names, weights = zip(*tree_flatten(block.trainable_parameters()), strict=True)
 
     def run(x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
-        def forward(x: mx.array, *weights: mx.array) -> mx.array:
+        def forward(keys: Any, x: mx.array, *weights: mx.array) -> mx.array:
             block.update(tree_unflatten(list(zip(names, weights, strict=True))))
             return block(x, mask, cache, keys)
 
         @mx.custom_function  # type: ignore[untyped-decorator]
         def once(x: mx.array, *weights: mx.array) -> mx.array:
-            return forward(x, *weights)
+            return forward(keys, x, *weights)
 
         @once.vjp  # type: ignore[untyped-decorator]
-        def again(primals: Any, cotangent: mx.array, _: mx.array) -> list[mx.array]:
-            held = mx.depends(list(primals), [cotangent])  # not before its gradient is asked for
-            _, (dx, *dweights) = mx.vjp(forward, held, [cotangent])
+        def once_more(primals: Any, cotangent: mx.array, _: mx.array) -> list[mx.array]:
+            drawn = [keys] if isinstance(keys, mx.array) else []
+            # not before its gradient is asked for; the keys too, or a compiled step would take
+            # both drawings of dropout for one and keep it
+            held = mx.depends([*primals, *drawn], [cotangent])
+            again = partial(forward, held.pop() if drawn else keys)
+            _, (dx, *dweights) = mx.vjp(again, held, [cotangent])
             (dx,) = mx.depends([dx], dweights)
             return [dx, *dweights]
 

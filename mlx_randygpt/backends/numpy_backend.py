@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from mlx_randygpt.backends import numpy_optimizer as optimizer
 from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
 from mlx_randygpt.backends.numpy_cache import Advance, Decoder, NumpyCache, advance
-from mlx_randygpt.backends.numpy_model import Chunk, flat_views
+from mlx_randygpt.backends.numpy_model import Chunk, copied, flat_views
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Array, Batch, Params, TrainState, muon_parts, rng
 
@@ -106,14 +106,9 @@ class NumpyBackend:
         adamw_only = [
             n for n in self.params if self.train.optimizer == "adamw" or not muon_parts(n)
         ]
-        return TrainState(
-            self.step,
-            {name: np.array(w, np.float32) for name, w in self.params.items()},
-            {
-                "m": {name: np.array(m, np.float32) for name, m in self._m_views.items()},
-                "v": {name: np.array(self._v_views[name], np.float32) for name in adamw_only},
-            },
-        )
+        v = {name: self._v_views[name] for name in adamw_only}
+        params, m, v = copied([self.params, self._m_views, v])
+        return TrainState(self.step, params, {"m": m, "v": v})
 
     def matmul_flops(self) -> float:
         from mlx_randygpt.backends.numpy_speed import matmul_flops

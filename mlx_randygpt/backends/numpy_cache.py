@@ -24,7 +24,7 @@ from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import Array, Params
 
 Advance = Callable[[Params, ModelConfig, Array, "NumpyCache", slice], Array]
-ROWS_PER_THREAD = 8  # streams that pay for a second thread
+ROWS_PER_THREAD = 8  # streams that pay for a second thread; of a prompt, 8 tokens count as one
 COMPILED_FROM = 2000  # tokens; by then waiting for numba to load would have paid for itself
 
 
@@ -95,7 +95,7 @@ class Decoder:
         check_decoding(self.config, tokens, cache.lengths[rows])
         self.n_decoded += tokens.size
         n, start = len(tokens), rows.start or 0
-        n_parts = max(1, min(self.n_threads, n // ROWS_PER_THREAD))
+        n_parts = max(1, min(self.n_threads, n, max(n, tokens.size // 8) // ROWS_PER_THREAD))
         if n_parts == 1:
             return self._logits(tokens, cache, slice(start, start + n))
         edges = [n * i // n_parts for i in range(n_parts + 1)]

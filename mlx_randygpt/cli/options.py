@@ -19,6 +19,9 @@ from mlx_randygpt.config import ARCHS, BACKENDS, DEFAULT_PRESET, PRESETS, RECIPE
 F = TypeVar("F", bound=Callable[..., Any])
 RESUME_NEWEST = "@newest"  # what a bare --resume passes on
 _DEBUG = "mlx_randygpt.debug"
+NO_MEMORY = (  # MLX says so in a RuntimeError: its allocator, Metal's command buffers, CUDA
+    "unable to allocate", "maximum allowed buffer size", "insufficient memory", "out of memory",
+)  # fmt: skip
 
 
 class Command(click.Command):
@@ -260,11 +263,11 @@ def _spelled(option: click.Parameter) -> str:
 def _one_line(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError):
-        return f"out of memory ({error}); try a smaller --batch-size, --block-size or model"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(said in text.lower() for said in NO_MEMORY):
+        return f"out of memory ({text}); try a smaller --batch-size, --block-size or model"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EIO):
         return f"the output cannot be written: {error.strerror}"
-    text = " ".join(str(error).split())
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

@@ -17,7 +17,7 @@ def weights_files(saved: Checkpoint) -> dict[str, bytes]:
     It names the run's texts without the folders they were in."""
     state = TrainState(saved.state.step, saved.state.params, {})
     slim = replace(saved, state=state, data=without_folders(saved.data))
-    return {WEIGHTS: serialized(slim)}
+    return {WEIGHTS: b"".join(serialized(slim))}
 
 
 def without_folders(data: dict[str, Any]) -> dict[str, Any]:

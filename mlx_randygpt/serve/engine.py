@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -94,7 +94,8 @@ class Engine:
         while (arrived := self._arrived(batch)) is not None:
             everybody = [*batch.jobs, *arrived]
             try:
-                self.deliver(batch.join(arrived, self._model.block_size))
+                for told in batch.join(arrived, self._model.block_size):
+                    self.deliver(told)
                 self.deliver(batch.step())
             except Exception as error:  # the server goes on; whoever was in here learns of it
                 for job in everybody:
@@ -126,13 +127,16 @@ class Batch:
         self.jobs: list[Job] = []
         self._tokens: list[int] = []  # the newest of each, not yet read
 
-    def join(self, arrived: list[Job], block_size: int) -> list[Job]:
-        """Read the prompts of new texts and write the first token of each; who is to be told."""
+    def join(self, arrived: list[Job], block_size: int) -> Iterator[list[Job]]:
+        """Read the prompts of new texts, short ones first, and write the first token of each; who
+        is to be told, as soon as that can be."""
         self._leave()
         new = sorted((job for job in arrived if not job.finished), key=_n_read(block_size))
+        yield [job for job in arrived if job.finished]
         for _, group in groupby(new, _n_read(block_size)):
-            self._read(list(group), block_size)
-        return [job for job in arrived if job.each_token or job.finished]
+            read = list(group)
+            self._read(read, block_size)
+            yield [job for job in read if job.each_token or job.finished]
 
     def step(self) -> list[Job]:
         """One more token for everybody who is not finished; who is to be told of it."""
