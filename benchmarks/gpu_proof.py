@@ -87,43 +87,46 @@ def row(
 
 def resume(options: argparse.Namespace) -> Found:
     """Per recipe and type, and with the gradient of a wide vocabulary's embedding, which is summed
-    in another way: a run, the same again, and one that stopped in the middle and went through a
-    file. Where the second differs from the first, the device adds up in no fixed order,
-    and a difference of the third is no fault of resuming."""
+    in another way: see `resumed`."""
     given = {"preset": "mini" if options.small else "m", "dropout": 0.1, "grad_accum": 2}
     given |= {"batch_size": 4 if options.small else 16, "iters": 6 if options.small else 20}
-    tokenizer = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz")
-    tokens = rng(1, "check").integers(0, 26, 10_000, dtype=np.int32)  # (n,)
     for few_rows in (mlx_model.FEW_ROWS, 0):
         mlx_model.FEW_ROWS = mlx_backend.FEW_ROWS = few_rows
         for recipe, dtype in product(RECIPES, ("float32", "bfloat16")):
-            model, train = settings.fresh(
-                {**given, "recipe": recipe, "dtype": dtype}, tokenizer.vocab_size
-            )
-            start = TrainState(0, initial_params(model, 1), {})
-            straight, again, begun = (make_backend("mlx", model, train, start) for _ in range(3))
-            for backend in (straight, again):
-                go_on(backend, train, tokens, model.block_size, train.iters)
-            go_on(begun, train, tokens, model.block_size, train.iters // 2)
-            run = Checkpoint(
-                model, train, Progress(), tokenizer.to_json(), NO_DATA, "mlx", begun.state()
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                save_checkpoint(Path(folder) / "half.safetensors", run)
-                saved = load_checkpoint(Path(folder) / "half.safetensors")
-            resumed = make_backend("mlx", saved.model, saved.train, saved.state)
-            go_on(resumed, saved.train, tokens, model.block_size, train.iters)
-            expected = straight.state()
-            differing = differences(resumed.state(), expected)
-            yield "resume", {
-                "recipe": recipe, "dtype": dtype, "embedding": "wide" if few_rows == 0 else "narrow", "steps": train.iters,
-                "tensors": len(expected.params) + sum(map(len, expected.moments.values())),
-                "differ_when_run_again": len(differences(again.state(), expected)),
-                "differ_when_resumed": len(differing),
-                "first": next(iter(differing), ""),
-                "largest_difference": max(differing.values(), default=0.0),
-                "holds": not differing,
-            }  # fmt: skip
+            about = {"recipe": recipe, "dtype": dtype}
+            embedding = {"embedding": "narrow" if few_rows else "wide"}
+            yield "resume", about | embedding | resumed(given | about)
+
+
+def resumed(given: dict[str, Any]) -> dict[str, Any]:
+    """A run, the same again, and one that stopped in the middle and went through a file. Where the
+    second differs from the first, the device adds up in no fixed order, and a difference of the
+    third is no fault of resuming."""
+    tokenizer = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz")
+    tokens = rng(1, "check").integers(0, 26, 10_000, dtype=np.int32)  # (n,)
+    model, train = settings.fresh(given, tokenizer.vocab_size)
+    start = TrainState(0, initial_params(model, 1), {})
+    straight, again, begun = (make_backend("mlx", model, train, start) for _ in range(3))
+    for backend in (straight, again):
+        go_on(backend, train, tokens, model.block_size, train.iters)
+    go_on(begun, train, tokens, model.block_size, train.iters // 2)
+    run = Checkpoint(model, train, Progress(), tokenizer.to_json(), NO_DATA, "mlx", begun.state())
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder) / "half.safetensors", run)
+        saved = load_checkpoint(Path(folder) / "half.safetensors")
+    ended = make_backend("mlx", saved.model, saved.train, saved.state)
+    go_on(ended, saved.train, tokens, model.block_size, train.iters)
+    expected = straight.state()
+    differing = differences(ended.state(), expected)
+    return {
+        "steps": train.iters,
+        "tensors": len(expected.params) + sum(map(len, expected.moments.values())),
+        "differ_when_run_again": len(differences(again.state(), expected)),
+        "differ_when_resumed": len(differing),
+        "first": next(iter(differing), ""),
+        "largest_difference": max(differing.values(), default=0.0),
+        "holds": not differing,
+    }
 
 
 def go_on(backend: Backend, train: Any, tokens: Array, block_size: int, target: int) -> None:
