@@ -70,7 +70,7 @@ class Standstill:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     sizes = {name: getattr(options, name) for name in SIZES if name != "saves"}
-    model = ModelConfig(n_head=6, **sizes, **RECIPES["classic"]["model"])
+    model = ModelConfig(n_head=2, **sizes, **RECIPES["classic"]["model"])
     train = TrainConfig(recipe="classic", **RECIPES["classic"]["train"])
     backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
     windows = np.random.default_rng(0).integers(0, model.vocab_size, (2, 33))
