@@ -34,7 +34,8 @@ def calls(text: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("order")
     (folder / "text.txt").write_text(text)
     words = ["--data", str(folder / "text.txt"), "--out", str(folder / "out"), *SIZES]
-    settings = ["--iters=30", "--save-every=10", "--eval-every=10", "--sample-every=0"]
+    # far enough apart that a busy machine does not let two saves of a file become one
+    settings = ["--iters=600", "--save-every=200", "--eval-every=200", "--sample-every=0"]
     strace = ["strace", "-f", "-y", "-s", "300", "-e", CALLS, "-o", str(folder / "trace")]
     done = subprocess.run([*strace, *PROGRAM, *words, *settings], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
