@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from dataclasses import asdict
@@ -19,13 +18,14 @@ from mlx_randygpt.checkpoint import (
     load_checkpoint,
     peek_step,
 )
+from mlx_randygpt.cli.log_file import LogFile
 from mlx_randygpt.config import UserError
 from mlx_randygpt.records import strict
 from mlx_randygpt.reports import EvalLog, Report, SampleLog, StepLog
 
 FLUSH_SECONDS = 1.0
 LOCK = ".lock"
-MAX_LINE = 1 << 20  # bytes; a line of metrics has about 200, a sample rarely 4,000
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class FolderError(UserError, OSError):
@@ -42,12 +42,11 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problem = ""  # why metrics and samples are no longer written
+        self.problem = ""  # why the lines of metrics and samples wait
         self.news: list[str] = []  # what became of the folder, not yet told
         self._flushed_at = time.monotonic()
         self._config_toml: str | None = None  # None: no run has begun here
-        self._metrics: Any = None
-        self._samples: Any = None
+        self._logs: list[LogFile] = []  # metrics and samples
 
     def __enter__(self) -> RunFolder:
         parts = (self.path / LOCK, self.path, *self.path.parents)
@@ -93,9 +92,8 @@ class RunFolder:
             self.begin(self._config_toml, fresh=False)
 
     def _close_logs(self) -> None:
-        for file in filter(None, (self._metrics, self._samples)):
-            with contextlib.suppress(OSError):  # a full disk
-                file.close()
+        for log in self._logs:
+            log.close()
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints here: checkpoint.safetensors, then the others, the latest first."""
@@ -157,30 +155,39 @@ class RunFolder:
                 if old.name != NEWEST:
                     old.unlink()
             (self.path / "config.toml").write_text(config_toml, encoding="utf-8", errors="replace")
-            self._metrics = _opened(self.path / "metrics.jsonl", fresh)
-            self._samples = _opened(self.path / "samples.jsonl", fresh)
+            self._logs = [LogFile(self.path / name, fresh) for name in LOGS]
         except OSError as error:
             raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error
 
     def record(self, report: Report, log_every: int) -> None:
-        """One line of metrics.jsonl or samples.jsonl; a disk that refuses is noted in `problem`,
-        once."""
-        if self.problem:
-            return
-        values = metrics_row(report, log_every)
-        try:
-            if isinstance(report, SampleLog):
-                self._samples.write(json.dumps(asdict(report)) + "\n")
-                self._samples.flush()
-            if values:
-                self._metrics.write(json.dumps(values) + "\n")
-            if time.monotonic() - self._flushed_at > FLUSH_SECONDS or isinstance(report, EvalLog):
-                self._metrics.flush()
-                self._flushed_at = time.monotonic()
-        except OSError as error:
-            self.problem = (
-                f"metrics.jsonl and samples.jsonl are no longer written: {error.strerror}"
-            )
+        """One line of metrics.jsonl or samples.jsonl, written within a second or so."""
+        metrics, samples = self._logs
+        if values := metrics_row(report, log_every):
+            metrics.add(values)
+        if isinstance(report, SampleLog):
+            samples.add(asdict(report))
+        is_old = time.monotonic() - self._flushed_at > FLUSH_SECONDS
+        if is_old or isinstance(report, EvalLog | SampleLog):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that wait. That a disk refuses them is told of once, and its end too."""
+        self._flushed_at, before, self.problem = time.monotonic(), self.problem, ""
+        for log in self._logs:
+            try:
+                log.flush()
+            except OSError as error:
+                self.problem = error.strerror or str(error)
+        names = " and ".join(LOGS)
+        if self.problem and not before:
+            self.news.append(f"{names} wait in memory: {self.problem}.")
+        elif before and not self.problem:
+            self.news.append(f"{names} are written again, with every line.")
+
+    def unwritten(self) -> str:
+        """What metrics.jsonl and samples.jsonl lack at the end, for people; "" is nothing."""
+        lines = sum(map(len, self._logs))
+        return f"{lines} lines of {' and '.join(LOGS)} are lost: {self.problem}" if lines else ""
 
 
 def locked(folder: Path) -> TextIO:
@@ -242,22 +249,6 @@ def whereabouts(file: TextIO) -> Path | None:
         return None
     path = Path(os.fsdecode(told))
     return path if is_at(file, path) else None
-
-
-def _opened(path: Path, fresh: bool) -> TextIO:
-    """To be written on; empty for a fresh run."""
-    if not fresh and path.exists():
-        _drop_torn_line(path)
-    return open(path, "w" if fresh else "a", encoding="utf-8")
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what a full disk or a lost machine left of a last line."""
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - MAX_LINE))
-        tail = file.read()
-        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
 def no_checkpoint(folder: Path) -> str:

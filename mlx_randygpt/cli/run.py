@@ -195,8 +195,9 @@ def follow(
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
-        if folder.problem:
-            view.note(folder.problem)
+        folder.flush()
+        for line in filter(None, (*folder.news, folder.unwritten())):
+            view.note(line)
     job = replace(job, out=folder.path)  # it may have been moved
     for save in sorted(saves.values(), key=lambda save: save.best):
         if save.error:

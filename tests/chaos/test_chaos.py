@@ -125,6 +125,7 @@ def test_a_disk_that_was_full_for_a_while_costs_nothing(run: Run, undisturbed: R
     life.until(saved(run))
     assert life.finish().code == 0
     assert_same_end(run, undisturbed)
+    assert run.metrics().keys() == undisturbed.metrics().keys()
 
 
 @can_lock
