@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_randygpt.config import ConfigError
+from mlx_randygpt.config import ConfigError, UserError
 from mlx_randygpt.state import Array
 
 WIDE = 1024  # tokens; of a wider vocabulary the likely ones are looked at alone
@@ -26,6 +26,10 @@ RANGES = {  # what a setting may be
     "repetition_penalty": (1e-3, 1e3), "presence_penalty": (-100, 100),
     "frequency_penalty": (-100, 100),
 }  # fmt: skip
+
+
+class LogitsError(UserError, ValueError):
+    """A model that predicts nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +82,26 @@ def penalise(
 
 
 def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
-    """What `pick` draws from, (N, V) float64, each row summing to 1, of penalised logits (N, V)."""
+    """What `pick` draws from, (N, V) float64, each row summing to 1, of penalised logits (N, V).
+    LogitsError where a row has nan, or nothing finite."""
     if scores.shape[1] > WIDE and len(scores) > 1:  # each has likely tokens of its own
         alone = zip(np.asarray(scores)[:, None], configs, strict=True)
         return np.concatenate([probabilities(row, [config]) for row, config in alone])
     columns = _columns(tuple(configs))
     scores = np.array(scores, np.float64)
-    scores -= scores.max(axis=-1, keepdims=True)
+    best = scores.max(axis=-1, keepdims=True)
+    if (broken := best[~np.isfinite(best)]).size:
+        raise LogitsError(f"the model's largest logit is {broken[0]}; its weights are damaged")
+    scores -= best
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
         scores /= columns.temperature
     p = _normalised(np.exp(scores))
     for keep, on, value in columns.filters:
         p[on] = _normalised(p[on] * keep(p[on], value))
     if columns.greedy.size:
-        best = scores[columns.greedy].argmax(axis=-1)
+        first = scores[columns.greedy].argmax(axis=-1)
         p[columns.greedy] = 0
-        p[columns.greedy, best] = 1
+        p[columns.greedy, first] = 1
     return p
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.config import ConfigError
-from mlx_randygpt.filters import SampleConfig, penalise, pick, probabilities
+from mlx_randygpt.filters import LogitsError, SampleConfig, penalise, pick, probabilities
 from mlx_randygpt.state import rng
 
 
@@ -161,6 +161,15 @@ def test_of_a_wide_vocabulary_typical_and_top_k_keep_the_same() -> None:
         assert distance[row][kept].max() <= distance[row][~kept].min()
         assert p[row][kept].sum() >= 0.5
         assert np.array_equal(best[row] > 0, logits[row] >= np.sort(logits[row])[-20])
+
+
+@pytest.mark.parametrize("width", [50, 3000])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_model_that_predicts_nothing_is_an_error(width: int, number: float) -> None:
+    logits = np.zeros((2, width))
+    logits[1] = number
+    with pytest.raises(LogitsError, match=f"largest logit is {number};"):
+        probabilities(logits, [SampleConfig()] * 2)
 
 
 def test_what_is_impossible_stays_so() -> None:
