@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,8 +91,9 @@ def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
     columns = _columns(tuple(configs))
     scores = np.array(scores, np.float64)
     best = scores.max(axis=-1, keepdims=True)
-    if (broken := best[~np.isfinite(best)]).size:
-        raise LogitsError(f"the model's largest logit is {broken[0]}; its weights are damaged")
+    if not isfinite(best.sum()):
+        broken = best[~np.isfinite(best)][0]
+        raise LogitsError(f"the model's largest logit is {broken}; its weights are damaged")
     scores -= best
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
         scores /= columns.temperature
@@ -146,10 +148,10 @@ def _fewest(p: Array, least: Any, rank: Array, mass: Array) -> Array:
     `least` comes last and never counts: of a wide vocabulary the others alone are sorted."""
     if p.shape[1] > WIDE:
         columns = np.flatnonzero((p >= least).any(axis=0))
+        order = columns[np.argsort(rank[:, columns], axis=-1, kind="stable")]
     else:
-        columns = np.arange(p.shape[1])
-    order = np.argsort(rank[:, columns], axis=-1, kind="stable")
-    rows, order = np.arange(len(p))[:, None], columns[order]
+        order = np.argsort(rank, axis=-1, kind="stable")
+    rows = np.arange(len(p))[:, None]
     ordered = p[rows, order]
     keep: Array = np.cumsum(ordered, axis=-1) - ordered < mass
     keep[:, 0] = True
