@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_randygpt import settings
 from mlx_randygpt.backends import make_backend
-from mlx_randygpt.cli import settings, text
+from mlx_randygpt.cli.training import text
 from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading
-from mlx_randygpt.evaluation import evaluate
-from mlx_randygpt.state import TrainState, initial_params
-from mlx_randygpt.tokenizer import Tokenizer
-from mlx_randygpt.train import step_batches, step_rate
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.state import TrainState
+from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.training.evaluation import evaluate
+from mlx_randygpt.training.loop import step_batches, step_rate
 
 WARM_UP = 6  # steps, of which the first is not counted
 

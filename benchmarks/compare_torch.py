@@ -17,9 +17,11 @@ import torch
 from torch_gpt import TorchTrainer
 from turns import Runners, interleave, rows, save, show
 
-from mlx_randygpt.backends.numpy_backend import NumpyBackend, available_cores
-from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig, TrainConfig
-from mlx_randygpt.state import Batch, TrainState, initial_params
+from mlx_randygpt.backends.numpy.backend import NumpyBackend, available_cores
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.recipes import PRESETS, RECIPES
+from mlx_randygpt.state import Batch, TrainState
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.backends.numpy_backend import available_cores
+from mlx_randygpt.backends.numpy.backend import available_cores
 from mlx_randygpt.data.corpus import Loader
 from mlx_randygpt.data.encoding import Found, blocks
 from mlx_randygpt.data.reading import Piece, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary
-from mlx_randygpt.subword import SubwordTokenizer
+from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 STRETCH = 10_000_000  # characters
 

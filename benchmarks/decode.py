@@ -20,13 +20,15 @@ import torch
 from torch_decode import nanogpt_generate, torch_kv
 from turns import Runners, interleave, rows, save, show
 
-from mlx_randygpt.backends import numpy_cache
-from mlx_randygpt.backends.numpy_backend import NumpyBackend, available_cores
-from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig, TrainConfig
-from mlx_randygpt.filters import SampleConfig
-from mlx_randygpt.sample import Streams, Writer, write
-from mlx_randygpt.state import TrainState, initial_params
-from mlx_randygpt.tokenizer import CharTokenizer
+from mlx_randygpt.backends.numpy import decode
+from mlx_randygpt.backends.numpy.backend import NumpyBackend, available_cores
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.recipes import PRESETS, RECIPES
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import Streams, Writer, write
+from mlx_randygpt.state import TrainState
+from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 TOKENIZER = CharTokenizer("".join(map(chr, range(64, 128))))
 VOCAB = TOKENIZER.vocab_size  # 67
@@ -71,7 +73,7 @@ def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callabl
     config = SampleConfig(seed=1, max_tokens=n + 1)
 
     def run() -> None:
-        numpy_cache.COMPILED_FROM = 0 if compiled else 10**12
+        decode.COMPILED_FROM = 0 if compiled else 10**12
         writers = [Writer(TOKENIZER, [0], config, i) for i in range(n_streams)]
         streams = Streams(backend, model, n_streams)
         logits = streams.join(np.zeros((n_streams, 1), np.int32))

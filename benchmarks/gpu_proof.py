@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from mlx_randygpt import check
-from mlx_randygpt.backends import make_backend, mlx_backend, mlx_model
+from mlx_randygpt import check, settings
+from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.mlx import backend as mlx_backend
+from mlx_randygpt.backends.mlx import model as mlx_model
 from mlx_randygpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mlx_randygpt.cli import settings
-from mlx_randygpt.config import RECIPES, ModelConfig
-from mlx_randygpt.records import Progress
-from mlx_randygpt.state import Array, TrainState, initial_params, rng
-from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import step_batches, step_rate
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.progress import Progress
+from mlx_randygpt.recipes import RECIPES
+from mlx_randygpt.state import Array, TrainState, rng
+from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.loop import step_batches, step_rate
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 

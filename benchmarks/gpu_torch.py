@@ -31,7 +31,7 @@ def beside_torch(options: argparse.Namespace) -> Found:
     """Training at 6/6/384 × 256 and gpt2, and one stream of text."""
     from gpu_training import DEFAULT, GPT2, LARGE, TINY, attempt, goal
 
-    from mlx_randygpt.backends.mlx_backend import probe
+    from mlx_randygpt.backends.mlx.backend import probe
 
     where, why = torch_device(options.torch_python, probe().has_gpu)
     if why:
@@ -175,8 +175,8 @@ def our_training(spec: dict[str, Any]) -> tuple[Run, int]:
 def our_text(spec: dict[str, Any]) -> tuple[Run, int]:
     import numpy as np
 
-    from mlx_randygpt.filters import SampleConfig, pick, probabilities
-    from mlx_randygpt.sample import Streams
+    from mlx_randygpt.sampling.filters import SampleConfig, pick, probabilities
+    from mlx_randygpt.sampling.generate import Streams
     from mlx_randygpt.state import rng
 
     backend, model, _ = ours(spec)

@@ -18,14 +18,15 @@ import mlx.core as mx
 import numpy as np
 from turns import timed
 
-from mlx_randygpt.backends.mlx_backend import MLXBackend, probe
-from mlx_randygpt.backends.mlx_optimizer import rates
-from mlx_randygpt.bench import measure_sampling
-from mlx_randygpt.cli import settings
+from mlx_randygpt import settings
+from mlx_randygpt.backends.mlx.backend import MLXBackend, probe
+from mlx_randygpt.backends.mlx.optimizer import rates
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.state import Array, TrainState, flops_per_token, initial_params, parameter_count
-from mlx_randygpt.train import step_batches, step_rate
+from mlx_randygpt.model import flops_per_token, initial_params, parameter_count
+from mlx_randygpt.planning.bench import measure_sampling
+from mlx_randygpt.state import Array, TrainState
+from mlx_randygpt.training.loop import step_batches, step_rate
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 Measure = Callable[[], Found]

@@ -18,18 +18,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
+from mlx_randygpt import settings
 from mlx_randygpt.backends import choose, make_backend
-from mlx_randygpt.cli import settings
-from mlx_randygpt.cli.job import describe_model
-from mlx_randygpt.cli.model import describe_backend
-from mlx_randygpt.dashboard import screen
+from mlx_randygpt.cli.loading import describe_backend
+from mlx_randygpt.cli.training.request import describe_model
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.data.files import find_files
 from mlx_randygpt.data.reading import read_text
-from mlx_randygpt.state import TrainState, initial_params
-from mlx_randygpt.tally import RunInfo, Tally
-from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import Run, train
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.screen.dashboard import screen
+from mlx_randygpt.screen.run_summary import RunInfo, Tally
+from mlx_randygpt.state import TrainState
+from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.loop import Run, train
 
 WIDTH, HEIGHT = 80, 26
 THEME = TerminalTheme(

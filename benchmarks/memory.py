@@ -46,9 +46,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from torch_gpt import TorchTrainer
 
-    from mlx_randygpt.backends.numpy_backend import NumpyBackend
-    from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
-    from mlx_randygpt.state import Batch, TrainState, initial_params
+    from mlx_randygpt.backends.numpy.backend import NumpyBackend
+    from mlx_randygpt.config import ModelConfig, TrainConfig
+    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.recipes import RECIPES
+    from mlx_randygpt.state import Batch, TrainState
 
     model = ModelConfig(
         vocab_size=67, block_size=options.block_size, n_layer=options.n_layer,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlx_randygpt.data.windows import eval_batches, sample_batch
-from mlx_randygpt.schedule import learning_rate
 from mlx_randygpt.state import Array
+from mlx_randygpt.training.schedule import learning_rate
 
 
 class Block(nn.Module):

@@ -87,11 +87,11 @@ def work(options: argparse.Namespace) -> None:
         os.sched_setaffinity(0, {int(core)})
     import numpy as np
 
-    from mlx_randygpt.backends.group import is_ranked
+    from mlx_randygpt.backends.ranks.group import is_ranked
 
     group = None
     if is_ranked():
-        from mlx_randygpt.backends.mlx_group import join
+        from mlx_randygpt.backends.ranks.ring import join
 
         group = join(lambda seconds: None)
     backend = built(group, options.rows[0]) if options.worker_trains else None
@@ -118,10 +118,12 @@ def built(group: Any, rows: int) -> Any:
     """A backend of 10.7 M parameters on one thread, and the batch of all ranks."""
     import numpy as np
 
-    from mlx_randygpt.backends.numpy_backend import NumpyBackend
-    from mlx_randygpt.backends.numpy_ranks import NumpyRank
-    from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
-    from mlx_randygpt.state import Batch, TrainState, initial_params
+    from mlx_randygpt.backends.numpy.backend import NumpyBackend
+    from mlx_randygpt.backends.numpy.ranks import NumpyRank
+    from mlx_randygpt.config import ModelConfig, TrainConfig
+    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.recipes import RECIPES
+    from mlx_randygpt.state import Batch, TrainState
 
     model = ModelConfig(**SIZES, **RECIPES["modern"]["model"])
     train = TrainConfig(**RECIPES["modern"]["train"], threads=1)

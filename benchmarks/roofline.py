@@ -23,10 +23,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from turns import save, timed
 
-from mlx_randygpt.backends import numpy_ops
-from mlx_randygpt.backends.numpy_model import Chunk, flat_views
-from mlx_randygpt.config import PRESETS, RECIPES, ModelConfig
-from mlx_randygpt.state import flops_per_token, initial_params
+from mlx_randygpt.backends.numpy import ops
+from mlx_randygpt.backends.numpy.model import Chunk, flat_views
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.model import flops_per_token, initial_params
+from mlx_randygpt.recipes import PRESETS, RECIPES
 
 VOCAB = 67
 COUNTS = Path(__file__).parent / "counts.json"
@@ -152,25 +153,25 @@ def recorded(step: Callable[[], None]) -> dict[str, tuple[float, ...]]:
 
         return watched
 
-    names = [n for n in vars(numpy_ops) if getattr(numpy_ops, n) in operations()]
-    plain = {name: getattr(numpy_ops, name) for name in names}
+    names = [n for n in vars(ops) if getattr(ops, n) in operations()]
+    plain = {name: getattr(ops, name) for name in names}
     matmul = np.matmul
     try:
         for name, call in plain.items():
-            setattr(numpy_ops, name, watch(name, call))
+            setattr(ops, name, watch(name, call))
         np.matmul = watch("matmul", matmul)  # type: ignore[assignment]
         step()
     finally:
         np.matmul = matmul
         for name, call in plain.items():
-            setattr(numpy_ops, name, call)
+            setattr(ops, name, call)
     return dict(sums)
 
 
 def operations() -> list[Any]:
-    """The public functions of numpy_ops that a step calls."""
-    functions = [f for f in vars(numpy_ops).values() if callable(f)]
-    own = [f for f in functions if getattr(f, "__module__", "") == numpy_ops.__name__]
+    """The public functions of ops that a step calls."""
+    functions = [f for f in vars(ops).values() if callable(f)]
+    own = [f for f in functions if getattr(f, "__module__", "") == ops.__name__]
     return [f for f in own if not f.__name__.startswith("_") and f.__name__ != "heads"]
 
 

@@ -26,13 +26,15 @@ import numpy as np
 from memory import peak_mb
 from turns import save, timed
 
-from mlx_randygpt.backends.numpy_backend import NumpyBackend
+from mlx_randygpt.backends.numpy.backend import NumpyBackend
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
-from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
-from mlx_randygpt.records import Progress
-from mlx_randygpt.state import Batch, TrainState, initial_params
-from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.writer import Saver
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.progress import Progress
+from mlx_randygpt.recipes import RECIPES
+from mlx_randygpt.state import Batch, TrainState
+from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.saving import Saver
 
 SIZES = {"n_layer": 6, "n_embd": 384, "vocab_size": 67, "block_size": 256, "saves": 7}
 

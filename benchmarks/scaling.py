@@ -135,10 +135,12 @@ def one_size(case: dict[str, Any]) -> None:
     import numpy as np
 
     from mlx_randygpt.backends.base import resident_bytes
-    from mlx_randygpt.backends.numpy_backend import NumpyBackend
-    from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
-    from mlx_randygpt.state import Batch, TrainState, flops_per_token, initial_params
-    from mlx_randygpt.state import parameter_count as count
+    from mlx_randygpt.backends.numpy.backend import NumpyBackend
+    from mlx_randygpt.config import ModelConfig, TrainConfig
+    from mlx_randygpt.model import flops_per_token, initial_params
+    from mlx_randygpt.model import parameter_count as count
+    from mlx_randygpt.recipes import RECIPES
+    from mlx_randygpt.state import Batch, TrainState
 
     recipe, again = case.pop("recipe", "modern"), case.pop("again", False)
     batch_size = case.pop("batch_size")
@@ -193,10 +195,12 @@ def one_mlx(case: dict[str, Any]) -> None:
     import numpy as np
 
     mx.set_memory_limit(1)  # nothing is handed out ahead of its turn
-    from mlx_randygpt.backends.mlx_backend import MLXBackend
-    from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
-    from mlx_randygpt.footprint import mlx_step
-    from mlx_randygpt.state import Batch, TrainState, initial_params
+    from mlx_randygpt.backends.mlx.backend import MLXBackend
+    from mlx_randygpt.config import ModelConfig, TrainConfig
+    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.planning.footprint import mlx_step
+    from mlx_randygpt.recipes import RECIPES
+    from mlx_randygpt.state import Batch, TrainState
 
     recipe, change, batch_size = (case.pop(name) for name in ("recipe", "change", "batch_size"))
     by = change.pop("by", "us")
@@ -303,9 +307,9 @@ def ranks(_: int) -> Any:
     """Speed on n hosts over that on one, by plan's model: three sizes, two links."""
     from dataclasses import replace
 
-    from mlx_randygpt.cli import settings
-    from mlx_randygpt.devices import DEVICES
-    from mlx_randygpt.plan import make_plan
+    from mlx_randygpt import settings
+    from mlx_randygpt.planning.devices import DEVICES
+    from mlx_randygpt.planning.plan import make_plan
 
     rows = []
     cases = [

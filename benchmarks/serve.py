@@ -25,9 +25,9 @@ from typing import Any
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.checkpoint import load_checkpoint
-from mlx_randygpt.filters import SampleConfig
-from mlx_randygpt.sample import generate
-from mlx_randygpt.tokenizer import tokenizer_from_json
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import generate
+from mlx_randygpt.tokenizers.chars import tokenizer_from_json
 
 MALFORMED = (
     b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": 3}', b'{"prompt": "a", "n": "many"}',

@@ -4,9 +4,7 @@ The names below are the public API; each is imported when it is first asked for,
 `import mlx_randygpt` costs nothing.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -14,18 +12,18 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ModelConfig": "config",
     "TrainConfig": "config",
-    "PRESETS": "config",
-    "RECIPES": "config",
+    "PRESETS": "recipes",
+    "RECIPES": "recipes",
     "Batch": "state",
     "TrainState": "state",
-    "CharTokenizer": "tokenizer",
+    "CharTokenizer": "tokenizers.chars",
     "Checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
     "make_backend": "backends",
-    "train": "train",
-    "evaluate": "evaluation",
-    "generate": "sample",
+    "train": "training.loop",
+    "evaluate": "training.evaluation",
+    "generate": "sampling.generate",
 }
 __all__ = ["__version__", *_PUBLIC]
 
@@ -38,14 +36,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """The import of a module sets its name here; `train` stays the function all the same."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_randygpt.backends import make_backend
-from mlx_randygpt.backends.numpy_backend import NumpyBackend
-from mlx_randygpt.backends.numpy_lora import NumpyLora
-from mlx_randygpt.config import ARCHS, RECIPES, ModelConfig, TrainConfig
-from mlx_randygpt.state import Array, Batch, Params, TrainState, parameter_shapes, rng
+from mlx_randygpt.backends.numpy.adapters import NumpyLora
+from mlx_randygpt.backends.numpy.backend import NumpyBackend
+from mlx_randygpt.config import ARCHS, ModelConfig, TrainConfig
+from mlx_randygpt.model import parameter_shapes
+from mlx_randygpt.recipes import RECIPES
+from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
 
 WEIGHT_STD = 0.15  # of the checked weights; GPT-2 starts at 0.02
 N_SEQUENCES = 4

@@ -10,7 +10,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_randygpt import gpt2, lora_names
+from mlx_randygpt.recipes import PRESETS, RECIPES
 
 
 class UserError(Exception):
@@ -19,6 +19,27 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A setting that does not fit."""
+
+
+class MissingExtra(UserError, ImportError):
+    """A library that is not installed, and the command that installs it."""
+
+
+def missing(what: str, library: str, extra: str) -> MissingExtra:
+    """The error for `what`, which needs `library`, which comes with `extra`."""
+    return MissingExtra(
+        f"{what} needs the library {library}, which is not installed; "
+        f"pip install 'mlx-randygpt[{extra}]'"
+    )
+
+
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc", "all")  # of each block; c_proj is attention's and MLP's
+GPT2_ACTIVATIONS = ("gelu_tanh", "gelu")
+GPT2_SWITCHES: dict[str, Any] = {  # over those of a recipe
+    "arch": "gpt2", "activation": "gelu_tanh", "bias": True, "position": "learned",
+    "qk_norm": False, "final_norm": True, "token_shift": False, "zero_init": False,
+}  # fmt: skip
+GPT2_FIXED = ("position", "qk_norm", "final_norm", "token_shift")  # of these
 
 
 @dataclass(frozen=True)
@@ -71,15 +92,15 @@ class ModelConfig:
             )
         _between("dropout", self.dropout, 0.0, 1.0, top_open=True)
         _one_of("arch", self.arch, tuple(ARCHS))
-        _one_of("activation", self.activation, gpt2.ACTIVATIONS if self.is_gpt2 else ("relu2",))
-        for name in gpt2.FIXED if self.is_gpt2 else ("bias",):
+        _one_of("activation", self.activation, GPT2_ACTIVATIONS if self.is_gpt2 else ("relu2",))
+        for name in GPT2_FIXED if self.is_gpt2 else ("bias",):
             if getattr(self, name) != ARCHS[self.arch].get(name, False):
                 raise ConfigError(f"{name}={getattr(self, name)} does not go with arch {self.arch}")
         _at_least("lora_rank", self.lora_rank, 0)
         _at_most("lora_rank", self.lora_rank, self.n_embd)
         _between("lora_alpha", self.lora_alpha, 1e-6, 1e6)
         for target in self.lora_targets.split(","):
-            _one_of("lora_targets", target, lora_names.TARGETS)
+            _one_of("lora_targets", target, LORA_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -150,79 +171,20 @@ class TrainConfig:
         parse_interval(self.save_every)
 
 
-@dataclass(frozen=True)
-class Preset:
-    """The sizes of one named model; every preset trains with the recipe's own batch of 64."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    batch_size: int = 64
-
-
 BACKENDS = {  # name -> module and class; a third backend is one file and one row here
-    "mlx": ("mlx_randygpt.backends.mlx_backend", "MLXBackend"),
-    "numpy": ("mlx_randygpt.backends.numpy_backend", "NumpyBackend"),
+    "mlx": ("mlx_randygpt.backends.mlx.backend", "MLXBackend"),
+    "numpy": ("mlx_randygpt.backends.numpy.backend", "NumpyBackend"),
 }
 MOST = {  # beyond these a number is a slip, and would only hang or fill the memory
     "vocab_size": 1 << 24, "block_size": 1 << 20, "n_layer": 1000, "n_head": 1 << 12,
     "n_embd": 1 << 16, "iters": 1 << 40, "batch_size": 1 << 20, "grad_accum": 1 << 16,
     "threads": 1024,
 }  # fmt: skip
-ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": gpt2.SWITCHES}  # over the recipe
+ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": GPT2_SWITCHES}  # over the recipe
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 ON_NAN = ("stop", "skip", "rollback")
 DTYPES = ("float32", "bfloat16")
-
-PRESETS: dict[str, Preset] = {
-    "mini": Preset(1, 4, 32, 8),
-    "tiny": Preset(2, 4, 64, 32),
-    "small4": Preset(4, 8, 128, 64),
-    "small": Preset(6, 8, 128, 64),
-    "medium": Preset(6, 8, 256, 128),
-    "large": Preset(12, 16, 512, 256),
-    "xs": Preset(3, 4, 116, 256),
-    "s": Preset(8, 4, 128, 256),
-    "ds": Preset(12, 4, 128, 256),
-    "m": Preset(6, 6, 192, 256),
-    "l": Preset(6, 8, 256, 256),
-    "deep": Preset(16, 6, 192, 256),
-    "xl": Preset(8, 8, 384, 256),
-    "flux-small": Preset(2, 4, 128, 64),
-    "flux-medium": Preset(4, 8, 256, 64),
-    "flux-large": Preset(6, 16, 512, 64),
-    "gpt2": Preset(12, 12, 768, 1024, batch_size=8),
-    "gpt2-medium": Preset(24, 16, 1024, 1024, batch_size=8),
-    "gpt2-large": Preset(36, 20, 1280, 1024, batch_size=8),
-    "gpt2-xl": Preset(48, 25, 1600, 1024, batch_size=8),
-}
-DEFAULT_PRESET = "small"
-
-# What a recipe decides, for the model and for the run; every field may be overridden by name.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "classic": {
-        "model": {
-            "position": "learned", "qk_norm": False, "final_norm": False, "token_shift": False,
-            "zero_init": False,
-        },
-        "train": {
-            "optimizer": "adamw", "lr": 3e-3, "min_lr": 3e-4, "weight_decay": 0.1,
-            "beta1": 0.9, "beta2": 0.99, "schedule": "cosine", "warmup": 100,
-        },
-    },
-    "modern": {
-        "model": {
-            "position": "rope", "qk_norm": True, "final_norm": True, "token_shift": True,
-            "zero_init": True,
-        },
-        "train": {
-            "optimizer": "muon", "lr": 0.02, "min_lr": 0.0, "weight_decay": 0.0,
-            "beta1": 0.8, "beta2": 0.95, "schedule": "linear", "warmup": 30,
-        },
-    },
-}  # fmt: skip
 
 
 def parse_interval(text: str) -> tuple[int, float]:

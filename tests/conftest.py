@@ -21,11 +21,13 @@ import pytest
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.check import VARIANTS, recipe_of
-from mlx_randygpt.config import RECIPES, ModelConfig, TrainConfig
+from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
-from mlx_randygpt.state import Params, TrainState, initial_params, parameter_shapes, rng
-from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import Run
+from mlx_randygpt.model import initial_params, parameter_shapes
+from mlx_randygpt.recipes import RECIPES
+from mlx_randygpt.state import Params, TrainState, rng
+from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.loop import Run
 
 np.seterr(over="raise", invalid="raise", divide="raise")  # a backend's threads do as this one
 

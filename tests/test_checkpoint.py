@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 from mlx_randygpt import checkpoint as module
-from mlx_randygpt import durable
+from mlx_randygpt import files
 from mlx_randygpt.checkpoint import (
     BEST,
     NEWEST,
@@ -30,10 +30,10 @@ from mlx_randygpt.checkpoint import (
     save_checkpoint,
 )
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.schedule import Plateau
+from mlx_randygpt.progress import Plateau
 from mlx_randygpt.state import Params, TrainState, rng
-from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.writer import CheckpointWriter
+from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.saving import CheckpointWriter
 
 Make = Callable[..., Checkpoint]
 
@@ -107,7 +107,7 @@ def test_weights_only_leaves_the_moments_on_the_disk(make: Make, tmp_path: Path)
     np.testing.assert_equal(state.params, make().state.params)
 
 
-@pytest.mark.parametrize("call", ["os.replace", "mlx_randygpt.durable.flush"])
+@pytest.mark.parametrize("call", ["os.replace", "mlx_randygpt.files.flush"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     call: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +126,7 @@ def test_a_file_is_flushed_then_renamed_then_its_folder_flushed(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    flush, rename = durable.flush, os.replace
+    flush, rename = files.flush, os.replace
 
     def record_flush(descriptor: int) -> None:
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
@@ -134,7 +134,7 @@ def test_a_file_is_flushed_then_renamed_then_its_folder_flushed(
         calls.append(f"flush {n_bytes} bytes" if is_file else "flush folder")
         flush(descriptor)
 
-    monkeypatch.setattr(durable, "flush", record_flush)
+    monkeypatch.setattr(files, "flush", record_flush)
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), rename(a, b)))
     save_checkpoint(tmp_path / "c", make())
     size = (tmp_path / "c").stat().st_size
@@ -155,7 +155,7 @@ def test_a_drive_with_a_cache_of_its_own_is_flushed_through(
     monkeypatch.setattr("fcntl.fcntl", refuse)
     monkeypatch.setattr(os, "fsync", asked.append)
     with open(tmp_path / "file", "wb") as file:
-        durable.flush(file.fileno())
+        files.flush(file.fileno())
         assert asked == [51, file.fileno()]
 
 

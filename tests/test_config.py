@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlx_randygpt.config import (
-    PRESETS,
-    RECIPES,
-    ConfigError,
-    ModelConfig,
-    TrainConfig,
-    parse_interval,
-)
+from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig, parse_interval
+from mlx_randygpt.recipes import PRESETS, RECIPES
 
 
 @pytest.mark.parametrize(

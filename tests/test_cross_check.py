@@ -20,11 +20,11 @@ from mlx_randygpt.check import distance, felt
 from mlx_randygpt.checkpoint import NEWEST, load_checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.filters import SampleConfig
-from mlx_randygpt.sample import generate
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.state import Batch, Params, TrainState, rng
-from mlx_randygpt.tokenizer import CharTokenizer
-from mlx_randygpt.train import Run, train
+from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.loop import Run, train
 
 Pair = Callable[..., tuple[Backend, Backend]]
 each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])

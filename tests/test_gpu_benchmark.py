@@ -135,7 +135,7 @@ def test_a_peer_that_dies_is_an_error_and_not_a_wait(gpu: Any) -> None:
 
 
 def test_the_sizes_are_those_of_the_table(gpu: Any) -> None:
-    from mlx_randygpt.state import parameter_count
+    from mlx_randygpt.model import parameter_count
 
     speed = importlib.import_module("gpu_training")
     models = [case.settings()[0] for case in speed.cases(small=False)]

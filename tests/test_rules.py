@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mlx_randygpt import rules
-from mlx_randygpt.cli import settings
+from mlx_randygpt import settings
 from mlx_randygpt.config import ModelConfig, TrainConfig
 
 Model = Callable[..., ModelConfig]
@@ -16,7 +15,7 @@ DEFAULT = {"iters": 5000, "prompt": "\n"}
 
 
 def test_warmup_is_at_most_a_tenth_of_the_run() -> None:
-    assert [rules.warmup_steps(30, iters) for iters in (1, 50, 299, 300, 5000)] == [
+    assert [settings.warmup_steps(30, iters) for iters in (1, 50, 299, 300, 5000)] == [
         0,
         5,
         29,
@@ -28,7 +27,7 @@ def test_warmup_is_at_most_a_tenth_of_the_run() -> None:
 def test_passes_count_how_often_a_token_is_read(tiny_model: Model) -> None:
     model = tiny_model("modern", block_size=10)
     train = TrainConfig(iters=30, batch_size=5, grad_accum=2)
-    assert rules.passes(model, train, 1000) == pytest.approx(3)
+    assert settings.passes(model, train, 1000) == pytest.approx(3)
 
 
 def test_decay_makes_weights_forget_in_half_a_pass() -> None:
@@ -44,7 +43,7 @@ def test_decay_makes_weights_forget_in_half_a_pass() -> None:
 
 def test_a_tiny_text_does_not_wipe_the_weights_out() -> None:
     _, train = settings.fresh(DEFAULT, 68, 500)
-    assert train.weight_decay * train.lr == pytest.approx(rules.MOST_FORGOTTEN)
+    assert train.weight_decay * train.lr == pytest.approx(settings.MOST_FORGOTTEN)
 
 
 def test_decay_is_the_recipe_s_where_the_text_is_unknown_or_adamw_trains() -> None:
@@ -104,6 +103,6 @@ def test_a_text_is_told_where_it_does_not_fit_the_model(
 ) -> None:
     n_layer = {64: 2, 256: 6}[n_embd]
     model = tiny_model("modern", n_embd=n_embd, n_layer=n_layer, vocab_size=54)
-    advice = rules.text_advice(model, n_bytes)
+    advice = settings.text_advice(model, n_bytes)
     assert advice.startswith(said)
     assert bool(advice) == bool(said)

@@ -7,17 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mlx_randygpt.config import PRESETS, ModelConfig
-from mlx_randygpt.state import (
-    IGNORED,
-    PURPOSES,
-    Batch,
-    initial_params,
-    muon_parts,
-    parameter_count,
-    parameter_shapes,
-    rng,
-)
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.model import initial_params, muon_parts, parameter_count, parameter_shapes
+from mlx_randygpt.recipes import PRESETS
+from mlx_randygpt.state import IGNORED, PURPOSES, Batch, rng
 
 Model = Callable[..., ModelConfig]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from mlx_randygpt import lora
 from mlx_randygpt.backends.base import Backend, BackendError
 from mlx_randygpt.config import BACKENDS, ModelConfig, TrainConfig
+from mlx_randygpt.model import adapter_backend
 from mlx_randygpt.state import TrainState
 
 
@@ -37,7 +37,7 @@ def choose(name: str) -> tuple[str, str]:
 def make_backend(name: str, model: ModelConfig, train: TrainConfig, state: TrainState) -> Backend:
     """The backend called `name` ("auto" chooses) with these weights and moments."""
     name = choose(name)[0]
-    module, attribute = lora.backend(name) if model.lora_rank else BACKENDS[name]
+    module, attribute = adapter_backend(name) if model.lora_rank else BACKENDS[name]
     build: Callable[..., Backend] = getattr(import_module(module), attribute)
     return build(model, train, state)
 

@@ -15,7 +15,7 @@ import click
 
 from mlx_randygpt import __version__
 
-# name -> (module of this package, line for --help)
+# name -> (module of cli.commands, line for --help)
 COMMANDS = {
     "train": ("train", "Train a model on your text; Ctrl-C saves and stops, --resume goes on."),
     "find-lr": ("find_lr", "Find a learning rate in under a minute, with a curve."),
@@ -50,7 +50,7 @@ class CommandGroup(click.Group):
             return None
         from importlib import import_module
 
-        module = import_module(f"{__name__}.{COMMANDS[cmd_name][0]}")
+        module = import_module(f"{__name__}.commands.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
         return command
 

@@ -2,60 +2,75 @@
 
 from __future__ import annotations
 
-import contextlib
-import reprlib
-import signal
-import sys
-import tomllib
-from collections.abc import Callable, Iterable, Iterator
-from errno import EDQUOT, EFBIG, EIO, ENOSPC
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from mlx_randygpt.config import ARCHS, BACKENDS, DEFAULT_PRESET, PRESETS, RECIPES, UserError
+from mlx_randygpt.config import ARCHS, BACKENDS, ModelConfig, TrainConfig
+from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 
 F = TypeVar("F", bound=Callable[..., Any])
-RESUME_NEWEST = "@newest"  # what a bare --resume passes on
-_DEBUG = "mlx_randygpt.debug"
-NO_MEMORY = (  # MLX says so in a RuntimeError: its allocator, Metal's command buffers, CUDA
-    "unable to allocate", "maximum allowed buffer size", "insufficient memory", "out of memory",
-)  # fmt: skip
 
 
-class Command(click.Command):
-    """A command whose failures are one line on stderr and exit code 1, tracebacks on `--debug`."""
+def quantize_option(function: F) -> F:
+    """--quantize, of every command that only lets a model compute."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params += [_config_option(), _debug_option()]
+    def bits(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+        if value not in (None, 8, 4):
+            raise click.BadParameter(f"{value} bits; it is 8 or 4", ctx, param)
+        return value
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with _interruptible():
-                return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
-            raise
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
-            ctx.exit(130)
-        except Exception as error:
-            if ctx.meta.get(_DEBUG):
-                raise
-            raise click.ClickException(_one_line(error)) from error
+    return click.option(
+        "--quantize", type=int, metavar="8|4", callback=bits,
+        help="Hold the weights in so many bits (MLX).  [default: off, 32]",
+    )(function)  # fmt: skip
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt while a command runs; before and after, it ends the process."""
-    old = signal.getsignal(signal.SIGINT)
-    if old == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, old)
+def checkpoint_option(function: F) -> F:
+    """--checkpoint, of every command that works with a trained model."""
+    return click.option(
+        "--checkpoint",
+        type=click.Path(path_type=Path),
+        help="[default: the best of checkpoints/, else the newest]",
+    )(function)
+
+
+def sampling_options(function: F) -> F:
+    """What decides which token comes next; the names are the fields of SampleConfig."""
+    options = [
+        click.option("--max-tokens", default=200, show_default=True),
+        click.option(
+            "--temperature", default=0.8, show_default=True, help="0 always takes the likeliest."
+        ),
+        click.option(
+            "--top-p", default=0.9, show_default=True, help="Likeliest tokens up to this sum."
+        ),
+        click.option("--top-k", default=0, show_default=True, help="The k likeliest; 0 is off."),
+        click.option(
+            "--min-p", default=0.0, show_default=True, help="At least this share of the likeliest."
+        ),
+        click.option(
+            "--typical-p", default=1.0, show_default=True,
+            help="About as surprising as the average, up to this sum; 1 is off.",
+        ),
+        click.option("--repetition-penalty", default=1.0, show_default=True),
+        click.option("--presence-penalty", default=0.0, show_default=True),
+        click.option("--frequency-penalty", default=0.0, show_default=True),
+        click.option(
+            "--logit-bias", multiple=True, metavar="TOKEN=X",
+            help="Add X to the logit of a token, its text or #id; may be given several times.",
+        ),
+        click.option(
+            "--stop", multiple=True, help="Text to stop before; may be given several times."
+        ),
+        click.option("--seed", default=1337, show_default=True),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def model_options(defaults: bool = True) -> Callable[[F], F]:
@@ -112,162 +127,99 @@ def json_option(function: F) -> F:
     return click.option("--json", is_flag=True, help=text)(function)
 
 
-def print_json(values: dict[str, Any]) -> None:
-    """One JSON object on stdout; what is not finite becomes null."""
-    import json
-
-    from mlx_randygpt.records import strict
-
-    click.echo(json.dumps(strict(values), ensure_ascii=False))
+AUTO = "auto_micro_batch"  # a key of what was given, where it was `--micro-batch auto`
 
 
-def default_checkpoint(path: Path | None) -> Path:
-    """`path`, else the best checkpoint in checkpoints/, else the newest; CheckpointError: none.
-    The best of a run that was only evaluated before its first step is the newest."""
-    from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, peek_step
+class MicroBatch(click.ParamType):  # type: ignore[type-arg]
+    """A number of sequences, or `auto`."""
 
-    if path is not None:
-        return path
-    best, newest = Path("checkpoints", BEST), Path("checkpoints", NEWEST)
-    if best.exists() and not (newest.exists() and peek_step(best) == 0):
-        return best
-    if newest.exists():
-        return newest
-    raise CheckpointError(
-        f"there is neither {BEST} nor {NEWEST} in checkpoints/; "
-        "`mlxgpt train` makes them, or give the path of a checkpoint"
-    )
+    name = "number or auto"
 
-
-def show(renderable: Any) -> None:
-    """Print what rich can draw; piped, it is plain text as wide as it needs to be."""
-    from rich.console import Console
-
-    at_terminal = sys.stdout.isatty()
-    console = Console(
-        width=None if at_terminal else 1000, force_terminal=at_terminal,
-        markup=False, highlight=False, emoji=False,
-    )  # fmt: skip
-    with console.capture() as captured:
-        console.print(renderable)
-    for line in captured.get().removesuffix("\n").split("\n"):
-        click.echo(line.rstrip())
-
-
-def show_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """A name and its value a line, aligned; what a terminal could act on is replaced."""
-    from rich.table import Table
-
-    from mlx_randygpt.tally import clean
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts:
-        table.add_row(name, clean(value))
-    show(table)
-
-
-def readable_bytes(n_bytes: int) -> str:
-    """`202.1 kB`, `14.5 MB`, `23.6 GB`."""
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    unit, scale = next((u for u in units if n_bytes >= u[1]), units[-1])
-    return f"{n_bytes / scale:,.1f} {unit}"
-
-
-def _config_option() -> click.Option:
-    return click.Option(
-        ["--config"],
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        callback=_load_config,
-        help="TOML file with options of this command; the command line and MLXGPT_… win over it.",
-    )
-
-
-def _debug_option() -> click.Option:
-    return click.Option(
-        ["--debug"],
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=lambda ctx, _, value: ctx.meta.update({_DEBUG: value}),
-        help="Show the traceback of an error.",
-    )
-
-
-def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """Make the file's values the defaults: keys as the options are spelled, `-` or `_` alike."""
-    if path is None:
-        return
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise click.BadParameter(f"{path} is not a TOML file: {reason}", ctx, param) from error
-    known = {_spelled(option): option for option in ctx.command.params}
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        spelling = key.replace("_", "-")
-        if spelling not in known or spelling in ("config", "debug"):
-            raise click.BadParameter(
-                f"{path}: {_shown(key)} is not an option of `mlxgpt {ctx.command.name}`", ctx, param
-            )
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value == "auto":
+            return "auto"
         try:
-            values[str(known[spelling].name)] = _fitting(known[spelling], value)
-        except TypeError as error:
-            raise click.BadParameter(
-                f"{path}: {key} = {reprlib.repr(value)}: {error}", ctx, param
-            ) from error
-    ctx.default_map = {**(ctx.default_map or {}), **values}
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number of sequences nor auto", param, ctx)
 
 
-def _fitting(option: click.Parameter, value: Any) -> Any:
-    """A TOML value as the option takes it; TypeError says what it should be."""
-    if option.multiple:
-        return [
-            _fitting_one(option, one) for one in (value if isinstance(value, list) else [value])
+def memory_options(function: F) -> F:
+    """--micro-batch and --checkpoint-activations."""
+    options = [
+        click.option(
+            "--micro-batch", type=MicroBatch(), metavar="N|auto",
+            help="Sequences of one pass of MLX; the batch and its gradient stay the same. auto: "
+            "what fits.  [default: all]",
+        ),
+        click.option(
+            "--checkpoint-activations/--keep-activations", default=None,
+            help="Keep only what enters each layer, and make the rest again: less memory, about "
+            "a quarter more time.  [default: keep]",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def given_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What the user set; `--micro-batch auto` is no number yet and has a key of its own."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("micro_batch") == "auto":
+        given[AUTO] = bool(given.pop("micro_batch"))
+    return given
+
+
+def fitted(
+    given: dict[str, Any], model: ModelConfig, train: TrainConfig, backend: str
+) -> tuple[TrainConfig, str]:
+    """The settings with the micro-batch that was asked for, and a line that tells of it."""
+    if backend == "numpy" and (given.get(AUTO) or given.get("micro_batch")):
+        line = "NumPy works through chunks of bounded size; --micro-batch changes nothing there."
+        return train, line
+    if not given.get(AUTO):
+        return train, ""
+    from mlx_randygpt.planning.devices import here
+    from mlx_randygpt.planning.footprint import micro_batch
+
+    device = here(backend)
+    size = micro_batch(backend, model, train, device.memory, device.unified)
+    passes = f"{size} sequences a pass" if size else "the whole batch in one pass"
+    return replace(train, micro_batch=size), f"Micro-batch: {passes}, to fit into this device."
+
+
+def tokenizer_options(function: F) -> F:
+    """--tokenizer and --vocab-size, where a run begins."""
+    for option in reversed(
+        [
+            click.option(
+                "--tokenizer",
+                metavar="NAME",
+                help="char, bpe, wordpiece, or a tokenizer.json.  [default: char]",
+            ),
+            click.option(
+                "--vocab-size",
+                type=int,
+                help="Characters at most, or tokens.  [default: 512 for char, else 1024]",
+            ),
         ]
-    return _fitting_one(option, value)
+    ):
+        function = option(function)
+    return function
 
 
-def _fitting_one(option: click.Parameter, value: Any) -> Any:
-    kinds: tuple[type, ...] = (str,)
-    if isinstance(option, click.Option) and option.is_flag:
-        kinds = (bool,)
-    elif isinstance(option.type, click.types.IntParamType):
-        kinds = (int,)
-    elif isinstance(option.type, click.types.FloatParamType):
-        kinds = (int, float)
-    elif option.name == "resume":
-        if isinstance(value, bool):
-            return RESUME_NEWEST if value else None
-        kinds = (str, bool)
-    elif option.name in ("save_every", "micro_batch") and type(value) is int:
-        return str(value)
-    if type(value) not in kinds:
-        raise TypeError(f"it should be {' or '.join(kind.__name__ for kind in kinds)}")
-    return value
-
-
-def _shown(key: str) -> str:
-    return key if key.isprintable() and len(key) < 40 else reprlib.repr(key)
-
-
-def _spelled(option: click.Parameter) -> str:
-    longest = max(option.opts, key=len)
-    return longest.lstrip("-")
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or any(said in text.lower() for said in NO_MEMORY):
-        return f"out of memory ({text}); try a smaller --batch-size, --block-size or model"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EIO):
-        return f"the output cannot be written: {error.strerror}"
-    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+def reading_options(function: F) -> F:
+    """--encoding and --text-field, where files are read."""
+    for option in reversed(
+        [
+            click.option("--encoding", help="Of text files.  [default: utf-8]"),
+            click.option(
+                "--text-field", help="Of the rows of .jsonl and .parquet.  [default: text]"
+            ),
+        ]
+    ):
+        function = option(function)
+    return function

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt import durable
+from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 
 MAGIC = b"mlxgptk1"
@@ -168,9 +168,9 @@ class _Temporary:
         try:
             if kind is None:
                 self._file.flush()
-                durable.flush(self._file.fileno())
+                files.flush(self._file.fileno())
                 os.replace(self._name, self._path)
-                durable.sync_folder(self._path.parent)
+                files.sync_folder(self._path.parent)
         finally:
             self._file.close()
             self._name.unlink(missing_ok=True)

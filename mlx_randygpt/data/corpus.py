@@ -23,7 +23,7 @@ from mlx_randygpt.data.encoding import Found, blocks
 from mlx_randygpt.data.files import is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary
-from mlx_randygpt.tokenizer import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import Tokenizer, tokenizer_from_json
 
 TRAIN_SHARE = 0.9
 SMALL = 1 << 24  # bytes of files that are read into memory

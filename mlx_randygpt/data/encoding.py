@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.char_table import NEVER
 from mlx_randygpt.data.reading import PIECE, Piece
-from mlx_randygpt.tokenizer import Tokenizer
+from mlx_randygpt.tokenizers.chars import NEVER, Tokenizer
 
 Ids = NDArray[np.int32]
 

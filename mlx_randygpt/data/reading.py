@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from mlx_randygpt.config import missing
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.files import kind
-from mlx_randygpt.extras import missing
 
 CHUNK_BYTES = 1 << 20
 PIECE = 1 << 18  # characters at most

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.char_table import NEVER
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.encoding import Found
 from mlx_randygpt.data.files import is_validation
 from mlx_randygpt.data.reading import Seen
-from mlx_randygpt.tokenizer import Tokenizer
+from mlx_randygpt.tokenizers.chars import NEVER, Tokenizer
 
 HEADER_BYTES = 256 * 4
 MAGICS: dict[int, tuple[int, np.dtype[Any]]] = {  # version, type of an id

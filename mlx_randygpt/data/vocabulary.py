@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data import DataError
-from mlx_randygpt.subword import DEFAULT_SIZE, KINDS, SubwordTokenizer
-from mlx_randygpt.tokenizer import MAX_CHARS, CharTokenizer, Tokenizer
+from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, Tokenizer
+from mlx_randygpt.tokenizers.subword import DEFAULT_SIZE, KINDS, SubwordTokenizer
 
 TOGETHER = 1 << 17  # characters that are counted at a time
 ENOUGH = 1 << 26  # bytes of text that subwords are learned from

@@ -12,13 +12,13 @@ import numpy as np
 
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.export_adapters import adapter_files
-from mlx_randygpt.exchange.export_card import card
-from mlx_randygpt.exchange.export_folder import write_folder
-from mlx_randygpt.exchange.export_gguf import gguf_files
-from mlx_randygpt.exchange.export_gpt2 import gpt2_files
-from mlx_randygpt.exchange.export_hf import native_files
-from mlx_randygpt.exchange.export_weights import weights_files
+from mlx_randygpt.exchange.exporters.adapters import adapter_files
+from mlx_randygpt.exchange.exporters.card import card
+from mlx_randygpt.exchange.exporters.folder import write_folder
+from mlx_randygpt.exchange.exporters.gguf import gguf_files
+from mlx_randygpt.exchange.exporters.gpt2 import gpt2_files
+from mlx_randygpt.exchange.exporters.hf import native_files
+from mlx_randygpt.exchange.exporters.weights import weights_files
 
 FORMATS = ("hf", "mlx-lm", "safetensors", "gguf", "adapters")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mlx_randygpt.exchange import ExchangeError, gpt2, nanogpt, native, randygpt
-from mlx_randygpt.exchange.foreign import Foreign
-from mlx_randygpt.exchange.tensors import read_json
-from mlx_randygpt.exchange.torch_file import MAGIC
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.importers import gpt2, nanogpt, native, randygpt
+from mlx_randygpt.exchange.importers.imported_model import Foreign
+from mlx_randygpt.exchange.importers.tensors import read_json
+from mlx_randygpt.exchange.importers.torch_file import MAGIC
 
 FORMATS = ("gpt2", "mlxgpt", "nanogpt", "randygpt", "randygpt-hf")
 _OF_MODEL_TYPE = {"gpt2": "gpt2", "mlxgpt": "mlxgpt", "randygpt": "randygpt-hf"}

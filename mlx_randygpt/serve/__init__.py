@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.filters import SampleConfig
+from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.state import Params
-from mlx_randygpt.tokenizer import Tokenizer
+from mlx_randygpt.tokenizers.chars import Tokenizer
 
 MOST_TOKENS = 1 << 15  # of one text
 MOST_CHOICES = 64  # texts of one request: prompts times n

@@ -24,10 +24,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from mlx_randygpt.analysis.insight import attention_map
 from mlx_randygpt.backends.base import resident_bytes
-from mlx_randygpt.filters import SampleConfig
-from mlx_randygpt.insight import attention_map
-from mlx_randygpt.sample import Writer
+from mlx_randygpt.model import parameter_count
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import Writer
 from mlx_randygpt.serve import ApiError, Served, Settings, schema
 from mlx_randygpt.serve.engine import Engine, Full, Job
 from mlx_randygpt.serve.http import (
@@ -44,7 +45,6 @@ from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.serve.openapi import description
 from mlx_randygpt.serve.requests import Asked, chat, completion, seed_shape
 from mlx_randygpt.serve.responses import Growth, Spelling, spelled
-from mlx_randygpt.state import parameter_count
 
 Read = Callable[[dict[str, Any], Served, Settings, int], Asked]
 PAGE = {  # path -> file of page/, its type

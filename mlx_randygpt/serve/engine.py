@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig, UserError
-from mlx_randygpt.sample import Streams, Writer, write
+from mlx_randygpt.sampling.generate import Streams, Writer, write
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.state import Array
 

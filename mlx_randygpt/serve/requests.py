@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_randygpt.config import ConfigError
-from mlx_randygpt.filters import SampleConfig
-from mlx_randygpt.sample import Writer
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import Writer
 from mlx_randygpt.serve import MOST_CHOICES, MOST_TOKENS, ApiError, Served, Settings
 
 ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}

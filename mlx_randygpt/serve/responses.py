@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_randygpt.sample import Choice, Writer, unambiguous
+from mlx_randygpt.sampling.generate import Choice, Writer, unambiguous
 from mlx_randygpt.serve import Served
 from mlx_randygpt.serve.requests import Asked
-from mlx_randygpt.tokenizer import Tokenizer
+from mlx_randygpt.tokenizers.chars import Tokenizer
 
 Body = dict[str, Any]
 

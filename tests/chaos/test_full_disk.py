@@ -14,7 +14,8 @@ import pytest
 
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, Progress, save_checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.state import TrainState, initial_params
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.state import TrainState
 
 POINTS = range(20)  # twentieths of the file that the disk still takes
 Make = Callable[[int], Checkpoint]

@@ -1,0 +1,1 @@
+"""Looking at runs and models: metrics, charts, attention and token probabilities."""

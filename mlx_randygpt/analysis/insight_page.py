@@ -1,0 +1,97 @@
+"""The page of `mlxgpt inspect`: numbers of `insight` as JSON inside `inspect.html`."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_randygpt.analysis import insight
+from mlx_randygpt.checkpoint import Checkpoint
+from mlx_randygpt.data import DataError
+from mlx_randygpt.model import parameter_count
+from mlx_randygpt.state import Array
+from mlx_randygpt.tokenizers.chars import NEVER, Tokenizer
+
+MOST_TOKENS = 256  # of a large vocabulary: those of the text that occur most
+MOST_SAMPLES = 12  # of a run
+MAPS_BYTES = 3 << 20  # of all attention maps together, a byte a probability
+MARK = "/*DATA*/null"
+
+
+def page(
+    name: str,
+    saved: Checkpoint,
+    tokenizer: Tokenizer,
+    val: Array,
+    text: str | None,
+    max_tokens: int,
+    samples: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The whole page. `text` is whose attention it shows, else the beginning of `val`; `samples`
+    are rows of step, prompt and text."""
+    if len(val) < 2:
+        raise DataError(f"{len(val)} tokens of validation text are too few; give more --data")
+    config, w = saved.model, saved.state.params
+    labels = insight.spelled(tokenizer)
+    found = insight.losses(w, config, val, max_tokens)
+    framed = tokenizer.eos != NEVER  # else its BOS is a token like others
+    ids = tokenizer.encode(text) if text else val[(val != tokenizer.bos) | (not framed)]
+    longest = int((MAPS_BYTES / (config.n_layer * config.n_head)) ** 0.5)
+    ids = ids[: max(1, min(config.block_size, longest))]
+    logits, maps = insight.forward(w, config, ids[None])
+    common = _common(val, tokenizer)
+    values: dict[str, Any] = {
+        "facts": _facts(name, saved, found),
+        "labels": [labels[i] for i in common],
+        "near": insight.neighbours(w["wte.weight"], common),
+        "plane": insight.plane(w["wte.weight"], common),
+        "text": [labels[i] for i in ids],
+        "layers": config.n_layer,
+        "heads": config.n_head,
+        "maps": [_bytes(p) for layer in maps for p in layer[0]],
+        "next": [[[labels[i], p] for i, p in row] for row in insight.candidates(logits[0])],
+        "positions": insight.by_position(found),
+        "classes": insight.by_class(found, labels),
+        "passages": insight.passages(found, labels),
+        "samples": _chosen(samples),
+    }
+    content = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
+    template = Path(__file__).with_name("inspect.html").read_text(encoding="utf-8")
+    return template.replace(MARK, content)
+
+
+def _facts(name: str, saved: Checkpoint, found: insight.Losses) -> list[tuple[str, str]]:
+    m = saved.model
+    size = f"{m.n_layer} layers × {m.n_head} heads × {m.n_embd}, context {m.block_size}"
+    n = int(np.isfinite(found.nats).sum())
+    return [
+        ("checkpoint", name),
+        ("model", f"{parameter_count(m):,} parameters, {size}, {saved.train.recipe} recipe"),
+        ("step", f"{saved.state.step:,}"),
+        ("loss here", f"{np.nanmean(found.nats):.4f} nats per token over {n:,} validation tokens"),
+    ]
+
+
+def _common(val: Array, tokenizer: Tokenizer) -> list[int]:
+    """The tokens to compare: all of a small vocabulary, else the most frequent; by id."""
+    counts = np.bincount(val, minlength=tokenizer.vocab_size)
+    if tokenizer.eos != NEVER:
+        counts[[tokenizer.bos, tokenizer.eos]] = 0
+    order = np.argsort(-counts, kind="stable")[:MOST_TOKENS]
+    return sorted(int(i) for i in order if counts[i])
+
+
+def _chosen(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first, the last and some between, closer at the beginning, where most changes."""
+    n = len(samples)
+    at = np.geomspace(1, n, MOST_SAMPLES) if n > MOST_SAMPLES else np.arange(1, n + 1)
+    return [samples[i - 1] for i in dict.fromkeys(at.round().astype(int).tolist())]
+
+
+def _bytes(p: Array) -> str:
+    return base64.b64encode((p * 255).round().astype(np.uint8).tobytes()).decode()

@@ -1,0 +1,1 @@
+"""The MLX backend, for the GPU of Apple silicon, CUDA and the CPU."""

@@ -1,0 +1,1 @@
+"""Training with several processes: the group, its ring of sums, and the heartbeat."""

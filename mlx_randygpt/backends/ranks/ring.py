@@ -1,0 +1,176 @@
+"""Several ranks on `mx.distributed`: sums over all of them, in buckets, and what they agree on.
+
+Every sum is a collective and all are made in one order. Knows nothing of models; where a rank is
+lost, MLX raises RuntimeError or waits for ever, and others (heartbeat) say so.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_randygpt.backends.ranks.group import STOP_CODES, RankError, share
+from mlx_randygpt.state import Array, Batch, TrainState
+
+BUCKET = 1 << 22  # numbers summed at once, 16 MB: docs/ranks.md has the trials
+JOIN_POLL_SECONDS = 0.1
+Grads = dict[str, mx.array]
+
+
+def join(waiting: Callable[[float], None]) -> Ranks:
+    """This process as a rank of the group that its environment describes.
+
+    Waits until all have come; `waiting(seconds)` is called meanwhile and may raise. MLX waits on
+    another thread, so that this one still hears signals.
+    """
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(mx.distributed.init(strict=True))
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    polls = 0
+    while thread.is_alive():
+        thread.join(JOIN_POLL_SECONDS)
+        polls += 1
+        waiting(polls * JOIN_POLL_SECONDS)
+    if isinstance(found[0], RuntimeError):
+        raise RankError(
+            f"the ranks could not be connected: {found[0]}; a launcher's variables, such as "
+            "MLX_RANK, are set: without them this process trains alone"
+        )
+    return Ranks(found[0])
+
+
+class Ranks:
+    """A `group.Group` of several ranks."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank, self.size = int(group.rank()), int(group.size())
+        self.asked: Callable[[], int] = lambda: 0
+        self.stop = 0
+        self._metal = mx.metal.is_available() and mx.default_device() == mx.gpu
+        self._flags: deque[mx.array] = deque()  # of steps the device may still be busy with
+
+    def should_stop(self) -> bool:
+        self._read_flags(keep=1)  # the step at hand is never waited for
+        return self.stop != 0
+
+    def tell(self, value: Any) -> Any:
+        text = json.dumps(value).encode() if self.rank == 0 else b""
+        size = int(self.gather(np.array([len(text)], np.int32))[0, 0])
+        content = np.zeros(size, np.uint8)
+        if self.rank == 0:
+            content[:] = np.frombuffer(text, np.uint8)
+        return json.loads(bytes(self._summed(content)))
+
+    def gather(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+        rows = np.zeros((self.size, len(numbers)), np.int32)
+        rows[self.rank] = numbers
+        return self._summed(rows)
+
+    def share(self, batch: Batch) -> Batch:
+        """This rank's own rows."""
+        return share(batch, self.rank, self.size)
+
+    def total(self, value: float) -> float:
+        """The sum of every rank's value; their wishes to stop travel with it."""
+        sums = self._summed(np.array([value, *self._wishes()], np.float32))
+        self._flags.append(mx.array(sums[1:]))
+        self._read_flags(keep=0)
+        return float(sums[0])
+
+    def sum(self, flat: Array) -> None:
+        """Add the other ranks' vectors to this one, float32, in place."""
+        for at in range(0, len(flat), BUCKET):
+            part = flat[at : at + BUCKET]
+            part[:] = self._summed(part)
+
+    def mean(self, loss: mx.array, grads: Grads, weight: float) -> tuple[mx.array, Grads]:
+        """Loss and gradients of the whole batch from every rank's own times its weight: buckets in
+        the order in which the backward pass has them ready, then the loss and the wishes to stop.
+        """
+        groups = [*buckets({name: grads[name].size for name in reversed(grads)})]
+        flats = [mx.concatenate([grads[n].reshape(-1) for n in names]) * weight for names in groups]
+        wishes = mx.array(self._wishes(), mx.float32)
+        *sums, last = self._in_turn([*flats, mx.concatenate([(loss * weight).reshape(1), wishes])])
+        self._flags.append(last[1:])
+        summed: Grads = {}
+        for names, flat in zip(groups, sums, strict=True):
+            ends = np.cumsum([grads[name].size for name in names]).tolist()
+            for name, part in zip(names, mx.split(flat, ends[:-1]), strict=True):
+                summed[name] = part.reshape(grads[name].shape)
+        return last[0], {name: summed[name] for name in grads}
+
+    def _in_turn(self, arrays: list[mx.array]) -> list[mx.array]:
+        """Their sums over all ranks, in this order on each of them, whatever graph they hang in.
+        Metal ends a program whose GPU has waited for some five seconds, as it would for a slower
+        rank: there the host waits, and the GPU is given what has arrived."""
+        sums: list[mx.array] = []
+        for array in arrays:
+            ready = array
+            if sums:
+                with mx.stream(mx.cpu if self._metal else mx.default_device()):
+                    (ready,) = mx.depends([array], [sums[-1]])
+            sums.append(mx.distributed.all_sum(ready, group=self._group))
+        if self._metal:
+            mx.eval(sums)
+        return sums
+
+    def same_state(self, state: TrainState) -> TrainState:
+        """Rank 0's state on every rank; the weights must be there in shape, moments need not."""
+        kinds = {kind: [*arrays] for kind, arrays in state.moments.items()}
+        step, kinds = self.tell([state.step, kinds])
+        zeros = {name: np.zeros_like(w) for name, w in state.params.items()}
+
+        def own(values: dict[str, Array], names: Iterable[str]) -> dict[str, Array]:
+            mine = values if self.rank == 0 else zeros
+            return {name: self._copied(mine[name]) for name in names}
+
+        moments = {kind: own(state.moments.get(kind, {}), kinds[kind]) for kind in kinds}
+        return TrainState(step, own(state.params, state.params), moments)
+
+    def _copied(self, array: Array) -> Array:
+        flat = np.array(array, np.float32).reshape(-1)
+        self.sum(flat)
+        return flat.reshape(array.shape)
+
+    def _wishes(self) -> list[int]:
+        wanted = self.asked()
+        return [int(wanted == code) for code in STOP_CODES]
+
+    def _read_flags(self, keep: int) -> None:
+        """Hear the wishes of all but the latest `keep` collectives; the first stays."""
+        while len(self._flags) > keep:
+            heard = np.array(self._flags.popleft())
+            if not self.stop and heard.any():
+                self.stop = STOP_CODES[int(heard.argmax())]
+
+    def _summed(self, array: Array) -> Array:
+        total = mx.distributed.all_sum(mx.array(array), group=self._group)
+        mx.eval(total)
+        return np.array(total, copy=False)
+
+
+def buckets(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names in their order, together until they hold about BUCKET numbers."""
+    names: list[str] = []
+    for name in sizes:
+        names.append(name)
+        if sum(sizes[n] for n in names) >= BUCKET:
+            yield names
+            names = []
+    if names:
+        yield names

@@ -1,0 +1,145 @@
+"""`mlxgpt info`: what a checkpoint holds, read whole, so that its checksum is known to hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.loading import default_checkpoint
+from mlx_randygpt.cli.options import json_option
+from mlx_randygpt.cli.output import print_json, readable_bytes, show_facts
+
+if TYPE_CHECKING:
+    from mlx_randygpt.checkpoint import Checkpoint
+
+N_CHARACTERS = 32  # of the vocabulary shown
+N_PATHS = 3  # of the text shown
+
+
+@click.command("info", cls=Command)
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@json_option
+def command(path: Path | None, json: bool) -> None:
+    """Tell what a checkpoint holds and whether its checksum holds.
+
+    Without PATH: checkpoint_best.safetensors, else checkpoint.safetensors, in checkpoints/.
+    """
+    from mlx_randygpt.checkpoint import load_checkpoint
+
+    path = default_checkpoint(path)
+    saved = load_checkpoint(path, weights_only=True)  # raises where the checksum fails
+    n_bytes = path.stat().st_size
+    if json:
+        print_json(describe(path, saved, n_bytes))
+    else:
+        show_facts(facts(path, saved, n_bytes))
+
+
+def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
+    """All of it under machine names; losses in nats, nan or inf before the first evaluation."""
+    from dataclasses import asdict
+
+    from mlx_randygpt.model import parameter_count, trained_count
+
+    progress = saved.progress
+    return {
+        "path": str(path),
+        "step": saved.state.step,
+        "parameters": parameter_count(saved.model),
+        "trained_parameters": trained_count(saved.model),
+        "val_loss": progress.val_loss,
+        "val_step": progress.eval_step if progress.eval_step >= 0 else None,
+        "perplexity": _perplexity(progress.val_loss),
+        "bits_per_byte": progress.bits_per_byte,
+        "best_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "vocab_size": saved.model.vocab_size,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "model": asdict(saved.model),
+        "train": asdict(saved.train),
+        "tokenizer": saved.tokenizer,
+        "data": saved.data,
+        "backend": saved.backend,
+        "file_bytes": n_bytes,
+        "checksum_ok": True,  # or load_checkpoint would have raised
+    }
+
+
+def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, str]]:
+    """The same for people."""
+    from mlx_randygpt.model import parameter_count, trained_count
+    from mlx_randygpt.screen.words import duration
+
+    model, train, progress = saved.model, saved.train, saved.progress
+    yield "File", f"{path}, {readable_bytes(n_bytes)}, its checksum holds"
+    kind = "GPT-2, " if model.is_gpt2 else ""
+    yield "Model", f"{kind}{parameter_count(model):,} parameters, dropout {model.dropout:g}"
+    if model.lora_rank:
+        yield (
+            "Adapters",
+            f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, beside {model.lora_targets}: "
+            f"{trained_count(model):,} parameters are trained",
+        )
+    yield (
+        "Sizes",
+        (
+            f"n_layer {model.n_layer}, n_head {model.n_head}, n_embd {model.n_embd}, "
+            f"block_size {model.block_size}"
+        ),
+    )
+    yield "Step", f"{saved.state.step:,} of {train.iters:,}"
+    bits = progress.bits_per_byte / progress.val_loss  # per nat: each evaluation has the same text
+    yield "Validation", _loss(progress.val_loss, progress.eval_step, bits)
+    yield "Best", _loss(progress.best_loss, progress.best_step, bits)
+    yield "Trained on", f"{progress.tokens:,} tokens in {duration(progress.seconds)}"
+    yield "Tokenizer", _tokenizer(saved)
+    yield "Recipe", f"{train.recipe}, preset {train.preset}, seed {train.seed}"
+    yield (
+        "Optimizer",
+        (
+            f"{train.optimizer}, lr {train.lr:g}, weight decay {train.weight_decay:g}, "
+            f"clipping {train.grad_clip:g}, {train.sequences_per_step} sequences a step"
+        ),
+    )
+    yield "Schedule", f"{train.schedule} to {train.min_lr:g}, warmup {train.warmup}"
+    yield "Data", _data(saved.data)
+    origin = saved.data.get("imported")
+    if isinstance(origin, dict):
+        yield "Imported from", f"{origin.get('format')}, {origin.get('source')}"
+    else:
+        yield "Written by", f"the {saved.backend} backend"
+
+
+def _loss(loss: float, step: int, bits: float) -> str:
+    if not math.isfinite(loss):
+        return "not evaluated yet"
+    measures = f"perplexity {_perplexity(loss):.2f}"
+    if math.isfinite(bits):  # older files do not say
+        measures += f", {loss * bits:.3f} bits/byte"
+    return f"{loss:.4f} ({measures}) at step {step:,}"
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _tokenizer(saved: Checkpoint) -> str:
+    from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    first = tokenizer.decode(range(min(N_CHARACTERS, tokenizer.vocab_size)))
+    return f"{saved.tokenizer['type']}, vocabulary {tokenizer.vocab_size}: {first!r} …"
+
+
+def _data(data: dict[str, Any]) -> str:
+    paths = [str(path) for path in data.get("paths", ())]
+    shown = ", ".join(paths[:N_PATHS]) or "unknown"
+    more = f" and {len(paths) - N_PATHS} more files" if len(paths) > N_PATHS else ""
+    characters, sha256 = data.get("characters", 0), str(data.get("sha256", ""))
+    return f"{shown}{more}: {characters:,} characters, sha256 {sha256[:12] or 'unknown'}"

@@ -1,0 +1,57 @@
+"""`mlxgpt inspect`: what a model has learned, as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.loading import read
+
+DEFAULT_TOKENS = 50_000
+
+
+@click.command("inspect", cls=Command)
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default="inspect.html",
+    show_default=True, help="The page to write.",
+)  # fmt: skip
+@click.option("--text", help="Whose attention is shown.  [default: from the validation text]")
+@click.option("--data", multiple=True, help="Text to judge it by.  [default: the run's own]")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True,
+    help="Of the validation text that are scored.",
+)  # fmt: skip
+def command(
+    checkpoint: Path | None, output: Path, text: str | None, data: tuple[str, ...], max_tokens: int
+) -> None:
+    """Show what a model has learned: a page with its attention, its embeddings, its errors and what
+    it wrote during training.
+
+    The page needs nothing else and asks nobody for anything.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from mlx_randygpt.analysis.insight_page import page
+    from mlx_randygpt.analysis.metrics import read_samples
+    from mlx_randygpt.cli.training import text as texts
+    from mlx_randygpt.config import ConfigError
+
+    path, saved, tokenizer = read(checkpoint)
+    if text == "":
+        raise ConfigError("--text '' is empty; give at least one character")
+    files = texts.files_of(data or saved.data["paths"])
+    _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
+    for lost in (corpus.unknown, tokenizer.unknown(text or "")):
+        if line := texts.unknown_line(lost):
+            click.echo(line, err=True)
+    with threadpool_limits(1):  # many small products: threads would only wait for each other
+        samples = read_samples(path.with_name("samples.jsonl"))
+        html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens, samples)
+    try:
+        output.write_text(html, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    click.echo(f"✓ Saved {output}")

@@ -1,0 +1,136 @@
+"""`mlxgpt plot`: the curves of runs, in the terminal or as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_randygpt.cli.errors import Command
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from mlx_randygpt.analysis.metrics import RunRecord
+
+STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red", "white")
+AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the others
+
+
+@click.command("plot", cls=Command)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False),
+    help="Picture to write: .svg, .html or .png.  [default: draw in the terminal]",
+)  # fmt: skip
+@click.option(
+    "--smooth", type=click.FloatRange(0), help="Steps that a line averages.  [default: 1 % of all]"
+)
+def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -> None:
+    """Draw loss, learning rate, gradient norm and speed of runs, laid over each other.
+
+    A RUN is a folder of `train --out`, or a metrics.jsonl. What differs in their settings is the
+    legend.
+    """
+    from mlx_randygpt.analysis.metrics import read_run
+
+    if output is not None and output.suffix not in (".svg", ".html", ".png"):
+        raise click.UsageError(f"-o {output}: the name should end in .svg, .html or .png")
+    records = [read_run(path) for path in runs]
+    ends = [float(t[-1, 0]) for record in records for t in record.series.values() if len(t)]
+    span = 0.01 * max(ends) if smooth is None else smooth
+    if output is None:
+        _draw(records, span)
+        return
+    _write(output, records, span)
+    click.echo(f"✓ Saved {output}")
+
+
+def _write(output: Path, records: list[RunRecord], span: float) -> None:
+    from mlx_randygpt.analysis.charts import page, svg, write_png
+    from mlx_randygpt.analysis.metrics import MetricsError
+
+    try:
+        if output.suffix == ".png":
+            write_png(output, records, span)
+            return
+        picture = page(records, span) if output.suffix == ".html" else svg(records, span)
+        output.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise MetricsError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def _draw(records: list[RunRecord], span: float) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from mlx_randygpt.analysis.charts import PANELS, labels
+    from mlx_randygpt.screen.words import clean
+
+    console = Console(highlight=False)
+    width = min(console.width, 120) if console.is_terminal else 80
+    for i, label in enumerate(labels(records)):
+        line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean(label))
+        console.print(line, soft_wrap=not console.is_terminal)
+    for name, title, _ in PANELS:
+        for line in chart(records, name, title, width, span):
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def chart(records: list[RunRecord], name: str, title: str, width: int, span: float) -> list[Text]:
+    """A title, the lines of all runs in braille dots, each with its letter at its end, and the
+    steps below; of the loss also the evaluations, as ●."""
+    import numpy as np
+    from rich.text import Text
+
+    from mlx_randygpt.analysis.charts import drawn as line_of
+    from mlx_randygpt.analysis.charts import limits
+    from mlx_randygpt.screen.curve import Frame, draw, frame
+
+    lines = [
+        list(zip(table[:, 0].tolist(), line_of(name, table, span).tolist(), strict=True))
+        for table in (record.series[name] for record in records)
+    ]
+    marks = [
+        [(step, value) for step, value, *_ in record.series["val_loss"].tolist()]
+        if name == "loss" else [] for record in records
+    ]  # fmt: skip
+    points = [point for line in (*lines, *marks) for point in line]
+    if not points:
+        return []
+    n_rows, last = HEIGHTS[name != "loss"], int(max(step for step, _ in points))
+    size = (width - AXIS - 3, n_rows)
+    if name in ("loss", "grad_norm"):  # their first values may leave the top
+        area = frame(points, (), (0, last), size)
+    else:
+        low, high = limits(np.array([value for _, value in points]), log=False)
+        area = Frame(0, last, low, high, *size)
+    rows = [[(" ", "")] * (size[0] + 2) for _ in range(n_rows)]
+    for i, (line, mark) in enumerate(zip(lines, marks, strict=True)):
+        style = STYLES[i % len(STYLES)]
+        for row, drawn in zip(rows, draw(line, area), strict=True):
+            row[: size[0]] = [(new, style) if new != " " else old
+                              for new, old in zip(drawn, row, strict=False)]  # fmt: skip
+        for x, y in map(area.dot, mark):
+            if y >= 0:
+                rows[y // 4][x // 2] = ("●", style)
+        if line and len(records) > 1:
+            x, y = area.dot(line[-1])
+            rows[max(y, 0) // 4][x // 2 + 1] = (_letter(i), f"bold {style}")
+    head = f"{title}, ● validation" if name == "loss" and any(marks) else title
+    picture = [
+        Text.assemble((f"{_value(area.value(i)) if i in (0, n_rows - 1) else '':>{AXIS - 2}} ┤"
+                       if i in (0, n_rows - 1) else " " * (AXIS - 1) + "│", "dim"), *row)
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    below = f"{'':{AXIS}}{'step 0':<{size[0] // 2}}{last:>{size[0] - size[0] // 2},}"
+    return [Text(""), Text(head, "bold"), *picture, Text(below, "dim")]
+
+
+def _value(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _letter(i: int) -> str:
+    return chr(ord("a") + i % 26)

@@ -1,0 +1,100 @@
+"""`mlxgpt runs`: the runs below some folders in one table, the best first."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.options import json_option
+from mlx_randygpt.cli.output import print_json, show
+
+
+@click.command("runs", cls=Command)
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@json_option
+def command(folders: tuple[Path, ...], json: bool) -> None:
+    """List and compare runs: what differs, best and last loss, steps, time, tokens.
+
+    A FOLDER is that of a run, or one that holds runs at any depth; the default is the current one.
+    """
+    from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing, read_run
+
+    files = sorted({f for folder in folders or (Path(),) for f in folder.rglob("metrics.jsonl")})
+    found: list[tuple[Path, RunRecord]] = []
+    for file in files:
+        try:
+            found.append((file.parent, read_run(file.parent)))
+        except MetricsError as error:
+            click.echo(f"Skipped: {error}", err=True)
+    if not found:
+        where = ", ".join(map(str, folders)) or "."
+        raise MetricsError(f"no run below {where}; a run is a folder of `mlxgpt train --out`")
+    found.sort(key=lambda run: float(run[1].best.get("val_loss", math.inf)))
+    settings = differing([record for _, record in found])
+    rows = [
+        {**facts(path, record), "settings": {name: values[i] for name, values in settings.items()}}
+        for i, (path, record) in enumerate(found)
+    ]
+    if json:
+        print_json({"runs": rows})
+        return
+    _table(rows)
+
+
+def facts(path: Path, record: Any) -> dict[str, Any]:
+    """What a row says of a run, settings aside."""
+    evaluations = record.evaluations
+    return {
+        "run": str(path),
+        "best_loss": record.best.get("val_loss"),
+        "best_step": record.best.get("step"),
+        "last_loss": evaluations[-1]["val_loss"] if evaluations else None,
+        "train_loss": record.last.get("loss"),
+        "step": record.last.get("step", 0),
+        "seconds": record.last.get("seconds", 0.0),
+        "tokens": record.last.get("tokens", 0),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    """One line a run; what differs in the settings comes after, so that 80 columns are enough."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from mlx_randygpt.analysis.charts import shown
+    from mlx_randygpt.screen.words import clean, duration
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold")
+    for name in ("best", "at step", "last", "train", "step", "time", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        settings = "  ".join(f"{name}={shown(value)}" for name, value in row["settings"].items())
+        table.add_row(
+            Text(clean(row["run"]), "bold"),
+            _loss(row["best_loss"]), f"{row['best_step'] or 0:,}", _loss(row["last_loss"]),
+            _loss(row["train_loss"]), f"{row['step']:,}", duration(row["seconds"]),
+            _count(row["tokens"]),
+        )  # fmt: skip
+        row["line"] = clean(settings)
+    show(table)
+    if any(row["line"] for row in rows):
+        show(Text("\nWhat differs in the settings", "bold"))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(overflow="fold")
+        grid.add_column(overflow="fold")
+        for row in rows:
+            grid.add_row(Text(clean(row["run"]), "bold"), Text(row["line"]))
+        show(grid)
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,}"

@@ -1,0 +1,163 @@
+"""`mlxgpt serve`: a trained model behind HTTP, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.loading import biases, build, read
+from mlx_randygpt.cli.options import (
+    backend_option,
+    checkpoint_option,
+    quantize_option,
+    sampling_options,
+)
+from mlx_randygpt.config import UserError, missing
+
+if TYPE_CHECKING:
+    from mlx_randygpt.checkpoint import Checkpoint
+    from mlx_randygpt.serve import Served
+    from mlx_randygpt.tokenizers.chars import Tokenizer
+
+N_POINTS = 1000  # of a loss curve that is shown
+GRACE_SECONDS = 5  # for texts that are being written when the server is told to stop
+
+
+class ServeError(UserError, RuntimeError):
+    """The server cannot start; the message says why and what would make it start."""
+
+
+@click.command("serve", cls=Command)
+@checkpoint_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 is every network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option("--api-key", default="", help="Ask for this key; MLXGPT_SERVE_API_KEY hides it.")
+@click.option("--name", help="The model's name.  [default: the folder of the run]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    help="Texts decoded together at most.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0, 100_000),
+    default=256,
+    show_default=True,
+    help="Texts that may wait; more are told to come again (503).",
+)
+@sampling_options
+@quantize_option
+@backend_option
+@click.pass_context
+def command(
+    ctx: click.Context, /, checkpoint: Path | None, host: str, port: int, api_key: str,
+    name: str | None, batch_size: int, queue: int, stop: tuple[str, ...],
+    logit_bias: tuple[str, ...], backend: str, quantize: int | None, **filters: Any,
+) -> None:  # fmt: skip
+    """Serve a trained model: the OpenAI API, and a page to write with it in the browser."""
+    from mlx_randygpt.sampling.filters import SampleConfig
+
+    SampleConfig(stop=stop, **filters)
+    from mlx_randygpt.serve import Settings
+    from mlx_randygpt.serve.engine import Engine
+    from mlx_randygpt.serve.metrics import Metrics
+
+    path, saved, tokenizer = read(checkpoint)
+    bias = biases(logit_bias, tokenizer)
+    given = ctx.get_parameter_source("seed")
+    settings = Settings(
+        api_key=api_key,
+        defaults=SampleConfig(stop=stop, logit_bias=bias, **filters),
+        seed=None if given is click.core.ParameterSource.DEFAULT else filters["seed"],
+        loopback_only=host in ("localhost", "127.0.0.1", "::1"),
+    )
+    served, metrics = _served(name, path, saved, tokenizer), Metrics()
+    _require_extra()
+    from mlx_randygpt.serve.api import Api
+
+    with _listen(host, port) as listening:
+        engine = Engine(
+            lambda: build(saved, backend, quantize), saved.model, metrics, batch_size, queue
+        )
+        engine.start()
+        _serve(Api(served, settings, engine, metrics).app(), listening, host)
+
+
+def _serve(app: Any, listening: socket.socket, host: str) -> None:
+    import uvicorn
+
+    port = listening.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=65,
+        server_header=False, ws="none", lifespan="on",
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _require_extra() -> None:
+    try:
+        import starlette
+        import uvicorn
+
+        del starlette, uvicorn
+    except ImportError as error:
+        raise missing("`mlxgpt serve`", str(error.name), "serve") from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket there; ServeError where it is taken or may not be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        reason = error.strerror or str(error)
+        raise ServeError(f"cannot listen on {host}:{port}: {reason}; try another --port") from error
+    return listening
+
+
+def _served(name: str | None, path: Path, saved: Checkpoint, tokenizer: Tokenizer) -> Served:
+    """What is told of the model; its name is that of the run's folder or, in `checkpoints`,
+    of the folder around it."""
+    from mlx_randygpt.serve import Served
+
+    digest = hashlib.sha256()
+    for weight in saved.state.params.values():
+        digest.update(weight.tobytes())
+    folders = path.resolve().parents
+    named = next((f.name for f in folders if f.name not in ("", "checkpoints")), "model")
+    return Served(
+        name or named, saved.model, tokenizer, saved.state.params,
+        int(path.stat().st_mtime), digest.hexdigest()[:12], saved.state.step,
+        saved.train.prompt,
+        _curve(path.parent / "metrics.jsonl"),
+    )  # fmt: skip
+
+
+def _curve(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Losses of the run that made the model, at most N_POINTS of each; none without its file."""
+    from mlx_randygpt.screen.curve import Curve
+
+    curves = {"loss": Curve(N_POINTS), "val_loss": Curve(N_POINTS)}
+    with contextlib.suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                report = json.loads(line)
+                for name, curve in curves.items():
+                    if name in report:
+                        curve.add(float(report["step"]), float(report[name]))
+    return {name: curve.points for name, curve in curves.items()}

@@ -1,0 +1,145 @@
+"""What commands that work with a trained model share: finding it, a backend that holds it, and how
+it picks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_randygpt.cli.output import readable_bytes
+
+if TYPE_CHECKING:
+    from mlx_randygpt.backends.base import Backend
+    from mlx_randygpt.checkpoint import Checkpoint
+    from mlx_randygpt.tokenizers.chars import Tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint, and the backend that holds its weights."""
+
+    path: Path
+    saved: Checkpoint
+    tokenizer: Tokenizer
+    backend: Backend
+
+
+def load(checkpoint: Path | None, backend: str, quantize: int | None = None) -> Loaded:
+    """The checkpoint, else the best of checkpoints/; says on stderr what computes."""
+    path, saved, tokenizer = read(checkpoint)
+    return Loaded(path, saved, tokenizer, build(saved, backend, quantize))
+
+
+def describe_backend(backend: Backend, why: str) -> str:
+    """`MLX on Apple M3 Max (Metal)`, `NumPy on 2 threads (MLX has no GPU here)`."""
+    names = {"mlx": "MLX", "numpy": "NumPy"}
+    line = f"{names.get(backend.name, backend.name)} on {backend.device}"
+    return f"{line} ({why})" if why else line
+
+
+def read(checkpoint: Path | None, merge: bool = True) -> tuple[Path, Checkpoint, Tokenizer]:
+    """The checkpoint, else the best of checkpoints/, its adapters merged, and its tokenizer."""
+    from mlx_randygpt.checkpoint import load_checkpoint
+    from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+
+    path = default_checkpoint(checkpoint)
+    saved = load_checkpoint(path, weights_only=True)
+    saved = without_adapters(saved) if merge else saved
+    return path, saved, tokenizer_from_json(saved.tokenizer)
+
+
+def without_adapters(saved: Checkpoint) -> Checkpoint:
+    """The same model without adapters, as most of the program knows it."""
+    from mlx_randygpt.model import merge_adapters
+
+    params, model = merge_adapters(saved.state.params, saved.model)
+    return replace(saved, model=model, state=replace(saved.state, params=params))
+
+
+def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Backend:
+    """A backend with the weights of the checkpoint; says on stderr what computes. With `quantize`,
+    a number of bits, the checkpoint's own weights are emptied: nobody needs them any more."""
+    from mlx_randygpt.backends import choose, make_backend
+
+    if quantize is not None:
+        return _quantized(saved, backend, quantize)
+    name, why = choose(backend)
+    built = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
+    click.echo(f"Backend: {describe_backend(built, why)}", err=True)
+    return built
+
+
+def require_mlx(backend: str) -> None:
+    """BackendError where `--quantize` finds another backend than MLX."""
+    from mlx_randygpt.backends import choose, mlx_device
+    from mlx_randygpt.backends.base import BackendError
+
+    name, why = choose(backend)
+    device, missing = mlx_device()
+    if name != "mlx" and device is None:
+        raise BackendError(f"--quantize needs MLX: {missing}; pip install 'mlx-randygpt[cpu]'")
+    if name != "mlx":
+        took = f"auto took NumPy ({why}); --backend mlx" if why else f"not --backend {name}; mlx"
+        raise BackendError(f"--quantize needs MLX, {took} takes it")
+
+
+def _quantized(saved: Checkpoint, backend: str, bits: int) -> Backend:
+    require_mlx(backend)
+    from mlx_randygpt.backends.mlx.quantized import QuantizedMLX
+
+    built = QuantizedMLX(saved.model, replace(saved.train, dtype="float32"), saved.state, bits)
+    before = sum(weight.nbytes for weight in saved.state.params.values())
+    saved.state.params.clear()
+    after, of = readable_bytes(built.weight_bytes()), readable_bytes(before)
+    click.echo(f"Backend: {describe_backend(built, '')}", err=True)
+    click.echo(f"Weights in {bits} bits: {after} instead of {of}", err=True)
+    return built
+
+
+def biases(given: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
+    """`e=-5` and `#12=3.5` as token ids and numbers."""
+    return tuple(_bias(text, tokenizer) for text in given)
+
+
+def _bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
+    token, _, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not TOKEN=NUMBER, such as e=-5", param_hint="--logit-bias"
+        ) from None
+    if token.startswith("#") and token[1:].isdecimal():
+        if int(token[1:]) >= tokenizer.vocab_size:
+            known = f"ids are 0 to {tokenizer.vocab_size - 1}"
+            raise click.BadParameter(f"{token} is not known; {known}", param_hint="--logit-bias")
+        return int(token[1:]), value
+    ids = tokenizer.encode(token).tolist()
+    if len(ids) != 1 or tokenizer.unknown(token):
+        what = "is not known" if tokenizer.unknown(token) else f"is {len(ids)} tokens"
+        raise click.BadParameter(
+            f"{token!r} {what}; give the text of one token, or its id as #12",
+            param_hint="--logit-bias",
+        )
+    return ids[0], value
+
+
+def default_checkpoint(path: Path | None) -> Path:
+    """`path`, else the best checkpoint in checkpoints/, else the newest; CheckpointError: none.
+    The best of a run that was only evaluated before its first step is the newest."""
+    from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, peek_step
+
+    if path is not None:
+        return path
+    best, newest = Path("checkpoints", BEST), Path("checkpoints", NEWEST)
+    if best.exists() and not (newest.exists() and peek_step(best) == 0):
+        return best
+    if newest.exists():
+        return newest
+    raise CheckpointError(
+        f"there is neither {BEST} nor {NEWEST} in checkpoints/; "
+        "`mlxgpt train` makes them, or give the path of a checkpoint"
+    )

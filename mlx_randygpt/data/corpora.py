@@ -1,0 +1,235 @@
+"""Corpora by name: what they are, under which licence, where from, and how they become text files.
+
+Owns the table. How a file is fetched comes in as an argument.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from mlx_randygpt.data import DataError
+from mlx_randygpt.data.download import TINY_SHAKESPEARE, Remote
+from mlx_randygpt.data.reading import read_text
+
+Fetch = Callable[[Remote, Path], object]
+STORIES = (
+    "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-"
+)
+END_OF_STORY = "<|endoftext|>"
+WIKIPEDIA = "CC BY-SA 3.0 and GFDL (Wikipedia)"
+PUBLIC_DOMAIN = "public domain in the USA"
+SHELF = {  # number -> title
+    11: "Alice's Adventures in Wonderland",
+    35: "The Time Machine",
+    36: "The War of the Worlds",
+    74: "The Adventures of Tom Sawyer",
+    76: "Adventures of Huckleberry Finn",
+    84: "Frankenstein",
+    98: "A Tale of Two Cities",
+    120: "Treasure Island",
+    158: "Emma",
+    161: "Sense and Sensibility",
+    174: "The Picture of Dorian Gray",
+    345: "Dracula",
+    768: "Wuthering Heights",
+    1260: "Jane Eyre",
+    1342: "Pride and Prejudice",
+    1400: "Great Expectations",
+    1661: "The Adventures of Sherlock Holmes",
+    2554: "Crime and Punishment",
+    2600: "War and Peace",
+    2701: "Moby Dick",
+}
+# The lines between which the book stands; the wording has changed over the years.
+MARK = r"^\*{3} ?%s OF (?:THE|THIS) PROJECT GUTENBERG EBOOK"
+START = re.compile(MARK % "START" + r"[^*]*\*{3}\s*", re.M | re.I)
+END = re.compile(MARK % "END" + r"|^End of (?:the )?Project Gutenberg", re.M | re.I)
+CREDIT = re.compile(r"\A(?:(?:Produced|Transcribed) by[^\n]*(?:\n[^\n]+)*\s*)+", re.I)
+
+
+def gutenberg_url(number: int) -> str:
+    """Where the plain text of a book is."""
+    return f"https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt"
+
+
+def strip_gutenberg(text: str) -> str:
+    """The book itself: without licence, header and the line that says who typed it."""
+    if start := START.search(text):
+        text = text[start.end() :]
+    if end := END.search(text):
+        text = text[: end.start()]
+    return CREDIT.sub("", text.strip()).strip() + "\n"
+
+
+def book_fingerprint(text: str) -> str:
+    """Equal for two editions that differ in case, line breaks and punctuation alone."""
+    words = re.findall(r"\w+", text.lower())
+    return sha256(" ".join(words).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Named:
+    """A corpus that can be fetched."""
+
+    name: str
+    what: str
+    licence: str
+    size: int  # bytes to fetch, about
+    remote: Remote | None  # None: a shelf of books
+    target: str  # file or folder below the folder of texts
+    unpack: Callable[[Path, Path], None] | None = None  # from what was fetched to the target
+
+
+def unzip(packed: Path, target: Path) -> None:
+    """The one member of a zip file, as text."""
+    part = target.with_name(f".{target.name}.unpacked")
+    try:
+        with ExitStack() as files:
+            archive = files.enter_context(zipfile.ZipFile(packed))
+            member = files.enter_context(archive.open(archive.namelist()[0]))
+            out = files.enter_context(open(part, "wb"))
+            out.writelines(iter(partial(member.read, 1 << 20), b""))
+    except (zipfile.BadZipFile, IndexError) as error:
+        raise DataError(f"{packed} is not a zip file: {error}") from error
+    part.replace(target)
+
+
+def split_stories(raw: Path, target: Path) -> None:
+    """Stories between marks as rows of .jsonl, so that each is a document."""
+    part = target.with_name(f".{target.name}.unpacked")
+    with open(part, "w", encoding="utf-8") as out:
+        for story in _stories(raw):
+            out.write(json.dumps({"text": story}, ensure_ascii=False) + "\n")
+    part.replace(target)
+
+
+def _stories(raw: Path) -> Iterator[str]:
+    lines: list[str] = []
+    with open(raw, encoding="utf-8") as file:
+        for line in file:
+            if line.strip() == END_OF_STORY:
+                yield "".join(lines).strip()
+                lines = []
+            else:
+                lines.append(line)
+    if story := "".join(lines).strip():
+        yield story
+
+
+def strip_book(raw: Path, target: Path) -> None:
+    """A book without what Project Gutenberg has put around it."""
+    target.write_text(strip_gutenberg(read_text(raw)), encoding="utf-8")
+
+
+LIBRARY = {
+    named.name: named
+    for named in (
+        Named(
+            "tinyshakespeare", "scenes of Shakespeare, as used by char-rnn and nanoGPT",
+            PUBLIC_DOMAIN, TINY_SHAKESPEARE.size, TINY_SHAKESPEARE, "shakespeare.txt",
+        ),
+        Named(
+            "shakespeare", "the complete works of Shakespeare (Project Gutenberg 100)",
+            PUBLIC_DOMAIN, 5_600_000, Remote(gutenberg_url(100)), "shakespeare-complete.txt",
+            strip_book,
+        ),
+        Named(
+            "enwik8", "the first 100 MB of an English Wikipedia dump of 2006, XML and all",
+            WIKIPEDIA, 36_445_475,
+            Remote(
+                "https://mattmahoney.net/dc/enwik8.zip", 36_445_475,
+                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+            ),
+            "enwik8.txt", unzip,
+        ),
+        Named(
+            "text8", "100 MB of Wikipedia in the letters a to z and spaces",
+            WIKIPEDIA, 31_344_016,
+            Remote(
+                "https://mattmahoney.net/dc/text8.zip", 31_344_016,
+                "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+            ),
+            "text8.txt", unzip,
+        ),
+        Named(
+            "tinystories", "2.7 million short stories in the words of a small child",
+            "CDLA-Sharing-1.0", 2_227_753_162,
+            Remote(
+                f"{STORIES}train.txt", 2_227_753_162,
+                "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+            ),
+            "tinystories.jsonl", split_stories,
+        ),
+        Named(
+            "tinystories-valid", "the 27,600 stories set aside for validation, enough to try",
+            "CDLA-Sharing-1.0", 22_502_601,
+            Remote(
+                f"{STORIES}valid.txt", 22_502_601,
+                "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
+            ),
+            "tinystories-valid.jsonl", split_stories,
+        ),
+        Named(
+            "gutenberg", f"a shelf of {len(SHELF)} novels, each a document",
+            f"{PUBLIC_DOMAIN} (Project Gutenberg)", 17_000_000, None, "gutenberg",
+        ),
+        Named(
+            "gpt2-tokenizer", "the tokenizer.json of GPT-2, for --tokenizer",
+            "MIT", 1_355_256,
+            Remote("https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json"),
+            "gpt2-tokenizer.json",
+        ),
+    )
+}  # fmt: skip
+
+
+def named(name: str) -> Named:
+    """The corpus of this name; DataError lists those there are."""
+    if name not in LIBRARY:
+        raise DataError(f"no corpus is called {name!r}; there are {', '.join(LIBRARY)}")
+    return LIBRARY[name]
+
+
+def install(corpus: Named, folder: Path, fetch: Fetch) -> Path:
+    """Fetch a corpus and make its text file in `folder`; where it is."""
+    assert corpus.remote is not None
+    target = folder / corpus.target
+    if corpus.unpack is None:
+        fetch(corpus.remote, target)
+        return target
+    raw = folder / ".downloads" / corpus.remote.url.rpartition("/")[2]
+    fetch(corpus.remote, raw)
+    corpus.unpack(raw, target)
+    raw.unlink()
+    return target
+
+
+def install_books(
+    numbers: Sequence[int], folder: Path, fetch: Fetch, tell: Callable[[str], None]
+) -> list[Path]:
+    """Fetch books and write each without its header as `NUMBER-title.txt`; one that says the same
+    as another is left out. The files."""
+    known: dict[str, Path] = {}
+    for number in dict.fromkeys(numbers):
+        raw = folder / ".downloads" / f"pg{number}.txt"
+        if not raw.exists():
+            fetch(Remote(gutenberg_url(number)), raw)
+        text = strip_gutenberg(read_text(raw))
+        title = re.sub(r"\W+", "-", SHELF.get(number, "book").lower()).strip("-")
+        target = folder / f"{number}-{title}.txt"
+        mark = book_fingerprint(text)
+        if mark in known:
+            tell(f"Left out: book {number} is the same as {known[mark].name}")
+            continue
+        target.write_text(text, encoding="utf-8")
+        known[mark] = target
+    return list(known.values())

@@ -1,0 +1,114 @@
+"""The format `adapters`: what low-rank fine-tuning has learned, apart from the model it changes.
+
+For a GPT-2 they are files as PEFT has them, for our own architecture one safetensors file under our
+own names.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import safetensors.numpy
+
+from mlx_randygpt.checkpoint import Checkpoint
+from mlx_randygpt.config import LORA_TARGETS
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.exporters.card import facts, licences
+from mlx_randygpt.exchange.exporters.tokenizer import as_json
+from mlx_randygpt.model import adapter_shapes, trained_count
+from mlx_randygpt.state import Params
+
+PREFIX = "base_model.model.transformer."  # of every name in a file of PEFT for a GPT-2
+PEFT = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("BASE")  # what was given to --init-from
+model = PeftModel.from_pretrained(base, {name})
+```
+"""
+NATIVE = """A matrix W of the base becomes W + (lora_alpha / lora_rank) · lora_b · lora_a; both
+numbers are in the metadata of `adapters.safetensors`, A and B under the names of what they change.
+"""
+
+
+def adapter_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
+    """The files of a folder called `name`; ExchangeError where the model has no adapters."""
+    model, params = saved.model, saved.state.params
+    if not model.lora_rank:
+        raise ExchangeError(
+            "--format adapters is for a model that was trained with --lora-rank; --format hf or "
+            "safetensors holds this one"
+        )
+    adapters = {weight: params[weight] for weight in adapter_shapes(model)}
+    if not model.is_gpt2:
+        about = {n: str(getattr(model, n)) for n in ("lora_rank", "lora_alpha", "lora_targets")}
+        files = {"adapters.safetensors": safetensors.numpy.save(adapters, about)}
+    else:
+        files = {
+            "adapter_config.json": as_json(peft_config(saved)),
+            "adapter_model.safetensors": safetensors.numpy.save(
+                peft_names(adapters), {"format": "pt"}
+            ),
+        }
+    return {**files, "README.md": _card(saved, name).encode()}
+
+
+def peft_config(saved: Checkpoint) -> dict[str, Any]:
+    """adapter_config.json; GPT-2's layers in transformers hold their matrices as (in, out)."""
+    model = saved.model
+    wanted = model.lora_targets.split(",")
+    layers = [layer for layer in LORA_TARGETS if layer != "all" and {layer, "all"} & {*wanted}]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,  # a checkpoint does not know where its base came from
+        "r": model.lora_rank,
+        "lora_alpha": model.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": layers,
+        "fan_in_fan_out": True,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def peft_names(adapters: Params) -> Params:
+    """h.0.attn.c_attn.lora_a -> base_model.model.transformer.h.0.attn.c_attn.lora_A.weight."""
+    found = {}
+    for name, array in adapters.items():
+        place, _, kind = name.rpartition(".")
+        found[f"{PREFIX}{place}.{kind[:-1]}{kind[-1].upper()}.weight"] = array
+    return found
+
+
+def _card(saved: Checkpoint, name: str) -> str:
+    model = saved.model
+    rows = "\n".join(f"| {label} | {value} |" for label, value in facts(saved))
+    licence = "\n".join(f"- {line}" for line in licences(saved.data))
+    how = PEFT.format(name=json.dumps(name)) if model.is_gpt2 else NATIVE
+    return f"""---
+library_name: {"peft" if model.is_gpt2 else "mlx-randygpt"}
+pipeline_tag: text-generation
+tags: [lora, mlx-randygpt, gpt]
+---
+
+# Adapters
+
+Of rank {model.lora_rank}: {trained_count(model):,} numbers that change the model they were
+trained on.
+
+| | |
+|---|---|
+{rows}
+
+## Licence
+
+Of the data they were trained on:
+
+{licence}
+
+## How to use them
+
+{how}"""

@@ -1,0 +1,210 @@
+"""The model card: what a model is, how it was trained and on what, and how it is run.
+
+Every figure is of the checkpoint itself; what it does not know the card says is not known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_randygpt import __version__
+from mlx_randygpt.checkpoint import Checkpoint
+from mlx_randygpt.data.corpora import LIBRARY
+from mlx_randygpt.data.files import sample_corpus_path
+from mlx_randygpt.model import parameter_count
+
+UNKNOWN = "unknown: add it"
+N_NAMES = 20  # of files that are listed
+RUN = {
+    "hf": """With mlx-lm, from the folder above:
+
+```sh
+mlx_lm.generate --model {name}{flag} --prompt "{prompt}" --temp 0.8 --top-p 0.9
+mlx_lm.convert --hf-path {name}{flag} --mlx-path {small} -q
+```
+
+With transformers and PyTorch:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({string}{argument})
+model = AutoModelForCausalLM.from_pretrained({string}{argument})
+inputs = tokenizer("{prompt}", return_tensors="pt")
+text = model.generate(**inputs, max_new_tokens={most}, do_sample=True, temperature=0.8, top_p=0.9)
+print(tokenizer.decode(text[0], skip_special_tokens=True))
+```
+{note}""",
+    "safetensors": """```sh
+mlxgpt sample --checkpoint {file}
+```
+
+The file is a checkpoint of mlxgpt without the optimizer's moments, and an ordinary safetensors
+file for everything else.
+""",
+    "gguf": """```sh
+llama-completion -m {file} -no-cnv -p "{prompt}"
+```
+""",
+}
+OWN_CODE = """
+Both run the Python files of this folder, which is what has to be trusted.
+"""
+LEARNED = """
+Prompt and new text together have at most {size} tokens.
+"""
+LIBRARIES = {"hf": "transformers", "mlx-lm": "mlx", "gguf": "gguf", "safetensors": "mlx-randygpt"}
+
+
+def card(saved: Checkpoint, kind: str, name: str) -> str:
+    """README.md of a folder called `name`."""
+    rows = "\n".join(f"| {label} | {value} |" for label, value in facts(saved))
+    licence = "\n".join(f"- {line}" for line in licences(saved.data))
+    return f"""---
+library_name: {LIBRARIES[kind]}
+pipeline_tag: text-generation
+tags: [mlx, mlx-randygpt, gpt]
+---
+
+# {_cell(name)}
+
+{origin(saved)}
+It continues text; nothing here taught it to answer or to be safe.
+
+| | |
+|---|---|
+{rows}
+
+## Licence
+
+Of the data:
+
+{licence}
+
+Of this model: {UNKNOWN}.
+
+## How to run it
+
+{run_lines(saved, kind, name)}"""
+
+
+def origin(saved: Checkpoint) -> str:
+    """Whose model this is, as far as the checkpoint knows."""
+    found = saved.data.get("imported")
+    if not isinstance(found, dict):
+        return f"A GPT trained with mlx-randygpt {__version__}."
+    source = _cell(Path(str(found.get("source"))).name)
+    kind = _cell(str(found.get("format")))
+    return f"A GPT made elsewhere ({kind}, {source}) and exported by mlx-randygpt {__version__}."
+
+
+def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
+    """Commands that run a folder called `name`."""
+    own, size, prompt = not saved.model.is_gpt2, saved.model.block_size, prompt_of(saved)
+    return RUN.get(kind, RUN["hf"]).format(
+        name=shlex.quote(name),
+        small=shlex.quote(f"{name}-4bit"),
+        file=shlex.quote(f"{name}/model.{kind}"),
+        string=json.dumps(name),
+        prompt=prompt,
+        flag=" --trust-remote-code" if own else "",
+        argument=", trust_remote_code=True" if own else "",
+        most=200 if own else max(1, size - len(prompt)),
+        note=OWN_CODE if own else LEARNED.format(size=size),
+    )
+
+
+def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
+    """The figures of the run, as label and value."""
+    model, train, progress, data = saved.model, saved.train, saved.progress, saved.data
+    yield "parameters", f"{parameter_count(model):,}"
+    yield (
+        "sizes",
+        f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, "
+        f"context {model.block_size} tokens",
+    )
+    yield "architecture", architecture(saved)
+    yield "tokenizer", f"{saved.tokenizer['type']}, vocabulary {model.vocab_size:,}"
+    yield "validation loss", loss_line(progress.val_loss, progress.bits_per_byte)
+    yield "best validation loss", f"{_number(progress.best_loss)} at step {progress.best_step:,}"
+    if "imported" in data:
+        return  # how it was trained is not known
+    yield "steps", f"{saved.state.step:,} of {train.iters:,}"
+    yield "tokens trained on", f"{progress.tokens:,}"
+    yield "recipe", f"{train.recipe}, preset {train.preset}, seed {train.seed}"
+    yield (
+        "optimizer",
+        f"{train.optimizer}, rate {train.lr:g} ({train.schedule}), weight decay "
+        f"{train.weight_decay:g}, {train.sequences_per_step} sequences a step",
+    )
+    names = [_cell(Path(path).name) for path in data["paths"]]
+    more = f" and {len(names) - N_NAMES} more" if len(names) > N_NAMES else ""
+    yield "data", (", ".join(names[:N_NAMES]) or "unknown") + more
+    yield "characters of data", f"{data['characters']:,}"
+    yield "SHA-256 of data", data["sha256"] or "unknown"
+    yield "trained with", f"the {saved.backend} backend"
+
+
+def architecture(saved: Checkpoint) -> str:
+    """What the model is made of, in words."""
+    model = saved.model
+    if model.is_gpt2:
+        biases = "biases" if model.bias else "no biases"
+        return f"GPT-2: learned positions, LayerNorm, {model.activation}, {biases}, tied head"
+    parts = ["rotary positions" if model.position == "rope" else "learned positions"]
+    parts += ["QK-norm"] if model.qk_norm else []
+    parts += ["token shift"] if model.token_shift else []
+    parts += ["pre-norm RMSNorm without gains", "squared ReLU", "separate head"]
+    return ", ".join(parts)
+
+
+def loss_line(loss: float, bits: float) -> str:
+    """`1.4602 nats per token (perplexity 4.31, 2.107 bits per byte)`."""
+    if not math.isfinite(loss):
+        return "not evaluated"
+    measures = f"perplexity {math.exp(min(loss, 700.0)):.2f}"
+    if math.isfinite(bits):
+        measures += f", {bits:.3f} bits per byte"
+    return f"{loss:.4f} nats per token ({measures})"
+
+
+def licences(data: dict[str, Any]) -> list[str]:
+    """What is known of the licence of each text: of a corpus of the library by its checksum or
+    else its name, which says so; of another nothing."""
+    lines = {}
+    for path in map(Path, data["paths"]):
+        lines[_cell(path.name)] = _licence(path, data["sha256"])
+    return [f"{name}: {line}" for name, line in list(lines.items())[:N_NAMES]] or [UNKNOWN]
+
+
+def _licence(path: Path, sha256: str) -> str:
+    if path == sample_corpus_path():
+        return "MIT, it comes with mlx-randygpt"
+    for corpus in LIBRARY.values():
+        if corpus.remote and sha256 and corpus.remote.sha256 == sha256:
+            return corpus.licence
+    for corpus in LIBRARY.values():
+        if corpus.target in (path.name, path.parent.name):
+            return f"{corpus.licence}, if it is the corpus `{corpus.name}`"
+    return UNKNOWN
+
+
+def prompt_of(saved: Checkpoint) -> str:
+    """The run's prompt where a shell and Python take it as it is, else a word."""
+    asked = saved.train.prompt
+    plain = asked.isascii() and asked.isprintable() and not set(asked) & set('"\\$`!{}')
+    return asked if plain and asked else "The"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not evaluated"
+
+
+def _cell(text: str) -> str:
+    """A file name inside a table: no markup, no line ends."""
+    return "".join(c if c.isprintable() and c not in "|`<>[]*_" else "?" for c in text)

@@ -1,0 +1,116 @@
+"""The format `gguf`: one file for llama.cpp, where one of its architectures is ours.
+
+That is `gpt2`, with byte-level BPE and GPT-2's own rule for where words end. Everything else is
+refused with the reason. Tensors stay float32; llama-quantize makes them smaller.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mlx_randygpt.checkpoint import Checkpoint
+from mlx_randygpt.config import missing
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.exporters.gpt2 import with_biases
+from mlx_randygpt.exchange.exporters.tokenizer import token_names
+from mlx_randygpt.model import GPT2_NORM_EPS
+from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+
+GGUF = "model.gguf"
+OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
+INSIDE = {  # a layer
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+ALL_FLOAT32 = 0  # general.file_type
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
+
+
+def gguf_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
+    """The one file; ExchangeError where llama.cpp would compute something else."""
+    refuse_misfit(saved)
+    try:
+        from gguf import GGUFWriter
+    except ImportError as error:
+        raise missing("--format gguf", "gguf", "gguf") from error
+    with TemporaryDirectory() as folder:
+        path = Path(folder, GGUF)
+        writer = GGUFWriter(path, "gpt2")
+        add_settings(writer, saved, name)
+        add_tokenizer(writer, saved)
+        for weight, array in with_biases(saved).items():
+            writer.add_tensor(tensor_name(weight), array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return {GGUF: path.read_bytes()}
+
+
+def refuse_misfit(saved: Checkpoint) -> None:
+    """ExchangeError with the reason where `gpt2` of llama.cpp is another model."""
+    model, content = saved.model, saved.tokenizer.get("tokenizer", {})
+    if not model.is_gpt2:
+        raise ExchangeError(
+            "--format gguf: llama.cpp has no architecture with this model's norms without gains "
+            "and squared ReLU; only arch gpt2 fits, --format hf holds this one"
+        )
+    if model.activation != "gelu_tanh":
+        raise ExchangeError(
+            f"--format gguf: llama.cpp's gpt2 has the tanh GELU, this model has "
+            f"activation {model.activation!r}; --format hf holds it"
+        )
+    if saved.tokenizer["type"] in ("char", "table"):
+        raise ExchangeError(
+            "--format gguf: llama.cpp's gpt2 reads byte-level BPE, this model reads characters; "
+            "train with --tokenizer bpe, or take --format hf"
+        )
+    pre, kind = content.get("pre_tokenizer") or {}, content["model"].get("type")
+    plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space")
+    if not (plain and pre.get("use_regex", True) and kind == "BPE" and not content["normalizer"]):
+        raise ExchangeError(
+            "--format gguf: llama.cpp's gpt2 reads byte-level BPE as GPT-2 splits it, this model "
+            f"has {kind or saved.tokenizer['type']} after {pre.get('type')}; take --format hf"
+        )
+
+
+def add_settings(writer: Any, saved: Checkpoint, name: str) -> None:
+    """What llama.cpp needs to build the model."""
+    model = saved.model
+    writer.add_name(name)
+    writer.add_file_type(ALL_FLOAT32)
+    writer.add_context_length(model.block_size)
+    writer.add_embedding_length(model.n_embd)
+    writer.add_feed_forward_length(4 * model.n_embd)
+    writer.add_block_count(model.n_layer)
+    writer.add_head_count(model.n_head)
+    writer.add_layer_norm_eps(GPT2_NORM_EPS)
+
+
+def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
+    """The vocabulary in order of ids, its merges, and the tokens that end a text."""
+    content, tokenizer = saved.tokenizer["tokenizer"], tokenizer_from_json(saved.tokenizer)
+    names = token_names(content)
+    special = {token["id"] for token in content["added_tokens"]}
+    ids = range(tokenizer.vocab_size)
+    kinds = [CONTROL if i in special else NORMAL if i in names else UNUSED for i in ids]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([names.get(i, f"[unused{i}]") for i in ids])
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(tokenizer.bos)
+    writer.add_eos_token_id(tokenizer.eos)
+    writer.add_add_bos_token(False)
+
+
+def tensor_name(weight: str) -> str:
+    """`blk.0.attn_qkv.weight` for `h.0.attn.c_attn.weight`."""
+    stem, _, kind = weight.rpartition(".")
+    if stem in OUTSIDE:
+        return f"{OUTSIDE[stem]}.{kind}"
+    _, layer, inner = stem.split(".", 2)
+    return f"blk.{layer}.{INSIDE[inner]}.{kind}"

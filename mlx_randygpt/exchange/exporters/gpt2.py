@@ -1,0 +1,71 @@
+"""The formats `hf` and `mlx-lm` for a GPT-2: what transformers and mlx-lm have built in, no code.
+
+They keep the products' matrices as (in, out), under the same names as ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from mlx_randygpt.checkpoint import Checkpoint
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.exporters.hf import ends, generation
+from mlx_randygpt.exchange.exporters.tokenizer import as_json, tokenizer_files
+from mlx_randygpt.model import GPT2_IN_OUT, GPT2_NORM_EPS, gpt2_vector_shapes
+from mlx_randygpt.state import Params
+
+ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}  # ours -> that of transformers
+
+
+def gpt2_files(saved: Checkpoint, kind: str) -> dict[str, bytes]:
+    """Weights, settings and tokenizer of a GPT-2."""
+    if kind == "mlx-lm" and saved.model.activation != "gelu_tanh":
+        raise ExchangeError(
+            f"--format mlx-lm: the GPT-2 of mlx-lm has the tanh GELU alone, this model has "
+            f"activation {saved.model.activation!r}; --format hf can hold it"
+        )
+    weights = {name: stored(name, array) for name, array in with_biases(saved).items()}
+    return {
+        "config.json": as_json(config(saved)),
+        "generation_config.json": as_json(generation(saved)),
+        "model.safetensors": safetensors.numpy.save(weights, {"format": "pt"}),
+        **tokenizer_files(saved.tokenizer, saved.model),
+    }
+
+
+def config(saved: Checkpoint) -> dict[str, Any]:
+    """config.json under the names of transformers."""
+    model = saved.model
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": ACTIVATIONS[model.activation],
+        "vocab_size": model.vocab_size,
+        "n_positions": model.block_size,
+        "n_ctx": model.block_size,
+        "n_embd": model.n_embd,
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "layer_norm_epsilon": GPT2_NORM_EPS,
+        "resid_pdrop": model.dropout,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        **ends(saved),
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+
+
+def with_biases(saved: Checkpoint) -> Params:
+    """The weights; a model without biases gets zeros, for the others always add some."""
+    model = saved.model
+    shapes = gpt2_vector_shapes(model.n_layer, model.n_embd, bias=True)
+    return {n: np.zeros(s, np.float32) for n, s in shapes.items()} | saved.state.params
+
+
+def stored(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A weight as GPT-2's files have it."""
+    return np.ascontiguousarray(array.T) if name.endswith(GPT2_IN_OUT) else array

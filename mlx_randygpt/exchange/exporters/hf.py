@@ -1,0 +1,65 @@
+"""The formats `hf` and `mlx-lm`: one folder that transformers and mlx-lm both run.
+
+The architecture is ours, so the folder brings its code: `mlx_model.py`, the file that the MLX
+backend computes with, one beside it that mlx-lm loads, and the same model in PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+
+from mlx_randygpt import backends
+from mlx_randygpt.checkpoint import Checkpoint
+from mlx_randygpt.exchange.exporters.tokenizer import as_json, tokenizer_files
+from mlx_randygpt.tokenizers.chars import NEVER, tokenizer_from_json
+
+SHIPPED = Path(__file__).parent.parent / "shipped"
+
+
+def native_files(saved: Checkpoint) -> dict[str, bytes]:
+    """Weights, settings, tokenizer and code of a model of our own architecture."""
+    sources = {path.name: path for path in SHIPPED.glob("*.py")}
+    sources["mlx_model.py"] = Path(backends.__file__).parent / "mlx" / "model.py"
+    return {
+        "config.json": as_json(config(saved)),
+        "generation_config.json": as_json(generation(saved)),
+        "model.safetensors": safetensors.numpy.save(saved.state.params, {"format": "pt"}),
+        **tokenizer_files(saved.tokenizer, saved.model),
+        **{name: path.read_bytes() for name, path in sorted(sources.items())},
+    }
+
+
+def config(saved: Checkpoint) -> dict[str, Any]:
+    """config.json; its names are the fields of ModelConfig."""
+    return {
+        "model_type": "mlxgpt",
+        "architectures": ["MLXGPTForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_mlxgpt.MLXGPTConfig",
+            "AutoModelForCausalLM": "modeling_mlxgpt.MLXGPTForCausalLM",
+        },
+        "model_file": "mlx_lm_model.py",
+        **asdict(saved.model),
+        **ends(saved),
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+
+
+def generation(saved: Checkpoint) -> dict[str, Any]:
+    """generation_config.json: which tokens end a text, and which are never picked."""
+    never = list(tokenizer_from_json(saved.tokenizer).never_sampled())
+    found = {**ends(saved), "pad_token_id": ends(saved)["eos_token_id"]}
+    return {**found, "suppress_tokens": never} if never else found
+
+
+def ends(saved: Checkpoint) -> dict[str, int | None]:
+    """The ids before and after a document; None where nothing is."""
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    if tokenizer.eos == NEVER:
+        return {"bos_token_id": None, "eos_token_id": None}  # else a GPT-2 has its own
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}

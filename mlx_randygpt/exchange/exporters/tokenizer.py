@@ -1,0 +1,98 @@
+"""Any of our tokenizers as the tokenizer.json that other programs read.
+
+A character vocabulary becomes a word vocabulary whose words are single characters; where it has no
+token for unknown ones, they are removed before. The others are a tokenizer.json already. Texts that
+look like a special token are text, as they are here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.tokenizers.chars import (
+    NEVER,
+    CharTokenizer,
+    TableTokenizer,
+    Tokenizer,
+    tokenizer_from_json,
+)
+
+CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
+ANY_CHARACTER = r"[\s\S]"
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # text that goes on
+
+
+def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json of what `Tokenizer.to_json` wrote."""
+    tokenizer = tokenizer_from_json(data)
+    content = tokenizer_json(tokenizer)
+    names = token_names(content)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # of a text
+        "chat_template": CHAT,
+    }
+    if tokenizer.eos != NEVER:
+        end = names[tokenizer.eos]
+        settings |= {"bos_token": names[tokenizer.bos], "eos_token": end, "pad_token": end}
+    if model.position == "learned":
+        settings["model_max_length"] = model.block_size
+    if (unknown := content["model"].get("unk_token")) in names.values():
+        settings["unk_token"] = unknown
+    return {"tokenizer.json": as_json(content), "tokenizer_config.json": as_json(settings)}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer in the form of the library `tokenizers`."""
+    if isinstance(tokenizer, TableTokenizer):
+        ids = {symbol: token for token, symbol in enumerate(tokenizer.symbols) if symbol}
+        listed = "".join(f"\\x{{{ord(symbol):X}}}" for symbol in ids)
+        others = {"type": "Replace", "pattern": {"Regex": f"[^{listed}]"}, "content": ""}
+        return _characters(ids, [], others)
+    if isinstance(tokenizer, CharTokenizer):
+        words = [*tokenizer.chars, *CHAR_SPECIALS]
+        return _characters({word: token for token, word in enumerate(words)}, CHAR_SPECIALS, None)
+    content: dict[str, Any] = tokenizer.to_json()["tokenizer"]
+    return content
+
+
+def _characters(
+    ids: dict[str, int], special: Sequence[str], normalizer: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A tokenizer.json of which each word is one character."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": ids[name], "content": name, **plain, "special": True} for name in special
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": ANY_CHARACTER},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": ids, "unk_token": CHAR_SPECIALS[2]},
+    }
+
+
+def token_names(content: dict[str, Any]) -> dict[int, str]:
+    """Id -> token as a tokenizer.json spells it."""
+    vocab = content["model"]["vocab"]
+    pairs = vocab.items() if isinstance(vocab, dict) else ((v[0], i) for i, v in enumerate(vocab))
+    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    return {token: name for name, token in pairs} | added
+
+
+def as_json(value: Any) -> bytes:
+    """Text for people and programs."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,142 @@
+"""GPT-2 as Hugging Face keeps it: a folder of config.json, weights and a tokenizer.
+
+The names of the weights are ours, after the prefix `transformer.` where there is one. The matrices
+of attention and MLP lie as (in, out). Owns what of a config.json our GPT-2 can be.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_randygpt.config import ARCHS, ModelConfig
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.importers.imported_model import Foreign, whole
+from mlx_randygpt.exchange.importers.tensors import (
+    Stored,
+    as_float32,
+    params_of,
+    read_json,
+    read_safetensors,
+    read_shards,
+    refuse_others,
+)
+from mlx_randygpt.exchange.importers.torch_file import TorchFile
+from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
+from mlx_randygpt.model import GPT2_IN_OUT, GPT2_NORM_EPS
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+PREFIX = "transformer."
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
+SIZES = {  # config.json's name and its default -> ours
+    "vocab_size": ("vocab_size", 50257), "block_size": ("n_positions", 1024),
+    "n_layer": ("n_layer", 12), "n_head": ("n_head", 12), "n_embd": ("n_embd", 768),
+}  # fmt: skip
+ACTIVATIONS = {  # as Hugging Face names them
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+}  # fmt: skip
+FIXED = {  # what else decides the numbers, and the only value our model has
+    "layer_norm_epsilon": GPT2_NORM_EPS, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+}  # fmt: skip
+HEAD, WTE = "lm_head.weight", "wte.weight"
+
+
+def read_folder(source: Path, vocab: Path | None) -> Foreign:
+    """The model of a folder; ExchangeError where it is another than our GPT-2."""
+    config = read_json(source / "config.json")
+    model = _model(source / "config.json", config)
+    path, stored = stored_in(source)
+    untied = config.get("tie_word_embeddings", True) is not True
+    params = weights(path, model, stored, untied=untied, turned=GPT2_IN_OUT)
+    tokenizer = tokenizer_at(vocab or source, model.vocab_size)
+    return Foreign("gpt2", source, model, params, tokenizer)
+
+
+def weights(
+    path: Path, model: ModelConfig, stored: Mapping[str, Stored], *, untied: bool = False,
+    turned: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The weights among the tensors of a file, by our names.
+
+    The head must be the embedding, or not there; where it is `untied` it must be there.
+    """
+    found = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in stored.items()
+        if not name.endswith(BUFFERS)
+    }
+    head = found.pop(HEAD, None)
+    params = params_of(path, model, found, lambda name: name.endswith(turned))
+    refuse_others(path, found.keys() - params.keys())
+    if head is None and untied:
+        raise ExchangeError(f"{path} lacks {HEAD}, which its config says is not the embedding")
+    if head is not None and not _equal(head, params[WTE]):
+        raise ExchangeError(f"{path}: {HEAD} is not {WTE}; our GPT-2 has one matrix for both")
+    return params
+
+
+def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+    """The model that a config.json describes."""
+    if config.get("model_type") != "gpt2":
+        raise ExchangeError(f"{path} has model_type={_seen(config.get('model_type'))}, not gpt2")
+    sizes: dict[str, Any] = {
+        ours: whole(config, theirs, path, default) for ours, (theirs, default) in SIZES.items()
+    }
+    for name, value in FIXED.items():
+        if config.get(name, value) != value:
+            raise ExchangeError(f"{path} has {name}={_seen(config[name])}; our GPT-2 has {value}")
+    inner = config.get("n_inner")
+    if inner is not None and inner != 4 * sizes["n_embd"]:
+        raise ExchangeError(
+            f"{path} has n_inner={_seen(inner)}; our MLP is 4·n_embd={4 * sizes['n_embd']} wide"
+        )
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise ExchangeError(
+            f"{path} has activation_function={_seen(activation)}; "
+            f"our GPT-2 has {', '.join(ACTIVATIONS)}"
+        )
+    return ModelConfig(**ARCHS["gpt2"] | {"activation": ACTIVATIONS[activation]}, **sizes)
+
+
+def stored_in(source: Path) -> tuple[Path, Mapping[str, Stored]]:
+    """The file of weights in a folder, and its tensors."""
+    path = next((source / name for name in WEIGHTS if (source / name).is_file()), None)
+    if path is None:
+        raise ExchangeError(f"{source} holds no weights; looked for {', '.join(WEIGHTS)}")
+    return path, _stored(path)
+
+
+def _stored(path: Path) -> Mapping[str, Stored]:
+    if path.name.endswith(".index.json"):
+        return read_shards(path.parent, path.name)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return tensors_of(path, TorchFile(path).value)
+
+
+def tensors_of(path: Path, state: Any) -> dict[str, Stored]:
+    """A state_dict; ExchangeError for anything else."""
+    if not isinstance(state, dict):
+        raise ExchangeError(f"{path} does not hold tensors by name")
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Stored)):
+            raise ExchangeError(
+                f"{path} holds {_seen(name)}, which is no tensor, among its weights"
+            )
+    return state
+
+
+def _equal(head: Stored, wte: Any) -> bool:
+    if head.shape != wte.shape:
+        return False
+    return bool(np.array_equal(as_float32(head.read(), head.kind).reshape(wte.shape), wte))
+
+
+def _seen(value: Any) -> str:
+    return reprlib.repr(value)

@@ -1,0 +1,87 @@
+"""nanoGPT's ckpt.pt: a dictionary of weights, sizes and settings, written by torch.save.
+
+The weights are GPT-2's under the same names, as (out, in), and with or without biases. Which GELU
+stands between them is in nanoGPT's code and not in its file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_randygpt.config import ARCHS, ModelConfig
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.importers import gpt2
+from mlx_randygpt.exchange.importers.imported_model import Foreign, whole
+from mlx_randygpt.exchange.importers.tensors import Stored, as_float32
+from mlx_randygpt.exchange.importers.torch_file import TorchFile
+from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
+from mlx_randygpt.tokenizers.chars import Tokenizer
+
+CHECKPOINT, META = "ckpt.pt", "meta.pkl"
+COMPILED = "_orig_mod."  # before every name of a model that torch.compile has seen
+SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and the same filled up to a multiple of 64
+
+
+def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) -> Foreign:
+    """The model of a ckpt.pt, or of the folder that holds it."""
+    path = source / CHECKPOINT if source.is_dir() else source
+    value = TorchFile(path).value
+    held = value if isinstance(value, dict) else {}
+    state, arguments = held.get("model"), held.get("model_args")
+    if state is None or not isinstance(arguments, dict):
+        raise ExchangeError(f"{path} is no checkpoint of nanoGPT: it has no model and model_args")
+    sizes: dict[str, Any] = {name: whole(arguments, name, path) for name in SIZES}
+    bias = arguments.get("bias", True)  # the first versions had no such setting
+    if not isinstance(bias, bool):
+        raise ExchangeError(f"{path}: bias={bias!r} is neither True nor False")
+    switches = ARCHS["gpt2"] | {"bias": bias, "activation": activation or "gelu"}
+    model = ModelConfig(**switches, **sizes)
+    tensors = gpt2.tensors_of(path, state)
+    named = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
+    params = gpt2.weights(path, model, named)
+    notes = []
+    if activation is None:
+        notes.append(
+            "The file does not say its GELU; the exact one is assumed, as nanoGPT has it since "
+            "July 2023. --activation gelu_tanh is that of older versions."
+        )
+    tokenizer, note = _tokenizer(path, vocab, model.vocab_size, held.get("config"))
+    step, loss = held.get("iter_num"), _number(held.get("best_val_loss"))
+    if isinstance(step, int):
+        best = f", best validation loss {loss:.4f}" if math.isfinite(loss) else ""
+        notes.append(f"It had trained {step:,} steps{best}; here it begins at step 0.")
+    return Foreign("nanogpt", path, model, params, tokenizer, notes=(*notes, *note))
+
+
+def _number(value: Any) -> float:
+    """A loss, which nanoGPT keeps as a tensor without axes; nan where there is none."""
+    if isinstance(value, Stored) and value.shape == () and value.kind in ("F32", "F64", "BF16"):
+        return float(as_float32(value.read(), value.kind).reshape(-1)[0])
+    return float(value) if isinstance(value, float) else math.nan
+
+
+def _tokenizer(
+    path: Path, vocab: Path | None, size: int, config: Any
+) -> tuple[Tokenizer, tuple[str, ...]]:
+    """The vocabulary that is named, else the meta.pkl of the data set, and where it was found."""
+    if vocab is not None:
+        return tokenizer_at(vocab, size), ()
+    dataset = config.get("dataset") if isinstance(config, Mapping) else None
+    places = [path.parent / META]
+    if isinstance(dataset, str) and re.fullmatch(r"\w[\w.-]*", dataset):
+        places.append(path.parent.parent / "data" / dataset / META)
+    for place in places:
+        if place.is_file():
+            return tokenizer_at(place, size), (f"Vocabulary: {place}",)
+    if size in GPT2_SIZES:
+        wanted = (
+            "GPT-2's tokenizer: --vocab tokenizer.json, or a folder of vocab.json and merges.txt"
+        )
+    else:
+        wanted = f"the {META} of its data set: --vocab {META}"
+    raise ExchangeError(f"{path} has {size} tokens and needs {wanted}; looked for {places[-1]}")

@@ -1,0 +1,80 @@
+"""What `mlxgpt export` wrote for transformers and mlx-lm, back again, after they have trained it,
+say: a folder of config.json, weights and tokenizer.json under our own names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mlx_randygpt.checkpoint import record
+from mlx_randygpt.config import ConfigError, ModelConfig
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS
+from mlx_randygpt.exchange.importers import gpt2
+from mlx_randygpt.exchange.importers.imported_model import Foreign
+from mlx_randygpt.exchange.importers.tensors import params_of, read_json, refuse_others
+from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
+from mlx_randygpt.recipes import RECIPES
+from mlx_randygpt.tokenizers.chars import CharTokenizer, Tokenizer
+
+MODEL_TYPE = "mlxgpt"
+SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+
+
+def read_folder(source: Path, vocab: Path | None) -> Foreign:
+    """The model of a folder; ExchangeError where it is none of ours."""
+    model = _model(source / "config.json")
+    path, stored = gpt2.stored_in(source)
+    params = params_of(path, model, stored)
+    refuse_others(path, stored.keys() - params.keys())
+    tokenizer = _tokenizer(vocab or source, model.vocab_size)
+    return Foreign(MODEL_TYPE, source, model, params, tokenizer, recipe=_recipe(model))
+
+
+def _model(path: Path) -> ModelConfig:
+    config = read_json(path)
+    if config.get("model_type") != MODEL_TYPE:
+        raise ExchangeError(f"{path} has another model_type than {MODEL_TYPE}")
+    if missing := [name for name in SIZES if name not in config]:
+        raise ExchangeError(f"{path} lacks {missing[0]}")
+    known = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
+    try:
+        return record(ModelConfig, known)
+    except ConfigError as error:
+        raise ExchangeError(f"{path}: {error}") from error
+
+
+def _recipe(model: ModelConfig) -> str:
+    """The recipe whose switches these are; what the run was trained by is not in the folder."""
+    for name, recipe in RECIPES.items():
+        switches = {k: v for k, v in recipe["model"].items() if k != "zero_init"}
+        if all(getattr(model, k) == v for k, v in switches.items()):
+            return name
+    return "classic"
+
+
+def _tokenizer(path: Path, size: int) -> Tokenizer:
+    """Characters as our own tokenizer, which needs no library; anything else as it is."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.name == "tokenizer.json" and file.is_file():
+        names = _names(read_json(file))
+        characters, special = names[:-3], tuple(names[-3:])
+        if special == CHAR_SPECIALS and all(len(name) == 1 for name in characters):
+            with contextlib.suppress(ValueError):  # characters in another order, say
+                return CharTokenizer("".join(characters))
+    return tokenizer_at(path, size)
+
+
+def _names(content: Mapping[str, Any]) -> list[str]:
+    """The words of a vocabulary whose ids are 0, 1, 2, …; else nothing."""
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or sorted(map(repr, vocab.values())) != sorted(
+        map(repr, range(len(vocab)))
+    ):
+        return []
+    return sorted(vocab, key=vocab.__getitem__)

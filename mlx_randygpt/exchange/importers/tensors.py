@@ -1,0 +1,194 @@
+"""Tensors of foreign files: what a file says of them is checked before anything is read, and what
+is read becomes float32. Owns the files of safetensors, whose library gives NumPy no bfloat16, and
+JSON beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.model import parameter_shapes
+from mlx_randygpt.state import Params
+
+Array = NDArray[Any]
+FLOATS: dict[str, np.dtype[Any]] = {  # as safetensors spells them, and how their bytes are read
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}  # fmt: skip
+OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+MOST_HEADER = 1 << 23  # bytes of a safetensors header; that of GPT-2 XL has 60 kB
+MOST_AXES = 8
+MOST_JSON = 1 << 26  # bytes of a JSON file; GPT-2's tokenizer.json has 1.4 MB
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is still in its file."""
+
+    shape: tuple[int, ...]
+    kind: str  # a key of FLOATS, or another type
+    read: Callable[[], Array]  # its bytes, as the type of FLOATS
+
+
+def as_float32(raw: Array, kind: str) -> Array:
+    """What FLOATS reads as `kind`, in float32; what does not fit becomes infinite."""
+    if kind == "BF16":  # the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(raw, np.float32)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ExchangeError(
+                f"{path} has {path.stat().st_size:,} bytes; that is no settings file"
+            )
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExchangeError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ExchangeError):
+            raise
+        raise ExchangeError(f"{path} is not JSON ({_short(error)})") from error
+    if not isinstance(found, dict):
+        raise ExchangeError(f"{path} is not a JSON object but {reprlib.repr(found)}")
+    return found
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, none of them read yet; their places are checked.
+
+    Format: 8 bytes length of the header, the header as JSON, the tensors' bytes.
+    """
+    try:
+        n_bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if n_bytes < 8 or size > n_bytes - 8:
+                raise ExchangeError(f"{path} is truncated or not a safetensors file")
+            if size > MOST_HEADER:
+                raise ExchangeError(
+                    f"{path} has a header of {size:,} bytes; at most {MOST_HEADER:,} are read"
+                )
+            header = json.loads(file.read(size))
+    except OSError as error:
+        raise ExchangeError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ExchangeError):
+            raise
+        raise ExchangeError(f"{path} has a damaged header ({_short(error)})") from error
+    if not isinstance(header, dict):
+        raise ExchangeError(f"{path} has a damaged header (it is not an object)")
+    header.pop("__metadata__", None)
+    return {name: _stored(path, name, entry, 8 + size, n_bytes) for name, entry in header.items()}
+
+
+def read_shards(folder: Path, index: str) -> dict[str, Stored]:
+    """The tensors of all files that an index names, such as model.safetensors.index.json."""
+    places = read_json(folder / index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise ExchangeError(f"{folder / index} has no weight_map from tensors to files")
+    files = set(places.values())
+    for name in files:
+        if PurePath(name).name != name or not name.endswith(".safetensors"):
+            raise ExchangeError(
+                f"{folder / index} names {reprlib.repr(name)}; "
+                "that is no safetensors file beside it"
+            )
+    held = {name: read_safetensors(folder / name) for name in sorted(files)}
+    for tensor, name in places.items():
+        if tensor not in held[name]:
+            raise ExchangeError(f"{folder / name} lacks the tensor {reprlib.repr(tensor)}")
+    return {tensor: held[name][tensor] for tensor, name in places.items()}
+
+
+def params_of(
+    source: Path,
+    model: ModelConfig,
+    found: Mapping[str, Stored],
+    turned: Callable[[str], bool] = lambda name: False,
+) -> Params:
+    """The weights of the model, float32 and finite. All shapes are compared before any is read;
+    those that are `turned` lie transposed in the file."""
+    shapes = parameter_shapes(model)
+    for name, shape in shapes.items():
+        if name not in found:
+            raise ExchangeError(f"{source} lacks the tensor {name}")
+        wanted = shape[::-1] if turned(name) else shape
+        if found[name].shape != wanted:
+            raise ExchangeError(
+                f"{source}: {name} has the shape {reprlib.repr(found[name].shape)}, "
+                f"expected {wanted}"
+            )
+        if found[name].kind not in FLOATS:
+            raise ExchangeError(
+                f"{source}: {name} has the type {reprlib.repr(found[name].kind)}; "
+                f"weights are {', '.join(FLOATS)}"
+            )
+    return {name: finite(source, name, _read(found[name], turned(name))) for name in shapes}
+
+
+def finite(source: Path, name: str, values: Array) -> Array:
+    """The values; ExchangeError where one of them is not a number."""
+    if not np.isfinite(values).all():
+        raise ExchangeError(f"{source}: {name} is not finite; the model is broken")
+    return values
+
+
+def refuse_others(source: Path, names: Iterable[str]) -> None:
+    """ExchangeError for tensors that the model has no place for."""
+    if others := sorted(names):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ExchangeError(
+            f"{source} has the tensor {reprlib.repr(others[0])}{more}, for which this model has "
+            "no place"
+        )
+
+
+def _read(stored: Stored, is_turned: bool) -> Array:
+    values = as_float32(stored.read(), stored.kind).reshape(stored.shape)
+    return np.ascontiguousarray(values.T) if is_turned else values
+
+
+def _stored(path: Path, name: str, entry: Any, start: int, n_bytes: int) -> Stored:
+    """The tensor that an entry of a header describes."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, places = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not (isinstance(kind, str) and _are_counts(shape) and _are_counts(places)):
+        raise ExchangeError(f"{path} has a damaged header: {reprlib.repr(name)} is not described")
+    width = FLOATS[kind].itemsize if kind in FLOATS else OTHERS.get(kind)
+    n = math.prod(shape)
+    fits = len(places) == 2 and 0 <= places[0] <= places[1] <= n_bytes - start
+    if not fits or (width is not None and places[1] - places[0] != n * width):
+        raise ExchangeError(
+            f"{path} is truncated or damaged: {reprlib.repr(name)} is said to lie at "
+            f"{reprlib.repr(places)} of {n_bytes - start:,} bytes"
+        )
+
+    def read() -> Array:
+        return np.fromfile(path, FLOATS[kind], n, offset=start + places[0])
+
+    return Stored(tuple(shape), kind, read)
+
+
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    if not isinstance(values, list) or len(values) > MOST_AXES:
+        return False
+    return all(type(n) is int and n >= 0 for n in values)
+
+
+def _short(error: Exception) -> str:
+    return reprlib.repr(" ".join(str(error).split()))

@@ -1,0 +1,204 @@
+"""Tokenizers of foreign models: GPT-2's files, nanoGPT's meta.pkl, randyGPT's vocab.json.
+
+Every id stays what it was. A model that has more ids than its tokenizer names gets names for the
+others, which stand for no text and are never written.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.importers.tensors import MOST_JSON, read_json
+from mlx_randygpt.exchange.importers.torch_file import MOST_BYTES, read_pickle
+from mlx_randygpt.tokenizers.chars import TableTokenizer, Tokenizer
+from mlx_randygpt.tokenizers.subword import SubwordTokenizer
+
+FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # looked for in a folder, in this order
+RANDY_SPECIAL = ("<|bos|>", "<|eos|>")
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+
+
+def tokenizer_at(path: Path, size: int) -> Tokenizer:
+    """The tokenizer of a file or folder, for a model of `size` ids."""
+    if path.is_dir():
+        found = next((path / name for name in FILES if (path / name).is_file()), None)
+        if found is None:
+            raise ExchangeError(f"{path} holds no tokenizer; looked for {', '.join(FILES)}")
+        path = found
+    if path.suffix == ".pkl":
+        return _sound(path, lambda: _table_of_meta(path, size))
+    content = read_json(path)
+    if isinstance(content.get("vocab"), list):
+        return _sound(path, lambda: _of_randygpt(content, size))
+    if "model" not in content:
+        content = _byte_level(content, path)
+    return _sound(path, lambda: _subword(content, size))
+
+
+def table_of_text(path: Path, size: int) -> Tokenizer:
+    """The characters of the text that a randyGPT model was trained on, as randyGPT numbers them:
+    `<` and `>` for begin and end, then all of them sorted."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExchangeError(f"{path} cannot be read as text: {error}") from error
+    return _sound(path, lambda: _table(["<", ">", *sorted(set(text))], size))
+
+
+def _sound(path: Path, make: Any) -> Tokenizer:
+    """What `make` makes; its complaints name the file."""
+    try:
+        made: Tokenizer = make()
+    except ValueError as error:
+        raise ExchangeError(f"{path}: {str(error).removeprefix('tokenizer: ')}") from error
+    return made
+
+
+def _table_of_meta(path: Path, size: int) -> Tokenizer:
+    try:
+        with open(path, "rb") as file:
+            meta = read_pickle(file.read(MOST_BYTES + 1))
+    except OSError as error:
+        raise ExchangeError(error.strerror) from error
+    itos, stoi = (meta.get(name) if isinstance(meta, dict) else None for name in ("itos", "stoi"))
+    if itos is None and isinstance(stoi, dict):
+        itos = {token: char for char, token in stoi.items() if isinstance(token, int)}
+    if not isinstance(itos, dict) or not itos:
+        raise ExchangeError("it has no table of characters (itos)")
+    symbols = [""] * size
+    for token, char in itos.items():
+        if type(token) is not int or not 0 <= token < size or not isinstance(char, str):
+            raise ExchangeError(
+                f"it gives {reprlib.repr(char)} the id {reprlib.repr(token)}; "
+                f"the model's ids are 0 to {size - 1}"
+            )
+        symbols[token] = char
+    return TableTokenizer(tuple(symbols))
+
+
+def _of_randygpt(content: Mapping[str, Any], size: int) -> Tokenizer:
+    """randyGPT's vocab.json: tokens in order of their ids, and merges in order of their rank."""
+    vocab, merges = content["vocab"], content.get("merges", [])
+    if not all(isinstance(token, str) for token in vocab):
+        raise ExchangeError("its vocab is not a list of texts")
+    if len(vocab) != size:
+        raise ExchangeError(
+            f"it has {len(vocab)} tokens and the model {size}; they do not belong together"
+        )
+    if not merges and all(len(token) == 1 or token in RANDY_SPECIAL for token in vocab):
+        return _table(vocab, size)
+    ids = {token: i for i, token in enumerate(vocab)}
+    ranked = sorted(
+        (pair for pair in _pairs(merges) if {*pair, "".join(pair)} <= ids.keys()),
+        key=lambda pair: ids["".join(pair)],
+    )
+    by_line = {
+        "type": "Split",
+        "pattern": {"String": "\n"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return _subword(_bpe(ids, ranked, by_line, {"type": "Fuse"}), size)
+
+
+def _table(symbols: Sequence[str], size: int) -> Tokenizer:
+    """A table of randyGPT's: of characters that are there twice the last counts."""
+    if len(symbols) != size:
+        raise ExchangeError(
+            f"it has {len(symbols)} characters with begin and end, and the model {size}; "
+            "they do not belong together"
+        )
+    last = {symbol: i for i, symbol in enumerate(symbols)} | dict.fromkeys(RANDY_SPECIAL, -1)
+    kept = (symbol if last[symbol] == i else "" for i, symbol in enumerate(symbols))
+    return TableTokenizer(tuple(kept), begin=0)
+
+
+def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """GPT-2's vocab.json, with the merges.txt beside it, as a tokenizer.json."""
+    ids = {token: i for token, i in vocab.items() if type(i) is int and i >= 0}
+    if len(ids) != len(vocab) or len(set(ids.values())) != len(ids):
+        raise ExchangeError(f"{path} is neither a tokenizer.json nor a vocabulary of ids")
+    merges = path.with_name("merges.txt")
+    try:
+        if merges.stat().st_size > MOST_JSON:
+            raise ExchangeError(f"{merges} is too large to be a list of merges")
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ExchangeError(f"{merges} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExchangeError(f"{merges} is not text in UTF-8") from error
+    pairs = [
+        line.rstrip("\r").split(" ") for line in lines if line and not line.startswith("#version")
+    ]
+    return _bpe(ids, _pairs(pairs), BYTE_LEVEL, BYTE_LEVEL)
+
+
+def _pairs(merges: Any) -> list[tuple[str, str]]:
+    """Merges as pairs; a pair of texts each."""
+    found = merges if isinstance(merges, list) else [merges]
+    for pair in found:
+        texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        if not texts:
+            raise ExchangeError(f"the merge {reprlib.repr(pair)} is not a pair of tokens")
+    return [(left, right) for left, right in found]
+
+
+def _bpe(ids: Mapping[str, int], merges: Any, splits: Any, decoder: Any) -> dict[str, Any]:
+    """A tokenizer.json."""
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": splits, "post_processor": None, "decoder": decoder,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "vocab": dict(ids), "merges": [list(pair) for pair in merges],
+        },
+    }  # fmt: skip
+
+
+def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
+    """A tokenizer.json for a model of `size` ids: what it does not name is named "<|unused_N|>"."""
+    _check_merges(content)
+    tokenizer = SubwordTokenizer.from_file(json.dumps(content))
+    n = tokenizer.vocab_size
+    if n > size:
+        raise ExchangeError(
+            f"it has {n} tokens, with one that ends a text, and the model {size}; "
+            "they do not belong together"
+        )
+    if n == size:
+        return tokenizer
+    known = json.loads(tokenizer.content)
+    known["added_tokens"] += [
+        {
+            "id": i, "content": f"<|unused_{i}|>", "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": False, "special": True,
+        }
+        for i in range(n, size)
+    ]  # fmt: skip
+    padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": known})
+    if padded.vocab_size != size:
+        raise ExchangeError(f"its ids have gaps; it names {n} and the model has {size}")
+    return padded
+
+
+def _check_merges(content: Mapping[str, Any]) -> None:
+    """ExchangeError for merges of what is no token, at which the library would panic."""
+    model = content.get("model")
+    vocab, merges = (model.get(n) if isinstance(model, dict) else None for n in ("vocab", "merges"))
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        return  # of another kind, or what the library refuses
+    split = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    for left, right in _pairs(split):
+        if not {left, right, left + right} <= vocab.keys():
+            raise ExchangeError(f"it merges {reprlib.repr((left, right))}, which makes no token")

@@ -1,0 +1,113 @@
+"""How fast a backend trains and samples, as medians over steps that are waited for.
+
+Knows nothing of screens or options: a backend, settings and a clock come in, numbers go out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.data.windows import sample_batch
+from mlx_randygpt.model import flops_per_token, muon_parts, parameter_count, parameter_shapes
+from mlx_randygpt.sampling.filters import SampleConfig, pick, probabilities
+from mlx_randygpt.sampling.generate import Streams
+from mlx_randygpt.state import rng
+
+N_WARMUP = 3  # steps before the clock counts: scratch memory, compilation, caches
+N_TOKENS = 2**18  # of the random text, at least
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One measurement; the fields are the keys of `mlxgpt bench --json`."""
+
+    tokens_per_second: float  # over all sequences or streams
+    step_ms: float  # the median
+    peak_memory_mb: float
+    parameters: int
+    flops_fraction: float  # model FLOPs over the device's own float32 matrix-product rate
+    backend: str
+    device: str
+    mode: str  # "train" | "sample"
+    recipe: str
+    preset: str
+    batch_size: int
+    block_size: int
+
+
+def measure_training(
+    backend: Backend, model: ModelConfig, train: TrainConfig, n_steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Bench:  # fmt: skip
+    """Optimizer steps on random tokens, the loss read after each."""
+    size = max(N_TOKENS, 2 * model.block_size)
+    tokens = rng(train.seed, "check").integers(model.vocab_size, size=size, dtype=np.int32)  # (n,)
+
+    def step(index: int) -> None:
+        batch = sample_batch(tokens, train.batch_size, model.block_size, train.seed, index)
+        _ = backend.train_step([batch], train.lr).loss
+
+    n_tokens = train.batch_size * model.block_size
+    seconds = _median_seconds(step, n_steps, clock)
+    return _result("train", backend, model, train, seconds, n_tokens, flops_per_token(model))
+
+
+def measure_sampling(
+    backend: Backend, model: ModelConfig, train: TrainConfig, n_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Bench:  # fmt: skip
+    """`batch_size` streams decoded from one token each, picking as `mlxgpt sample` does."""
+    configs = [SampleConfig(seed=train.seed)] * train.batch_size
+    random = rng(train.seed, "sample")
+    streams = Streams(backend, model, train.batch_size)
+    logits = streams.join(np.zeros((train.batch_size, 1), np.int32))
+
+    def step(_: int) -> None:
+        nonlocal logits
+        tokens = pick(probabilities(logits, configs), random.random(train.batch_size))
+        logits = streams.append(tokens.tolist())
+
+    seconds = _median_seconds(step, n_tokens, clock)
+    shapes = parameter_shapes(model).items()
+    in_blocks = sum(prod(s) for name, s in shapes if muon_parts(name))
+    in_products = in_blocks + model.vocab_size * model.n_embd
+    return _result("sample", backend, model, train, seconds, train.batch_size, 2 * in_products)
+
+
+def _median_seconds(step: Callable[[int], None], n_steps: int, clock: Callable[[], float]) -> float:
+    times = []
+    for index in range(N_WARMUP + n_steps):
+        start = clock()
+        step(index)
+        times.append(clock() - start)
+    return max(statistics.median(times[N_WARMUP:]), 1e-9)
+
+
+def _result(
+    mode: str, backend: Backend, model: ModelConfig, train: TrainConfig,
+    seconds: float, tokens_per_step: int, flops: int,
+) -> Bench:  # fmt: skip
+    rate = tokens_per_step / seconds
+    peak = backend.memory_bytes()  # before the product below adds its own
+    return Bench(
+        tokens_per_second=rate,
+        step_ms=1e3 * seconds,
+        peak_memory_mb=peak / 1e6,
+        parameters=parameter_count(model),
+        flops_fraction=flops * rate / backend.matmul_flops(),
+        backend=backend.name,
+        device=backend.device,
+        mode=mode,
+        recipe=train.recipe,
+        preset=train.preset,
+        batch_size=train.batch_size,
+        block_size=model.block_size,
+    )

@@ -1,0 +1,46 @@
+"""What a run remembers besides its arrays: its counts, its best loss, and the plateau rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+MAX_REDUCTIONS = 3
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """How long the validation loss has not improved, and how often the rate was halved for it."""
+
+    best_loss: float = math.inf
+    evaluations_without_best: int = 0
+    reductions: int = 0
+
+    def observe(self, val_loss: float, patience: int, schedule: str) -> Plateau:
+        """The state after one more evaluation; under `plateau`, `patience` evaluations without a
+        new best halve the rate, at most MAX_REDUCTIONS times."""
+        if val_loss < self.best_loss:
+            return replace(self, best_loss=val_loss, evaluations_without_best=0)
+        waited = self.evaluations_without_best + 1
+        if schedule == "plateau" and waited >= patience > 0 and self.reductions < MAX_REDUCTIONS:
+            return replace(self, evaluations_without_best=0, reductions=self.reductions + 1)
+        return replace(self, evaluations_without_best=waited)
+
+    def exhausted(self, patience: int) -> bool:
+        """Whether to stop early: patience is over and the rate will not be halved again."""
+        return 0 < patience <= self.evaluations_without_best
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run remembers besides its arrays."""
+
+    tokens: int = 0  # trained on
+    seconds: float = 0.0  # spent training
+    best_loss: float = math.inf  # lowest validation loss, and the step it was seen at
+    best_step: int = 0
+    val_loss: float = math.nan  # of the last evaluation, and its step
+    eval_step: int = -1
+    plateau: Plateau = field(default_factory=Plateau)
+    rollbacks: int = 0  # by --on-nan, each of which halved the rate
+    bits_per_byte: float = math.nan  # of the last evaluation

@@ -1,0 +1,1 @@
+"""Text generation: filters of the distribution, sequences that grow, beams and chat."""

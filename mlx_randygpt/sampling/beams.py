@@ -1,0 +1,67 @@
+"""Beam search: the continuation that scores highest, found by keeping several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+
+import numpy as np
+
+from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import Generated, Streams, Writer, log_softmax
+from mlx_randygpt.tokenizers.chars import Tokenizer
+
+
+def beam_search(
+    backend: Backend,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    config: SampleConfig,
+    n_beams: int,
+    length_penalty: float = 1.0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Generated:
+    """The continuation whose log-probability over length ** `length_penalty` is highest, among
+    `n_beams` kept at a time (1: the mean per token; 0: the sum, which favours short ones).
+
+    Nothing is drawn: of the sampling settings only max_tokens and stop apply. Ends when as many
+    texts have ended as beams are kept.
+    """
+    streams, scores = Streams(backend, model, 1), np.zeros(1)
+    beams, ended = [Writer(tokenizer, prompt, config)], list[tuple[float, Generated]]()
+    logits = streams.join(np.asarray([prompt], np.int32)) if config.max_tokens else None
+    while logits is not None and not should_stop():
+        logits[:, beams[0].banned] = -np.inf
+        total = scores[:, None] + log_softmax(logits.astype(np.float64))  # (K, V)
+        best = np.argsort(-total, axis=None, kind="stable")[: 2 * n_beams]
+        rows, growing, kept = [], list[Writer](), list[float]()
+        for rank, (row, token) in enumerate(zip(*np.unravel_index(best, total.shape), strict=True)):
+            beam, score = _longer(beams[row], int(token), tokenizer), float(total[row, token])
+            if beam.sample.finish_reason:
+                if rank >= n_beams:
+                    continue  # an end that is not among the best is none
+                ended.append((score / len(beam.sample.ids) ** length_penalty, beam.sample))
+            elif len(growing) < n_beams:
+                rows.append(int(row))
+                growing.append(beam)
+                kept.append(score)
+        beams, scores = growing, np.array(kept)
+        if len(ended) >= n_beams or not beams:
+            break
+        streams.select(rows)
+        logits = streams.append([beam.sample.ids[-1] for beam in beams])
+    for score, beam in zip(scores, beams, strict=True) if len(ended) < n_beams else ():
+        beam.sample.finish_reason = "length"
+        ended.append((score / max(1, len(beam.sample.ids)) ** length_penalty, beam.sample))
+    return max(ended, key=lambda pair: pair[0])[1]
+
+
+def _longer(beam: Writer, token: int, tokenizer: Tokenizer) -> Writer:
+    """A beam with one more token."""
+    longer = copy(beam)
+    longer.sample = Generated(list(beam.sample.ids))
+    longer.grow(token, tokenizer.decode([*beam.sample.ids, token]))
+    return longer

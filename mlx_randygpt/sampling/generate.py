@@ -1,0 +1,216 @@
+"""Writing: texts that grow together, token by token, on any backend, and when each of them ends.
+
+`Streams` are what the model reads, `Writer` is one text with its own settings and random numbers;
+`write` gives each writer its next token. What a stream reads and draws does not depend on who is
+beside it, so the same seed gives the same text alone, among others, and on each backend.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mlx_randygpt.backends.base import Backend, Cache
+from mlx_randygpt.config import ConfigError, ModelConfig
+from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
+from mlx_randygpt.state import Array, rng
+from mlx_randygpt.tokenizers.chars import Tokenizer
+
+
+class Streams:
+    """Up to `n_most` texts that are read together, in rows 0 to n-1 of one cache.
+
+    Rotary positions: the window slides, each layer attending to the last `block_size` keys.
+    Learned positions: when a row is full, its last half window is read again from position 0.
+    """
+
+    def __init__(self, backend: Backend, model: ModelConfig, n_most: int) -> None:
+        self._backend, self._model = backend, model
+        self._cache: Cache = backend.new_cache(n_most)
+        self._windows: list[deque[int]] = []  # the last half window of each
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def join(self, prompts: Array) -> Array:
+        """Read prompts (n, T) in new rows, the last `block_size` tokens of each; what follows
+        them, logits (n, V)."""
+        rows = slice(len(self), len(self) + len(prompts))
+        half = max(1, self._model.block_size // 2)
+        self._windows += [deque(prompt, half) for prompt in prompts.tolist()]
+        self._cache.reset(rows)
+        latest = np.asarray(prompts, np.int32)[:, -self._model.block_size :]
+        return self._backend.logits(latest, self._cache, rows)
+
+    def append(self, tokens: Sequence[int]) -> Array:
+        """Let every row read one more token; what follows it, logits (n, V)."""
+        if self._model.position == "learned":
+            self._begin_again()
+        for window, token in zip(self._windows, tokens, strict=True):
+            window.append(token)
+        new = np.array(tokens, np.int32)[:, None]  # (n, 1)
+        return self._backend.logits(new, self._cache, slice(0, len(self)))
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last row takes its place."""
+        last = self._windows.pop()
+        if row < len(self):
+            self._windows[row] = last
+            self._cache.move(len(self), row)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows alone, in this order; a row may be named twice."""
+        self._cache.select(rows)
+        self._windows = [self._windows[row].copy() for row in rows]
+
+    def _begin_again(self) -> None:
+        """Full rows read all but one token of their last half window; the newest comes next."""
+        full = self._cache.lengths[: len(self)] == self._model.block_size
+        edges = np.flatnonzero(np.diff(full, prepend=False, append=False))
+        for start, stop in edges.reshape(-1, 2):  # a run of neighbours
+            self._cache.reset(slice(start, stop))
+            kept = np.array(self._windows[start:stop], np.int32)[:, 1:]
+            if kept.size:
+                self._backend.logits(kept, self._cache, slice(start, stop))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token and what else it might have been, by the model alone, before any filter."""
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]  # (token, logprob), most likely first
+
+
+@dataclass
+class Generated:
+    """One stream's text as it grows."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""  # "stop" (end of text or a stop text) | "length" | "" while growing
+    choices: list[Choice] = field(default_factory=list)  # where asked for
+
+
+class Writer:
+    """One text as it is written: the settings and the random numbers that decide it.
+
+    With `n_likely` each token is recorded with that many likeliest. `forced` tokens are taken
+    before any is picked: so a prompt is read token by token where its choices are asked for.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], config: SampleConfig,
+        index: int = 0, n_likely: int | None = None, forced: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        if not len(prompt):
+            raise ConfigError("the prompt is empty; give at least one token")
+        if outside := [i for i, _ in config.logit_bias if not 0 <= i < tokenizer.vocab_size]:
+            most = tokenizer.vocab_size - 1
+            raise ConfigError(f"logit_bias of token {outside[0]}: token ids are 0 to {most}")
+        self.config, self.sample, self.prompt = config, Generated(), list(prompt)
+        self.random = rng(config.seed, "sample", index)
+        self.n_likely, self.forced = n_likely, deque(forced)
+        self._eos, self._spell = tokenizer.eos, tokenizer.decoder()
+        self.banned = list(tokenizer.never_sampled())
+
+    def take(self, token: int) -> None:
+        """The text goes on with this token, up to the end of text, a stop text, or the limit."""
+        if self.forced:
+            self.prompt.append(self.forced.popleft())
+            if not self.forced and self.config.max_tokens == 0:
+                self.sample.finish_reason = "length"
+            return
+        self.grow(token, self._spell(token))
+
+    def grow(self, token: int, spelled: str) -> None:
+        """The text goes on with this token, which adds what is `spelled`."""
+        sample, stops = self.sample, self.config.stop
+        sample.ids.append(token)
+        if token == self._eos:
+            sample.finish_reason = "stop"
+            return
+        sample.text += spelled
+        ends = [at for stop in stops if (at := sample.text.find(stop)) >= 0]
+        if ends:
+            sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
+        elif len(sample.ids) >= self.config.max_tokens:
+            sample.finish_reason = "length"
+
+
+def write(writers: Sequence[Writer], logits: Array) -> list[int]:
+    """The next token of each text, drawn from logits (n, V) and taken by its writer."""
+    scores = np.array(logits, np.float64)
+    scores[:, writers[0].banned] = -np.inf  # of one model, so of one tokenizer
+    chances = {i: log_softmax(scores[i]) for i, w in enumerate(writers) if w.n_likely is not None}
+    for writer, row in zip(writers, scores, strict=True):
+        penalise(row, writer.config, writer.prompt, writer.sample.ids)
+    p = probabilities(scores, [writer.config for writer in writers])
+    draws = [0.0 if writer.forced else writer.random.random() for writer in writers]
+    tokens: list[int] = pick(p, np.array(draws)).tolist()
+    for i, writer in enumerate(writers):
+        tokens[i] = writer.forced[0] if writer.forced else tokens[i]
+        if i in chances:
+            writer.sample.choices.append(_choice(tokens[i], chances[i], writer.n_likely or 0))
+        writer.take(tokens[i])
+    return tokens
+
+
+def _choice(token: int, logprobs: Array, n: int) -> Choice:
+    best = np.argsort(-logprobs, kind="stable")[:n]
+    pairs = tuple((int(i), float(logprobs[i])) for i in best)
+    return Choice(token, float(logprobs[token]), pairs)
+
+
+def log_softmax(scores: Array) -> Array:
+    """log p along the last axis."""
+    scores = scores - scores.max(axis=-1, keepdims=True)
+    return np.asarray(scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True)))
+
+
+def generate(
+    backend: Backend,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    config: SampleConfig,
+    n_samples: int = 1,
+    should_stop: Callable[[], bool] = lambda: False,
+    n_likely: int | None = None,
+) -> Iterator[list[Generated]]:
+    """Continue `prompt` (at least one id) `n_samples` times in one batch, a token at a time.
+
+    Yields the same list after each token. Sample i draws from the generator of (seed, i), so it
+    reads the same whatever its neighbours. A stop text ends a sample and is cut from its text.
+    """
+    growing = [Writer(tokenizer, prompt, config, i, n_likely) for i in range(n_samples)]
+    samples, streams = [writer.sample for writer in growing], Streams(backend, model, n_samples)
+    if config.max_tokens == 0:
+        yield samples
+    tokens: list[int] = []
+    while growing and config.max_tokens and not should_stop():
+        if len(streams):
+            logits = streams.append(tokens)
+        else:
+            logits = streams.join(np.tile(np.asarray(prompt, np.int32), (n_samples, 1)))
+        tokens = write(growing, logits)
+        yield samples
+        for row in reversed(range(len(growing))):
+            if growing[row].sample.finish_reason:
+                streams.leave(row)
+                growing[row], tokens[row] = growing[-1], tokens[-1]
+                del growing[-1], tokens[-1]
+    for sample in samples:
+        sample.finish_reason = sample.finish_reason or "length"
+
+
+def unambiguous(text: str, stops: Sequence[str]) -> int:
+    """How much of a growing text can be shown: what might be the start of a stop text waits."""
+    for n in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
+        if any(stop.startswith(text[-n:]) for stop in stops):
+            return len(text) - n
+    return len(text)

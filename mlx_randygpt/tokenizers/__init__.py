@@ -1,0 +1,1 @@
+"""Tokenizers: characters, byte-level BPE and WordPiece."""

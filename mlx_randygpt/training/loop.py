@@ -1,0 +1,274 @@
+"""The training loop: batch, rate, step, report. One for every backend.
+
+`train` is a generator of reports; who consumes them decides what to show. It owns the order of
+things (evaluate, sample, save, step) and never touches a terminal, a signal or a device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx_randygpt.backends.base import Backend, StepResult
+from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint
+from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
+from mlx_randygpt.data.windows import Documents, sample_batch
+from mlx_randygpt.progress import Progress
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import generate
+from mlx_randygpt.state import Array, Batch, TrainState
+from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.training.evaluation import evaluate, overfitting
+from mlx_randygpt.training.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
+from mlx_randygpt.training.saving import Folder, Saver
+from mlx_randygpt.training.schedule import is_due, learning_rate
+
+MAX_SKIPS = 10  # steps in a row that `--on-nan skip` leaves out
+MAX_ROLLBACKS = 3  # of a run, each at half the rate
+EVAL_BATCH_TOKENS = 4096  # at least, in one batch of an evaluation
+EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
+
+
+Pending = tuple[int, float, int, StepResult]  # step, rate, bytes of its targets
+
+
+class TrainingDiverged(UserError, ArithmeticError):
+    """A loss or a gradient that is not finite; no checkpoint is written after it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of, besides the backend that holds its weights."""
+
+    model: ModelConfig
+    train: TrainConfig
+    tokenizer: Tokenizer
+    train_tokens: Array  # (n,)
+    val_tokens: Array
+    data: dict[str, Any]  # for the checkpoint: where the text came from
+    progress: Progress = field(default_factory=Progress)
+    documents: Documents | None = None  # where given, training windows stay inside one
+
+
+def train(
+    run: Run,
+    backend: Backend,
+    out: Folder | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Report]:
+    """Train from the backend's step to `run.train.iters`, yielding a report for all that happens.
+
+    Every `save_every` a snapshot goes to `out` (None: nothing is saved) from another thread; when
+    `should_stop` turns true the step at hand is finished, both files are safe, and the generator
+    ends. Raises TrainingDiverged where loss or gradient stop being finite.
+    """
+    saver = Saver(run.train, out, clock)
+    try:
+        yield from Trainer(run, backend, saver, should_stop, clock).run_to_target()
+    finally:
+        saver.close()
+
+
+def step_batches(
+    config: TrainConfig, tokens: Array, block_size: int, step: int,
+    documents: Documents | None = None,
+) -> list[Batch]:  # fmt: skip
+    """The micro-batches of the step that follows `step` finished ones."""
+    size, seed = config.batch_size, config.seed
+    micros = range(config.grad_accum)
+    return [sample_batch(tokens, size, block_size, seed, step, i, documents) for i in micros]
+
+
+def step_rate(config: TrainConfig, step: int, reductions: int = 0) -> float:
+    """The learning rate of the step that follows `step` finished ones."""
+    return learning_rate(
+        step, iters=config.iters, warmup=config.warmup, lr=config.lr, min_lr=config.min_lr,
+        schedule=config.schedule, reductions=reductions,
+    )  # fmt: skip
+
+
+class Trainer:
+    """One run in progress: the generator methods of `train` and the state between them."""
+
+    def __init__(
+        self,
+        run: Run,
+        backend: Backend,
+        saver: Saver,
+        should_stop: Callable[[], bool],
+        clock: Callable[[], float],
+    ) -> None:
+        self.run, self.backend, self.saver = run, backend, saver
+        self.should_stop, self.clock = should_stop, clock
+        self.progress = run.progress
+        self.step = backend.step
+        self.token_bytes = run.tokenizer.token_bytes()
+        self.pending: Pending | None = None  # a step whose loss is unread
+        self.pace = Pace(clock)
+        self.started = clock() - run.progress.seconds
+        rolls_back = run.train.on_nan == "rollback"
+        self.safe: TrainState | None = backend.state() if rolls_back else None  # saved last
+        self.copied: Callable[[], TrainState | None] = lambda: None  # the last state, if in use
+        self.skipped = 0  # steps in a row
+        self.recent_loss = math.nan  # of training, an average that forgets
+        self.warned = False
+
+    def run_to_target(self) -> Iterator[Report]:
+        config = self.run.train
+        if self.step == 0:
+            self.saver.save(NEWEST, self._checkpoint)  # the folder is this run's from now on
+        yield from self._evaluate()  # the untrained model first
+        while self.step < config.iters and not self.should_stop() and not self._out_of_patience():
+            previous, self.pending = self.pending, self._take_step()
+            if previous:
+                yield self._report(previous)  # read one step late: the device is never kept waiting
+            if self._something_due():
+                yield from self._flush()
+                yield from self._evaluate()
+                if is_due(self.step, config.sample_every) and self.step < config.iters:
+                    yield from self._sample()
+                self.saver.save_due(self.step, self._checkpoint)
+            yield from self.saver.finished()
+        yield from self._flush()
+        yield from self._finish()
+
+    def _take_step(self) -> Pending:
+        run, progress = self.run, self.progress
+        block_size = run.model.block_size
+        batches = step_batches(run.train, run.train_tokens, block_size, self.step, run.documents)
+        lr = step_rate(run.train, self.step, progress.plateau.reductions) * 0.5**progress.rollbacks
+        result = self.backend.train_step(batches, lr)
+        self.pace.step()
+        self.step += 1
+        n_bytes = sum(int(self.token_bytes[batch.y()].sum()) for batch in batches)
+        return self.step, lr, n_bytes, result
+
+    def _report(self, pending: Pending) -> Report:
+        step, lr, n_bytes, result = pending
+        loss, grad_norm = result.loss, result.grad_norm
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return self._not_finite(step, lr, loss, grad_norm)
+        self.skipped = 0
+        old = loss if math.isnan(self.recent_loss) else self.recent_loss
+        self.recent_loss = old + 0.05 * (loss - old)
+        n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
+        self.progress = replace(self.progress, tokens=self.progress.tokens + n_tokens)
+        return StepLog(
+            step, loss, lr, grad_norm, self.progress.tokens, n_tokens * self.pace.steps_per_second,
+            self._seconds(), self.backend.memory_bytes(),
+            loss * n_tokens / math.log(2) / max(1, n_bytes),
+        )  # fmt: skip
+
+    def _not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Report:
+        """What `on_nan` asks for; the backend has left its weights as they were."""
+        policy, self.skipped = self.run.train.on_nan, self.skipped + 1
+        what = f"loss is {loss:.4g} and gradient norm {grad_norm:.4g} at step {step}"
+        if policy == "skip" and self.skipped < MAX_SKIPS:
+            return NoteLog(step, f"Skipped: {what}.")
+        if policy == "rollback" and self.progress.rollbacks < MAX_ROLLBACKS and self.safe:
+            rollbacks = self.progress.rollbacks + 1
+            self.progress = replace(self.progress, rollbacks=rollbacks)
+            self.pending = None
+            self.backend.restore(replace(self.safe, step=self.step))
+            return NoteLog(step, f"Back to the weights of step {self.safe.step}, at half the "
+                           f"learning rate: {what}.")  # fmt: skip
+        raise TrainingDiverged(
+            f"{what} (learning rate {lr:g}); "
+            "try a lower --lr, a longer --warmup or a smaller --grad-clip"
+        )
+
+    def _flush(self) -> Iterator[Report]:
+        """Read the step that is still unread, so that what follows sees a finished state."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            log = self._report(pending)
+            self.pace.wait()
+            yield log
+
+    def _something_due(self) -> bool:
+        sample_due = is_due(self.step, self.run.train.sample_every)
+        return self._evaluation_due() or sample_due or self.saver.due(self.step)
+
+    def _evaluation_due(self) -> bool:
+        due = self.step == 0 or is_due(self.step, self.run.train.eval_every)
+        return (due or self.step == self.run.train.iters) and self.progress.eval_step < self.step
+
+    def _evaluate(self) -> Iterator[Report]:
+        if not self._evaluation_due():
+            return
+        run, old = self.run, self.progress
+        score = evaluate(
+            self.backend, run.val_tokens, run.model.block_size,
+            max(run.train.batch_size, EVAL_BATCH_TOKENS // run.model.block_size),
+            self.token_bytes, self.should_stop, max_tokens=EVAL_TOKENS,
+        )  # fmt: skip
+        if score is None:
+            return  # asked to stop; a resumed run evaluates this step again
+        if not math.isfinite(score.loss):
+            raise TrainingDiverged(f"validation loss is {score.loss} at step {self.step}")
+        is_best = score.loss < old.best_loss
+        self.progress = replace(
+            old,
+            val_loss=score.loss,
+            bits_per_byte=score.bits_per_byte,
+            eval_step=self.step,
+            best_loss=score.loss if is_best else old.best_loss,
+            best_step=self.step if is_best else old.best_step,
+            plateau=old.plateau.observe(score.loss, run.train.patience, run.train.schedule),
+        )
+        if is_best:
+            self.saver.save(BEST, self._checkpoint)
+        yield EvalLog(
+            self.step, score.loss, score.bits_per_byte,
+            self.progress.best_loss, self.progress.best_step, self._seconds(),
+        )  # fmt: skip
+        waited = self.progress.plateau.evaluations_without_best
+        note = overfitting(self.recent_loss, score.loss, waited, self.progress.best_step)
+        if note and not self.warned:
+            self.warned = True
+            yield NoteLog(self.step, note)
+        self.pace.restart()
+
+    def _sample(self) -> Iterator[Report]:
+        run = self.run
+        prompt = run.tokenizer.encode(run.train.prompt)
+        config = SampleConfig(seed=run.train.seed + self.step)
+        text = ""
+        for samples in generate(
+            self.backend, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
+        ):
+            text = samples[0].text
+        yield SampleLog(self.step, run.train.prompt, text)
+        self.pace.restart()
+
+    def _checkpoint(self) -> Checkpoint:
+        run = self.run
+        progress = replace(self.progress, seconds=self._seconds())
+        state = self.copied()  # the same step for another file, while the first is written
+        if state is None or state.step != self.step:
+            state = self.backend.state()
+            self.copied = weakref.ref(state)
+        self.safe = state if run.train.on_nan == "rollback" else None
+        return Checkpoint(
+            run.model, run.train, progress, run.tokenizer.to_json(), run.data,
+            self.backend.name, state,
+        )  # fmt: skip
+
+    def _finish(self) -> Iterator[Report]:
+        reached = self.step >= self.run.train.iters
+        stopped = not reached and not self._out_of_patience()
+        yield EndLog(self.step, "target" if reached else "stopped" if stopped else "patience")
+        yield from self.saver.finish(self._checkpoint)
+        if not self.should_stop():
+            yield from self._sample()
+
+    def _out_of_patience(self) -> bool:
+        return self.progress.plateau.exhausted(self.run.train.patience)
+
+    def _seconds(self) -> float:
+        return self.clock() - self.started

@@ -1,0 +1,33 @@
+"""What one step calls, and how often: more calls than the committed table has make it slower.
+
+After a change that is meant, `python benchmarks/roofline.py --counts` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.fixture
+def roofline(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("roofline")
+
+
+def test_a_step_calls_what_the_table_says(roofline) -> None:  # type: ignore[no-untyped-def]
+    assert roofline.counts() == json.loads((BENCHMARKS / "counts.json").read_text())
+
+
+def test_the_products_of_a_step_are_those_of_the_model(roofline) -> None:  # type: ignore[no-untyped-def]
+    """Six FLOP for each weight and token: three products of each matrix, the embedding's none."""
+    model = roofline.sized("small", "modern")
+    step = roofline.stepper(model, 4)
+    flop = sum(values[1] for values in roofline.recorded(step).values())
+    weights = 12 * model.n_layer * model.n_embd**2 + model.vocab_size * model.n_embd
+    assert flop == 6 * weights * 4 * model.block_size

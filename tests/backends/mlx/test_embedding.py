@@ -1,0 +1,81 @@
+"""The gradient of a wide embedding, against sums in float64, and that no order can change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx.core", exc_type=ImportError)
+
+import mlx.core as mx
+
+from mlx_randygpt.backends import make_backend
+from mlx_randygpt.backends.mlx.embedding import rows, summed
+from mlx_randygpt.backends.mlx.model import FEW_ROWS
+from mlx_randygpt.check import distance
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
+
+V, C = 40, 3
+
+
+def positions(kind: str, n: int) -> Array:
+    """Ids (n,), int32."""
+    random = rng(n, "check")
+    found = {
+        "one": np.full(n, 7),
+        "distinct": random.permutation(V)[:n],
+        "frequent": np.minimum(random.geometric(0.2, n), V - 1),
+    }[kind]
+    return found.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [
+        ("one", 1),
+        ("one", 33),
+        ("distinct", 2),
+        ("distinct", V),
+        ("frequent", 64),
+        ("frequent", 601),
+    ],
+)
+def test_the_gradient_is_the_sum_over_all_positions_of_an_id(kind: str, n: int) -> None:
+    ids, table = positions(kind, n), mx.array(rng(0, "check").normal(size=(V, C)), mx.float32)
+    weights = rng(1, "check").normal(size=(1, n, C)).astype(np.float32)
+    chosen, found = mx.value_and_grad(lambda t: (rows(t, mx.array(ids)[None]) * weights).sum())(
+        table
+    )
+    expected = np.zeros((V, C))
+    np.add.at(expected, ids, weights[0].astype(np.float64))
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # measured: 2e-6
+    assert float(chosen) == pytest.approx(float((np.array(table)[ids] * weights).sum()), rel=1e-4)
+
+
+def test_each_row_of_the_table_gets_one_sum_whatever_order_a_device_adds_in() -> None:
+    ids = np.sort(positions("frequent", 601))
+    sums = np.array(
+        summed(mx.array(rng(1, "check").normal(size=(601, C)), mx.float32), mx.array(ids))
+    )
+    added = ids[(sums != 0).any(axis=1)]
+    assert added.tolist() == sorted(set(ids.tolist()))
+
+
+def test_a_wide_vocabulary_trains_as_on_numpy(
+    tiny_model: Callable[..., ModelConfig], lively: Callable[[ModelConfig], Params]
+) -> None:
+    model = tiny_model("modern", vocab_size=FEW_ROWS + 1)
+    state, batch = (
+        TrainState(0, lively(model), {}),
+        Batch.of(rng(2, "check").integers(9, size=(8, 17))),
+    )
+    backends: list[Any] = [
+        make_backend(name, model, TrainConfig(threads=1), state) for name in ("mlx", "numpy")
+    ]
+    assert backends[0]._model.wte.rows is rows
+    found, expected = (b.loss_and_grads(batch)[1]["wte.weight"] for b in backends)
+    assert distance(found, expected) < 1e-5

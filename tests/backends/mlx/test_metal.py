@@ -1,0 +1,153 @@
+"""Nothing in the MLX path that Metal lacks: the operations of a step and of decoding, recorded.
+
+MLX names what a graph is made of before it runs, so this holds on a machine without Metal. There
+the fused operations (norm, rotation, attention) take the place of what they are made of here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx.core", exc_type=ImportError)
+
+import mlx.core as mx
+
+import mlx_randygpt
+from mlx_randygpt.backends import make_backend
+from mlx_randygpt.backends.mlx.backend import MLXBackend
+from mlx_randygpt.backends.mlx.embedding import gradient
+from mlx_randygpt.backends.mlx.optimizer import rates, update
+from mlx_randygpt.check import SUBJECTS
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.state import Batch, TrainState
+
+MODELS = [subject for subject in SUBJECTS if subject != "lora"]  # products of those weights
+FILES = sorted((Path(mlx_randygpt.__file__).parent / "backends" / "mlx").glob("[!_]*.py"))
+# MLX's Metal back end throws for float64 and for these (mlx/backend/metal/primitives.cpp).
+FORBIDDEN = {"float64", "complex64", "double", "linalg", "cpu", "qr", "svd", "inv", "cholesky"}
+FORBIDDEN |= {"eig", "eigh", "lu", "solve", "pinv"}
+TYPES = {mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int32, mx.int64, mx.float32, mx.bfloat16}
+# Every operation that training and decoding use. To add one, see that it has a kernel there:
+HAVE_KERNELS = {
+    # unary, binary and ternary .metal files: one thread an element
+    "Add", "AsType", "Cos", "Cosh", "Divide", "Equal", "Erf", "Exp", "Greater", "GreaterEqual",
+    "Less", "LessEqual", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
+    "NotEqual", "Remainder", "Rsqrt", "Select", "Sin", "Sqrt", "Square", "Subtract", "Tanh",
+    # kernels of their own; a scatter adds with atomics, see `lacking`
+    "AddMM", "Arange", "ArgSort", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits",
+    "Reduce", "Scatter", "ScatterAxis", "Softmax",
+    # copies and views, without arithmetic
+    "Broadcast", "Concatenate", "ExpandDims", "Flatten", "Full", "Reshape", "Slice", "SliceUpdate",
+    "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """Where every operation is one that can be written down."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
+class Recorded:
+    """What `run` makes of the arrays: names of operations, and the types that pass by."""
+
+    def __init__(self, run: Callable[..., Any], arrays: list[mx.array]) -> None:
+        parts: list[dict[str, Any]] = []
+        mx.export_function(parts.append, run, *arrays)
+        operations = [part for part in parts if part["type"] == "primitive"]
+        ends = [end for part in operations for end in (*part["inputs"], *part["outputs"])]
+        self.operations = {part["name"] for part in operations}
+        self.types = {dtype for _, _, dtype in ends}
+        self.scattered = {
+            dtype for part in operations if part["name"].startswith("Scatter")
+            for _, _, dtype in part["outputs"]
+        }  # fmt: skip
+
+    def lacking(self) -> set[Any]:
+        """What Metal does not have of it; it adds to no value of eight bytes."""
+        wide = {dtype for dtype in self.scattered if dtype.size == 8}
+        return (self.operations - HAVE_KERNELS) | (self.types - TYPES) | wide
+
+
+def backend(recipe: str, tiny_model: Any, tiny_train: Any, **train: Any) -> MLXBackend:
+    model, settings = tiny_model(recipe, dropout=0.1), tiny_train(recipe, **train)
+    built = make_backend("mlx", model, settings, TrainState(0, initial_params(model, 1), {}))
+    assert isinstance(built, MLXBackend)
+    return built
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_step_uses_what_metal_has(
+    recipe: str, dtype: str, optimizer: str,
+    tiny_model: Callable[..., ModelConfig], tiny_train: Callable[..., TrainConfig],
+) -> None:  # fmt: skip
+    b = backend(recipe, tiny_model, tiny_train, dtype=dtype, optimizer=optimizer)
+    names, batch = list(b._weights), Batch.of(np.zeros((2, 17), np.int64))
+    keys = mx.zeros((2 * b._config.n_layer, 2, 2), mx.uint32)  # places, sequences
+
+    def step(*weights: mx.array) -> list[mx.array]:
+        old = dict(zip(names, weights, strict=True))
+        loss, grads = b._value_and_grad(old, *b._windows(batch), keys)
+        new, moments, norm = update(b._train, old, b._moments, grads, rates(b._train, 0, 1e-3))
+        return [loss, norm, *new.values(), *(m for kind in moments.values() for m in kind.values())]
+
+    found = Recorded(step, list(b._weights.values()))
+    assert {"Matmul", "ScatterAxis", "RandomBits"} < found.operations
+    assert (mx.bfloat16 in found.types) is (dtype == "bfloat16")
+    assert found.lacking() == set()
+
+
+def test_the_gradient_of_a_wide_embedding_uses_what_metal_has() -> None:
+    found = Recorded(lambda x, ids: [gradient(ids, x, 9)], [mx.ones((8, 4)), mx.arange(8)])
+    assert {"ArgSort", "Scatter"} < found.operations
+    assert found.lacking() == set()
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 3]])
+def test_decoding_uses_what_metal_has(
+    recipe: str, lengths: list[int],
+    tiny_model: Callable[..., ModelConfig], tiny_train: Callable[..., TrainConfig],
+) -> None:  # fmt: skip
+    b = backend(recipe, tiny_model, tiny_train)
+    names, empty = list(b._weights), b.new_cache(2).layers
+    ids, none = mx.zeros((2, 4), mx.int32), mx.zeros(2, mx.int32)
+
+    def read(*weights: mx.array) -> list[mx.array]:
+        whole = dict(zip(names, weights, strict=True))
+        prompt, layers = b._advanced(whole, ids, none, empty)
+        token, layers = b._advanced(whole, ids[:, :1], mx.array(lengths), layers)
+        return [prompt, token, *(array for layer in layers for array in layer)]
+
+    found = Recorded(read, list(b._weights.values()))
+    assert {"Matmul", "Softmax", "ScatterAxis"} < found.operations
+    assert found.lacking() == set()
+
+
+def test_the_recorder_sees_what_metal_lacks() -> None:
+    def wrong(x: mx.array) -> list[mx.array]:
+        many = mx.zeros(4, mx.int64).at[mx.array([1, 1])].add(mx.array([1, 2], mx.int64))
+        return [mx.linalg.qr(x)[0], x.astype(mx.float64), many]
+
+    assert Recorded(wrong, [mx.ones((2, 2))]).lacking() == {"QRF", mx.float64, mx.int64}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_source_names_nothing_that_metal_lacks(file: Path) -> None:
+    """Of MLX's names; what is NumPy's, on the host, may have any type."""
+    attributes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
+    named = {n.attr for n in attributes if ast.unparse(n.value).split(".")[0] in ("mx", "nn")}
+    assert named
+    assert not named & FORBIDDEN

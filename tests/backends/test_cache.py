@@ -1,0 +1,170 @@
+"""The rows of a cache know nothing of each other: streams of any length, on each backend.
+
+Errors are relative; measured: 7.1e-7 on NumPy, 6.4e-7 compiled, 0 on MLX (CPU).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_randygpt.backends import make_backend
+from mlx_randygpt.backends.numpy import decode
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.state import Params, TrainState, rng
+
+V, T = 29, 16
+Array = Any
+Build = Callable[..., Any]
+each_model = pytest.mark.parametrize("recipe", ["classic", "modern", "gpt2"])
+
+
+@pytest.fixture(params=["numpy", "numba", "mlx"])
+def build(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Callable[..., ModelConfig],
+    tiny_train: Callable[..., TrainConfig],
+    lively: Callable[..., Params],
+) -> Build:
+    """(recipe) -> a lively model that reads 16 tokens; with numba NumPy's step is compiled."""
+    if request.param != "numpy":
+        needed = {"mlx": "mlx.core", "numba": "numba"}[request.param]
+        pytest.importorskip(needed, exc_type=ImportError)
+    monkeypatch.setattr(decode, "has_numba", lambda: request.param == "numba")
+    monkeypatch.setattr(decode, "COMPILED_FROM", 0)
+
+    def make(recipe: str) -> Any:
+        model = tiny_model(recipe)
+        return make_backend(
+            "mlx" if request.param == "mlx" else "numpy",
+            model,
+            tiny_train(recipe),
+            TrainState(0, lively(model), {}),
+        )
+
+    return make
+
+
+def text(n: int, seed: int) -> Array:
+    return rng(seed, "check").integers(0, V, n)
+
+
+def alone(backend: Any, tokens: Array) -> Array:
+    """Logits after each of the tokens, read by a cache of their own, (n, V)."""
+    cache = backend.new_cache(1)
+    return np.concatenate([backend.logits(token.reshape(1, 1), cache) for token in tokens])
+
+
+def step(backend: Any, cache: Any, texts: list[Array]) -> Array:
+    """The next token of each text, by rows; their logits."""
+    rows = slice(0, len(texts))
+    ids = [text[n] for text, n in zip(texts, cache.lengths[rows], strict=True)]
+    return backend.logits(np.array(ids)[:, None], cache, rows)
+
+
+def assert_near(got: Array, expected: Array) -> None:
+    assert np.linalg.norm(got - expected) < 5e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("recipe", "n"), [("classic", 7), ("modern", 40)])
+def test_rows_of_any_length_read_as_if_alone(recipe: str, n: int, build: Build) -> None:
+    backend, lengths = build(recipe), (3, 9, 1)
+    texts = [text(length + n, seed) for seed, length in enumerate(lengths)]
+    expected = [alone(backend, tokens) for tokens in texts]
+    cache = backend.new_cache(3)
+    for row, length in enumerate(lengths):  # one joins after the other
+        backend.logits(texts[row][None, :length], cache, slice(row, row + 1))
+    for i in range(n):  # past the window too where it slides
+        got = step(backend, cache, texts)
+        for row, length in enumerate(lengths):
+            assert_near(got[row], expected[row][length + i])
+    assert cache.lengths.tolist() == [length + n for length in lengths]
+
+
+@each_model
+def test_a_stream_leaves_and_another_takes_its_row(recipe: str, build: Build) -> None:
+    backend = build(recipe)
+    texts = [text(15, seed) for seed in range(4)]
+    expected = [alone(backend, tokens) for tokens in texts]
+    cache = backend.new_cache(3)
+    for row, length in enumerate((2, 6, 4)):
+        backend.logits(texts[row][None, :length], cache, slice(row, row + 1))
+    step(backend, cache, texts[:3])
+    cache.move(2, 0)  # the first leaves, the last takes its row
+    here = [texts[2], texts[1]]
+    assert_near(step(backend, cache, here), [expected[2][5], expected[1][7]])
+    cache.reset(slice(2, 3))
+    assert_near(backend.logits(texts[3][None, :5], cache, slice(2, 3))[0], expected[3][4])
+    here.append(texts[3])
+    assert_near(step(backend, cache, here), [expected[2][6], expected[1][8], expected[3][5]])
+
+
+def test_a_moved_row_past_the_window_slides_on(build: Build) -> None:
+    backend, tokens = build("modern"), text(40, 5)
+    expected, cache = alone(backend, tokens), backend.new_cache(3)
+    backend.logits(tokens[None, :T], cache, slice(2, 3))
+    for token in tokens[T:30]:
+        backend.logits(token.reshape(1, 1), cache, slice(2, 3))
+    cache.move(2, 0)
+    for i in range(30, 40):
+        assert_near(step(backend, cache, [tokens])[0], expected[i])
+
+
+@each_model
+def test_an_emptied_row_has_forgotten(recipe: str, build: Build) -> None:
+    backend, tokens = build(recipe), text(8, 1)
+    cache = backend.new_cache(2)
+    backend.logits(np.stack([text(12, 2), text(12, 3)]), cache)
+    cache.reset(slice(1, 2))
+    assert cache.lengths.tolist() == [12, 0]
+    got = backend.logits(tokens[None], cache, slice(1, 2))
+    assert_near(got[0], alone(backend, tokens)[-1])
+
+
+def test_selected_rows_keep_their_lengths(build: Build) -> None:
+    backend, texts = build("modern"), [text(30, 1), text(30, 2)]
+    cache = backend.new_cache(2)
+    backend.logits(texts[0][None, :T], cache, slice(0, 1))
+    backend.logits(texts[1][None, :3], cache, slice(1, 2))
+    step(backend, cache, texts)
+    cache.select([1, 1, 0])
+    assert cache.lengths.tolist() == [4, 4, T + 1]
+    expected = [alone(backend, tokens) for tokens in texts]
+    got = step(backend, cache, [texts[1], texts[1], texts[0]])
+    assert_near(got, [expected[1][4], expected[1][4], expected[0][T + 1]])
+
+
+def test_the_streams_of_tokens_must_be_those_of_the_rows(build: Build) -> None:
+    backend = build("modern")
+    with pytest.raises(ValueError, match="2 streams of tokens for 1 rows"):
+        backend.logits(np.zeros((2, 1), int), backend.new_cache(3), slice(0, 1))
+
+
+@each_model
+def test_the_compiled_step_gives_the_logits_of_the_plain_one(
+    recipe: str, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, tokens = build(recipe), text(14, seed=0)
+    got = alone(backend, tokens)
+    monkeypatch.setattr(decode, "has_numba", lambda: False)
+    assert_near(got, alone(backend, tokens))
+
+
+def test_many_rows_are_shared_among_threads(build: Build) -> None:
+    backend, texts = build("modern"), [text(5, seed) for seed in range(19)]
+    cache = backend.new_cache(len(texts))
+    for _ in range(5):
+        got = step(backend, cache, texts)
+    for row, tokens in enumerate(texts):
+        assert_near(got[row], alone(backend, tokens)[-1])
+
+
+def test_a_numba_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "mlx_randygpt.backends.numpy.decode_numba", raising=False)
+    assert not decode.has_numba.__wrapped__()

@@ -1,0 +1,231 @@
+"""`presets`, `info`, `bench` and `doctor` as a script sees them: output, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlx_randygpt import settings
+from mlx_randygpt.checkpoint import BEST, NEWEST, load_checkpoint, save_checkpoint
+from mlx_randygpt.cli import group
+from mlx_randygpt.cli.commands.doctor import advice, collect, lines
+from mlx_randygpt.cli.loading import default_checkpoint
+from mlx_randygpt.model import initial_params
+from mlx_randygpt.planning.bench import N_WARMUP, measure_sampling, measure_training
+from mlx_randygpt.recipes import PRESETS
+from mlx_randygpt.state import TrainState
+
+TEXT = "To be, or not to be,\nthat is the question. \x1b[31m" * 80
+
+
+def call(*words: str, **environ: str) -> Result:
+    return CliRunner().invoke(group, words, auto_envvar_prefix="MLXGPT", env=environ)
+
+
+def answer(*words: str) -> dict[str, Any]:
+    """The one JSON object on stdout."""
+    result = call(*words, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three steps."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(TEXT)
+    words = ["--data", str(folder / "text.txt"), "--out", str(folder / "checkpoints"), "--plain"]
+    result = call("train", *words, "--preset", "mini", "--iters", "3", "--backend", "numpy")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / "checkpoint.safetensors"
+
+
+# presets
+
+
+def test_classic_counts_are_those_of_the_seeds() -> None:
+    rows = {row["name"]: row for row in answer("presets", "--recipe", "classic")["presets"]}
+    known = {"mini": 16_832, "small4": 811_776, "small": 1_204_992, "large": 37_948_416}
+    assert {name: rows[name]["parameters"] for name in known} == known
+    assert rows["small"]["training_bytes"] == 16 * 1_204_992
+    assert list(rows) == list(PRESETS)
+
+
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_piped_presets_are_plain_and_fit_80_columns(recipe: str) -> None:
+    result = call("presets", "--recipe", recipe, COLUMNS="40", FORCE_COLOR="1")
+    table = result.stdout.splitlines()[: len(PRESETS) + 1]
+    assert [row.split()[0] for row in table] == ["Preset", *PRESETS]
+    assert max(map(len, table)) <= 80
+    assert "\x1b" not in result.stdout
+    assert "…" not in result.stdout
+
+
+def test_checkpoint_size_is_that_of_a_checkpoint(checkpoint: Path) -> None:
+    row = answer("presets")["presets"][0]
+    file = answer("info", str(checkpoint))
+    vocabulary = 4 * 3 * 2 * 32 * (67 - file["vocab_size"])  # bytes by which wte and head differ
+    header = file["file_bytes"] - (row["checkpoint_bytes"] - vocabulary)
+    assert 0 < header < 8192
+
+
+# info
+
+
+def test_info_tells_what_the_run_was(checkpoint: Path) -> None:
+    found = answer("info", str(checkpoint))
+    assert (found["step"], found["train"]["iters"], found["val_step"]) == (3, 3, 3)
+    assert found["tokens"] == 3 * 64 * 8
+    assert found["best_loss"] <= found["val_loss"]
+    assert found["vocab_size"] == len(found["tokenizer"]["chars"]) + 3 == len(set(TEXT)) + 3
+    assert found["data"]["characters"] == len(TEXT)
+    assert (found["backend"], found["checksum_ok"]) == ("numpy", True)
+    assert found["file_bytes"] == checkpoint.stat().st_size
+
+
+def test_info_shows_a_vocabulary_without_control_characters(checkpoint: Path) -> None:
+    result = call("info", str(checkpoint))
+    assert result.exit_code == 0
+    assert r"'\n\x1b ,.13T[ab" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_info_takes_the_best_checkpoint_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    assert answer("info")["path"] == "checkpoints/checkpoint_best.safetensors"
+
+
+def test_info_of_nothing_fails_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("info")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "mlxgpt train" in result.stderr
+
+
+@pytest.mark.parametrize("at", [-1, 4000, 9])
+def test_info_of_a_flipped_bit_fails_with_one_line(
+    checkpoint: Path, tmp_path: Path, at: int
+) -> None:
+    content = bytearray(checkpoint.read_bytes())
+    content[at] ^= 1
+    (tmp_path / "damaged").write_bytes(content)
+    result = call("info", str(tmp_path / "damaged"), "--json")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "damaged" in result.stderr
+
+
+# bench
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_bench_gives_positive_numbers(mode: str, recipe: str) -> None:
+    size = ["--preset", "mini", "--recipe", recipe, "--batch-size", "3", "--iters", "12"]
+    found = answer("bench", mode, *size, "--backend", "numpy", "--threads", "1")
+    numbers = ("tokens_per_second", "step_ms", "peak_memory_mb", "parameters", "flops_fraction")
+    assert all(found[name] > 0 for name in numbers)
+    per_step = 3 * 8 if mode == "train" else 3
+    assert found["tokens_per_second"] == pytest.approx(1e3 * per_step / found["step_ms"])
+    assert (found["backend"], found["device"], found["mode"]) == ("numpy", "1 thread", mode)
+    assert (found["recipe"], found["preset"], found["block_size"]) == (recipe, "mini", 8)
+
+
+def test_bench_refuses_no_steps_with_one_line() -> None:
+    result = call("bench", "--preset", "mini", "--iters", "0")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "iters=0" in result.stderr
+
+
+@pytest.mark.parametrize("measure", [measure_training, measure_sampling])
+def test_the_median_leaves_out_warmup_and_outliers(measure: Any) -> None:
+    from mlx_randygpt.backends import make_backend
+
+    model, train = settings.fresh({"preset": "mini", "batch_size": 2}, 67)
+    state = TrainState(0, initial_params(model, train.seed), {})
+    backend = make_backend("numpy", model, train, state)
+    steps = [9.0] * N_WARMUP + [0.5, 7.0, 0.5]
+    times = iter([time for seconds in steps for time in (0.0, seconds)])
+    assert measure(backend, model, train, 3, lambda: next(times)).step_ms == 500.0
+
+
+# doctor
+
+
+def test_doctor_describes_this_machine() -> None:
+    found = answer("doctor")
+    assert found["problems"] == {}
+    assert found["packages"]["numpy"]
+    assert found["cores_present"] >= found["cores"] > 0
+    assert found["numpy_gflops"] > 0
+    assert call("doctor").exit_code == 0
+
+
+def test_doctor_survives_checks_that_fail() -> None:
+    from mlx_randygpt.cli.commands.doctor import CHECKS
+
+    def broken() -> None:
+        raise OSError("no such device")
+
+    found = collect(dict.fromkeys(CHECKS, broken))
+    assert found["problems"].keys() == CHECKS.keys()
+    assert advice(found) == []
+    assert ("Failed", "cpu: OSError: no such device") in list(lines(found))
+
+
+MACHINE: dict[str, Any] = {
+    "packages": {"mlx": None}, "system": "Linux", "machine": "x86_64", "cores": 8,
+    "cores_present": 8, "blas": [{"name": "openblas"}], "numpy_gflops": 240.0,
+    "mlx": {"device": None, "absent": "MLX is not installed"}, "mlx_gflops": None,
+    "nvidia_smi": None, "environment": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"system": "Darwin", "machine": "arm64"}, "pip install mlx"),
+        ({"mlx": {"device": "CPU", "has_gpu": False}, "mlx_gflops": 8.0}, "libopenblas"),
+        ({"nvidia_smi": "/usr/bin/nvidia-smi"}, "cuda13"),
+        ({"packages": {"mlx": "0.32.4"}, "mlx": {"absent": "MLX lacks its library"}}, "mlx[cpu]"),
+        ({"blas": [{"name": "blas"}]}, "no optimised BLAS"),
+        ({"environment": {"OMP_NUM_THREADS": "1"}}, "--threads"),
+        ({"cores": 2}, "2 of 8 cores"),
+        ({"packages": {"mlx": None, "numba": None}}, "pip install numba"),
+    ],
+)
+def test_doctor_says_what_to_change_where_it_applies(changes: dict[str, Any], word: str) -> None:
+    assert advice(MACHINE) == []
+    (line,) = advice(MACHINE | changes)
+    assert word in line
+
+
+def test_the_best_checkpoint_is_taken_once_it_has_learned(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run stopped before its second evaluation has an untrained best."""
+    monkeypatch.chdir(tmp_path)
+    trained = load_checkpoint(checkpoint)
+    untrained = replace(trained, state=replace(trained.state, step=0))
+    folder = Path("checkpoints")
+    save_checkpoint(folder / BEST, untrained)
+    assert default_checkpoint(None) == folder / BEST
+    save_checkpoint(folder / NEWEST, trained)
+    assert default_checkpoint(None) == folder / NEWEST
+    save_checkpoint(folder / BEST, trained)
+    assert default_checkpoint(None) == folder / BEST
+    assert default_checkpoint(Path("mine")) == Path("mine")

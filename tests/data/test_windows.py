@@ -1,0 +1,115 @@
+"""Training windows can start anywhere and nowhere else; evaluation sees each token once."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_randygpt.data import DataError
+from mlx_randygpt.data.windows import Documents, eval_batches, sample_batch
+from mlx_randygpt.state import IGNORED, Batch
+
+TOKENS = np.arange(100, 200, dtype=np.int32)
+
+
+def counted(batches: list[Batch]) -> list[int]:
+    """The targets that count, in order."""
+    targets = np.concatenate([batch.y().reshape(-1) for batch in batches])
+    return [int(target) for target in targets[targets != IGNORED]]
+
+
+def test_every_start_that_leaves_all_targets_is_drawn_and_no_other() -> None:
+    batch = sample_batch(TOKENS[:12], 500, 8, seed=1, step=0)
+    assert set(batch.starts.tolist()) == {0, 1, 2, 3}
+    assert batch.n_targets() == 500 * 8
+    assert np.array_equal(batch.y(), batch.x() + 1)
+
+
+def test_a_split_of_one_block_and_one_token_is_enough() -> None:
+    assert sample_batch(TOKENS[:9], 3, 8, seed=1, step=0).starts.tolist() == [0, 0, 0]
+
+
+def test_windows_are_a_function_of_seed_step_and_micro_batch() -> None:
+    def starts(seed: int, step: int, micro: int) -> tuple[int, ...]:
+        return tuple(sample_batch(TOKENS, 16, 8, seed, step, micro).starts.tolist())
+
+    assert starts(1, 2, 3) == starts(1, 2, 3)
+    assert len({starts(*key) for key in np.ndindex(3, 3, 3)}) == 27
+
+
+@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_every_token_but_the_first_is_a_target_once(n: int, batch_size: int) -> None:
+    batches = list(eval_batches(TOKENS[:n], 8, batch_size))
+    assert counted(batches) == TOKENS[1:n].tolist()
+    assert sum(batch.n_targets() for batch in batches) == n - 1
+    assert len({batch.starts.shape for batch in batches}) == 1
+
+
+def test_padding_windows_repeat_the_last_token_and_count_nothing() -> None:
+    *_, last = eval_batches(TOKENS, 8, 9)  # 13 windows in 2 batches of 9
+    padding = Batch(TOKENS, last.starts[4:], 8)
+    assert padding.starts.tolist() == [len(TOKENS)] * 5
+    assert padding.n_targets() == 0
+    assert (padding.x() == TOKENS[-1]).all()
+    assert (padding.y() == IGNORED).all()
+
+
+@pytest.mark.parametrize(("max_tokens", "n_windows"), [(1, 1), (16, 2), (47, 5), (98, 12)])
+def test_a_limit_takes_whole_windows_evenly_spread(max_tokens: int, n_windows: int) -> None:
+    batches = list(eval_batches(TOKENS, 8, 1, max_tokens))
+    starts = np.concatenate([batch.starts for batch in batches])
+    assert len(counted(batches)) == n_windows * 8
+    assert starts[0] == 0
+    assert np.ptp(np.diff(starts, append=104)) <= 8  # 13 windows of 8: gaps differ by one at most
+
+
+def test_a_limit_past_the_end_changes_nothing() -> None:
+    batches = list(eval_batches(TOKENS, 8, 4, max_tokens=10_000))
+    assert counted(batches) == TOKENS[1:].tolist()
+
+
+def test_one_token_has_nothing_to_predict() -> None:
+    with pytest.raises(DataError, match="1 tokens leave nothing to predict"):
+        next(eval_batches(TOKENS[:1], 8, 4))
+
+
+@pytest.mark.parametrize("n_tokens", [100, 93])
+def test_no_window_crosses_from_one_document_to_the_next(n_tokens: int) -> None:
+    first = np.array([0, 30, 35, 44, 60, 95])
+    documents = Documents.within(first, n_tokens, 8)
+    assert documents.n_left_out == {100: 2, 93: 1}[n_tokens]  # of 5 tokens each
+    document = np.searchsorted(first, np.arange(100), side="right")
+    starts = set[int]()
+    for step in range(200):
+        batch = sample_batch(TOKENS[:n_tokens], 16, 8, 1, step, documents=documents)
+        for start in batch.starts.tolist():
+            assert len(set(document[start : start + 9].tolist())) == 1
+            starts.add(start)
+    inside = [s for s in range(n_tokens - 8) if document[s] == document[s + 8]]
+    assert sorted(starts) == inside  # each of them, and no other
+
+
+def test_documents_that_are_all_too_short_are_refused() -> None:
+    first = np.array([0, 5, 12])
+    with pytest.raises(DataError, match=r"the longest document has 8 tokens; .* needs one of 9"):
+        Documents.within(first, 20, 8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_pages_of_a_map_are_given_back(tmp_path: Path) -> None:
+    """Else a process would in time hold all of the file it reads from."""
+    np.arange(1 << 22, dtype=np.uint16).tofile(tmp_path / "tokens")
+    tokens = np.memmap(tmp_path / "tokens", np.uint16, "r")[: 1 << 21]
+    for step in range(100):
+        sample_batch(tokens, 64, 64, 1, step).x()
+    sample_batch(tokens, 64, 64, 1, 100)
+    held = sum(
+        int(line.split()[1])
+        for part in Path("/proc/self/smaps").read_text().split("VmFlags")
+        if str(tmp_path) in part
+        for line in part.splitlines()
+        if line.startswith("Rss:")
+    )
+    assert held < 200  # kB of 8192

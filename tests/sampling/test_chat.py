@@ -1,0 +1,202 @@
+"""A conversation: what the model is given, the commands, saving and having it again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import select
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_randygpt.checkpoint import Checkpoint, save_checkpoint
+from mlx_randygpt.cli import group
+from mlx_randygpt.progress import Progress
+from mlx_randygpt.sampling.chat import COMMANDS, ChatError, Conversation, completions, saved_turns
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import generate
+
+MakeRun = Callable[..., tuple]  # type: ignore[type-arg]
+
+
+@pytest.fixture
+def talk(make_run: MakeRun) -> Conversation:
+    run, backend = make_run("modern")
+    return Conversation(backend, run.model, run.tokenizer, SampleConfig(max_tokens=12, seed=5))
+
+
+def say(talk: Conversation, prompt: str) -> str:
+    return "".join(talk.answer(prompt, lambda: False))
+
+
+def written(talk: Conversation, prompt: str, seed: int) -> str:
+    """What `mlxgpt sample` writes after the prompt."""
+    config = SampleConfig(max_tokens=12, seed=seed)
+    ids = talk.tokenizer.encode(prompt).tolist()
+    *_, [sample] = generate(talk.backend, talk.model, talk.tokenizer, ids, config)
+    return sample.text
+
+
+def test_the_first_answer_is_that_of_sample_and_the_next_reads_it(talk: Conversation) -> None:
+    first = say(talk, "The old")
+    assert first == written(talk, "The old", 5)
+    assert say(talk, "The king") == written(talk, f"The old{first}\nThe king", 6)
+
+
+def test_an_answer_that_was_stopped_counts_as_said(talk: Conversation) -> None:
+    parts: list[str] = []
+    for part in talk.answer("The", lambda: len(parts) >= 3):
+        parts.append(part)  # noqa: PERF402
+    text = "".join(parts)
+    assert text == written(talk, "The", 5)[:3]
+    assert talk.said == "The" + text
+
+
+def test_commands_set_what_the_next_answer_is_made_with(talk: Conversation) -> None:
+    assert talk.command("/temp 0") == "temperature = 0.0"
+    assert talk.command("/len 3") == "max_tokens = 3"
+    assert len(say(talk, "The")) == 3
+    assert talk.config.temperature == 0
+
+
+def test_reset_forgets_and_seed_begins_anew(talk: Conversation) -> None:
+    first = say(talk, "The")
+    assert talk.command("/reset") == "forgotten"
+    talk.command("/seed 5")
+    assert say(talk, "The") == first
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/tempo 1", "'/tempo' is unknown; it is one of /temp, "), ("/temp", "takes a number"),
+        ("/topk 1.5", "takes a whole number"), ("/topp 2", r"top_p=2.0 is not in \[0, 1\]"),
+        ("/save", "takes the name of a file"), ("/save /no/where", "could not write /no/where"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_and_changes_nothing(
+    line: str, message: str, talk: Conversation
+) -> None:
+    before = talk.config
+    with pytest.raises(ChatError, match=message):
+        talk.command(line)
+    assert talk.config == before
+
+
+def test_help_names_every_command(talk: Conversation) -> None:
+    told = talk.command("/help")
+    assert all(re.search(rf"^{name}\b", told, re.M) for name in COMMANDS)
+
+
+def test_commands_are_completed() -> None:
+    assert completions("/to") == ["/topp", "/topk"]
+    assert completions("to") == []
+
+
+def test_a_saved_conversation_is_had_again_word_for_word(
+    talk: Conversation, make_run: MakeRun, tmp_path: Path
+) -> None:
+    say(talk, "The old")
+    talk.command("/temp 1.3")
+    say(talk, "A king")
+    talk.command("/reset")
+    say(talk, "Under")
+    talk.command(f"/save {tmp_path / 'talk.json'}")
+    run, backend = make_run("modern")
+    again = Conversation(backend, run.model, run.tokenizer, SampleConfig())
+    for turn in saved_turns(tmp_path / "talk.json"):
+        "".join(again.again(turn, lambda: False))
+    assert again.turns == talk.turns
+    assert again.said == talk.said
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"format": "other"}', '{"format": "mlxgpt chat", "turns": [{}]}', "[" * 9999],
+)
+def test_a_file_that_holds_no_conversation_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_text(content)
+    with pytest.raises(ChatError, match=r"talk\.json is not a saved conversation"):
+        saved_turns(tmp_path / "talk.json")
+
+
+@pytest.fixture
+def checkpoint(make_run: MakeRun, tmp_path: Path) -> Path:
+    run, backend = make_run("modern")
+    path = tmp_path / "checkpoint.safetensors"
+    facts = (run.tokenizer.to_json(), run.data, "numpy", backend.state())
+    save_checkpoint(path, Checkpoint(run.model, run.train, Progress(), *facts))
+    return path
+
+
+def test_a_script_can_talk_through_a_pipe(checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", str(checkpoint), "--backend", "numpy", "--max-tokens", "9"]
+    saved = tmp_path / "talk.json"
+    typed = f"The old\n/len 4\n/bad\nA king\n/save {saved}\n/quit\nnever read\n"
+    done = CliRunner().invoke(group, ["chat", *words], input=typed)
+    assert (done.exit_code, len(saved_turns(saved))) == (0, 2)
+    first, second = saved_turns(saved)
+    assert done.stdout == f"{first.text}\n{second.text}\n"
+    assert "Error: '/bad' is unknown" in done.stderr
+    again = CliRunner().invoke(group, ["chat", *words, "--replay", str(saved)], input="")
+    assert again.stdout == f"The old{first.text}\nA king{second.text}\n"
+    assert "differs" not in again.stderr
+
+
+def test_sample_interactive_is_chat(checkpoint: Path) -> None:
+    words = ["--checkpoint", str(checkpoint), "--backend", "numpy"]
+    done = CliRunner().invoke(group, ["sample", "--interactive", *words], input="/len 5\nThe\n")
+    assert (done.exit_code, len(done.stdout)) == (0, 6)
+    wrong = CliRunner().invoke(group, ["sample", "--interactive", "--json", *words])
+    assert (wrong.exit_code, "takes no --json" in wrong.stderr) == (2, True)
+
+
+class Terminal:
+    """A command at a terminal of its own."""
+
+    def __init__(self, words: list[str], state: Path) -> None:
+        self.pid, self.at = pty.fork()
+        if self.pid == 0:
+            os.environ |= {"XDG_STATE_HOME": str(state), "TERM": "dumb", "NO_COLOR": "1"}
+            os.execv(sys.executable, [sys.executable, "-m", "mlx_randygpt", *words])
+        self.seen = ""
+
+    def read_until(self, pattern: str, seconds: float = 60) -> str:
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.seen):
+            left = deadline - time.monotonic()
+            assert left > 0, f"no {pattern} in {self.seen!r}"
+            if select.select([self.at], [], [], left)[0]:
+                self.seen += os.read(self.at, 4096).decode(errors="replace")
+        seen, self.seen = self.seen, ""
+        return seen
+
+    def type(self, text: str) -> None:
+        os.write(self.at, text.encode())
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_text_and_ctrl_d_leaves(checkpoint: Path, tmp_path: Path) -> None:
+    words = ["chat", "--checkpoint", str(checkpoint), "--backend", "numpy"]
+    terminal = Terminal([*words, "--max-tokens", "100000000"], tmp_path / "state")
+    terminal.read_until("> ")
+    terminal.type("The old\n")
+    terminal.read_until("The old\r?\n.{40}")
+    terminal.type("\x03")
+    terminal.read_until("\n> ")
+    terminal.type("/sho\t")
+    terminal.read_until("/show")  # completed
+    terminal.type("\n")
+    assert "tokens said, context 16" in terminal.read_until("\n> ")
+    terminal.type("\x04")
+    with contextlib.suppress(OSError):  # the terminal is gone with the program
+        terminal.read_until("never shown")
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+    history = (tmp_path / "state" / "mlx-randygpt" / "chat_history").read_text()
+    assert "The old\n/show" in history
