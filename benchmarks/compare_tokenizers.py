@@ -42,7 +42,9 @@ class Learner:
 
     def __post_init__(self) -> None:
         n_train = len(self.corpus.train)
-        self.model, self.train = settings.fresh(self.given, self.tokenizer.vocab_size, n_train)
+        self.model, self.train = settings.resolve_new(
+            self.given, self.tokenizer.vocab_size, n_train
+        )
         state = TrainState(0, initial_params(self.model, self.train.seed), {})
         self.backend = make_backend(self.backend_name, self.model, self.train, state)
 
@@ -76,7 +78,7 @@ def main() -> None:
     given = {name: json.loads(value) for name, value in (s.split("=", 1) for s in options.set)}
     given.setdefault("prompt", "\n")
     files = text.files_of(options.data)
-    kinds = {name: text.wanted({"tokenizer": name}) for name in options.tokenizers}
+    kinds = {name: text.requested_tokenizer({"tokenizer": name}) for name in options.tokenizers}
     texts = {name: text.load(files, Reading(), kind) for name, kind in kinds.items()}
     learners = {n: Learner(given, *texts[n], options.backend) for n in texts}
     for i in range(WARM_UP):

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_randygpt.backends.numpy.backend import available_cores
 from mlx_randygpt.data.corpus import Loader
-from mlx_randygpt.data.encoding import Found, blocks
+from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.reading import Piece, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
@@ -44,7 +44,7 @@ def prepare(file: Path, kind: str, threads: int) -> dict[str, Any]:
 def characters(file: Path, threads: int) -> dict[str, Any]:
     """Reading and encoding alone, with a vocabulary that is known."""
     tokenizer = Vocabulary().learn((piece.text for piece in pieces(file)), 0)
-    seconds, n = timed(lambda: sum(map(len, blocks(pieces(file), tokenizer, Found(), threads))))
+    seconds, n = timed(lambda: sum(map(len, blocks(pieces(file), tokenizer, TextStats(), threads))))
     return {"mb_per_second": file.stat().st_size / 1e6 / seconds, "tokens": n}
 
 
@@ -58,7 +58,7 @@ def bpe(file: Path, megabytes: float, vocab_size: int, threads: int) -> dict[str
         for i in range(0, len(parts), per_stretch):
             texts = [part.text for part in parts[i : i + per_stretch]]
             stretch = [Piece(text, False, False) for text in texts]
-            ours, ids = timed(lambda s=stretch: list(blocks(s, tokenizer, Found(), threads)))
+            ours, ids = timed(lambda s=stretch: list(blocks(s, tokenizer, TextStats(), threads)))
             theirs, batch = timed(lambda t=texts: library.encode_batch(t, add_special_tokens=False))
             assert [x for block in ids for x in block] == [x for one in batch for x in one.ids]
             seconds = [seconds[0] + ours, seconds[1] + theirs]

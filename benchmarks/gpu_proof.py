@@ -107,7 +107,7 @@ def resumed(given: dict[str, Any]) -> dict[str, Any]:
     third is no fault of resuming."""
     tokenizer = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz")
     tokens = rng(1, "check").integers(0, 26, 10_000, dtype=np.int32)  # (n,)
-    model, train = settings.fresh(given, tokenizer.vocab_size)
+    model, train = settings.resolve_new(given, tokenizer.vocab_size)
     start = TrainState(0, initial_params(model, 1), {})
     straight, again, begun = (make_backend("mlx", model, train, start) for _ in range(3))
     for backend in (straight, again):

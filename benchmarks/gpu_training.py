@@ -45,7 +45,7 @@ class Case:
     vocab_size: int = 67
 
     def settings(self, **more: Any) -> tuple[ModelConfig, TrainConfig]:
-        return settings.fresh({**self.given, **more}, self.vocab_size)
+        return settings.resolve_new({**self.given, **more}, self.vocab_size)
 
 
 DEFAULT = Case("small")

@@ -70,7 +70,9 @@ class Ours:
     ) -> None:
         given = {"prompt": "\n", **given}
         self.tokenizer = tokenizer
-        self.model, self.train = settings.fresh(given, tokenizer.vocab_size, len(corpus.train))
+        self.model, self.train = settings.resolve_new(
+            given, tokenizer.vocab_size, len(corpus.train)
+        )
         state = TrainState(0, initial_params(self.model, self.train.seed), {})
         self.backend = make_backend(backend, self.model, self.train, state)
 

@@ -27,7 +27,7 @@ from mlx_randygpt.data.files import find_files
 from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.screen.dashboard import screen
-from mlx_randygpt.screen.run_summary import RunInfo, Tally
+from mlx_randygpt.screen.run_summary import RunInfo, RunSummary
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.loop import Run, train
@@ -54,7 +54,7 @@ def main() -> None:
     tokenizer = CharTokenizer.train(texts.values())
     corpus = encode_corpus(texts, tokenizer)
     given = {"preset": "small4", "batch_size": 12, "iters": options.iters, "prompt": "ROMEO:"}
-    model, config = settings.fresh(given, tokenizer.vocab_size)
+    model, config = settings.resolve_new(given, tokenizer.vocab_size)
     name, why = choose("auto")
     backend = make_backend(
         name, model, config, TrainState(0, initial_params(model, config.seed), {})
@@ -70,7 +70,7 @@ def main() -> None:
         out=out,
         iters=options.iters,
     )
-    tally = Tally(info, time.monotonic)
+    tally = RunSummary(info, time.monotonic)
     for report in train(
         Run(model, config, tokenizer, corpus.train, corpus.val, {}), backend, Path(out)
     ):
@@ -80,7 +80,7 @@ def main() -> None:
     draw(tally, output)
 
 
-def draw(tally: Tally, path: Path) -> None:
+def draw(tally: RunSummary, path: Path) -> None:
     console = Console(
         record=True, file=io.StringIO(), width=WIDTH, height=HEIGHT, force_terminal=True,
         color_system="standard",

@@ -320,7 +320,7 @@ def ranks(_: int) -> Any:
     ]  # fmt: skip
     for preset, vocab_size, batch, name, link in cases:
         given = {"preset": preset, "batch_size": batch, "dtype": "bfloat16", "micro_batch": 1}
-        model, train = settings.fresh(given, vocab_size)
+        model, train = settings.resolve_new(given, vocab_size)
         device = replace(DEVICES[name], link=link * 1e9)
         plans = {
             n: make_plan(

@@ -114,11 +114,11 @@ def trajectory(
             backend.train_step([_batch(model, train.seed, step)], train.lr)
     ours, theirs = (backend.state().params for backend in backends)
     for name in ours:
-        error = distance(*(felt(name, params[name]) for params in (theirs, ours)))
+        error = distance(*(without_key_bias(name, params[name]) for params in (theirs, ours)))
         yield Finding(f"{steps} {train.optimizer} steps · NumPy, {other}", name, error, bound)
 
 
-def felt(name: str, weight: Array) -> Array:
+def without_key_bias(name: str, weight: Array) -> Array:
     """Without the bias of keys: it adds the same to all scores of a query, so that its gradient is
     rounding and nothing else, of which AdamW makes whole steps."""
     if not name.endswith("c_attn.bias"):

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_randygpt import files
-from mlx_randygpt.config import MOST, ConfigError, ModelConfig, TrainConfig, UserError
+from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig, UserError
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.progress import Plateau, Progress
 from mlx_randygpt.state import Params, TrainState
@@ -36,7 +36,7 @@ BEST = "checkpoint_best.safetensors"
 FORMAT = "mlx-randygpt"
 FORMAT_VERSION = "1"
 _MOMENTS = ("m", "v")
-MOST_TENSORS = 3 * (4 * MOST["n_layer"] + 3) + 1000  # 1000: braces in texts and settings
+MAX_TENSORS = 3 * (4 * LIMITS["n_layer"] + 3) + 1000  # 1000: braces in texts and settings
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 Parts = list[bytes | memoryview]  # of a file, one after the other
 
@@ -82,7 +82,7 @@ def serialized(checkpoint: Checkpoint) -> Parts:
     makes two more copies and stops all threads, and `save_file` leaves other names if killed."""
     named = sorted(_tensors(checkpoint.state).items())
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in named}
-    header = json.dumps(strict(header_of(checkpoint)), sort_keys=True, allow_nan=False)
+    header = json.dumps(to_strict_json(header_of(checkpoint)), sort_keys=True, allow_nan=False)
     facts = {"format": FORMAT, "format_version": FORMAT_VERSION, "header": header}
     index: dict[str, Any] = {"__metadata__": facts | {"sha256": _digest(header, tensors)}}
     end = 0
@@ -101,8 +101,11 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """
     header, tensors = _read(path)
     try:
-        model, train = record(ModelConfig, header["model"]), record(TrainConfig, header["train"])
-        reached, tokenizer = progress(header["progress"]), header["tokenizer"]
+        model, train = (
+            dataclass_from_json(ModelConfig, header["model"]),
+            dataclass_from_json(TrainConfig, header["train"]),
+        )
+        reached, tokenizer = progress_from_json(header["progress"]), header["tokenizer"]
         step, backend, data = header_facts(header)
         if tokenizer_from_json(tokenizer).vocab_size != model.vocab_size:
             raise ConfigError("its tokenizer has another vocabulary than its model")
@@ -129,7 +132,7 @@ def write_atomically(path: Path, parts: Parts, previous: Path | None = None) -> 
             file.flush()
             files.flush(file.fileno())
         if previous is not None and path.exists():
-            _name_also(path, previous)
+            _link_atomically(path, previous)
         os.replace(temporary, path)
         files.sync_folder(path.parent)
     except OSError as error:
@@ -162,7 +165,7 @@ def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def peek_step(path: Path) -> int:
     """The step of a checkpoint by its header alone; CheckpointError where that cannot be read."""
     try:
-        _refuse_crowd(path)
+        _check_tensor_count(path)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _verify_format(path, metadata)
@@ -173,19 +176,19 @@ def peek_step(path: Path) -> int:
         raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)})") from error
 
 
-def _refuse_crowd(path: Path) -> None:
+def _check_tensor_count(path: Path) -> None:
     """ValueError for a file of more tensors than any model has: each costs 1 kB once it is read."""
     with open(path, "rb") as file:
         n_bytes = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
         n_objects = file.read(n_bytes).count(b"{")  # an index has one for each tensor
-    if n_objects > MOST_TENSORS:
-        raise ValueError(f"{n_objects} tensors are more than the {MOST_TENSORS} of any model")
+    if n_objects > MAX_TENSORS:
+        raise ValueError(f"{n_objects} tensors are more than the {MAX_TENSORS} of any model")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Params]:
     """Header and tensors of a file whose checksum holds."""
     try:
-        _refuse_crowd(path)
+        _check_tensor_count(path)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _verify_format(path, metadata)
@@ -252,7 +255,7 @@ def _digest(header: str, tensors: Params) -> str:
     return digest.hexdigest()
 
 
-def _name_also(path: Path, other: Path) -> None:
+def _link_atomically(path: Path, other: Path) -> None:
     """Let the file at `path` be at `other` too, at no moment at neither."""
     link = other.with_name(f".{other.name}.{os.getpid()}.tmp")
     try:
@@ -268,26 +271,26 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
 
 
-LARGEST = 1 << 63
-LONGEST_REASON = 160  # characters of an error that a damaged file had a part in
+MAX_INTEGER = 1 << 63
+MAX_REASON = 160  # characters of an error that a damaged file had a part in
 _T = TypeVar("_T")
 
 
-def strict(value: Any) -> Any:
+def to_strict_json(value: Any) -> Any:
     """`value` as JSON can hold it: what is not finite yet, such as a first loss, becomes null."""
     if isinstance(value, dict):
-        return {key: strict(inner) for key, inner in value.items()}
+        return {key: to_strict_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [strict(inner) for inner in value]
+        return [to_strict_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def known(values: dict[str, Any]) -> dict[str, Any]:
+def drop_nulls(values: dict[str, Any]) -> dict[str, Any]:
     """Without the nulls, whose fields have their defaults."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def record(kind: type[_T], values: object) -> _T:
+def dataclass_from_json(kind: type[_T], values: object) -> _T:
     """A settings record from JSON; ConfigError for an unknown field or a value of another type."""
     if not isinstance(values, dict):
         raise ConfigError(f"{kind.__name__} is {reprlib.repr(values)}, not an object")
@@ -298,18 +301,18 @@ def record(kind: type[_T], values: object) -> _T:
         found = type(value).__name__
         if found != types[name] and (found, types[name]) != ("int", "float"):
             raise ConfigError(f"{name}={reprlib.repr(value)} is not {types[name]}")
-        largest = math.inf if found == "float" else LARGEST
+        largest = math.inf if found == "float" else MAX_INTEGER
         if found in ("int", "float") and not abs(value) < largest:
             raise ConfigError(f"{name}={reprlib.repr(value)} is not a number of 64 bits")
     return kind(**values)
 
 
-def progress(values: object) -> Progress:
+def progress_from_json(values: object) -> Progress:
     if not isinstance(values, dict) or not isinstance(values.get("plateau"), dict):
         raise ConfigError("progress is not an object with a plateau")
-    plateau = record(Plateau, known(values["plateau"]))
-    rest = {name: value for name, value in known(values).items() if name != "plateau"}
-    found = replace(record(Progress, rest), plateau=plateau)
+    plateau = dataclass_from_json(Plateau, drop_nulls(values["plateau"]))
+    rest = {name: value for name, value in drop_nulls(values).items() if name != "plateau"}
+    found = replace(dataclass_from_json(Progress, rest), plateau=plateau)
     counts = (plateau.evaluations_without_best, plateau.reductions, found.rollbacks)
     if min(*counts, found.tokens, found.best_step, found.eval_step + 1) < 0:
         raise ConfigError("progress has a count below 0")
@@ -320,7 +323,7 @@ def header_facts(header: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
     """Step, backend and data of a header."""
     step, backend, data = header["step"], header["backend"], header["data"]
     paths, kinds = data["paths"], (step, data["characters"], backend, data["sha256"])
-    fits = [type(value) for value in kinds] == [int, int, str, str] and 0 <= step < LARGEST
+    fits = [type(value) for value in kinds] == [int, int, str, str] and 0 <= step < MAX_INTEGER
     fits = fits and isinstance(paths, list) and all(isinstance(path, str) for path in paths)
     if not (fits and backend.isprintable()):
         raise ConfigError("step, backend or data are of another type than they should be")
@@ -329,4 +332,4 @@ def header_facts(header: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
 
 def one_line(error: Exception) -> str:
     line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "…"
+    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "…"

@@ -77,7 +77,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             _at_least(name, getattr(self, name), 1)
-            _at_most(name, getattr(self, name), MOST[name])
+            _at_most(name, getattr(self, name), LIMITS[name])
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
@@ -145,13 +145,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "grad_accum", "log_every"):
             _at_least(name, getattr(self, name), 1)
-            _at_most(name, getattr(self, name), MOST.get(name, (1 << 63) - 1))
+            _at_most(name, getattr(self, name), LIMITS.get(name, (1 << 63) - 1))
         for name in (
             "warmup", "patience", "eval_every", "sample_every", "keep_every", "threads", "seed",
             "micro_batch",
         ):  # fmt: skip
             _at_least(name, getattr(self, name), 0)
-            _at_most(name, getattr(self, name), MOST.get(name, (1 << 63) - 1))
+            _at_most(name, getattr(self, name), LIMITS.get(name, (1 << 63) - 1))
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "adamw_lr_ratio"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
@@ -175,7 +175,7 @@ BACKENDS = {  # name -> module and class; a third backend is one file and one ro
     "mlx": ("mlx_randygpt.backends.mlx.backend", "MLXBackend"),
     "numpy": ("mlx_randygpt.backends.numpy.backend", "NumpyBackend"),
 }
-MOST = {  # beyond these a number is a slip, and would only hang or fill the memory
+LIMITS = {  # beyond these a number is a slip, and would only hang or fill the memory
     "vocab_size": 1 << 24, "block_size": 1 << 20, "n_layer": 1000, "n_head": 1 << 12,
     "n_embd": 1 << 16, "iters": 1 << 40, "batch_size": 1 << 20, "grad_accum": 1 << 16,
     "threads": 1024,

@@ -13,7 +13,7 @@ from mlx_randygpt.model import parameter_count, trained_count
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 
 MODEL_SIZES = ("n_layer", "n_head", "n_embd", "block_size")
-LORA = ("lora_rank", "lora_alpha", "lora_targets")
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets")
 PLATEAU_PATIENCE = 5  # evaluations, where --schedule plateau comes without --patience
 
 
@@ -21,7 +21,7 @@ class ResumeError(UserError, ValueError):
     """A setting that a resumed run cannot change."""
 
 
-def fresh(
+def resolve_new(
     given: dict[str, Any], vocab_size: int, n_tokens: int = 0
 ) -> tuple[ModelConfig, TrainConfig]:
     """The settings of a new run on `n_tokens` training tokens (0: not known): what was given,
@@ -41,10 +41,10 @@ def fresh(
     chosen |= {name: value for name, value in given.items() if name in defaults}
     switches = recipe["model"] | ARCHS[given.get("arch", "gpt")]
     model = ModelConfig(vocab_size=vocab_size, **switches, **sizes)
-    return by_rule(given, model, TrainConfig(**chosen), n_tokens)
+    return apply_rules(given, model, TrainConfig(**chosen), n_tokens)
 
 
-def fine_tuning(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+def fine_tuning_options(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """What was given, the recipe among it, and how a trained model or its adapters are trained
     where it was not; ConfigError for adapters under Muon, whose steps are for whole matrices."""
     chosen = RECIPES[given["recipe"]]["train"]
@@ -61,7 +61,7 @@ def fine_tuning(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     return given
 
 
-def by_rule(
+def apply_rules(
     given: dict[str, Any], model: ModelConfig, train: TrainConfig, n_tokens: int
 ) -> tuple[ModelConfig, TrainConfig]:
     """The settings with what follows from sizes and text where it was not given."""
@@ -73,7 +73,7 @@ def by_rule(
     return replace(model, dropout=dropout), train
 
 
-def resumed(
+def resolve_resume(
     given: dict[str, Any], model: ModelConfig, train: TrainConfig
 ) -> tuple[ModelConfig, TrainConfig]:
     """The checkpoint's own settings with what was given on top; ResumeError where it can't be."""
@@ -92,7 +92,7 @@ def resumed(
         raise ResumeError(
             f"Checkpoint arch {model.arch} != arch {given['arch']}; leave the option out"
         )
-    for name in LORA:
+    for name in LORA_FIELDS:
         if given.get(name, getattr(model, name)) != getattr(model, name):
             raise ResumeError(
                 f"Checkpoint {name} {getattr(model, name)} != {name} {given[name]}; leave "
@@ -130,7 +130,7 @@ def _rates_of(optimizer: str) -> dict[str, Any]:
 
 
 MEMORY_PASSES = 0.5  # of the text, over which Muon's weights forget
-MOST_FORGOTTEN = 0.05  # of a weight in one step at the full rate
+MAX_FORGOTTEN = 0.05  # of a weight in one step at the full rate
 MUON_RATE = 0.02  # the full rate; at a lower --lr weights are written and forgotten more slowly
 DROPOUT_FROM = 100.0  # passes × parameters per training token
 DROPOUT = 0.1
@@ -165,7 +165,7 @@ def weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float
     if train.optimizer != "muon" or n_tokens == 0:
         return train.weight_decay
     per_step = 1 / (MEMORY_PASSES * _steps_per_pass(model, train, n_tokens))
-    return float(f"{min(per_step, MOST_FORGOTTEN) / MUON_RATE:.2g}")
+    return float(f"{min(per_step, MAX_FORGOTTEN) / MUON_RATE:.2g}")
 
 
 def fine_tuning_rate(model: ModelConfig) -> float:

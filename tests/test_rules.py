@@ -31,32 +31,32 @@ def test_passes_count_how_often_a_token_is_read(tiny_model: Model) -> None:
 
 
 def test_decay_makes_weights_forget_in_half_a_pass() -> None:
-    _, train = settings.fresh(DEFAULT, 68, SHAKESPEARE)
+    _, train = settings.resolve_new(DEFAULT, 68, SHAKESPEARE)
     steps_per_pass = SHAKESPEARE / (64 * 64)
     assert train.weight_decay * train.lr * steps_per_pass == pytest.approx(2, rel=0.02)
     assert train.weight_decay == 0.41
-    _, twice = settings.fresh({**DEFAULT, "batch_size": 128}, 68, SHAKESPEARE)
+    _, twice = settings.resolve_new({**DEFAULT, "batch_size": 128}, 68, SHAKESPEARE)
     assert twice.weight_decay == 0.82
-    _, slow = settings.fresh({**DEFAULT, "lr": 0.01}, 68, SHAKESPEARE)
+    _, slow = settings.resolve_new({**DEFAULT, "lr": 0.01}, 68, SHAKESPEARE)
     assert slow.weight_decay == 0.41  # a lower rate forgets more slowly as well
 
 
 def test_a_tiny_text_does_not_wipe_the_weights_out() -> None:
-    _, train = settings.fresh(DEFAULT, 68, 500)
-    assert train.weight_decay * train.lr == pytest.approx(settings.MOST_FORGOTTEN)
+    _, train = settings.resolve_new(DEFAULT, 68, 500)
+    assert train.weight_decay * train.lr == pytest.approx(settings.MAX_FORGOTTEN)
 
 
 def test_decay_is_the_recipe_s_where_the_text_is_unknown_or_adamw_trains() -> None:
-    assert settings.fresh(DEFAULT, 68)[1].weight_decay == 0
+    assert settings.resolve_new(DEFAULT, 68)[1].weight_decay == 0
     for given in ({"recipe": "classic"}, {"optimizer": "adamw"}):
-        assert settings.fresh({**DEFAULT, **given}, 68, SHAKESPEARE)[1].weight_decay == 0.1
+        assert settings.resolve_new({**DEFAULT, **given}, 68, SHAKESPEARE)[1].weight_decay == 0.1
 
 
 def test_dropout_comes_with_many_passes_over_a_text_that_is_short_for_the_model() -> None:
-    assert settings.fresh(DEFAULT, 68, SHAKESPEARE)[0].dropout == 0  # 20 passes, 1.2 a token
-    assert settings.fresh(DEFAULT, 68, SHAKESPEARE // 3)[0].dropout == 0.1  # 61 passes, 3.6
-    assert settings.fresh({**DEFAULT, "preset": "xl"}, 68, SHAKESPEARE)[0].dropout == 0.1
-    assert settings.fresh(DEFAULT, 68)[0].dropout == 0
+    assert settings.resolve_new(DEFAULT, 68, SHAKESPEARE)[0].dropout == 0  # 20 passes, 1.2 a token
+    assert settings.resolve_new(DEFAULT, 68, SHAKESPEARE // 3)[0].dropout == 0.1  # 61 passes, 3.6
+    assert settings.resolve_new({**DEFAULT, "preset": "xl"}, 68, SHAKESPEARE)[0].dropout == 0.1
+    assert settings.resolve_new(DEFAULT, 68)[0].dropout == 0
 
 
 @pytest.mark.parametrize(
@@ -66,24 +66,24 @@ def test_dropout_comes_with_many_passes_over_a_text_that_is_short_for_the_model(
 def test_a_trained_model_takes_smaller_steps_of_adamw(n_embd: int, rank: int, rate: float) -> None:
     model = ModelConfig(vocab_size=68, n_embd=n_embd, lora_rank=rank)
     given = {"recipe": "classic"}
-    assert settings.fine_tuning(given, model)["lr"] == rate
-    assert settings.fine_tuning({**given, "lr": 0.5}, model)["lr"] == 0.5
+    assert settings.fine_tuning_options(given, model)["lr"] == rate
+    assert settings.fine_tuning_options({**given, "lr": 0.5}, model)["lr"] == 0.5
 
 
 def test_muon_keeps_its_rate_on_a_trained_model_and_has_none_for_adapters() -> None:
     given, sizes = {"recipe": "modern"}, {"vocab_size": 68}
-    assert settings.fine_tuning(given, ModelConfig(**sizes)) == given
+    assert settings.fine_tuning_options(given, ModelConfig(**sizes)) == given
     adapted = ModelConfig(**sizes, lora_rank=8)
-    found = settings.fine_tuning({**given, "weight_decay": 0.3}, adapted)
+    found = settings.fine_tuning_options({**given, "weight_decay": 0.3}, adapted)
     assert (found["optimizer"], found["lr"], found["min_lr"]) == ("adamw", 1e-2, 0.0)
     assert found["weight_decay"] == 0.3
-    _, train = settings.fresh(found, 68, SHAKESPEARE)
+    _, train = settings.resolve_new(found, 68, SHAKESPEARE)
     assert (train.optimizer, train.lr, train.weight_decay, train.warmup) == ("adamw", 1e-2, 0.3, 30)
 
 
 def test_what_is_given_wins() -> None:
     given = {**DEFAULT, "warmup": 100, "weight_decay": 0.0, "dropout": 0.25, "iters": 50}
-    model, train = settings.fresh(given, 68, 10_000)
+    model, train = settings.resolve_new(given, 68, 10_000)
     assert (train.warmup, train.weight_decay, model.dropout) == (100, 0.0, 0.25)
 
 

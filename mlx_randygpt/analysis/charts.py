@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing, smooth
+from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, smooth
 from mlx_randygpt.state import Array
 
 PANELS = (  # series, title, scale
@@ -36,14 +36,16 @@ svg text{fill:var(--ink)} .grid{stroke:var(--faint)} .paper{fill:var(--paper)}
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
     """For each run its name and the settings that are not the same in all."""
-    found = differing(list(records))
+    found = differing_settings(list(records))
     return [
-        _cut("  ".join([record.name, *(f"{name}={shown(v[i])}" for name, v in found.items())]))
+        _cut(
+            "  ".join([record.name, *(f"{name}={setting_text(v[i])}" for name, v in found.items())])
+        )
         for i, record in enumerate(records)
     ]
 
 
-def shown(value: object) -> str:
+def setting_text(value: object) -> str:
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -125,7 +127,7 @@ def _panel(
             line = _points(*place(table[:, 0], table[:, 1]))
             parts.append(f'<polyline points="{line}" fill="none" stroke="{_colour(i)}" '
                          'opacity=".3"/>')  # fmt: skip
-            line = _points(*place(table[:, 0], drawn(name, table, span)))
+            line = _points(*place(table[:, 0], draw_curve(name, table, span)))
             parts.append(f'<polyline points="{line}" fill="none" stroke="{_colour(i)}" '
                          'stroke-width="1.6"/>')  # fmt: skip
         if len(mark):
@@ -138,7 +140,7 @@ def _panel(
     return parts
 
 
-def drawn(name: str, table: Array, span: float) -> Array:
+def draw_curve(name: str, table: Array, span: float) -> Array:
     """The line of a series: smoothed where it is noisy, the learning rate as it was."""
     return table[:, 1] if name == "lr" else smooth(table, span)
 
@@ -210,7 +212,7 @@ def write_png(path: Path, records: Sequence[RunRecord], span: float) -> None:
         for i, (record, label) in enumerate(zip(records, labels(records), strict=True)):
             table, colour = record.series[name], COLOURS[i % len(COLOURS)]
             axes.fill_between(table[:, 0], table[:, 2], table[:, 3], color=colour, alpha=0.18, lw=0)
-            axes.plot(table[:, 0], drawn(name, table, span), color=colour, lw=1.2, label=label)
+            axes.plot(table[:, 0], draw_curve(name, table, span), color=colour, lw=1.2, label=label)
             if name == "loss":
                 marks = record.series["val_loss"]
                 axes.plot(marks[:, 0], marks[:, 1], "o", color=colour, ms=3)

@@ -215,6 +215,6 @@ def candidates(logits: Array) -> Iterator[list[tuple[int, float]]]:
         yield [(int(i), float(p[i])) for i in np.argsort(-p, kind="stable")[:N_NEXT]]
 
 
-def spelled(tokenizer: Tokenizer) -> list[str]:
+def token_texts(tokenizer: Tokenizer) -> list[str]:
     """The text of each token; "" for those that have none."""
     return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]

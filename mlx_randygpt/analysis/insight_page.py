@@ -15,10 +15,10 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.data import DataError
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.state import Array
-from mlx_randygpt.tokenizers.chars import NEVER, Tokenizer
+from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
 
-MOST_TOKENS = 256  # of a large vocabulary: those of the text that occur most
-MOST_SAMPLES = 12  # of a run
+MAX_TOKENS = 256  # of a large vocabulary: those of the text that occur most
+MAX_SAMPLES = 12  # of a run
 MAPS_BYTES = 3 << 20  # of all attention maps together, a byte a probability
 MARK = "/*DATA*/null"
 
@@ -37,9 +37,9 @@ def page(
     if len(val) < 2:
         raise DataError(f"{len(val)} tokens of validation text are too few; give more --data")
     config, w = saved.model, saved.state.params
-    labels = insight.spelled(tokenizer)
+    labels = insight.token_texts(tokenizer)
     found = insight.losses(w, config, val, max_tokens)
-    framed = tokenizer.eos != NEVER  # else its BOS is a token like others
+    framed = tokenizer.eos != NO_TOKEN  # else its BOS is a token like others
     ids = tokenizer.encode(text) if text else val[(val != tokenizer.bos) | (not framed)]
     longest = int((MAPS_BYTES / (config.n_layer * config.n_head)) ** 0.5)
     ids = ids[: max(1, min(config.block_size, longest))]
@@ -80,16 +80,16 @@ def _facts(name: str, saved: Checkpoint, found: insight.Losses) -> list[tuple[st
 def _common(val: Array, tokenizer: Tokenizer) -> list[int]:
     """The tokens to compare: all of a small vocabulary, else the most frequent; by id."""
     counts = np.bincount(val, minlength=tokenizer.vocab_size)
-    if tokenizer.eos != NEVER:
+    if tokenizer.eos != NO_TOKEN:
         counts[[tokenizer.bos, tokenizer.eos]] = 0
-    order = np.argsort(-counts, kind="stable")[:MOST_TOKENS]
+    order = np.argsort(-counts, kind="stable")[:MAX_TOKENS]
     return sorted(int(i) for i in order if counts[i])
 
 
 def _chosen(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first, the last and some between, closer at the beginning, where most changes."""
     n = len(samples)
-    at = np.geomspace(1, n, MOST_SAMPLES) if n > MOST_SAMPLES else np.arange(1, n + 1)
+    at = np.geomspace(1, n, MAX_SAMPLES) if n > MAX_SAMPLES else np.arange(1, n + 1)
     return [samples[i - 1] for i in dict.fromkeys(at.round().astype(int).tolist())]
 
 

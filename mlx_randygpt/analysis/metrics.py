@@ -141,7 +141,7 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
     return found[::-1]
 
 
-def differing(records: list[RunRecord]) -> dict[str, list[Any]]:
+def differing_settings(records: list[RunRecord]) -> dict[str, list[Any]]:
     """Setting -> its value in each run, for those that are not the same in all; None: not there.
     What leaves the model as it is comes last."""
     names = dict.fromkeys(name for record in records for name in record.settings)

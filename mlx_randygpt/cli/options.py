@@ -165,7 +165,7 @@ def memory_options(function: F) -> F:
     return function
 
 
-def given_of(options: dict[str, Any]) -> dict[str, Any]:
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """What the user set; `--micro-batch auto` is no number yet and has a key of its own."""
     given = {name: value for name, value in options.items() if value is not None}
     if given.get("micro_batch") == "auto":
@@ -173,7 +173,7 @@ def given_of(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def fitted(
+def fit_micro_batch(
     given: dict[str, Any], model: ModelConfig, train: TrainConfig, backend: str
 ) -> tuple[TrainConfig, str]:
     """The settings with the micro-batch that was asked for, and a line that tells of it."""

@@ -13,9 +13,9 @@ def print_json(values: dict[str, Any]) -> None:
     """One JSON object on stdout; what is not finite becomes null."""
     import json
 
-    from mlx_randygpt.checkpoint import strict
+    from mlx_randygpt.checkpoint import to_strict_json
 
-    click.echo(json.dumps(strict(values), ensure_ascii=False))
+    click.echo(json.dumps(to_strict_json(values), ensure_ascii=False))
 
 
 def show(renderable: Any) -> None:

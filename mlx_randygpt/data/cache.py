@@ -29,7 +29,7 @@ TAIL = 32 + 8 + len(MAGIC)  # bytes after the JSON
 PLACE = "MLXGPT_CACHE"  # environment: another folder
 KEPT_DAYS = 90  # since a run has last read it
 OURS = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json)")
-SHORT = 1 << 16  # vocabularies up to it take two bytes a token
+MAX_UINT16_VOCAB = 1 << 16  # vocabularies up to it take two bytes a token
 Array = NDArray[Any]
 
 
@@ -68,7 +68,7 @@ def write(
     The name is there once the whole file is on the disk, and what nobody has read for KEPT_DAYS is
     gone by then. DataError where it cannot be written.
     """
-    dtype = np.dtype(np.uint16 if vocab_size <= SHORT else np.uint32)
+    dtype = np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.uint32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -128,7 +128,7 @@ def read(path: Path) -> Mapped | None:
     end += -end % 8
     if end + 8 * n_starts + n_bytes + TAIL != size or not facts["tokens"]:
         return None
-    used(path)
+    mark_used(path)
     tokens = np.memmap(path, dtype, "r", shape=(facts["tokens"],))
     starts = np.empty(0, np.int64)
     if n_starts:
@@ -136,7 +136,7 @@ def read(path: Path) -> Mapped | None:
     return Mapped(tokens, starts, facts)
 
 
-def used(path: Path) -> None:
+def mark_used(path: Path) -> None:
     """A run has read this file: its KEPT_DAYS begin again."""
     with contextlib.suppress(OSError):  # a folder of somebody else
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

@@ -77,7 +77,7 @@ def book_fingerprint(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Named:
+class CorpusInfo:
     """A corpus that can be fetched."""
 
     name: str
@@ -131,18 +131,18 @@ def strip_book(raw: Path, target: Path) -> None:
 
 
 LIBRARY = {
-    named.name: named
-    for named in (
-        Named(
+    find_corpus.name: find_corpus
+    for find_corpus in (
+        CorpusInfo(
             "tinyshakespeare", "scenes of Shakespeare, as used by char-rnn and nanoGPT",
             PUBLIC_DOMAIN, TINY_SHAKESPEARE.size, TINY_SHAKESPEARE, "shakespeare.txt",
         ),
-        Named(
+        CorpusInfo(
             "shakespeare", "the complete works of Shakespeare (Project Gutenberg 100)",
             PUBLIC_DOMAIN, 5_600_000, Remote(gutenberg_url(100)), "shakespeare-complete.txt",
             strip_book,
         ),
-        Named(
+        CorpusInfo(
             "enwik8", "the first 100 MB of an English Wikipedia dump of 2006, XML and all",
             WIKIPEDIA, 36_445_475,
             Remote(
@@ -151,7 +151,7 @@ LIBRARY = {
             ),
             "enwik8.txt", unzip,
         ),
-        Named(
+        CorpusInfo(
             "text8", "100 MB of Wikipedia in the letters a to z and spaces",
             WIKIPEDIA, 31_344_016,
             Remote(
@@ -160,7 +160,7 @@ LIBRARY = {
             ),
             "text8.txt", unzip,
         ),
-        Named(
+        CorpusInfo(
             "tinystories", "2.7 million short stories in the words of a small child",
             "CDLA-Sharing-1.0", 2_227_753_162,
             Remote(
@@ -169,7 +169,7 @@ LIBRARY = {
             ),
             "tinystories.jsonl", split_stories,
         ),
-        Named(
+        CorpusInfo(
             "tinystories-valid", "the 27,600 stories set aside for validation, enough to try",
             "CDLA-Sharing-1.0", 22_502_601,
             Remote(
@@ -178,11 +178,11 @@ LIBRARY = {
             ),
             "tinystories-valid.jsonl", split_stories,
         ),
-        Named(
+        CorpusInfo(
             "gutenberg", f"a shelf of {len(SHELF)} novels, each a document",
             f"{PUBLIC_DOMAIN} (Project Gutenberg)", 17_000_000, None, "gutenberg",
         ),
-        Named(
+        CorpusInfo(
             "gpt2-tokenizer", "the tokenizer.json of GPT-2, for --tokenizer",
             "MIT", 1_355_256,
             Remote("https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json"),
@@ -192,14 +192,14 @@ LIBRARY = {
 }  # fmt: skip
 
 
-def named(name: str) -> Named:
+def find_corpus(name: str) -> CorpusInfo:
     """The corpus of this name; DataError lists those there are."""
     if name not in LIBRARY:
         raise DataError(f"no corpus is called {name!r}; there are {', '.join(LIBRARY)}")
     return LIBRARY[name]
 
 
-def install(corpus: Named, folder: Path, fetch: Fetch) -> Path:
+def install(corpus: CorpusInfo, folder: Path, fetch: Fetch) -> Path:
     """Fetch a corpus and make its text file in `folder`; where it is."""
     assert corpus.remote is not None
     target = folder / corpus.target

@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError, cache, token_files
-from mlx_randygpt.data.encoding import Found, blocks
+from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary
 from mlx_randygpt.tokenizers.chars import Tokenizer, tokenizer_from_json
 
 TRAIN_SHARE = 0.9
-SMALL = 1 << 24  # bytes of files that are read into memory
+MAX_IN_MEMORY_BYTES = 1 << 24  # bytes of files that are read into memory
 Array = NDArray[Any]
 Progress = Callable[[str, int, int], None]  # what is being done, bytes so far, bytes in all
 
@@ -70,7 +70,7 @@ class Loader:
     folder: Path = Path()  # of caches
     threads: int = 1
     progress: Progress = lambda what, done, size: None
-    small: int = SMALL
+    small: int = MAX_IN_MEMORY_BYTES
 
     def load(
         self, files: Sequence[Path], wanted: Tokenizer | Vocabulary
@@ -86,7 +86,7 @@ class Loader:
                     f"{files[0]} holds token ids; give the tokenizer that made them: "
                     "--tokenizer tokenizer.json (that of GPT-2 for nanoGPT's and llm.c's files)"
                 )
-        found = Found()
+        found = TextStats()
         if self._size(files) <= self.small:
             tokenizer = self._tokenizer(files, wanted)
             tokens = np.concatenate([*self._blocks(files, tokenizer, found)])
@@ -124,7 +124,7 @@ class Loader:
         path = self.folder / f"{cache.key(content, asdict(wanted))}.tokenizer.json"
         try:
             kept = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
-            cache.used(path)
+            cache.mark_used(path)
             return kept
         except (OSError, ValueError):  # not there yet, or damaged
             tokenizer = self.learn(files, wanted)
@@ -132,7 +132,7 @@ class Loader:
             return tokenizer
 
     def _blocks(
-        self, files: Sequence[Path], tokenizer: Tokenizer, found: Found
+        self, files: Sequence[Path], tokenizer: Tokenizer, found: TextStats
     ) -> Iterator[NDArray[np.int32]]:
         if is_tokens(files[0]):
             seen = self._seen("Reading tokens", self._size(files))
@@ -185,7 +185,7 @@ class Loader:
 
 def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
     """The corpus of texts by name, in their order, each of them one document."""
-    found = Found()
+    found = TextStats()
     documents = (Piece(text, True, True) for text in texts.values())
     tokens = np.concatenate([*blocks(documents, tokenizer, found)])
     return Corpus(tuple(texts), tokens, np.array(found.starts), **_facts(found))
@@ -207,7 +207,7 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     )
 
 
-def _facts(found: Found) -> dict[str, Any]:
+def _facts(found: TextStats) -> dict[str, Any]:
     return {
         "sha256": found.digest.hexdigest(),
         "characters": found.characters,

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data.reading import PIECE, Piece
-from mlx_randygpt.tokenizers.chars import NEVER, Tokenizer
+from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
 
 Ids = NDArray[np.int32]
 
 
 @dataclass
-class Found:
+class TextStats:
     """What is known of a text once its blocks have been taken."""
 
     characters: int = 0
@@ -47,7 +47,7 @@ class Found:
 
 
 def blocks(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, found: Found, threads: int = 1
+    pieces: Iterable[Piece], tokenizer: Tokenizer, found: TextStats, threads: int = 1
 ) -> Iterator[Ids]:
     """The tokens of the pieces in order, some 100,000 at a time. `found` grows with each block;
     no more of the text than a few jobs is in memory."""
@@ -61,7 +61,7 @@ def blocks(
             yield _taken(waiting.popleft().result(), found)
 
 
-def _jobs(pieces: Iterable[Piece], found: Found) -> Iterator[list[Piece]]:
+def _jobs(pieces: Iterable[Piece], found: TextStats) -> Iterator[list[Piece]]:
     job: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -77,7 +77,7 @@ def _jobs(pieces: Iterable[Piece], found: Found) -> Iterator[list[Piece]]:
 
 def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dict[str, int]]:
     """The tokens of a job, where documents begin in them, and what is not in the vocabulary."""
-    framed = tokenizer.eos != NEVER
+    framed = tokenizer.eos != NO_TOKEN
     ends = [tokenizer.eos] * (framed and tokenizer.eos != tokenizer.bos)  # else the next BOS does
     bos = np.array([tokenizer.bos] * framed, np.int32)
     eos = np.array(ends, np.int32)
@@ -92,7 +92,7 @@ def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dic
     return np.concatenate(parts), starts, tokenizer.unknown("".join(texts))
 
 
-def _taken(block: tuple[Ids, list[int], dict[str, int]], found: Found) -> Ids:
+def _taken(block: tuple[Ids, list[int], dict[str, int]], found: TextStats) -> Ids:
     ids, starts, unknown = block
     found.starts.extend(found.n_tokens + start for start in starts)
     found.n_tokens += len(ids)

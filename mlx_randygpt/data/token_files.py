@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.encoding import Found
+from mlx_randygpt.data.encoding import TextStats
 from mlx_randygpt.data.files import is_validation
 from mlx_randygpt.data.reading import Seen
-from mlx_randygpt.tokenizers.chars import NEVER, Tokenizer
+from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
 
 HEADER_BYTES = 256 * 4
 MAGICS: dict[int, tuple[int, np.dtype[Any]]] = {  # version, type of an id
@@ -33,7 +33,7 @@ def in_order(files: list[Path]) -> list[Path]:
 
 
 def token_blocks(
-    files: list[Path], tokenizer: Tokenizer, found: Found, seen: Seen = lambda n: None
+    files: list[Path], tokenizer: Tokenizer, found: TextStats, seen: Seen = lambda n: None
 ) -> Iterator[NDArray[np.int32]]:
     """The ids of the files; DataError for one that the tokenizer does not have."""
     for file in files:
@@ -50,7 +50,7 @@ def token_blocks(
                     )
                 seen(len(raw))
                 found.digest.update(raw)
-                if tokenizer.eos != NEVER:  # else its BOS is a token like others
+                if tokenizer.eos != NO_TOKEN:  # else its BOS is a token like others
                     begins = np.flatnonzero(ids == tokenizer.bos) + found.n_tokens
                     found.starts.extend(int(at) for at in begins if at > found.starts[-1])
                 found.n_tokens += len(ids)

@@ -17,7 +17,7 @@ from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, Tokenizer
 from mlx_randygpt.tokenizers.subword import DEFAULT_SIZE, KINDS, SubwordTokenizer
 
 TOGETHER = 1 << 17  # characters that are counted at a time
-ENOUGH = 1 << 26  # bytes of text that subwords are learned from
+MAX_LEARNING_BYTES = 1 << 26  # bytes of text that subwords are learned from
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Vocabulary:
         return SubwordTokenizer.train(self.kind, _evenly(texts, n_bytes), size)
 
 
-def chosen(name: str, size: int) -> Tokenizer | Vocabulary:
+def choose_tokenizer(name: str, size: int) -> Tokenizer | Vocabulary:
     """What `--tokenizer` names: a kind to learn, or the tokenizer in a file."""
     if name in ("char", *KINDS):
         return Vocabulary(name, size)
@@ -73,5 +73,5 @@ def _together(texts: Iterable[str]) -> Iterator[str]:
 
 def _evenly(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
     """Every k-th text, so that about ENOUGH of `n_bytes` is left."""
-    stride = max(1, -(-n_bytes // ENOUGH))
+    stride = max(1, -(-n_bytes // MAX_LEARNING_BYTES))
     return (text for i, text in enumerate(texts) if i % stride == 0)

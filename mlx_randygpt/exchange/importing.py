@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers import gpt2, nanogpt, native, randygpt
-from mlx_randygpt.exchange.importers.imported_model import Foreign
+from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import read_json
 from mlx_randygpt.exchange.importers.torch_file import MAGIC
 
 FORMATS = ("gpt2", "mlxgpt", "nanogpt", "randygpt", "randygpt-hf")
 _OF_MODEL_TYPE = {"gpt2": "gpt2", "mlxgpt": "mlxgpt", "randygpt": "randygpt-hf"}
-_FOLDERS: dict[str, Callable[[Path, Path | None], Foreign]] = {
+_FOLDERS: dict[str, Callable[[Path, Path | None], ImportedModel]] = {
     "gpt2": gpt2.read_folder, "mlxgpt": native.read_folder, "randygpt-hf": randygpt.read_folder,
 }  # fmt: skip
 
@@ -25,7 +25,7 @@ def read_foreign(
     vocab: Path | None = None,
     activation: str | None = None,
     sizes: Mapping[str, int] | None = None,
-) -> Foreign:
+) -> ImportedModel:
     """The model of a file or folder; UserError in one line where it cannot be read, or is not
     one. Nothing that the file names is run, and nothing large is allocated that it does not hold.
 

@@ -15,7 +15,7 @@ from math import prod
 from mlx_randygpt.backends.numpy.backend import CHUNK_TOKENS
 from mlx_randygpt.backends.numpy.model import ATTENTION, LOGITS
 from mlx_randygpt.backends.numpy.optimizer import STACK
-from mlx_randygpt.config import MOST, ConfigError, ModelConfig, TrainConfig
+from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.model import muon_parts, parameter_count, parameter_shapes
 from mlx_randygpt.training.loop import EVAL_BATCH_TOKENS
 
@@ -57,7 +57,7 @@ def adamw_count(model: ModelConfig, train: TrainConfig) -> int:
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
     """The most sequences for which `fits` holds, 0 for none; what fits, fits with fewer too."""
-    low, high = 0, MOST["batch_size"]
+    low, high = 0, LIMITS["batch_size"]
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Generated, Streams, Writer, log_softmax
+from mlx_randygpt.sampling.generate import Continuation, Generated, Streams, log_softmax
 from mlx_randygpt.tokenizers.chars import Tokenizer
 
 
@@ -31,13 +31,13 @@ def beam_search(
     texts have ended as beams are kept.
     """
     streams, scores = Streams(backend, model, 1), np.zeros(1)
-    beams, ended = [Writer(tokenizer, prompt, config)], list[tuple[float, Generated]]()
+    beams, ended = [Continuation(tokenizer, prompt, config)], list[tuple[float, Generated]]()
     logits = streams.join(np.asarray([prompt], np.int32)) if config.max_tokens else None
     while logits is not None and not should_stop():
         logits[:, beams[0].banned] = -np.inf
         total = scores[:, None] + log_softmax(logits.astype(np.float64))  # (K, V)
         best = np.argsort(-total, axis=None, kind="stable")[: 2 * n_beams]
-        rows, growing, kept = [], list[Writer](), list[float]()
+        rows, growing, kept = [], list[Continuation](), list[float]()
         for rank, (row, token) in enumerate(zip(*np.unravel_index(best, total.shape), strict=True)):
             beam, score = _longer(beams[row], int(token), tokenizer), float(total[row, token])
             if beam.sample.finish_reason:
@@ -59,7 +59,7 @@ def beam_search(
     return max(ended, key=lambda pair: pair[0])[1]
 
 
-def _longer(beam: Writer, token: int, tokenizer: Tokenizer) -> Writer:
+def _longer(beam: Continuation, token: int, tokenizer: Tokenizer) -> Continuation:
     """A beam with one more token."""
     longer = copy(beam)
     longer.sample = Generated(list(beam.sample.ids))

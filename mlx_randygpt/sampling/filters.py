@@ -21,7 +21,7 @@ import numpy as np
 from mlx_randygpt.config import ConfigError, UserError
 from mlx_randygpt.state import Array
 
-WIDE = 1024  # tokens; of a wider vocabulary the likely ones are looked at alone
+WIDE_VOCAB = 1024  # tokens; of a wider vocabulary the likely ones are looked at alone
 RANGES = {  # what a setting may be
     "temperature": (0, 1e3), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3), "presence_penalty": (-100, 100),
@@ -85,7 +85,7 @@ def penalise(
 def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
     """What `pick` draws from, (N, V) float64, each row summing to 1, of penalised logits (N, V).
     LogitsError where a row has nan, or nothing finite."""
-    if scores.shape[1] > WIDE and len(scores) > 1:  # each has likely tokens of its own
+    if scores.shape[1] > WIDE_VOCAB and len(scores) > 1:  # each has likely tokens of its own
         alone = zip(np.asarray(scores)[:, None], configs, strict=True)
         return np.concatenate([probabilities(row, [config]) for row, config in alone])
     columns = _columns(tuple(configs))
@@ -146,7 +146,7 @@ def _typical(p: Array, typical_p: Array) -> Array:
 def _fewest(p: Array, least: Any, rank: Array, mass: Array) -> Array:
     """The first of each row by rank, as few as sum to the mass, at least one. What is below
     `least` comes last and never counts: of a wide vocabulary the others alone are sorted."""
-    if p.shape[1] > WIDE:
+    if p.shape[1] > WIDE_VOCAB:
         columns = np.flatnonzero((p >= least).any(axis=0))
         order = columns[np.argsort(rank[:, columns], axis=-1, kind="stable")]
     else:

@@ -96,7 +96,7 @@ class Generated:
     choices: list[Choice] = field(default_factory=list)  # where asked for
 
 
-class Writer:
+class Continuation:
     """One text as it is written: the settings and the random numbers that decide it.
 
     With `n_likely` each token is recorded with that many likeliest. `forced` tokens are taken
@@ -142,7 +142,7 @@ class Writer:
             sample.finish_reason = "length"
 
 
-def write(writers: Sequence[Writer], logits: Array) -> list[int]:
+def write(writers: Sequence[Continuation], logits: Array) -> list[int]:
     """The next token of each text, drawn from logits (n, V) and taken by its writer."""
     scores = np.array(logits, np.float64)
     scores[:, writers[0].banned] = -np.inf  # of one model, so of one tokenizer
@@ -187,7 +187,7 @@ def generate(
     Yields the same list after each token. Sample i draws from the generator of (seed, i), so it
     reads the same whatever its neighbours. A stop text ends a sample and is cut from its text.
     """
-    growing = [Writer(tokenizer, prompt, config, i, n_likely) for i in range(n_samples)]
+    growing = [Continuation(tokenizer, prompt, config, i, n_likely) for i in range(n_samples)]
     samples, streams = [writer.sample for writer in growing], Streams(backend, model, n_samples)
     if config.max_tokens == 0:
         yield samples

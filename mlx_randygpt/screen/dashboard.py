@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mlx_randygpt.screen.curve import Frame, draw, frame
 from mlx_randygpt.screen.plain import PlainLog
-from mlx_randygpt.screen.run_summary import Clock, RunInfo, Tally, numbers, outcome
+from mlx_randygpt.screen.run_summary import Clock, RunInfo, RunSummary, numbers, outcome
 from mlx_randygpt.screen.words import clean, duration
 from mlx_randygpt.training.reports import EvalLog, Report, SampleLog
 
@@ -35,7 +35,7 @@ class Dashboard:
     """A screen that redraws itself when a report comes and drawing is due; leaves a summary."""
 
     def __init__(self, info: RunInfo, console: Console, clock: Clock = time.monotonic) -> None:
-        self._tally = Tally(info, clock)
+        self._tally = RunSummary(info, clock)
         self._console = console
         self._clock = clock
         self._due_at = 0.0
@@ -94,7 +94,7 @@ def make_view(
     return Dashboard(info, console, clock)
 
 
-def screen(tally: Tally, console: Console, width: int, height: int) -> list[Text]:
+def screen(tally: RunSummary, console: Console, width: int, height: int) -> list[Text]:
     """The whole screen, at most `height` lines of at most `width` columns."""
     beside = width >= SIDE_BY_SIDE
     rows = _rows(height, width, beside)
@@ -160,7 +160,7 @@ def _header(info: RunInfo, width: int) -> list[Text]:
     ]
 
 
-def _progress(tally: Tally, width: int) -> Text:
+def _progress(tally: RunSummary, width: int) -> Text:
     share = min(tally.step / tally.info.iters, 1.0)
     head = f" step {tally.step:,} of {tally.info.iters:,} "
     percent, left = f" {int(share * 100):3} %", f"{duration(tally.left)} left"
@@ -173,7 +173,7 @@ def _progress(tally: Tally, width: int) -> Text:
     return Text.assemble((head, "bold"), *bar, tail)
 
 
-def _numbers(tally: Tally, width: int) -> list[Text]:
+def _numbers(tally: RunSummary, width: int) -> list[Text]:
     if width < TILES:
         return [
             Text.assemble((f" {name:14}", "dim"), (f"{value:13}", "bold"), ", ".join(details))
@@ -193,7 +193,7 @@ def _section(rule: Text, lines: list[Text], height: int) -> list[Text]:
     return [rule, *lines, *(Text() for _ in range(height))][:height]
 
 
-def _curve(tally: Tally, width: int, height: int) -> list[Text]:
+def _curve(tally: RunSummary, width: int, height: int) -> list[Text]:
     legend = Text.assemble(("─", "cyan"), " training  ", ("●", "magenta"), " validation")
     rule = _rule(width, "loss", legend)
     points, marks = tally.losses.points, tally.val_losses.points
@@ -219,7 +219,7 @@ def _label(area: Frame, row: int) -> str:
     return f"{area.value(row):{AXIS - 2}.{2 if area.high - area.low >= 0.1 else 4}f} ┤"
 
 
-def _sample(tally: Tally, console: Console, width: int, height: int) -> list[Text]:
+def _sample(tally: RunSummary, console: Console, width: int, height: int) -> list[Text]:
     log = tally.sample
     if log is None:
         return _section(_rule(width, "sample"), [Text(" None yet.", "dim")], height)
@@ -237,7 +237,7 @@ def _text(log: SampleLog, console: Console, width: int, height: int) -> list[Tex
     return [Text.assemble(" ", line) for line in lines[:height]]
 
 
-def _event(tally: Tally) -> Text:
+def _event(tally: RunSummary) -> Text:
     line, style = list(tally.events.values())[-1] if tally.events else ("", "")
     return Text(f" {line}", style)
 
@@ -247,7 +247,7 @@ def _footer(info: RunInfo, width: int) -> Text:
     return _ends(saves, Text.assemble("Ctrl-C", (" saves and stops ", "dim")), width)
 
 
-def summary(tally: Tally, console: Console) -> list[Text]:
+def summary(tally: RunSummary, console: Console) -> list[Text]:
     """What stays on the terminal: the outcome, the last sample, notes and saved files."""
     facts = outcome(tally)
     lines = [Text.assemble((f" {name:22}", "dim"), (value, "bold")) for name, value in facts]

@@ -8,7 +8,7 @@ from typing import IO
 from mlx_randygpt.screen.run_summary import (
     Clock,
     RunInfo,
-    Tally,
+    RunSummary,
     eval_line,
     outcome,
     save_line,
@@ -33,7 +33,7 @@ class PlainLog:
     """
 
     def __init__(self, info: RunInfo, file: IO[str], clock: Clock = time.monotonic) -> None:
-        self._tally = Tally(info, clock)
+        self._tally = RunSummary(info, clock)
         self._file = file
         self._clock = clock
         self._due_at = clock()

@@ -44,7 +44,7 @@ class RunInfo:
     start_step: int = 0
 
 
-class Tally:
+class RunSummary:
     """What has been reported so far, in bounded memory, and the times that follow from it."""
 
     def __init__(self, info: RunInfo, clock: Clock) -> None:
@@ -137,7 +137,7 @@ def save_line(log: SaveLog) -> str:
     return f"✓ Saved {path} ({what})"
 
 
-def step_line(tally: Tally) -> str:
+def step_line(tally: RunSummary) -> str:
     log = tally.last
     assert log is not None
     return (
@@ -157,7 +157,7 @@ def eval_line(log: EvalLog) -> str:
     )
 
 
-def numbers(tally: Tally) -> list[tuple[str, ...]]:
+def numbers(tally: RunSummary) -> list[tuple[str, ...]]:
     """The numbers of the moment: a name, the value, up to two details."""
     log, val = tally.last, tally.evaluation
     if log is None:
@@ -179,7 +179,7 @@ def _validation(log: EvalLog) -> list[tuple[str, ...]]:
     ]
 
 
-def outcome(tally: Tally) -> list[tuple[str, str]]:
+def outcome(tally: RunSummary) -> list[tuple[str, str]]:
     """What came of the run, as names and values; empty before the first step."""
     log, best = tally.last, tally.evaluation
     if log is None:

@@ -15,15 +15,15 @@ from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.state import Params
 from mlx_randygpt.tokenizers.chars import Tokenizer
 
-MOST_TOKENS = 1 << 15  # of one text
-MOST_CHOICES = 64  # texts of one request: prompts times n
-MOST_LOGPROBS = 20
-MOST_BODY_BYTES = 1 << 20
+MAX_TOKENS = 1 << 15  # of one text
+MAX_CHOICES = 64  # texts of one request: prompts times n
+MAX_LOGPROBS = 20
+MAX_BODY_BYTES = 1 << 20
 BODY_SECONDS = 30.0  # for a body to arrive
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """The model that is served, and what may be told of it."""
 
     name: str

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -28,9 +28,9 @@ from mlx_randygpt.analysis.insight import attention_map
 from mlx_randygpt.backends.base import resident_bytes
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Writer
-from mlx_randygpt.serve import ApiError, Served, Settings, schema
-from mlx_randygpt.serve.engine import Engine, Full, Job
+from mlx_randygpt.sampling.generate import Continuation
+from mlx_randygpt.serve import ApiError, ServedModel, Settings, schema
+from mlx_randygpt.serve.engine import Engine, Full, Request
 from mlx_randygpt.serve.http import (
     App,
     EventStream,
@@ -43,22 +43,22 @@ from mlx_randygpt.serve.http import (
 )
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.serve.openapi import description
-from mlx_randygpt.serve.requests import Asked, chat, completion, seed_shape
-from mlx_randygpt.serve.responses import Growth, Spelling, spelled
+from mlx_randygpt.serve.requests import GenerationRequest, chat, completion, seed_shape
+from mlx_randygpt.serve.responses import ResponseBuilder, StreamState, token_speller
 
-Read = Callable[[dict[str, Any], Served, Settings, int], Asked]
+Read = Callable[[dict[str, Any], ServedModel, Settings, int], GenerationRequest]
 PAGE = {  # path -> file of page/, its type
     "/": ("index.html", "text/html"), "/app.js": ("app.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"), "/icon.svg": ("icon.svg", "image/svg+xml"),
 }  # fmt: skip
-MOST_SHOWN = 128  # tokens of an attention map
+MAX_ATTENTION_TOKENS = 128  # tokens of an attention map
 
 
 class Api:
     """The application, over an engine that has been started."""
 
     def __init__(
-        self, served: Served, settings: Settings, engine: Engine, metrics: Metrics
+        self, served: ServedModel, settings: Settings, engine: Engine, metrics: Metrics
     ) -> None:
         self._served, self._settings, self._engine = served, settings, engine
         self._metrics = metrics
@@ -92,7 +92,7 @@ class Api:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
 
-        def deliver(jobs: list[Job]) -> None:
+        def deliver(jobs: list[Request]) -> None:
             loop.call_soon_threadsafe(_tell, jobs)
 
         self._engine.deliver = deliver
@@ -101,36 +101,36 @@ class Api:
 
     # Texts
 
-    async def _completions(self, request: Request) -> Response:
+    async def _completions(self, request: HttpRequest) -> Response:
         return await self._write(request, schema.COMPLETION, completion, is_chat=False)
 
-    async def _chat(self, request: Request) -> Response:
+    async def _chat(self, request: HttpRequest) -> Response:
         return await self._write(request, schema.CHAT, chat, is_chat=True)
 
-    async def _root(self, request: Request) -> Response:
+    async def _root(self, request: HttpRequest) -> Response:
         """The page, and the shape of the seeds."""
         if request.method != "POST":
             return await self._page(request)
         asked = await self._asked(request, schema.SEED, seed_shape)
         writers = await self._written(request, asked)
-        usage = Spelling(self._served, asked, "", 0, False).usage(writers)
+        usage = ResponseBuilder(self._served, asked, "", 0, False).usage(writers)
         del usage["total_tokens"]
         text = writers[0].sample.text
         return json_response({"text": text, "model": self._served.name, "usage": usage})
 
     async def _write(
-        self, request: Request, shape: schema.Schema, read: Read, *, is_chat: bool
+        self, request: HttpRequest, shape: schema.Schema, read: Read, *, is_chat: bool
     ) -> Response:
         asked = await self._asked(request, shape, read)
         name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        spelling = Spelling(self._served, asked, name, int(time.time()), is_chat)
+        spelling = ResponseBuilder(self._served, asked, name, int(time.time()), is_chat)
         if not asked.stream:
             return json_response(spelling.whole(await self._written(request, asked)))
         changed = asyncio.Event()
         jobs = self._submit(asked, changed)
         return EventStream(_events(jobs, changed, spelling), lambda: self._cancel(jobs, changed))
 
-    async def _written(self, request: Request, asked: Asked) -> list[Writer]:
+    async def _written(self, request: HttpRequest, asked: GenerationRequest) -> list[Continuation]:
         """All texts of a request when they have ended; ApiError where one could not."""
         changed = asyncio.Event()
         jobs = self._submit(asked, changed)
@@ -149,14 +149,16 @@ class Api:
             raise ApiError(503, "the server is stopping", code="stopping")
         return [job.writer for job in jobs]
 
-    async def _asked(self, request: Request, shape: schema.Schema, read: Read) -> Asked:
+    async def _asked(
+        self, request: HttpRequest, shape: schema.Schema, read: Read
+    ) -> GenerationRequest:
         body = schema.parse(await read_body(request), shape)
         return read(body, self._served, self._settings, secrets.randbelow(1 << 31))
 
-    def _submit(self, asked: Asked, changed: asyncio.Event) -> list[Job]:
+    def _submit(self, asked: GenerationRequest, changed: asyncio.Event) -> list[Request]:
         """The texts of a request, given to the engine; 503 where too many wait."""
         writers = asked.writers(self._served)
-        jobs = [Job(writer, changed.set, each_token=asked.stream) for writer in writers]
+        jobs = [Request(writer, changed.set, each_token=asked.stream) for writer in writers]
         try:
             self._engine.submit([job for job in jobs if not job.finished])
         except Full as error:
@@ -164,7 +166,7 @@ class Api:
             raise ApiError(503, str(error), code="overloaded") from error
         return jobs
 
-    def _cancel(self, jobs: Sequence[Job], changed: asyncio.Event) -> None:
+    def _cancel(self, jobs: Sequence[Request], changed: asyncio.Event) -> None:
         """Nobody waits for these any more."""
         for job in jobs:
             if not job.finished:
@@ -174,10 +176,10 @@ class Api:
 
     # The rest
 
-    async def _models(self, request: Request) -> Response:
+    async def _models(self, request: HttpRequest) -> Response:
         return json_response({"object": "list", "data": [self._model_object()]})
 
-    async def _model(self, request: Request) -> Response:
+    async def _model(self, request: HttpRequest) -> Response:
         if (name := request.path_params["name"]) != self._served.name:
             raise ApiError(
                 404, f"The model {name[:100]!r} does not exist; this server has"
@@ -195,17 +197,17 @@ class Api:
             "context_length": served.model.block_size,
         }
 
-    async def _health(self, request: Request) -> Response:
+    async def _health(self, request: HttpRequest) -> Response:
         return json_response({"status": "ok", "model": self._served.name})
 
-    async def _render_metrics(self, request: Request) -> Response:
+    async def _render_metrics(self, request: HttpRequest) -> Response:
         self._metrics.set("memory_bytes", resident_bytes())
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
-    async def _openapi(self, request: Request) -> Response:
+    async def _openapi(self, request: HttpRequest) -> Response:
         return json_response(description(self._served, bool(self._settings.api_key)))
 
-    async def _run(self, request: Request) -> Response:
+    async def _run(self, request: HttpRequest) -> Response:
         """What the page tells of the model, its run, and the server's own settings."""
         served, defaults = self._served, self._settings.defaults
         named = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p",
@@ -221,7 +223,7 @@ class Api:
             "plain": {name: getattr(SampleConfig(), name) for name in named},
         })  # fmt: skip
 
-    async def _attention(self, request: Request) -> Response:
+    async def _attention(self, request: HttpRequest) -> Response:
         body = schema.parse(await read_body(request), schema.ATTENTION)
         served, layer, head = self._served, int(body["layer"]), int(body["head"])
         model = served.model
@@ -231,14 +233,14 @@ class Api:
             if value >= n:
                 raise ApiError(400, f"{name}={value} is not there; it is 0 to {n - 1}", param=name)
         ids = served.tokenizer.encode(body["text"]) if body["text"] else [served.tokenizer.bos]
-        ids = np.asarray(ids)[-min(MOST_SHOWN, model.block_size) :]
+        ids = np.asarray(ids)[-min(MAX_ATTENTION_TOKENS, model.block_size) :]
         async with self._one_map:
             shares = await asyncio.to_thread(attention_map, served.params, model, ids, layer, head)
-        name_of = spelled(served.tokenizer)
+        name_of = token_speller(served.tokenizer)
         rows = [[round(float(x), 4) for x in row[: i + 1]] for i, row in enumerate(shares)]
         return json_response({"tokens": [name_of(int(i)) for i in ids], "weights": rows})
 
-    async def _page(self, request: Request) -> Response:
+    async def _page(self, request: HttpRequest) -> Response:
         content, kind = self._files[request.url.path]
         return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
 
@@ -254,16 +256,16 @@ def _other_options(config: SampleConfig) -> str:
     return " " + shlex.join(words) if words else ""
 
 
-def _tell(jobs: Sequence[Job]) -> None:
+def _tell(jobs: Sequence[Request]) -> None:
     for job in jobs:
         job.tell()
 
 
 async def _events(
-    jobs: Sequence[Job], changed: asyncio.Event, spelling: Spelling
+    jobs: Sequence[Request], changed: asyncio.Event, spelling: ResponseBuilder
 ) -> AsyncIterator[bytes]:
     """The pieces of all texts as they grow, then what the OpenAI API ends with."""
-    growing = [Growth(spelling, i, job.writer) for i, job in enumerate(jobs)]
+    growing = [StreamState(spelling, i, job.writer) for i, job in enumerate(jobs)]
     while not all(growth.done for growth in growing):
         changed.clear()
         over = any(job.error or job.cancelled for job in jobs)
@@ -280,7 +282,7 @@ async def _events(
     yield b"data: [DONE]\n\n"
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
     """404 and 405 of the router."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:100]} is not here: {error.detail}"

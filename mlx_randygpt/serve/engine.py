@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig, UserError
-from mlx_randygpt.sampling.generate import Streams, Writer, write
+from mlx_randygpt.sampling.generate import Continuation, Streams, write
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.state import Array
 
@@ -25,12 +25,12 @@ class Full(UserError):
     """More texts are waiting than may."""
 
 
-class Job:
+class Request:
     """One text that was asked for. The engine's thread writes it and lets `tell` be called, after
     each token or at the end alone; `cancelled` may be set from anywhere. Whoever reads it looks at
     `finished` first and at the text after."""
 
-    def __init__(self, writer: Writer, tell: Callable[[], None], *, each_token: bool) -> None:
+    def __init__(self, writer: Continuation, tell: Callable[[], None], *, each_token: bool) -> None:
         self.writer, self.tell, self.each_token = writer, tell, each_token
         self.cancelled = False
         self.error: Exception | None = None  # of the engine; the text ends there
@@ -50,9 +50,9 @@ class Engine:
     ) -> None:  # fmt: skip
         self._build, self._model, self._metrics = build, model, metrics
         self._n_streams, self._n_waiting = n_streams, n_waiting
-        self.deliver: Callable[[list[Job]], None] = lambda jobs: None  # called in the thread
+        self.deliver: Callable[[list[Request]], None] = lambda jobs: None  # called in the thread
         self.backend_name = ""
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._error: BaseException | None = None
@@ -66,7 +66,7 @@ class Engine:
         if self._error is not None:
             raise self._error
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(self, jobs: Sequence[Request]) -> None:
         """Let these texts be written; Full where not all of them may wait."""
         with self._changed:
             if len(self._waiting) + len(jobs) > self._n_waiting + self._n_streams:
@@ -85,7 +85,7 @@ class Engine:
         try:
             backend = self._build()
             self.backend_name = f"{backend.name} on {backend.device}"
-            batch = Batch(Streams(backend, self._model, self._n_streams), self._metrics)
+            batch = RunningBatch(Streams(backend, self._model, self._n_streams), self._metrics)
         except BaseException as error:
             self._error = error
             return
@@ -100,13 +100,13 @@ class Engine:
             except Exception as error:  # the server goes on; whoever was in here learns of it
                 for job in everybody:
                     job.error = job.error or (None if job.finished else error)
-                batch = Batch(Streams(backend, self._model, self._n_streams), self._metrics)
+                batch = RunningBatch(Streams(backend, self._model, self._n_streams), self._metrics)
                 self.deliver(everybody)
         for job in [*batch.jobs, *self._waiting]:
             job.cancelled = True
         self.deliver([*batch.jobs, *self._waiting])
 
-    def _arrived(self, batch: Batch) -> list[Job] | None:
+    def _arrived(self, batch: RunningBatch) -> list[Request] | None:
         """Who may join now, waiting for somebody where nothing is being written; None: stop."""
         with self._changed:
             while not (self._waiting or batch.jobs or self._stopping):
@@ -119,15 +119,15 @@ class Engine:
         return arrived
 
 
-class Batch:
+class RunningBatch:
     """The texts that are being written, by rows of the streams."""
 
     def __init__(self, streams: Streams, metrics: Metrics) -> None:
         self._streams, self._metrics = streams, metrics
-        self.jobs: list[Job] = []
+        self.jobs: list[Request] = []
         self._tokens: list[int] = []  # the newest of each, not yet read
 
-    def join(self, arrived: list[Job], block_size: int) -> Iterator[list[Job]]:
+    def join(self, arrived: list[Request], block_size: int) -> Iterator[list[Request]]:
         """Read the prompts of new texts, short ones first, and write the first token of each; who
         is to be told, as soon as that can be."""
         self._leave()
@@ -138,7 +138,7 @@ class Batch:
             self._read(read, block_size)
             yield [job for job in read if job.each_token or job.finished]
 
-    def step(self) -> list[Job]:
+    def step(self) -> list[Request]:
         """One more token for everybody who is not finished; who is to be told of it."""
         self._leave()
         if self.jobs:
@@ -147,7 +147,7 @@ class Batch:
         self._leave()
         return told
 
-    def _read(self, jobs: list[Job], block_size: int) -> None:
+    def _read(self, jobs: list[Request], block_size: int) -> None:
         """Prompts of one length, in one pass."""
         prompts = np.array([job.writer.prompt[-block_size:] for job in jobs], np.int32)
         self.jobs += jobs
@@ -158,7 +158,7 @@ class Batch:
         for job in jobs:
             self._metrics.observe("first_token_seconds", now - job.asked)
 
-    def _write(self, jobs: list[Job], logits: Array, first: int) -> None:
+    def _write(self, jobs: list[Request], logits: Array, first: int) -> None:
         self._tokens[first:] = write([job.writer for job in jobs], logits)
         self._metrics.add("generated_tokens_total", len(jobs))
 
@@ -172,5 +172,5 @@ class Batch:
         self._metrics.set("streams", len(self.jobs))
 
 
-def _n_read(block_size: int) -> Callable[[Job], int]:
+def _n_read(block_size: int) -> Callable[[Request], int]:
     return lambda job: min(len(job.writer.prompt), block_size)

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_randygpt.serve import BODY_SECONDS, MOST_BODY_BYTES, ApiError, Settings
+from mlx_randygpt.serve import BODY_SECONDS, MAX_BODY_BYTES, ApiError, Settings
 from mlx_randygpt.serve.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
@@ -116,8 +116,8 @@ async def read_body(request: Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
-                if len(body) > MOST_BODY_BYTES:
-                    raise ApiError(413, f"the body is longer than {MOST_BODY_BYTES} bytes")
+                if len(body) > MAX_BODY_BYTES:
+                    raise ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s") from None
     return bytes(body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_randygpt import __version__
-from mlx_randygpt.serve import Served, schema
+from mlx_randygpt.serve import ServedModel, schema
 
 Body = dict[str, Any]
 ERROR: Body = {
@@ -80,7 +80,7 @@ def _get(summary: str, answer: Body, *errors: int, kind: str = "application/json
     return {"summary": summary, "responses": _answers(answer, *errors, kind=kind)}
 
 
-def description(served: Served, has_key: bool) -> Body:
+def description(served: ServedModel, has_key: bool) -> Body:
     """OpenAPI 3.1."""
     text: Body = {"type": "string"}
     message = _object(role={"const": "assistant"}, content=text)

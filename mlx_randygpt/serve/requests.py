@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Writer
-from mlx_randygpt.serve import MOST_CHOICES, MOST_TOKENS, ApiError, Served, Settings
+from mlx_randygpt.sampling.generate import Continuation
+from mlx_randygpt.serve import MAX_CHOICES, MAX_TOKENS, ApiError, ServedModel, Settings
 
 ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 ENDS = ("\nUser:", "\nSystem:")  # where an answer ends
@@ -32,7 +32,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """A request that may be carried out."""
 
     prompts: list[Prompt]
@@ -43,16 +43,16 @@ class Asked:
     echo: bool = False
     n_likely: int | None = None  # None: no log-probabilities
 
-    def writers(self, served: Served) -> list[Writer]:
+    def writers(self, served: ServedModel) -> list[Continuation]:
         """One for each text, prompt by prompt; each reads as it would alone."""
         return [self._writer(prompt, i, served) for prompt in self.prompts for i in range(self.n)]
 
-    def _writer(self, prompt: Prompt, index: int, served: Served) -> Writer:
+    def _writer(self, prompt: Prompt, index: int, served: ServedModel) -> Continuation:
         read, forced = prompt.ids, list[int]()
         if self.echo and self.n_likely is not None:  # the choices of the prompt are asked for
             read, forced = read[:1], read[1:]
         try:
-            writer = Writer(served.tokenizer, read, self.config, index, self.n_likely, forced)
+            writer = Continuation(served.tokenizer, read, self.config, index, self.n_likely, forced)
         except ConfigError as error:
             raise ApiError(400, str(error), param="logit_bias") from error
         if self.config.max_tokens == 0 and not forced:
@@ -60,14 +60,16 @@ class Asked:
         return writer
 
 
-def completion(body: Mapping[str, Any], served: Served, settings: Settings, drawn: int) -> Asked:
+def completion(
+    body: Mapping[str, Any], served: ServedModel, settings: Settings, drawn: int
+) -> GenerationRequest:
     """`POST /v1/completions`; `drawn` is the seed where nobody names one."""
     _check_model(body, served)
     prompts = [_prompt(given, served) for given in _prompts(body["prompt"])]
     n = int(body.get("n") or 1)
-    if len(prompts) * n > MOST_CHOICES:
+    if len(prompts) * n > MAX_CHOICES:
         raise ApiError(
-            400, f"{len(prompts)} prompts times n={n} is more than {MOST_CHOICES} texts", param="n"
+            400, f"{len(prompts)} prompts times n={n} is more than {MAX_CHOICES} texts", param="n"
         )
     if (best_of := body.get("best_of")) is not None and best_of != n:
         raise ApiError(400, f"best_of={best_of} is not n={n}; all texts are given", param="best_of")
@@ -75,13 +77,15 @@ def completion(body: Mapping[str, Any], served: Served, settings: Settings, draw
         for prompt in prompts:
             _check_length(prompt, served)
     logprobs = body.get("logprobs")
-    return Asked(
+    return GenerationRequest(
         prompts, n, _config(body, settings, drawn), *_streaming(body), bool(body.get("echo")),
         None if logprobs is None else int(logprobs),
     )  # fmt: skip
 
 
-def chat(body: Mapping[str, Any], served: Served, settings: Settings, drawn: int) -> Asked:
+def chat(
+    body: Mapping[str, Any], served: ServedModel, settings: Settings, drawn: int
+) -> GenerationRequest:
     """`POST /v1/chat/completions`: the messages as a plain transcript."""
     _check_model(body, served)
     limit = body.get("max_completion_tokens")
@@ -92,17 +96,21 @@ def chat(body: Mapping[str, Any], served: Served, settings: Settings, drawn: int
         raise ApiError(400, "top_logprobs is given without logprobs", param="top_logprobs")
     n_likely = int(body.get("top_logprobs") or 0) if body.get("logprobs") else None
     prompt = transcript([(m["role"], _content(m["content"])) for m in body["messages"]], served)
-    return Asked([prompt], int(body.get("n") or 1), config, *_streaming(body), n_likely=n_likely)
+    return GenerationRequest(
+        [prompt], int(body.get("n") or 1), config, *_streaming(body), n_likely=n_likely
+    )
 
 
-def seed_shape(body: Mapping[str, Any], served: Served, settings: Settings, drawn: int) -> Asked:
+def seed_shape(
+    body: Mapping[str, Any], served: ServedModel, settings: Settings, drawn: int
+) -> GenerationRequest:
     """`POST /`: prompt, max_tokens and temperature, without any other filter."""
     named = {"max_tokens": 2048, "temperature": 0.7, "top_p": 1.0, **body}
     prompt = _prompt(body["prompt"], served)
-    return Asked([prompt], 1, _config(named, settings, drawn))
+    return GenerationRequest([prompt], 1, _config(named, settings, drawn))
 
 
-def transcript(messages: Sequence[tuple[str, str]], served: Served) -> Prompt:
+def transcript(messages: Sequence[tuple[str, str]], served: ServedModel) -> Prompt:
     """`User: …` and `Assistant: …`, a line each, then `Assistant:`. Of a talk that is longer than
     the context the oldest messages are left out; the last one has to fit."""
     lines = [f"{ROLES[role]}: {content}\n" for role, content in messages]
@@ -121,7 +129,7 @@ def _prompts(given: Any) -> list[Any]:
     return list(given)
 
 
-def _prompt(given: Any, served: Served) -> Prompt:
+def _prompt(given: Any, served: ServedModel) -> Prompt:
     """Text or token ids as both; an empty text begins a document."""
     tokenizer = served.tokenizer
     if isinstance(given, str):
@@ -132,7 +140,7 @@ def _prompt(given: Any, served: Served) -> Prompt:
     return Prompt(tokenizer.decode(ids), ids)
 
 
-def _check_length(prompt: Prompt, served: Served) -> None:
+def _check_length(prompt: Prompt, served: ServedModel) -> None:
     n, size = len(prompt.ids), served.model.block_size
     if n > size:
         raise ApiError(
@@ -143,7 +151,7 @@ def _check_length(prompt: Prompt, served: Served) -> None:
         )  # fmt: skip
 
 
-def _check_model(body: Mapping[str, Any], served: Served) -> None:
+def _check_model(body: Mapping[str, Any], served: ServedModel) -> None:
     name = body.get("model")
     if name is not None and name != served.name:
         raise ApiError(
@@ -164,7 +172,7 @@ def _config(body: Mapping[str, Any], settings: Settings, drawn: int) -> SampleCo
     if (bias := body.get("logit_bias")) is not None:
         given["logit_bias"] = tuple((_token_id(i), float(x)) for i, x in bias.items())
     config = replace(settings.defaults, **given)
-    return replace(config, max_tokens=min(config.max_tokens, MOST_TOKENS))
+    return replace(config, max_tokens=min(config.max_tokens, MAX_TOKENS))
 
 
 def _token_id(text: str) -> int:

@@ -6,25 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_randygpt.sampling.generate import Choice, Writer, unambiguous
-from mlx_randygpt.serve import Served
-from mlx_randygpt.serve.requests import Asked
+from mlx_randygpt.sampling.generate import Choice, Continuation, unambiguous
+from mlx_randygpt.serve import ServedModel
+from mlx_randygpt.serve.requests import GenerationRequest
 from mlx_randygpt.tokenizers.chars import Tokenizer
 
 Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Spelling:
+class ResponseBuilder:
     """What an answer of one request has in common: who, when, and how tokens are spelled."""
 
-    served: Served
-    asked: Asked
+    served: ServedModel
+    asked: GenerationRequest
     id: str
     created: int
     is_chat: bool
 
-    def whole(self, writers: Sequence[Writer]) -> Body:
+    def whole(self, writers: Sequence[Continuation]) -> Body:
         """The answer when all texts have ended."""
         build = self._message if self.is_chat else self._text
         choices = [build(i, writer) for i, writer in enumerate(writers)]
@@ -46,11 +46,11 @@ class Spelling:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._piece([choice])
 
-    def closing(self, writers: Sequence[Writer]) -> Body:
+    def closing(self, writers: Sequence[Continuation]) -> Body:
         """The last piece where usage was asked for."""
         return {**self._piece([]), "usage": self.usage(writers)}
 
-    def usage(self, writers: Sequence[Writer]) -> Body:
+    def usage(self, writers: Sequence[Continuation]) -> Body:
         read = sum(len(prompt.ids) for prompt in self.asked.prompts)
         written = sum(len(writer.sample.ids) for writer in writers)
         total = read + written
@@ -60,11 +60,13 @@ class Spelling:
         """What stands before a text: its prompt, where echo was asked for."""
         return self.asked.prompts[index // self.asked.n].text if self.asked.echo else ""
 
-    def logprobs(self, writer: Writer, part: slice = slice(None), offset: int = 0) -> Body | None:
+    def logprobs(
+        self, writer: Continuation, part: slice = slice(None), offset: int = 0
+    ) -> Body | None:
         """Of a part of the choices; `offset` is where their text begins in the whole."""
         if self.asked.n_likely is None:
             return None
-        choices, name = writer.sample.choices[part], spelled(self.served.tokenizer)
+        choices, name = writer.sample.choices[part], token_speller(self.served.tokenizer)
         if self.is_chat:
             return {"content": [_entry(choice, name) for choice in choices], "refusal": None}
         rows: Body = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -75,7 +77,7 @@ class Spelling:
             _append(rows, name(choice.token), choice.logprob, likely, offset)
         return rows
 
-    def _text(self, index: int, writer: Writer) -> Body:
+    def _text(self, index: int, writer: Continuation) -> Body:
         return {
             "index": index,
             "text": self.prefix(index) + writer.sample.text,
@@ -83,7 +85,7 @@ class Spelling:
             "finish_reason": writer.sample.finish_reason,
         }
 
-    def _message(self, index: int, writer: Writer) -> Body:
+    def _message(self, index: int, writer: Continuation) -> Body:
         message = {"role": "assistant", "content": writer.sample.text, "refusal": None}
         return {
             "index": index,
@@ -107,10 +109,10 @@ class Spelling:
         }
 
 
-class Growth:
+class StreamState:
     """How far one text of a stream has been told."""
 
-    def __init__(self, spelling: Spelling, index: int, writer: Writer) -> None:
+    def __init__(self, spelling: ResponseBuilder, index: int, writer: Continuation) -> None:
         self._spelling, self._index, self._writer = spelling, index, writer
         self._shown = self._told = self._offset = 0  # characters, choices, where those end
         self._begun = self.done = False
@@ -143,7 +145,7 @@ class Growth:
         return rows
 
 
-def spelled(tokenizer: Tokenizer) -> Callable[[int], str]:
+def token_speller(tokenizer: Tokenizer) -> Callable[[int], str]:
     """token id -> its text; begin and end of a text have names."""
     names = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}
     return lambda token: tokenizer.decode([token]) or names.get(token, "")

@@ -11,11 +11,11 @@ import math
 import reprlib
 from typing import Any
 
-from mlx_randygpt.serve import MOST_CHOICES, MOST_LOGPROBS, MOST_TOKENS, ApiError
+from mlx_randygpt.serve import MAX_CHOICES, MAX_LOGPROBS, MAX_TOKENS, ApiError
 
 Schema = dict[str, Any]
 WRONG_TYPE = "invalid_type"
-LARGEST = 2**53 - 1  # integers beyond are not the same in every JSON reader
+MAX_INTEGER = 2**53 - 1  # integers beyond are not the same in every JSON reader
 
 
 def number(low: float, high: float) -> Schema:
@@ -32,7 +32,7 @@ def array(items: Schema, most: int, least: int = 1) -> Schema:
 
 FLAG: Schema = {"type": ["boolean", "null"]}
 TEXT: Schema = {"type": ["string", "null"]}
-TOKEN: Schema = {"type": "integer", "minimum": 0, "maximum": LARGEST}
+TOKEN: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}
 TOKENS = array(TOKEN, 1 << 20)
 STOP: Schema = {
     "anyOf": [
@@ -52,10 +52,10 @@ UNUSED: dict[str, Schema] = {  # of the OpenAI API, without a meaning here
 }  # fmt: skip
 SAMPLING: dict[str, Schema] = {
     "model": TEXT,
-    "max_tokens": integer(0, MOST_TOKENS),
+    "max_tokens": integer(0, MAX_TOKENS),
     "temperature": number(0, 1000),
     "top_p": number(0, 1),
-    "top_k": integer(0, LARGEST),
+    "top_k": integer(0, MAX_INTEGER),
     "min_p": number(0, 1),
     "typical_p": number(0, 1),
     "repetition_penalty": number(0.001, 1000),
@@ -63,8 +63,8 @@ SAMPLING: dict[str, Schema] = {
     "frequency_penalty": number(-100, 100),
     "logit_bias": BIAS,
     "stop": STOP,
-    "seed": integer(0, LARGEST),
-    "n": integer(1, MOST_CHOICES),
+    "seed": integer(0, MAX_INTEGER),
+    "n": integer(1, MAX_CHOICES),
     "stream": FLAG,
     "stream_options": {
         "type": ["object", "null"],
@@ -78,14 +78,14 @@ COMPLETION: Schema = {
     "properties": {
         "prompt": {
             "anyOf": [
-                {"type": "string"}, array({"type": "string"}, MOST_CHOICES), TOKENS,
-                array(TOKENS, MOST_CHOICES),
+                {"type": "string"}, array({"type": "string"}, MAX_CHOICES), TOKENS,
+                array(TOKENS, MAX_CHOICES),
             ]
         },
         **SAMPLING,
         "echo": FLAG,
-        "logprobs": integer(0, MOST_LOGPROBS),
-        "best_of": integer(1, MOST_CHOICES),
+        "logprobs": integer(0, MAX_LOGPROBS),
+        "best_of": integer(1, MAX_CHOICES),
         "suffix": {"type": "null"},
         "truncate_prompt": FLAG,
     },
@@ -124,9 +124,9 @@ CHAT: Schema = {
     "properties": {
         "messages": array(MESSAGE, 1024),
         **SAMPLING,
-        "max_completion_tokens": integer(0, MOST_TOKENS),
+        "max_completion_tokens": integer(0, MAX_TOKENS),
         "logprobs": FLAG,
-        "top_logprobs": integer(0, MOST_LOGPROBS),
+        "top_logprobs": integer(0, MAX_LOGPROBS),
         "response_format": {
             "type": ["object", "null"],
             "properties": {"type": {"type": "string", "enum": ["text"]}},
@@ -141,9 +141,9 @@ SEED: Schema = {
     "type": "object",
     "properties": {
         "prompt": {"type": "string"},
-        "max_tokens": {"type": "integer", "minimum": 0, "maximum": MOST_TOKENS, "default": 2048},
+        "max_tokens": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS, "default": 2048},
         "temperature": {"type": "number", "minimum": 0, "maximum": 1000, "default": 0.7},
-        "seed": integer(0, LARGEST),
+        "seed": integer(0, MAX_INTEGER),
     },
     "required": ["prompt"],
     "additionalProperties": False,

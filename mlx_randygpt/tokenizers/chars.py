@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.config import MOST
+from mlx_randygpt.config import LIMITS
 
 MAX_CHARS = 512
 REPLACEMENT = 0xFFFD  # what <unk> decodes to
@@ -184,18 +184,18 @@ def tokenizer_from_json(data: object) -> Tokenizer:
     if data.get("type") == "char":
         return CharTokenizer.from_json(data)
     if data.get("type") == "table":
-        return TableTokenizer.from_json(data)
+        return FixedCharTokenizer.from_json(data)
     from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
     return SubwordTokenizer.from_json(data)
 
 
-NEVER = -1  # an id that no text has
+NO_TOKEN = -1  # an id that no text has
 SURROGATES = range(0xD800, 0xE000)  # code points that no UTF-8 text can hold
 
 
 @dataclass(frozen=True)
-class TableTokenizer:
+class FixedCharTokenizer:
     """`symbols[i]` is the character of id i, or "" where the id stands for none.
 
     A character that is not in the table is left out. Nothing ends a text. An empty prompt becomes
@@ -203,22 +203,22 @@ class TableTokenizer:
     """
 
     symbols: tuple[str, ...]
-    begin: int = NEVER
+    begin: int = NO_TOKEN
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TableTokenizer:
+    def from_json(cls, data: Mapping[str, Any]) -> FixedCharTokenizer:
         """The tokenizer of a `to_json`; ValueError says what is wrong with it."""
         symbols, begin = data.get("symbols"), data.get("begin")
         if not isinstance(symbols, list) or not all(isinstance(s, str) for s in symbols):
             raise ValueError(f"tokenizer: symbols={reprlib.repr(symbols)} is not a list of texts")
         if begin is not None and type(begin) is not int:
             raise ValueError(f"tokenizer: begin={reprlib.repr(begin)} is not a token id")
-        return cls(tuple(symbols), NEVER if begin is None else begin)
+        return cls(tuple(symbols), NO_TOKEN if begin is None else begin)
 
     def __post_init__(self) -> None:
-        if len(self.symbols) > MOST["vocab_size"]:
+        if len(self.symbols) > LIMITS["vocab_size"]:
             raise ValueError(
-                f"tokenizer: {len(self.symbols)} symbols; it takes {MOST['vocab_size']}"
+                f"tokenizer: {len(self.symbols)} symbols; it takes {LIMITS['vocab_size']}"
             )
         if not any(self.symbols):
             raise ValueError("tokenizer: it has no characters")
@@ -230,7 +230,7 @@ class TableTokenizer:
         symbol, count = Counter(filter(None, self.symbols)).most_common(1)[0]
         if count > 1:
             raise ValueError(f"tokenizer: the character {symbol!r} is there twice")
-        if not NEVER <= self.begin < len(self.symbols):
+        if not NO_TOKEN <= self.begin < len(self.symbols):
             raise ValueError(f"tokenizer: begin={self.begin} is not in 0..{len(self.symbols) - 1}")
 
     @property
@@ -239,18 +239,18 @@ class TableTokenizer:
 
     @cached_property
     def bos(self) -> int:
-        if self.begin != NEVER:
+        if self.begin != NO_TOKEN:
             return self.begin
         named = (symbol for symbol in ("\n", " ") if symbol in self.symbols)
         return self.symbols.index(next(named, next(filter(None, self.symbols))))
 
     @property
     def eos(self) -> int:
-        return NEVER
+        return NO_TOKEN
 
     def encode(self, text: str) -> NDArray[np.int32]:
         ids: NDArray[np.int32] = self._id_of_code.take(code_points(text), mode="clip")
-        return np.compress(ids != NEVER, ids)
+        return np.compress(ids != NO_TOKEN, ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         return [self.encode(text) for text in texts]
@@ -276,14 +276,14 @@ class TableTokenizer:
         return tuple(token for token, symbol in enumerate(self.symbols) if not symbol)
 
     def to_json(self) -> dict[str, Any]:
-        begin = None if self.begin == NEVER else self.begin
+        begin = None if self.begin == NO_TOKEN else self.begin
         return {"type": "table", "symbols": list(self.symbols), "begin": begin}
 
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
         """id of each code point, NEVER of those past the last."""
         named = {ord(symbol): token for token, symbol in enumerate(self.symbols) if symbol}
-        table = np.full(max(named) + 2, NEVER, np.int32)
+        table = np.full(max(named) + 2, NO_TOKEN, np.int32)
         table[list(named)] = list(named.values())
         return table
 

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.config import MOST, ConfigError, missing
+from mlx_randygpt.config import LIMITS, ConfigError, missing
 
 KINDS = ("bpe", "wordpiece")
-SMALLEST = {"bpe": 258, "wordpiece": 515}  # bytes, first and inner ones apart, and specials
+MIN_VOCAB_SIZE = {"bpe": 258, "wordpiece": 515}  # bytes, first and inner ones apart, and specials
 DEFAULT_SIZE = 1024
 BOS, EOS, UNK = "<bos>", "<eos>", "<unk>"
 END_OF_TEXT = "<|endoftext|>"
 BOS_NAMES = (BOS, "<s>", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", END_OF_TEXT)
 EOS_NAMES = (EOS, "</s>", "<|eos|>", "<|end_of_text|>", END_OF_TEXT, "[SEP]")
 INNER = "⋯"  # before a WordPiece that goes on with a word; no byte is spelled so, as "##" would be
-LONGEST_WORD = 64  # bytes of a word under WordPiece, whose search is cubic in it
+MAX_WORD_BYTES = 64  # bytes of a word under WordPiece, whose search is cubic in it
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece spells a single byte
 
 
@@ -60,10 +60,10 @@ class SubwordTokenizer:
     @classmethod
     def train(cls, kind: str, texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
         """Learn at most `vocab_size` tokens, special ones included; ConfigError for too few."""
-        if not SMALLEST[kind] <= vocab_size <= MOST["vocab_size"]:
+        if not MIN_VOCAB_SIZE[kind] <= vocab_size <= LIMITS["vocab_size"]:
             raise ConfigError(
                 f"vocab_size={vocab_size} does not fit a {kind} tokenizer; it takes "
-                f"{SMALLEST[kind]} to {MOST['vocab_size']}, for every byte is a token"
+                f"{MIN_VOCAB_SIZE[kind]} to {LIMITS['vocab_size']}, for every byte is a token"
             )
         learn = _learn_bpe if kind == "bpe" else _learn_wordpiece
         return cls(kind, learn(_library(), map(_scalars, texts), vocab_size).to_str())
@@ -128,7 +128,7 @@ class SubwordTokenizer:
     def decoder(self) -> Callable[[int], str]:
         spelled = self._bytes
         if spelled is None:
-            return Growing(self.decode)
+            return StreamDecoder(self.decode)
         half = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: half.decode(spelled[token])
 
@@ -267,7 +267,7 @@ def _learn_wordpiece(library: Any, texts: Iterator[str], vocab_size: int) -> Any
     pre, regex = library.pre_tokenizers, library.Regex
     splits = pre.Sequence([
         pre.ByteLevel(add_prefix_space=False),
-        pre.Split(regex(f".{{1,{LONGEST_WORD}}}"), "isolated"),
+        pre.Split(regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated"),
     ])  # fmt: skip
     alphabet = sorted(spelling().values())
     inner = [INNER + char for char in alphabet]
@@ -284,7 +284,7 @@ def _learn_wordpiece(library: Any, texts: Iterator[str], vocab_size: int) -> Any
     names = list(dict.fromkeys([*first, *(name for name, _ in learned)]))[:vocab_size]
     pieces = library.models.WordPiece(
         {name: token for token, name in enumerate(names)}, unk_token=UNK,
-        continuing_subword_prefix=INNER, max_input_chars_per_word=LONGEST_WORD,
+        continuing_subword_prefix=INNER, max_input_chars_per_word=MAX_WORD_BYTES,
     )  # fmt: skip
     model = library.Tokenizer(pieces)
     model.pre_tokenizer = splits
@@ -294,7 +294,7 @@ def _learn_wordpiece(library: Any, texts: Iterator[str], vocab_size: int) -> Any
     return model
 
 
-class Growing:
+class StreamDecoder:
     """Decode the last few tokens with and without the new one, and give the difference once it
     holds no half character."""
 

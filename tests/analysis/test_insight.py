@@ -73,7 +73,7 @@ def test_the_mean_of_the_losses_is_that_of_eval(recipe: str, width: int, make_ru
     assert score is not None
     assert np.isfinite(found.nats).sum() == score.tokens
     assert np.nanmean(found.nats) == pytest.approx(score.loss, rel=1e-5)
-    by_class = insight.by_class(found, insight.spelled(run.tokenizer))
+    by_class = insight.by_class(found, insight.token_texts(run.tokenizer))
     assert sum(c["count"] for c in by_class) == score.tokens
     mean = sum(c["count"] * c["loss"] for c in by_class) / score.tokens
     assert mean == pytest.approx(score.loss, rel=1e-5)

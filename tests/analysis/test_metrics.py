@@ -11,7 +11,13 @@ import pytest
 from metrics_files import evaluation, row, write
 
 from mlx_randygpt.analysis import metrics
-from mlx_randygpt.analysis.metrics import MetricsError, differing, read_run, read_samples, smooth
+from mlx_randygpt.analysis.metrics import (
+    MetricsError,
+    differing_settings,
+    read_run,
+    read_samples,
+    smooth,
+)
 from mlx_randygpt.cli.training.folder import metrics_row
 from mlx_randygpt.training.reports import EvalLog, StepLog
 
@@ -96,7 +102,7 @@ def test_a_smoothed_line_keeps_a_constant_and_the_middle_of_a_slope() -> None:
 def test_only_settings_that_differ_are_told(tmp_path: Path) -> None:
     a = read_run(write(tmp_path / "a", row(1, 1.0), 'lr = 0.1\nseed = 1\nout = "a"\n'))
     b = read_run(write(tmp_path / "b", row(1, 1.0), 'lr = 0.2\nseed = 1\nout = "b"\nnew = true\n'))
-    assert differing([a, b]) == {"lr": [0.1, 0.2], "new": [None, True]}
+    assert differing_settings([a, b]) == {"lr": [0.1, 0.2], "new": [None, True]}
 
 
 @pytest.mark.parametrize("content", [None, "", "{}\n"])

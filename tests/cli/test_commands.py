@@ -155,7 +155,7 @@ def test_bench_refuses_no_steps_with_one_line() -> None:
 def test_the_median_leaves_out_warmup_and_outliers(measure: Any) -> None:
     from mlx_randygpt.backends import make_backend
 
-    model, train = settings.fresh({"preset": "mini", "batch_size": 2}, 67)
+    model, train = settings.resolve_new({"preset": "mini", "batch_size": 2}, 67)
     state = TrainState(0, initial_params(model, train.seed), {})
     backend = make_backend("numpy", model, train, state)
     steps = [9.0] * N_WARMUP + [0.5, 7.0, 0.5]

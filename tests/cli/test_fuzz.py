@@ -53,7 +53,7 @@ from mlx_randygpt.data.windows import eval_batches, sample_batch
 from mlx_randygpt.progress import Plateau
 from mlx_randygpt.recipes import PRESETS
 from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
-from mlx_randygpt.settings import fresh
+from mlx_randygpt.settings import resolve_new
 from mlx_randygpt.state import IGNORED, Batch, Params, TrainState
 from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, tokenizer_from_json
 
@@ -721,8 +721,8 @@ toml_files = st.dictionaries(toml_keys, toml_values, max_size=4).map(
 def trains_nothing() -> Iterator[None]:
     """`mlxgpt train` ends where its settings are known."""
 
-    def resolve(asked: request.Job) -> int:
-        fresh(asked.given, 29)
+    def resolve(asked: request.TrainRequest) -> int:
+        resolve_new(asked.given, 29)
         return 0
 
     with pytest.MonkeyPatch.context() as patch:

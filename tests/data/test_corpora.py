@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_randygpt.data import DataError, corpora
-from mlx_randygpt.data.corpora import LIBRARY, install, install_books, named
+from mlx_randygpt.data.corpora import LIBRARY, find_corpus, install, install_books
 from mlx_randygpt.data.download import Remote
 
 BOOK = """The Project Gutenberg eBook of A Tale
@@ -80,7 +80,7 @@ def test_a_zip_becomes_its_text(tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("enwik8", "<mediawiki>")
 
-    assert install(named("enwik8"), tmp_path, fetch).read_text() == "<mediawiki>"
+    assert install(find_corpus("enwik8"), tmp_path, fetch).read_text() == "<mediawiki>"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["enwik8.txt"]
 
 
@@ -109,4 +109,4 @@ def test_every_corpus_says_its_licence_size_and_place() -> None:
 
 def test_an_unknown_name_is_said() -> None:
     with pytest.raises(DataError, match="no corpus is called 'bible'; there are tinyshakespeare,"):
-        named("bible")
+        find_corpus("bible")

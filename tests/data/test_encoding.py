@@ -5,7 +5,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from mlx_randygpt.data.encoding import Found, blocks
+from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.reading import Piece, _cut
 from mlx_randygpt.tokenizers.chars import CharTokenizer, Tokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
@@ -13,9 +13,9 @@ from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 def encoded(
     texts: list[str], tokenizer: Tokenizer, size: int, threads: int
-) -> tuple[list[int], Found]:
+) -> tuple[list[int], TextStats]:
     pieces = [piece for text in texts for piece in _cut(iter([text]), size)]
-    found = Found()
+    found = TextStats()
     return np.concatenate([*blocks(pieces, tokenizer, found, threads)]).tolist(), found
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data import DataError, vocabulary
-from mlx_randygpt.data.vocabulary import Vocabulary, chosen
+from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
@@ -20,7 +20,7 @@ def test_subwords_of_a_long_text_are_learned_from_an_even_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("tokenizers")
-    monkeypatch.setattr(vocabulary, "ENOUGH", 100)
+    monkeypatch.setattr(vocabulary, "MAX_LEARNING_BYTES", 100)
     texts = [f"word{i} " * 5 for i in range(10)]
     learned = Vocabulary("bpe", 300).learn(texts, 350)
     assert learned == SubwordTokenizer.train("bpe", texts[::4], 300)
@@ -30,18 +30,18 @@ def test_a_file_is_read_as_tokenizer_json(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     made = SubwordTokenizer.train("bpe", ["abc"], 260)
     (file := tmp_path / "tokenizer.json").write_text(made.content)
-    read = chosen(str(file), 0)
+    read = choose_tokenizer(str(file), 0)
     assert isinstance(read, SubwordTokenizer)
     assert read.encode("abc cab").tolist() == made.encode("abc cab").tolist()
     file.write_text("{}")
     with pytest.raises(DataError, match=r"--tokenizer .*: not a tokenizer\.json \("):
-        chosen(str(file), 0)
+        choose_tokenizer(str(file), 0)
     with pytest.raises(ConfigError, match="--vocab-size 9 does not go with a tokenizer that is in"):
-        chosen(str(file), 9)
+        choose_tokenizer(str(file), 9)
 
 
 def test_an_unknown_name_is_said() -> None:
     with pytest.raises(DataError, match="--tokenizer bpee is neither char, bpe, wordpiece nor a f"):
-        chosen("bpee", 0)
+        choose_tokenizer("bpee", 0)
     with pytest.raises(ConfigError, match=r"vocab_size=513 is not in 1\.\.512"):
-        chosen("char", 513)
+        choose_tokenizer("char", 513)

@@ -16,7 +16,7 @@ from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.state import Array, Params, TrainState
 from mlx_randygpt.tokenizers.chars import (
     CharTokenizer,
-    TableTokenizer,
+    FixedCharTokenizer,
     Tokenizer,
     tokenizer_from_json,
 )
@@ -39,7 +39,7 @@ def make(
     if kind == "char":
         tokenizer = CharTokenizer.train(text + ODD)
     elif kind == "table":  # nothing begins or ends a text, one id stands for no character
-        tokenizer = TableTokenizer(("", *sorted(set(text + ODD + "\\]^-"), reverse=True)))
+        tokenizer = FixedCharTokenizer(("", *sorted(set(text + ODD + "\\]^-"), reverse=True)))
     else:
         tokenizer = SubwordTokenizer.train(kind, [text + ODD], 300 if kind == "bpe" else 600)
     sizes = SIZES | {"vocab_size": tokenizer.vocab_size} | changes

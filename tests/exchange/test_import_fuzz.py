@@ -29,7 +29,7 @@ from foreign_files import (
 from mlx_randygpt import files as durable_files
 from mlx_randygpt.checkpoint import load_checkpoint, save_checkpoint
 from mlx_randygpt.config import UserError
-from mlx_randygpt.exchange.importers.imported_model import Foreign
+from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importing import read_foreign
 
 pytest.importorskip("tokenizers")
@@ -71,7 +71,7 @@ def damaged(content: bytes, random: Random, reach: int) -> bytes:
     return bytes(changed)
 
 
-def judge(read: Callable[[], Foreign], out: Path) -> Foreign | None:
+def judge(read: Callable[[], ImportedModel], out: Path) -> ImportedModel | None:
     """What is still read, whole enough to be a checkpoint; None where it is refused in one line."""
     found, told = None, ""
     tracemalloc.start()
@@ -89,7 +89,9 @@ def judge(read: Callable[[], Foreign], out: Path) -> Foreign | None:
     return None if told else found
 
 
-def fuzz(path: Path, read: Callable[[], Foreign], reach: int, seed: int) -> list[Foreign]:
+def fuzz(
+    path: Path, read: Callable[[], ImportedModel], reach: int, seed: int
+) -> list[ImportedModel]:
     """What is read of the damaged file, over all cases in which it is not refused."""
     whole, left = path.read_bytes(), []
     for case in range(CASES):
@@ -102,7 +104,7 @@ def fuzz(path: Path, read: Callable[[], Foreign], reach: int, seed: int) -> list
     return left
 
 
-def same(found: Foreign, params: Any) -> bool:
+def same(found: ImportedModel, params: Any) -> bool:
     return all(np.array_equal(found.params[name], w) for name, w in params.items())
 
 

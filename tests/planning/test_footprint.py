@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
-from mlx_randygpt.backends.numpy.model import Activations, Chunk, Read
+from mlx_randygpt.backends.numpy.model import Activations, BranchInput, Chunk
 from mlx_randygpt.config import ARCHS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.model import initial_params, parameter_count
 from mlx_randygpt.planning import footprint as foot
@@ -39,7 +39,7 @@ def arrays(thing: Any) -> Iterator[np.ndarray]:
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, np.ndarray) and name != "flat_grads":
                 yield one
-            elif isinstance(one, Activations | Read):
+            elif isinstance(one, Activations | BranchInput):
                 yield from arrays(one)
 
 

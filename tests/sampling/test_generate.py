@@ -11,7 +11,7 @@ import pytest
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Generated, Writer, generate, unambiguous, write
+from mlx_randygpt.sampling.generate import Continuation, Generated, generate, unambiguous, write
 from mlx_randygpt.state import Params, TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 
@@ -125,7 +125,7 @@ def test_each_choice_tells_what_the_model_thought(tell: Tell) -> None:
 
 
 def test_forced_tokens_are_read_and_not_written(tell: Tell) -> None:
-    writer = Writer(LETTERS, [0], SampleConfig(temperature=0), n_likely=0, forced=[1, 2])
+    writer = Continuation(LETTERS, [0], SampleConfig(temperature=0), n_likely=0, forced=[1, 2])
     logits = np.zeros((1, V))
     logits[0, 5] = 1.0
     taken = [write([writer], logits) for _ in range(3)]

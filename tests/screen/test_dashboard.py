@@ -15,7 +15,7 @@ from rich.console import Console
 from mlx_randygpt.screen.curve import Curve, Frame, draw
 from mlx_randygpt.screen.dashboard import Dashboard, make_view, screen
 from mlx_randygpt.screen.plain import PlainLog
-from mlx_randygpt.screen.run_summary import RunInfo, Tally, save_line
+from mlx_randygpt.screen.run_summary import RunInfo, RunSummary, save_line
 from mlx_randygpt.screen.words import clean, duration
 from mlx_randygpt.training.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
 
@@ -78,14 +78,14 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def tally_of(*some: Report) -> Tally:
-    tally = Tally(INFO, Now())
+def tally_of(*some: Report) -> RunSummary:
+    tally = RunSummary(INFO, Now())
     for report in some:
         tally.add(report)
     return tally
 
 
-def shown(tally: Tally, width: int = 80, height: int = 24) -> list[str]:
+def shown(tally: RunSummary, width: int = 80, height: int = 24) -> list[str]:
     """The screen as a terminal of that size receives it, without styles."""
     console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
     for line in screen(tally, console, width, height):
@@ -232,7 +232,7 @@ def test_drawing_stays_within_one_percent(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_run_of_few_steps_is_as_fast_as_its_steps() -> None:
-    tally = Tally(INFO, Now())
+    tally = RunSummary(INFO, Now())
     for n, seconds in ((1, 1.0), (2, 1.001)):  # the first is told when the second is taken
         tally.add(replace(step(n), seconds=seconds))
     assert tally.tokens_per_second == step(2).tokens_per_second
@@ -275,7 +275,7 @@ def test_no_color_is_honoured() -> None:
 
 def test_time_left_counts_from_the_first_report_of_a_resumed_run() -> None:
     now = Now()
-    tally = Tally(INFO, now)
+    tally = RunSummary(INFO, now)
     now.seconds = 30.0  # compiling
     tally.add(step(500))
     now.seconds = 50.0

@@ -12,7 +12,7 @@ import uvicorn
 
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
-from mlx_randygpt.serve import Served, Settings
+from mlx_randygpt.serve import ServedModel, Settings
 from mlx_randygpt.serve.api import Api
 from mlx_randygpt.serve.engine import Engine
 from mlx_randygpt.serve.metrics import Metrics
@@ -36,7 +36,7 @@ class Host:
     def start(self) -> None:
         run, self.metrics = self.run, Metrics()
         params = self.backend.state().params if self.keeps_params else {}
-        served = Served(
+        served = ServedModel(
             "tale", run.model, run.tokenizer, params, 1, "abc", 3, run.train.prompt, CURVE
         )
         build = self.build or (lambda: self.backend)

@@ -22,7 +22,7 @@ from served import Host
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.serve import MOST_BODY_BYTES, Settings
+from mlx_randygpt.serve import MAX_BODY_BYTES, Settings
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 
@@ -288,7 +288,7 @@ def test_half_a_character_breaks_nothing(host: Host) -> None:
 
 
 def test_a_body_that_is_too_long_is_refused(host: Host) -> None:
-    answer = httpx.post(f"{host.url}/v1/completions", content=b" " * (MOST_BODY_BYTES + 1))
+    answer = httpx.post(f"{host.url}/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
     assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Writer, generate
-from mlx_randygpt.serve.engine import Engine, Full, Job
+from mlx_randygpt.sampling.generate import Continuation, generate
+from mlx_randygpt.serve.engine import Engine, Full, Request
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.state import rng
 
@@ -29,22 +29,22 @@ class Host:
         self.told = threading.Condition()
         self.engine.deliver = self.deliver
 
-    def deliver(self, jobs: list[Job]) -> None:
+    def deliver(self, jobs: list[Request]) -> None:
         with self.told:
             for job in jobs:
                 job.tell()
             self.told.notify_all()
 
-    def job(self, prompt: str, tell: Callable[[], None] = lambda: None, **config: Any) -> Job:
+    def job(self, prompt: str, tell: Callable[[], None] = lambda: None, **config: Any) -> Request:
         ids = self.run.tokenizer.encode(prompt).tolist()
         settings = SampleConfig(**{"max_tokens": 12} | config)
-        return Job(Writer(self.run.tokenizer, ids, settings), tell, each_token=True)
+        return Request(Continuation(self.run.tokenizer, ids, settings), tell, each_token=True)
 
-    def wait(self, *jobs: Job) -> None:
+    def wait(self, *jobs: Request) -> None:
         with self.told:
             assert self.told.wait_for(lambda: all(job.finished for job in jobs), SECONDS)
 
-    def alone(self, job: Job) -> str:
+    def alone(self, job: Request) -> str:
         """What the same settings write without an engine."""
         w = job.writer
         *_, [sample] = generate(
@@ -80,9 +80,9 @@ def test_texts_together_read_as_each_alone(host: Host) -> None:
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(host: Host) -> None:
-    told: list[list[Job]] = []
+    told: list[list[Request]] = []
 
-    def deliver(jobs: list[Job]) -> None:
+    def deliver(jobs: list[Request]) -> None:
         told.append(jobs)
         host.deliver(jobs)
 
@@ -158,8 +158,8 @@ def test_what_goes_wrong_in_building_is_raised_at_the_start(make_run: MakeRun) -
 def test_prompt_choices_are_those_of_a_full_pass(host: Host) -> None:
     ids = host.run.tokenizer.encode("The old ship").tolist()
     config = SampleConfig(max_tokens=0)
-    writer = Writer(host.run.tokenizer, ids[:1], config, n_likely=2, forced=ids[1:])
-    job = Job(writer, lambda: None, each_token=False)
+    writer = Continuation(host.run.tokenizer, ids[:1], config, n_likely=2, forced=ids[1:])
+    job = Request(writer, lambda: None, each_token=False)
     host.engine.submit([job])
     host.wait(job)
     host.engine.stop()

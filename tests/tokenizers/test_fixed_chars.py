@@ -11,11 +11,16 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
-from mlx_randygpt.serve.responses import spelled
-from mlx_randygpt.tokenizers.chars import NEVER, TableTokenizer, Tokenizer, tokenizer_from_json
+from mlx_randygpt.serve.responses import token_speller
+from mlx_randygpt.tokenizers.chars import (
+    NO_TOKEN,
+    FixedCharTokenizer,
+    Tokenizer,
+    tokenizer_from_json,
+)
 from mlx_randygpt.training.loop import Run
 
-TABLE = TableTokenizer(("z", "\n", "", "a", "é"))
+TABLE = FixedCharTokenizer(("z", "\n", "", "a", "é"))
 
 
 def test_ids_are_those_of_the_table() -> None:
@@ -34,10 +39,10 @@ def test_what_is_not_in_the_table_is_left_out_and_counted() -> None:
 
 
 def test_a_newline_begins_a_text_and_nothing_ends_it() -> None:
-    assert (TABLE.bos, TABLE.eos) == (1, NEVER)
-    assert TableTokenizer(("", "b", " ")).bos == 2
-    assert TableTokenizer(("", "b", "c")).bos == 1
-    assert TableTokenizer(("", "b", "\n"), begin=0).bos == 0
+    assert (TABLE.bos, TABLE.eos) == (1, NO_TOKEN)
+    assert FixedCharTokenizer(("", "b", " ")).bos == 2
+    assert FixedCharTokenizer(("", "b", "c")).bos == 1
+    assert FixedCharTokenizer(("", "b", "\n"), begin=0).bos == 0
 
 
 def test_documents_follow_each_other_as_they_are() -> None:
@@ -47,25 +52,25 @@ def test_documents_follow_each_other_as_they_are() -> None:
 
 
 def test_json_brings_it_back() -> None:
-    for table in (TABLE, TableTokenizer(("a", "b"), begin=1)):
+    for table in (TABLE, FixedCharTokenizer(("a", "b"), begin=1)):
         assert tokenizer_from_json(table.to_json()) == table
 
 
 @pytest.mark.parametrize(
     ("symbols", "begin", "reason"),
     [
-        ((), NEVER, "no characters"),
-        (("", ""), NEVER, "no characters"),
-        (("a", "ab"), NEVER, "'ab' is not one character"),
-        (("a", "b", "a"), NEVER, "'a' is there twice"),
-        (("\ud800",), NEVER, "lone surrogate"),
+        ((), NO_TOKEN, "no characters"),
+        (("", ""), NO_TOKEN, "no characters"),
+        (("a", "ab"), NO_TOKEN, "'ab' is not one character"),
+        (("a", "b", "a"), NO_TOKEN, "'a' is there twice"),
+        (("\ud800",), NO_TOKEN, "lone surrogate"),
         (("a",), 1, r"begin=1 is not in 0\.\.0"),
         (("a",), -2, "begin=-2"),
     ],
 )
 def test_a_table_that_is_none_is_refused(symbols: tuple[str, ...], begin: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        TableTokenizer(symbols, begin)
+        FixedCharTokenizer(symbols, begin)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +92,12 @@ def test_a_model_writes_only_what_has_a_text(
     run, backend = make_run("classic")
     symbols = tuple(chr(97 + i) if i % 2 else "" for i in range(run.model.vocab_size))
     config = SampleConfig(max_tokens=40, temperature=2.0, top_p=1.0)
-    table = TableTokenizer(symbols)
+    table = FixedCharTokenizer(symbols)
     *_, [sample] = generate(backend, run.model, table, [table.bos], config)
     assert len(sample.text) == len(sample.ids) == 40  # nothing ended it
     assert all(symbols[i] for i in sample.ids)
 
 
 def test_a_newline_that_begins_is_still_spelled_as_a_newline() -> None:
-    name = spelled(TABLE)
+    name = token_speller(TABLE)
     assert (name(1), name(0)) == ("\n", "z")

@@ -10,7 +10,7 @@ import pytest
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.tokenizers.chars import tokenizer_from_json
-from mlx_randygpt.tokenizers.subword import KINDS, SMALLEST, SubwordTokenizer, spelling
+from mlx_randygpt.tokenizers.subword import KINDS, MIN_VOCAB_SIZE, SubwordTokenizer, spelling
 
 tokenizers = pytest.importorskip("tokenizers")
 hypothesis = pytest.importorskip("hypothesis")
@@ -98,8 +98,8 @@ def test_json_gives_an_equal_tokenizer_back(learned: SubwordTokenizer, text: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_smallest_vocabulary_holds_every_byte(kind: str) -> None:
-    tokenizer = SubwordTokenizer.train(kind, ["abc"], SMALLEST[kind])
-    assert tokenizer.vocab_size == SMALLEST[kind]
+    tokenizer = SubwordTokenizer.train(kind, ["abc"], MIN_VOCAB_SIZE[kind])
+    assert tokenizer.vocab_size == MIN_VOCAB_SIZE[kind]
     assert tokenizer.decode(tokenizer.encode(STRANGE)) == STRANGE
     with pytest.raises(ConfigError, match=f"vocab_size=200 does not fit a {kind} tokenizer"):
         SubwordTokenizer.train(kind, ["abc"], 200)

@@ -67,9 +67,9 @@ class MLXBackend:
         self._config, self._train = model, train
         self._model = build(model)
         if train.checkpoint_activations:
-            from mlx_randygpt.backends.mlx.recompute import recomputed
+            from mlx_randygpt.backends.mlx.recompute import recompute
 
-            self._model.around = recomputed
+            self._model.around = recompute
         self.restore(state)
         self._dtype = mx.bfloat16 if train.dtype == "bfloat16" else mx.float32
         self._splits: list[tuple[Array, mx.array]] = []  # the latest last

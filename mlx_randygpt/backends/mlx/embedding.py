@@ -33,10 +33,10 @@ def gradient(ids: mx.array, x: mx.array, n_rows: int) -> mx.array:
     """For each row of a table (V, C) the sum of the x (N, C) at its id, (N,)."""
     order = mx.argsort(ids)
     ids, x = ids[order], x[order]
-    return mx.zeros((n_rows, x.shape[1])).at[ids].add(summed(x, ids))
+    return mx.zeros((n_rows, x.shape[1])).at[ids].add(sum_rows(x, ids))
 
 
-def summed(x: mx.array, ids: mx.array) -> mx.array:
+def sum_rows(x: mx.array, ids: mx.array) -> mx.array:
     """Rows x (N, C) whose ids (N,) are sorted: in the last row of each id the sum of all of its
     rows, zero in the others. After log2 N steps each row holds the sum of those before it."""
     n, ahead = len(ids), 1

@@ -13,8 +13,8 @@ from mlx_randygpt.backends.base import StepResult
 from mlx_randygpt.backends.mlx.adapters import MLXLora
 from mlx_randygpt.backends.mlx.backend import MLXBackend, _to_numpy
 from mlx_randygpt.backends.mlx.optimizer import Weights
-from mlx_randygpt.backends.ranks.group import again
-from mlx_randygpt.backends.ranks.ring import Ranks
+from mlx_randygpt.backends.ranks.group import resync
+from mlx_randygpt.backends.ranks.ring import RingGroup
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, Params, TrainState
 
@@ -23,7 +23,7 @@ class MLXRank(MLXBackend):
     """See `backends.base.Backend`; every batch it is given is the whole one."""
 
     def __init__(
-        self, group: Ranks, model: ModelConfig, train: TrainConfig, state: TrainState
+        self, group: RingGroup, model: ModelConfig, train: TrainConfig, state: TrainState
     ) -> None:
         self._group = group
         super().__init__(model, train, state)
@@ -33,7 +33,7 @@ class MLXRank(MLXBackend):
         super().restore(self._group.same_state(state))
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        again(self)
+        resync(self)
         return super().train_step(batches, lr)
 
     def loss(self, batch: Batch) -> float:

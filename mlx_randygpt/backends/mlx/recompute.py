@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-def recomputed(block: nn.Module) -> Callable[..., mx.array]:
+def recompute(block: nn.Module) -> Callable[..., mx.array]:
     """The block as a function of the same arguments, without a cache."""
     names, weights = zip(*tree_flatten(block.trainable_parameters()), strict=True)
 

@@ -56,7 +56,7 @@ class NumpyCache:
 
 
 @dataclass(frozen=True)
-class Place:
+class WriteSlots:
     """Where T new tokens of each of some rows go, and which slots their queries read."""
 
     rows: slice
@@ -66,7 +66,7 @@ class Place:
     hidden: Array | None  # (B, 1, S, 1), -inf where a row has no key; None where all are full
 
 
-def place(cache: NumpyCache, rows: slice, t: int) -> Place:
+def place(cache: NumpyCache, rows: slice, t: int) -> WriteSlots:
     """The next T positions of these rows."""
     lengths, size = cache.lengths[rows], cache.k.shape[-1]
     if (lengths == lengths[0]).all():
@@ -76,7 +76,7 @@ def place(cache: NumpyCache, rows: slice, t: int) -> Place:
     if filled.min() < n_read:
         empty = np.arange(n_read) >= filled[:, None]  # (B, S)
         hidden = np.where(empty, -np.inf, 0).astype(cache.k.dtype)[:, None, :, None]
-    return Place(rows, lengths[:, None] + np.arange(t), lengths % size, n_read, hidden)
+    return WriteSlots(rows, lengths[:, None] + np.arange(t), lengths % size, n_read, hidden)
 
 
 class Decoder:
@@ -171,7 +171,9 @@ def _shift(config: ModelConfig, norm: Array, last: Array) -> Array:
     return np.concatenate([before, norm[:, :, half:]], axis=-1)
 
 
-def attend(qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, where: Place) -> Array:
+def attend(
+    qkv: Array, config: ModelConfig, layer: int, cache: NumpyCache, where: WriteSlots
+) -> Array:
     """Store keys and values of qkv (B, T, 3C) and let its queries attend; (B, T, C)."""
     b, t, _ = qkv.shape
     q, k, v = ops.heads(qkv, config.n_head, 3)  # (B, H, T, D)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_randygpt.backends.numpy import decode
-from mlx_randygpt.backends.numpy.model import Chunk, Read
+from mlx_randygpt.backends.numpy.model import BranchInput, Chunk
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import GPT2_NORM_EPS
 from mlx_randygpt.state import Array, Params
@@ -107,7 +107,7 @@ class GPT2Chunk(Chunk):
     def _activate_backward(self, da: Array, r: Array) -> None:
         (gelu_backward if self.config.activation == "gelu" else gelu_tanh_backward)(da, r)
 
-    def _read(self, w: Params, name: str, x: Array, read: Read, t: int | None) -> Array:
+    def _read(self, w: Params, name: str, x: Array, read: BranchInput, t: int | None) -> Array:
         hat, inv, out = read.first(len(x))
         layer_norm(x, hat, inv)
         np.multiply(hat, w[f"{name}.weight"], out=out)
@@ -115,7 +115,9 @@ class GPT2Chunk(Chunk):
             out += w[f"{name}.bias"]
         return out
 
-    def _read_backward(self, w: Params, name: str, dx: Array, read: Read, t: int | None) -> Array:
+    def _read_backward(
+        self, w: Params, name: str, dx: Array, read: BranchInput, t: int | None
+    ) -> Array:
         hat, inv, _ = read.first(len(dx))
         scratch = self.scratch[: len(dx)]
         self._vector_grad(f"{name}.weight", np.multiply(dx, hat, out=scratch))

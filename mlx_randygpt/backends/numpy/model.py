@@ -43,7 +43,7 @@ Randoms = list[np.random.Generator]  # one for each sequence
 
 
 @dataclass
-class Read:
+class BranchInput:
     """What a branch or the head reads of the residual stream."""
 
     norm: Array  # (N, C)
@@ -58,12 +58,12 @@ class Read:
 class Activations:
     """What one layer's backward pass needs from its forward pass."""
 
-    read1: Read  # by the attention
+    read1: BranchInput  # by the attention
     qkv: Array  # (N, 3C), queries and keys normed and turned
     inv_qk: Array  # (N, 2H)
     p: Array  # (B, H, Tk, Tq)
     y: Array  # (N, C), the heads' outputs
-    read2: Read  # by the MLP
+    read2: BranchInput  # by the MLP
     r: Array  # (N, F), max(h, 0)
     mask1: Array  # (N, C), dropout after the attention; empty without dropout
     mask2: Array  # (N, C), dropout after the MLP
@@ -88,9 +88,9 @@ class Chunk:
 
         drop = n if config.dropout else 0
 
-        def read(apart: bool) -> Read:
+        def read(apart: bool) -> BranchInput:
             norm = new(n, c)
-            return Read(norm, new(n), new(n, c) if apart else norm)
+            return BranchInput(norm, new(n), new(n, c) if apart else norm)
 
         def layer() -> Activations:
             apart = config.token_shift or config.is_gpt2
@@ -241,7 +241,7 @@ class Chunk:
         self._weight_grad(f"{name}.weight", dout, inputs)
         return np.matmul(dout, w[f"{name}.weight"], out=out)
 
-    def _read(self, w: Params, name: str, x: Array, read: Read, t: int | None) -> Array:
+    def _read(self, w: Params, name: str, x: Array, read: BranchInput, t: int | None) -> Array:
         """What a branch or the head (without t) reads of the residual stream x: its norm, shifted
         if the model does so. GPT-2's norms have weights, under this name."""
         norm, inv, out = read.first(len(x))
@@ -250,7 +250,9 @@ class Chunk:
             ops.token_shift(norm.reshape(-1, t, x.shape[-1]), out.reshape(-1, t, x.shape[-1]))
         return out
 
-    def _read_backward(self, w: Params, name: str, dx: Array, read: Read, t: int | None) -> Array:
+    def _read_backward(
+        self, w: Params, name: str, dx: Array, read: BranchInput, t: int | None
+    ) -> Array:
         """From the gradient of what is read to that of x, over dx."""
         norm, inv, _ = read.first(len(dx))
         if t and self.config.token_shift:

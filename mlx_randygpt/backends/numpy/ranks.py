@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 from mlx_randygpt.backends.base import StepResult
 from mlx_randygpt.backends.numpy.adapters import NumpyLora
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
-from mlx_randygpt.backends.ranks.group import again
+from mlx_randygpt.backends.ranks.group import resync
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, Params, TrainState
 
 if TYPE_CHECKING:
-    from mlx_randygpt.backends.ranks.ring import Ranks
+    from mlx_randygpt.backends.ranks.ring import RingGroup
 
 
 class NumpyRank(NumpyBackend):
     """See `backends.base.Backend`; every batch it is given is the whole one."""
 
     def __init__(
-        self, group: Ranks, model: ModelConfig, train: TrainConfig, state: TrainState
+        self, group: RingGroup, model: ModelConfig, train: TrainConfig, state: TrainState
     ) -> None:
         self._group = group
         super().__init__(model, train, state)
@@ -34,7 +34,7 @@ class NumpyRank(NumpyBackend):
         super().restore(self._group.same_state(state))
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        again(self)
+        resync(self)
         own = super().train_step(batches, lr)
         return replace(own, loss_value=self._group.total(own.loss))
 

@@ -25,7 +25,7 @@ LAUNCHERS = {  # the variable of a rank, and those that may say how many there a
     "PMIX_RANK": ("SLURM_NTASKS", "PMI_SIZE"),
     "PMI_RANK": ("PMI_SIZE", "SLURM_NTASKS"),
 }
-AGAIN_STEPS = 1000
+RESYNC_STEPS = 1000
 STOP_CODES = (1, 129, 130, 143)  # exit codes a rank may ask for: nobody reads, SIGHUP, INT, TERM
 
 
@@ -51,7 +51,7 @@ class Group(Protocol):
         """The numbers (n,) of every rank, (size, n); a collective."""
 
 
-class Alone:
+class SingleRank:
     """The only rank of a run; nothing of MLX is imported for it."""
 
     rank, size, stop = 0, 1, 0
@@ -80,10 +80,10 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
     return replace(batch, starts=batch.starts[first:last], row=first)
 
 
-def again(backend: Backend) -> None:
+def resync(backend: Backend) -> None:
     """Every AGAIN_STEPS steps let all go on from rank 0's state: gradients are the same everywhere,
     but processors of different kinds round an update differently."""
-    if backend.step % AGAIN_STEPS == 0:
+    if backend.step % RESYNC_STEPS == 0:
         backend.restore(backend.state())
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 
 BEATS = 8  # in a timeout
-LONGEST_LINE = 4096  # bytes; a stranger's is cut off
+MAX_LINE_BYTES = 4096  # bytes; a stranger's is cut off
 CONNECT_SECONDS = 5.0
 
 
@@ -31,7 +31,7 @@ class Peer:
     def lines(self) -> list[str] | None:
         """What has arrived; None where the connection is closed."""
         try:
-            content = self.connection.recv(LONGEST_LINE)
+            content = self.connection.recv(MAX_LINE_BYTES)
         except BlockingIOError:
             return []
         except OSError:
@@ -39,7 +39,7 @@ class Peer:
         if not content:
             return None
         *lines, self._text = (self._text + content).split(b"\n")
-        self._text = self._text[-LONGEST_LINE:]
+        self._text = self._text[-MAX_LINE_BYTES:]
         return [line.decode(errors="replace") for line in lines]
 
     def send(self, line: str) -> None:

@@ -24,7 +24,7 @@ JOIN_POLL_SECONDS = 0.1
 Grads = dict[str, mx.array]
 
 
-def join(waiting: Callable[[float], None]) -> Ranks:
+def join(waiting: Callable[[float], None]) -> RingGroup:
     """This process as a rank of the group that its environment describes.
 
     Waits until all have come; `waiting(seconds)` is called meanwhile and may raise. MLX waits on
@@ -50,10 +50,10 @@ def join(waiting: Callable[[float], None]) -> Ranks:
             f"the ranks could not be connected: {found[0]}; a launcher's variables, such as "
             "MLX_RANK, are set: without them this process trains alone"
         )
-    return Ranks(found[0])
+    return RingGroup(found[0])
 
 
-class Ranks:
+class RingGroup:
     """A `group.Group` of several ranks."""
 
     def __init__(self, group: Any) -> None:

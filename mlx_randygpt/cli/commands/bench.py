@@ -44,7 +44,7 @@ def command(mode: str, backend: str, json: bool, **options: Any) -> None:
     if mode == "sample":
         given.setdefault("batch_size", 1)
     given.setdefault("iters", DEFAULT_ITERS[mode])
-    model, train = settings.fresh(given, VOCAB_SIZE)
+    model, train = settings.resolve_new(given, VOCAB_SIZE)
     name, why = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     built = make_backend(name, model, train, state)

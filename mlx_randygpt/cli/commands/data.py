@@ -52,7 +52,7 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     from mlx_randygpt.data.corpora import SHELF, gutenberg_url
     from mlx_randygpt.data.download import fetch_large
 
-    corpus = corpora.named(name)
+    corpus = corpora.find_corpus(name)
     if book and corpus.remote is not None:
         raise click.UsageError("--book goes with gutenberg alone")
     source = (
@@ -95,7 +95,7 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
 
     given = {name: value for name, value in options.items() if value is not None}
     files = text.files_of(data)
-    tokenizer, corpus = text.load(files, text.reading(given), text.wanted(given))
+    tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
     n_bytes = int(tokenizer.token_bytes()[corpus.tokens[:1_000_000]].sum())
     cached = getattr(corpus.tokens, "filename", None)
     values = {

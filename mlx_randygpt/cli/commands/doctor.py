@@ -196,7 +196,7 @@ def _gflops(backend: str) -> float:
     from mlx_randygpt.model import initial_params
     from mlx_randygpt.state import TrainState
 
-    model, train = settings.fresh({"preset": "mini"}, 67)
+    model, train = settings.resolve_new({"preset": "mini"}, 67)
     state = TrainState(0, initial_params(model, train.seed), {})
     return make_backend(backend, model, train, state).matmul_flops() / 1e9
 

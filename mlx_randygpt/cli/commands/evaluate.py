@@ -56,7 +56,9 @@ def command(
             f"{batch_size} is too small; it must be at least 1", param_hint="--batch-size"
         )
     _, saved, tokenizer = read(checkpoint)
-    settings.resumed({k: v for k, v in options.items() if v is not None}, saved.model, saved.train)
+    settings.resolve_resume(
+        {k: v for k, v in options.items() if v is not None}, saved.model, saved.train
+    )
     files = text.files_of(data or saved.data["paths"])
     _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
     if line := text.unknown_line(corpus.unknown):

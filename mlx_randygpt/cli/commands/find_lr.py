@@ -60,9 +60,9 @@ def command(
         )
     given = {name: value for name, value in options.items() if value is not None}
     tokenizer, corpus = text.load(
-        text.files_of(data), text.reading(given), text.wanted(given)
+        text.files_of(data), text.reading(given), text.requested_tokenizer(given)
     )  # fmt: skip
-    model, train = settings.fresh(given | {"iters": iters}, tokenizer.vocab_size)
+    model, train = settings.resolve_new(given | {"iters": iters}, tokenizer.vocab_size)
     check_length(corpus, model.block_size)
     name, why = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})

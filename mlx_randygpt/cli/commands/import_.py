@@ -13,7 +13,7 @@ from mlx_randygpt.cli.output import print_json
 from mlx_randygpt.config import GPT2_ACTIVATIONS
 
 if TYPE_CHECKING:
-    from mlx_randygpt.exchange.importers.imported_model import Foreign
+    from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 
 FORMATS = ("gpt2", "mlxgpt", "nanogpt", "randygpt", "randygpt-hf")
 
@@ -81,7 +81,7 @@ def command(
     click.echo(f"Let it write: mlxgpt sample --checkpoint {output}")
 
 
-def describe(out: Path, found: Foreign) -> dict[str, Any]:
+def describe(out: Path, found: ImportedModel) -> dict[str, Any]:
     """The JSON of the command."""
     from dataclasses import asdict
 

@@ -11,7 +11,7 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.training.hosts import HERE, Host, Hosts
 
 STARTING_PORT = 32323  # as mlx.launch has it
-MOST_RANKS = 1024
+MAX_RANKS = 1024
 
 
 @click.command(
@@ -19,7 +19,7 @@ MOST_RANKS = 1024
     cls=Command,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.option("-n", "n", type=click.IntRange(1, MOST_RANKS), help="Ranks on this machine.")
+@click.option("-n", "n", type=click.IntRange(1, MAX_RANKS), help="Ranks on this machine.")
 @click.option(
     "--hostfile",
     type=click.Path(path_type=Path),
@@ -27,7 +27,7 @@ MOST_RANKS = 1024
 )
 @click.option(
     "--starting-port",
-    type=click.IntRange(1, 65535 - MOST_RANKS),
+    type=click.IntRange(1, 65535 - MAX_RANKS),
     default=STARTING_PORT,
     show_default=True,
     help="Of the ring, one up for each rank; among ranks here, free ones.",
@@ -41,7 +41,7 @@ def command(
     Each rank computes its share of every batch. --batch-size counts the whole batch: the same
     command on any number of ranks is the same run.
     """
-    from mlx_randygpt.cli.training.launcher import Ranks
+    from mlx_randygpt.cli.training.launcher import RankProcesses
 
     if arguments[:1] != ("train",):
         given = f"not {arguments[0]}" if arguments else "and nothing was given"
@@ -51,6 +51,6 @@ def command(
     hosts = Hosts.read(hostfile) if hostfile else Hosts([Host(HERE[0], HERE[0])] * (n or 1))
     again = ["--hostfile", str(hostfile)] if hostfile else ["-n", str(n)]
     prefix = shlex.join(["mlxgpt", "launch", *again, "--"])
-    with Ranks(hosts, starting_port, arguments, prefix) as ranks:
+    with RankProcesses(hosts, starting_port, arguments, prefix) as ranks:
         code = ranks.wait()
     raise SystemExit(code)

@@ -13,13 +13,13 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import (
     AUTO,
     backend_option,
-    given_of,
+    given_options,
     json_option,
     memory_options,
     model_options,
 )
 from mlx_randygpt.cli.output import print_json, readable_bytes, show, show_facts
-from mlx_randygpt.config import DTYPES, MOST, OPTIMIZERS, ConfigError, ModelConfig, TrainConfig
+from mlx_randygpt.config import DTYPES, LIMITS, OPTIMIZERS, ConfigError, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from mlx_randygpt.planning.devices import Device
@@ -66,9 +66,11 @@ def command(
     from mlx_randygpt.planning.footprint import micro_batch
     from mlx_randygpt.planning.plan import make_plan
 
-    given = given_of(options)
+    given = given_options(options)
     is_gpt2 = str(given.get("preset", "")).startswith("gpt2")
-    model, train = settings.fresh(given, vocab_size or (GPT2_VOCAB_SIZE if is_gpt2 else VOCAB_SIZE))
+    model, train = settings.resolve_new(
+        given, vocab_size or (GPT2_VOCAB_SIZE if is_gpt2 else VOCAB_SIZE)
+    )
     name = choose(backend)[0] if device == "this" else "mlx" if backend == "auto" else backend
     chosen = found_device(device, name)
     if link is not None:
@@ -203,7 +205,7 @@ def facts(plan: Plan, model: ModelConfig, train: TrainConfig) -> Iterator[tuple[
 
 def largest(sequences: int) -> str:
     """How many sequences a device can work through at once."""
-    if sequences == MOST["batch_size"]:
+    if sequences == LIMITS["batch_size"]:
         return "any batch: it is worked through in chunks of bounded size"
     return f"{sequences:,} sequences on one device in one pass" if sequences else "none fits"
 

@@ -84,7 +84,7 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
     import numpy as np
     from rich.text import Text
 
-    from mlx_randygpt.analysis.charts import drawn as line_of
+    from mlx_randygpt.analysis.charts import draw_curve as line_of
     from mlx_randygpt.analysis.charts import limits
     from mlx_randygpt.screen.curve import Frame, draw, frame
 

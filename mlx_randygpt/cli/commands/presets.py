@@ -44,7 +44,7 @@ def sizes(name: str, recipe: str) -> dict[str, Any]:
     from mlx_randygpt import settings
     from mlx_randygpt.model import muon_parts, parameter_count, parameter_shapes
 
-    model, train = settings.fresh({"preset": name, "recipe": recipe}, VOCAB_SIZE)
+    model, train = settings.resolve_new({"preset": name, "recipe": recipe}, VOCAB_SIZE)
     n, shapes = parameter_count(model), parameter_shapes(model)
     muon = [shapes[w] for w in shapes if train.optimizer == "muon" and muon_parts(w)]
     return {

@@ -21,7 +21,7 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
 
     A FOLDER is that of a run, or one that holds runs at any depth; the default is the current one.
     """
-    from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing, read_run
+    from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, read_run
 
     files = sorted({f for folder in folders or (Path(),) for f in folder.rglob("metrics.jsonl")})
     found: list[tuple[Path, RunRecord]] = []
@@ -34,7 +34,7 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
         where = ", ".join(map(str, folders)) or "."
         raise MetricsError(f"no run below {where}; a run is a folder of `mlxgpt train --out`")
     found.sort(key=lambda run: float(run[1].best.get("val_loss", math.inf)))
-    settings = differing([record for _, record in found])
+    settings = differing_settings([record for _, record in found])
     rows = [
         {**facts(path, record), "settings": {name: values[i] for name, values in settings.items()}}
         for i, (path, record) in enumerate(found)
@@ -65,7 +65,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlx_randygpt.analysis.charts import shown
+    from mlx_randygpt.analysis.charts import setting_text
     from mlx_randygpt.screen.words import clean, duration
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -73,7 +73,9 @@ def _table(rows: list[dict[str, Any]]) -> None:
     for name in ("best", "at step", "last", "train", "step", "time", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        settings = "  ".join(f"{name}={shown(value)}" for name, value in row["settings"].items())
+        settings = "  ".join(
+            f"{name}={setting_text(value)}" for name, value in row["settings"].items()
+        )
         table.add_row(
             Text(clean(row["run"]), "bold"),
             _loss(row["best_loss"]), f"{row['best_step'] or 0:,}", _loss(row["last_loss"]),

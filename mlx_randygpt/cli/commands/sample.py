@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.tokenizers.chars import Tokenizer
 
 
-MOST_STREAMS = 4096  # at once; more would only fill the memory
+MAX_STREAMS = 4096  # at once; more would only fill the memory
 N_ALTERNATIVES = 5  # shown beside each token
 
 
@@ -100,9 +100,9 @@ def _check_usage(given: dict[str, Any]) -> None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
     for name in ("beams", "num_samples"):
         value, option = given[name], f"--{name.replace('_', '-')}"
-        if not 1 <= value <= MOST_STREAMS:
+        if not 1 <= value <= MAX_STREAMS:
             fits = "too small; it must be at least 1"
-            fits = fits if value < 1 else f"too large; it must be at most {MOST_STREAMS}"
+            fits = fits if value < 1 else f"too large; it must be at most {MAX_STREAMS}"
             raise click.BadParameter(f"{value} is {fits}", param_hint=option)
     if given["beams"] > 1:
         for name, what in (("num_samples", "--num-samples"), ("show_probs", "--show-probs")):
@@ -181,7 +181,7 @@ def _report(
             "finish_reason": sample.finish_reason,
         }
         if sample.choices:
-            name = spelled(loaded.tokenizer)
+            name = token_speller(loaded.tokenizer)
             row["choices"] = [
                 {
                     "token": name(choice.token),
@@ -207,7 +207,7 @@ def shade(probability: float) -> str:
     return next(style for most, style in SHADES if probability <= most + 1e-9)
 
 
-def spelled(tokenizer: Tokenizer) -> Callable[[int], str]:
+def token_speller(tokenizer: Tokenizer) -> Callable[[int], str]:
     """token id -> its text; the end of a text is `<eos>`."""
     names = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}
     return lambda token: tokenizer.decode([token]) or names.get(token, "")
@@ -217,7 +217,7 @@ def show_choices(prompt: str, sample: Generated, tokenizer: Tokenizer) -> None:
     """The text, each token on the shade of its probability, the legend, and a line per token."""
     from mlx_randygpt.screen.words import clean
 
-    name = spelled(tokenizer)
+    name = token_speller(tokenizer)
     text, legend = Text(clean(prompt, keep="\n")), Text()
     table = Table("token", "probability", "instead of", box=None, pad_edge=False)
     for choice in sample.choices:

@@ -23,7 +23,7 @@ from mlx_randygpt.config import UserError, missing
 
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
-    from mlx_randygpt.serve import Served
+    from mlx_randygpt.serve import ServedModel
     from mlx_randygpt.tokenizers.chars import Tokenizer
 
 N_POINTS = 1000  # of a loss curve that is shown
@@ -130,17 +130,17 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _served(name: str | None, path: Path, saved: Checkpoint, tokenizer: Tokenizer) -> Served:
+def _served(name: str | None, path: Path, saved: Checkpoint, tokenizer: Tokenizer) -> ServedModel:
     """What is told of the model; its name is that of the run's folder or, in `checkpoints`,
     of the folder around it."""
-    from mlx_randygpt.serve import Served
+    from mlx_randygpt.serve import ServedModel
 
     digest = hashlib.sha256()
     for weight in saved.state.params.values():
         digest.update(weight.tobytes())
     folders = path.resolve().parents
     named = next((f.name for f in folders if f.name not in ("", "checkpoints")), "model")
-    return Served(
+    return ServedModel(
         name or named, saved.model, tokenizer, saved.state.params,
         int(path.stat().st_mtime), digest.hexdigest()[:12], saved.state.step,
         saved.train.prompt,

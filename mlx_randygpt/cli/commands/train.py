@@ -11,7 +11,7 @@ from mlx_randygpt.cli.config_file import RESUME_NEWEST
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import (
     backend_option,
-    given_of,
+    given_options,
     memory_options,
     model_options,
     reading_options,
@@ -132,7 +132,7 @@ def command(
     **options: Any,
 ) -> None:
     """Train a model on your text. Resumes exactly; --iters is a target."""
-    from mlx_randygpt.cli.training.request import Job
+    from mlx_randygpt.cli.training.request import TrainRequest
     from mlx_randygpt.cli.training.run import train_command
 
     if resume and (overwrite or init_from):
@@ -144,8 +144,8 @@ def command(
     resumed = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
     raise SystemExit(
         train_command(
-            Job(
-                given=given_of(options),
+            TrainRequest(
+                given=given_options(options),
                 data=data, backend=backend, plain=plain, overwrite=overwrite,
                 out=out or (resumed.parent if resumed else Path("checkpoints")),
                 resume=resumed,

@@ -18,7 +18,7 @@ from mlx_randygpt.checkpoint import (
     CheckpointError,
     load_checkpoint,
     peek_step,
-    strict,
+    to_strict_json,
 )
 from mlx_randygpt.config import UserError
 from mlx_randygpt.training.reports import EvalLog, Report, SampleLog, StepLog
@@ -51,7 +51,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         parts = (self.path / LOCK, self.path, *self.path.parents)
         self._made = [part for part in parts if not part.exists()]
-        self._lock = locked(self.path)
+        self._lock = lock_folder(self.path)
         for left in self.path.glob(".*.tmp"):  # of a process that died while it wrote
             left.unlink(missing_ok=True)
         return self
@@ -80,10 +80,10 @@ class RunFolder:
         """The folder was removed; it may be another run's by now, then take one beside it."""
         old = self.path
         try:
-            lock = locked(old)
+            lock = lock_folder(old)
         except FolderInUse:
             self.path = old.with_name(f"{old.name}-{os.getpid()}")
-            lock = locked(self.path)
+            lock = lock_folder(self.path)
         self._lock.close()
         self._lock = lock
         self.news.append(f"{old} was removed; this run goes on in {self.path}, made anew.")
@@ -190,7 +190,7 @@ class RunFolder:
         return f"{lines} lines of {' and '.join(LOGS)} are lost: {self.problem}" if lines else ""
 
 
-def locked(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> TextIO:
     """The folder's lock file, held by this process; the folder is made where there is none."""
     while True:
         try:
@@ -267,7 +267,7 @@ def metrics_row(report: Report, log_every: int) -> dict[str, Any]:
         names = "step val_loss perplexity bits_per_byte seconds"
     else:
         return {}
-    return {name: strict(getattr(report, name)) for name in names.split()}
+    return {name: to_strict_json(getattr(report, name)) for name in names.split()}
 
 
 MAX_LINE = 1 << 20  # bytes; a line of metrics has about 200, a sample rarely 4,000

@@ -36,7 +36,7 @@ GRACE_SECONDS = 15.0  # for the others after one has failed; then SIGTERM, and a
 SECOND_SECONDS = 5.0  # after a second signal, which a rank obeys at once if it can
 
 
-class Ranks:
+class RankProcesses:
     """Context manager of the processes; the signals that end programs are theirs while it lasts."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Ranks:
         self._deadline = float("inf")
         self._asked = False  # SIGTERM went to those that did not end by themselves
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> RankProcesses:
         self._old = take(self._forward)
         ring = json.dumps([[address] for address in self._addresses()])
         hostfile = Path(self._folder.name, "hosts.json")

@@ -19,7 +19,7 @@ LAUNCH = "MLXGPT_LAUNCH"  # how `mlxgpt launch` was called, to say how to go on
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainRequest:
     """The options of one call; `given` holds only what the user set."""
 
     given: dict[str, Any]
@@ -38,7 +38,7 @@ class Job:
         return self.resume_newest or self.resume is not None
 
 
-def config_toml(job: Job, run: Run) -> str:
+def config_toml(job: TrainRequest, run: Run) -> str:
     """Every resolved setting, as `--config` reads it back."""
     shared = ("arch", "n_layer", "n_head", "n_embd", "block_size", "dropout")
     values = {
@@ -48,7 +48,7 @@ def config_toml(job: Job, run: Run) -> str:
         "out": str(job.out),
         "backend": job.backend,
         **{name: getattr(run.model, name) for name in shared},
-        **{name: getattr(run.model, name) for name in settings.LORA if run.model.lora_rank},
+        **{name: getattr(run.model, name) for name in settings.LORA_FIELDS if run.model.lora_rank},
     }
     options = asdict(run.train)
     for name in ("adamw_lr_ratio", "beta1", "beta2", "adam_eps", "momentum"):  # recipe, no options
@@ -72,7 +72,7 @@ def _count(n: int) -> str:
     return f"{n:,}" if n < 1e6 else f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
 
 
-def resume_line(job: Job, run: Run) -> str:
+def resume_line(job: TrainRequest, run: Run) -> str:
     """The command that goes on with this run."""
     words = [
         *shlex.split(os.environ.get(LAUNCH, "mlxgpt")),
@@ -87,14 +87,14 @@ def resume_line(job: Job, run: Run) -> str:
     return shlex.join(words)
 
 
-def kept_line(job: Job, run: Run) -> str:
+def kept_line(job: TrainRequest, run: Run) -> str:
     """What the disk holds of a run that could not go on, and the command that does."""
     newest = job.out / NEWEST
     kept = f"Saved last: {newest} (iter {peek_step(newest)}). " if newest.exists() else ""
     return f"{kept}Go on with: {resume_line(job, run)}"
 
 
-def sample_line(job: Job) -> str:
+def sample_line(job: TrainRequest) -> str:
     """The command that samples from this run's best checkpoint."""
     words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
     if str(job.out) != "checkpoints":

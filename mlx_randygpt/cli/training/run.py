@@ -14,12 +14,12 @@ from mlx_randygpt.backends import choose
 from mlx_randygpt.backends.base import Backend, BackendError
 from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError
 from mlx_randygpt.cli.loading import describe_backend
-from mlx_randygpt.cli.options import fitted
+from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.folder import RunFolder, no_checkpoint
 from mlx_randygpt.cli.training.loggers import Loggers
 from mlx_randygpt.cli.training.request import (
-    Job,
+    TrainRequest,
     config_toml,
     describe_model,
     interval,
@@ -32,12 +32,12 @@ from mlx_randygpt.cli.training.start import changes, same_tokenizer, same_vocabu
 from mlx_randygpt.cli.training.team import (
     RANK_TIMEOUT,
     Team,
+    agreed_values,
     checkpoint_without_arrays,
     compute,
-    facts,
-    told,
+    start_message,
 )
-from mlx_randygpt.cli.training.view import Shown, choose_console
+from mlx_randygpt.cli.training.view import GuardedView, choose_console
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import Corpus, check_length
@@ -52,20 +52,20 @@ from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SaveLog
 
 
-def train_command(job: Job) -> int:
+def train_command(job: TrainRequest) -> int:
     """Train as asked; the exit code."""
     overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
     timeout = job.given.get("rank_timeout", RANK_TIMEOUT)
     with StopSignals() as signals, Team(timeout) as team, overflow_is_checked:
         if team.rank > 0:
-            return helped(job, team, signals)
+            return run_follower(job, team, signals)
         if job.resume_newest and not job.out.is_dir():
             raise CheckpointError(no_checkpoint(job.out))
         with RunFolder(job.out) as folder:
-            return led(job, team, folder, signals)
+            return run_leader(job, team, folder, signals)
 
 
-def led(job: Job, team: Team, folder: RunFolder, signals: StopSignals) -> int:
+def run_leader(job: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals) -> int:
     """The run as rank 0, or the only one, goes through it: with files and a screen."""
     with team.leading():
         if (found := starting_point(job, folder)) is None:
@@ -75,9 +75,9 @@ def led(job: Job, team: Team, folder: RunFolder, signals: StopSignals) -> int:
         name, why = choose(job.backend)
         run, state, description, notes = prepare(job, saved, name, team)
         team.check(name, run.train)
-        start = told(saved, run)
+        start = start_message(saved, run)
     team.group.tell(start)
-    team.agree(facts(run, name))
+    team.agree(agreed_values(run, name))
     backend = team.backend(name, run.model, run.train, state)
     loggers = Loggers(job.given.get("log", ()), notes.append)
     loggers.begin(job.out, asdict(run.model) | asdict(run.train))
@@ -97,10 +97,10 @@ def led(job: Job, team: Team, folder: RunFolder, signals: StopSignals) -> int:
     notes[:0] = [*skipped, *([kept] if kept else [])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
-    return follow(job, run, backend, info, folder, signals, notes, loggers, team)
+    return show_run(job, run, backend, info, folder, signals, notes, loggers, team)
 
 
-def helped(job: Job, team: Team, signals: StopSignals) -> int:
+def run_follower(job: TrainRequest, team: Team, signals: StopSignals) -> int:
     """The run as every other rank goes through it: steps, and nothing else."""
     start = team.group.tell(None)
     if not isinstance(start, dict):
@@ -110,7 +110,7 @@ def helped(job: Job, team: Team, signals: StopSignals) -> int:
     name, _ = choose(job.backend)
     job = replace(job, data=data, tokenizer=start["tokenizer"])
     run, state, _, _ = prepare(job, saved, name, team)
-    team.agree(facts(run, name))
+    team.agree(agreed_values(run, name))
     backend = team.backend(name, run.model, run.train, state)
     team.group.asked = lambda: signals.exit_code
     signals.defer(lambda: None)
@@ -119,13 +119,13 @@ def helped(job: Job, team: Team, signals: StopSignals) -> int:
 
 
 def prepare(
-    job: Job, saved: Checkpoint | None, backend_name: str, team: Team
+    job: TrainRequest, saved: Checkpoint | None, backend_name: str, team: Team
 ) -> tuple[Run, TrainState, str, list[str]]:
     """The run, its first state, the data line and what the user should be told."""
     tokenizer, corpus = _corpus(job, saved)
     model, config = _settings(job, saved, tokenizer, len(corpus.train))
     config = _resolved(job, config, backend_name, corpus, team)
-    config, passes = fitted(job.given, model, config, backend_name)
+    config, passes = fit_micro_batch(job.given, model, config, backend_name)
     check_length(corpus, model.block_size)
     lost = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(config.prompt))
     notes = [line for line in (*lost, passes) if line]
@@ -161,15 +161,16 @@ def prepare(
     return run, state, text.describe(corpus, tokenizer), notes
 
 
-def follow(
-    job: Job, run: Run, backend: Backend, info: RunInfo, folder: RunFolder, signals: StopSignals,
+def show_run(
+    job: TrainRequest, run: Run, backend: Backend, info: RunInfo, folder: RunFolder,
+    signals: StopSignals,
     notes: list[str], loggers: Loggers, team: Team,
 ) -> int:  # fmt: skip
     """Show every report, record it, and say at the end what can be done next."""
     console, plain = choose_console(job.plain)
     saves: dict[str, SaveLog] = {}  # the latest of each file
     end: EndLog | None = None
-    with Shown(make_view(info, console, plain)) as view, contextlib.closing(loggers):
+    with GuardedView(make_view(info, console, plain)) as view, contextlib.closing(loggers):
         loggers.note = view.note
         signals.defer(view.restore, view.take)
         team.begin(
@@ -218,12 +219,16 @@ def follow(
     return team.exit_code
 
 
-def _corpus(job: Job, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
+def _corpus(job: TrainRequest, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
     """The text, and the tokenizer: the checkpoint's own, or what the options ask for."""
     remembered = saved.data if saved and job.resuming else {}
     how = text.reading(job.given, remembered)
     if saved is None:
-        known = tokenizer_from_json(job.tokenizer) if job.tokenizer else text.wanted(job.given)
+        known = (
+            tokenizer_from_json(job.tokenizer)
+            if job.tokenizer
+            else text.requested_tokenizer(job.given)
+        )
         return text.load(text.files_of(job.data), how, known)
     tokenizer = tokenizer_from_json(saved.tokenizer)
     same_tokenizer(tokenizer, job.given)
@@ -242,25 +247,25 @@ def _corpus(job: Job, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
 
 
 def _settings(
-    job: Job, saved: Checkpoint | None, tokenizer: Tokenizer, n_tokens: int
+    job: TrainRequest, saved: Checkpoint | None, tokenizer: Tokenizer, n_tokens: int
 ) -> tuple[ModelConfig, TrainConfig]:
     if saved is None:
-        return settings.fresh(job.given, tokenizer.vocab_size, n_tokens)
+        return settings.resolve_new(job.given, tokenizer.vocab_size, n_tokens)
     if job.resuming:
-        return settings.resumed(job.given, saved.model, saved.train)
+        return settings.resolve_resume(job.given, saved.model, saved.train)
     decided = (*settings.MODEL_SIZES, "arch", "preset", "recipe")
     sizes = {name: value for name, value in job.given.items() if name in decided}
-    model, _ = settings.resumed(sizes, saved.model, saved.train)
-    adapters = {name: job.given[name] for name in settings.LORA if name in job.given}
+    model, _ = settings.resolve_resume(sizes, saved.model, saved.train)
+    adapters = {name: job.given[name] for name in settings.LORA_FIELDS if name in job.given}
     model = replace(model, **adapters)
     recipe = {"recipe": saved.train.recipe, "preset": saved.train.preset}
-    given = settings.fine_tuning(recipe | job.given, model)
-    _, config = settings.fresh(given, tokenizer.vocab_size)
-    return settings.by_rule(given, model, config, n_tokens)
+    given = settings.fine_tuning_options(recipe | job.given, model)
+    _, config = settings.resolve_new(given, tokenizer.vocab_size)
+    return settings.apply_rules(given, model, config, n_tokens)
 
 
 def _resolved(
-    job: Job, config: TrainConfig, backend_name: str, corpus: Corpus, team: Team
+    job: TrainRequest, config: TrainConfig, backend_name: str, corpus: Corpus, team: Team
 ) -> TrainConfig:
     """Defaults that depend on machine and text, written down so that a resume keeps them."""
     if backend_name == "numpy":

@@ -12,17 +12,19 @@ from mlx_randygpt.checkpoint import Checkpoint, CheckpointError, kept_name, load
 from mlx_randygpt.cli.loading import without_adapters
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.folder import RunFolder
-from mlx_randygpt.cli.training.request import Job
+from mlx_randygpt.cli.training.request import TrainRequest
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading
-from mlx_randygpt.data.vocabulary import Vocabulary, chosen
-from mlx_randygpt.settings import ResumeError, resumed
+from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.settings import ResumeError, resolve_resume
 from mlx_randygpt.tokenizers.chars import CharTokenizer, Tokenizer
 from mlx_randygpt.training.schedule import decay_start
 
 
-def starting_point(job: Job, folder: RunFolder) -> tuple[Checkpoint | None, list[str]] | None:
+def starting_point(
+    job: TrainRequest, folder: RunFolder
+) -> tuple[Checkpoint | None, list[str]] | None:
     """The checkpoint to start from, if there is one, and lines about those passed over; None where
     nothing is left to train, which is said."""
     if not job.resuming and not job.overwrite:
@@ -35,7 +37,7 @@ def starting_point(job: Job, folder: RunFolder) -> tuple[Checkpoint | None, list
     saved, skipped = folder.newest() if job.resume_newest else (saved, [])
     if saved is None or not job.resuming:
         return saved, skipped
-    _, config = resumed(job.given, saved.model, saved.train)
+    _, config = resolve_resume(job.given, saved.model, saved.train)
     done = saved.progress.eval_step >= config.iters  # else a stop has cut it off
     if saved.state.step > config.iters or (saved.state.step == config.iters and done):
         for line in skipped:
@@ -59,7 +61,7 @@ def same_tokenizer(tokenizer: Tokenizer, given: Mapping[str, Any]) -> None:
     name, size = given.get("tokenizer"), given.get("vocab_size")
     if isinstance(tokenizer, CharTokenizer):
         size = size if size is not None and size < len(tokenizer.chars) else None  # a limit
-    if name is not None and name != kind and chosen(name, 0) != tokenizer:
+    if name is not None and name != kind and choose_tokenizer(name, 0) != tokenizer:
         raise ResumeError(
             f"Checkpoint tokenizer {kind} != tokenizer {name}; its weights go with its own "
             "tokenizer: leave the option out"

@@ -26,9 +26,16 @@ from numpy.typing import NDArray
 from mlx_randygpt import __version__
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.backends.ranks.group import Alone, Group, RankError, is_ranked, ring_hosts
+from mlx_randygpt.backends.ranks.group import Group, RankError, SingleRank, is_ranked, ring_hosts
 from mlx_randygpt.backends.ranks.heartbeat import Heartbeat, own_addresses
-from mlx_randygpt.checkpoint import Checkpoint, header_facts, header_of, progress, record, strict
+from mlx_randygpt.checkpoint import (
+    Checkpoint,
+    dataclass_from_json,
+    header_facts,
+    header_of,
+    progress_from_json,
+    to_strict_json,
+)
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import TrainState
@@ -50,7 +57,7 @@ class Team:
     """Context manager of this process as one of the ranks of a run, or as the only one."""
 
     def __init__(self, timeout: float) -> None:
-        self.group: Group = Alone()
+        self.group: Group = SingleRank()
         self._last_words: Callable[[], str] = lambda: ""
         self._restore: Callable[[], None] = lambda: None
         self._timeout = timeout
@@ -158,7 +165,7 @@ class Team:
         made = build(self.group, model, own, state)
         held = made.state()
         weights = [held.params, held.moments]
-        self.agree({"state after it was sent": [hashed(weights), held.step]})
+        self.agree({"state after it was sent": [digest_of(weights), held.step]})
         return made
 
     def _begin_heartbeat(self) -> None:
@@ -235,7 +242,7 @@ def _joined() -> Group:
             raise RankError(f"the other ranks did not come within {JOIN_SECONDS} s; start all")
 
     group = join(waiting)
-    return group if group.size > 1 else Alone()
+    return group if group.size > 1 else SingleRank()
 
 
 def _hold(lifeline: int) -> None:
@@ -248,10 +255,10 @@ def _hold(lifeline: int) -> None:
     os._exit(143)
 
 
-def told(saved: Checkpoint | None, run: Run) -> dict[str, Any]:
+def start_message(saved: Checkpoint | None, run: Run) -> dict[str, Any]:
     """What the other ranks begin with, as rank 0 tells it; its arrays follow later."""
     return {
-        "checkpoint": strict(header_of(saved)) if saved else None,
+        "checkpoint": to_strict_json(header_of(saved)) if saved else None,
         "paths": run.data["paths"],
         "tokenizer": run.tokenizer.to_json(),
     }
@@ -259,14 +266,17 @@ def told(saved: Checkpoint | None, run: Run) -> dict[str, Any]:
 
 def checkpoint_without_arrays(header: dict[str, Any]) -> Checkpoint:
     """Rank 0's checkpoint from its header; the weights are first ones, of the right shapes."""
-    model, config = record(ModelConfig, header["model"]), record(TrainConfig, header["train"])
+    model, config = (
+        dataclass_from_json(ModelConfig, header["model"]),
+        dataclass_from_json(TrainConfig, header["train"]),
+    )
     step, backend, data = header_facts(header)
     state = TrainState(step, initial_params(model, config.seed), {})
-    reached = progress(header["progress"])
+    reached = progress_from_json(header["progress"])
     return Checkpoint(model, config, reached, header["tokenizer"], data, backend, state)
 
 
-def facts(run: Run, backend_name: str) -> dict[str, Any]:
+def agreed_values(run: Run, backend_name: str) -> dict[str, Any]:
     """What must be the same on every rank."""
     return {
         "version of mlx-randygpt": __version__,
@@ -275,12 +285,12 @@ def facts(run: Run, backend_name: str) -> dict[str, Any]:
         "tokenizer": run.tokenizer.to_json(),
         "model": asdict(run.model),
         "setting": asdict(replace(run.train, threads=0)),
-        "step of the checkpoint": strict(asdict(run.progress)),
+        "step of the checkpoint": to_strict_json(asdict(run.progress)),
         "--respect-documents": run.documents is not None,
     }
 
 
-def hashed(values: Any) -> str:
+def digest_of(values: Any) -> str:
     """A digest of arrays in nested dicts."""
     found = hashlib.sha256()
 

@@ -17,7 +17,7 @@ from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
 from mlx_randygpt.data.files import default_source, find_files
 from mlx_randygpt.data.reading import Reading
-from mlx_randygpt.data.vocabulary import Vocabulary, chosen
+from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers.chars import Tokenizer
 
 N_SHOWN = 5  # kinds of unknown characters named in a message
@@ -33,9 +33,9 @@ def files_of(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def wanted(given: Mapping[str, Any]) -> Tokenizer | Vocabulary:
+def requested_tokenizer(given: Mapping[str, Any]) -> Tokenizer | Vocabulary:
     """The tokenizer that the options of a new run ask for."""
-    return chosen(given.get("tokenizer", "char"), given.get("vocab_size", 0))
+    return choose_tokenizer(given.get("tokenizer", "char"), given.get("vocab_size", 0))
 
 
 def tokenizer_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:

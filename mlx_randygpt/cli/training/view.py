@@ -19,7 +19,7 @@ def choose_console(plain: bool) -> tuple[Console, bool]:
     return err, not err.file.isatty()
 
 
-class Shown:
+class GuardedView:
     """A view whose output may go away: then it falls silent and `lost` is true, so that the run
     stops and saves."""
 
@@ -27,7 +27,7 @@ class Shown:
         self._view, self.lost = view, False
         self.why = ""  # it is lost
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> GuardedView:
         self._try(self._view.__enter__)
         return self
 

@@ -21,7 +21,7 @@ KNOWN = {  # what a folder that is replaced may hold
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:
-    """Write `contents` into a new folder beside `folder` and rename it. An existing folder has to be
+    """Write `contents` into a new folder beside `folder` and rename it. An existing folder must be
     empty or, with `overwrite`, hold nothing but an export, which is replaced as a whole."""
     folder = folder.resolve()
     part = folder.parent / f".{folder.name}.{os.getpid()}.part"

@@ -15,7 +15,7 @@ import safetensors.numpy
 from mlx_randygpt import backends
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange.exporters.tokenizer import as_json, tokenizer_files
-from mlx_randygpt.tokenizers.chars import NEVER, tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import NO_TOKEN, tokenizer_from_json
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 
@@ -60,6 +60,6 @@ def generation(saved: Checkpoint) -> dict[str, Any]:
 def ends(saved: Checkpoint) -> dict[str, int | None]:
     """The ids before and after a document; None where nothing is."""
     tokenizer = tokenizer_from_json(saved.tokenizer)
-    if tokenizer.eos == NEVER:
+    if tokenizer.eos == NO_TOKEN:
         return {"bos_token_id": None, "eos_token_id": None}  # else a GPT-2 has its own
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}

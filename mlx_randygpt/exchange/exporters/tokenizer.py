@@ -13,9 +13,9 @@ from typing import Any
 
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.tokenizers.chars import (
-    NEVER,
+    NO_TOKEN,
     CharTokenizer,
-    TableTokenizer,
+    FixedCharTokenizer,
     Tokenizer,
     tokenizer_from_json,
 )
@@ -36,7 +36,7 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
         "split_special_tokens": True,  # of a text
         "chat_template": CHAT,
     }
-    if tokenizer.eos != NEVER:
+    if tokenizer.eos != NO_TOKEN:
         end = names[tokenizer.eos]
         settings |= {"bos_token": names[tokenizer.bos], "eos_token": end, "pad_token": end}
     if model.position == "learned":
@@ -48,7 +48,7 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer in the form of the library `tokenizers`."""
-    if isinstance(tokenizer, TableTokenizer):
+    if isinstance(tokenizer, FixedCharTokenizer):
         ids = {symbol: token for token, symbol in enumerate(tokenizer.symbols) if symbol}
         listed = "".join(f"\\x{{{ord(symbol):X}}}" for symbol in ids)
         others = {"type": "Replace", "pattern": {"Regex": f"[^{listed}]"}, "content": ""}

@@ -15,9 +15,9 @@ import numpy as np
 
 from mlx_randygpt.config import ARCHS, ModelConfig
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers.imported_model import Foreign, whole
+from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
 from mlx_randygpt.exchange.importers.tensors import (
-    Stored,
+    LazyTensor,
     as_float32,
     params_of,
     read_json,
@@ -46,7 +46,7 @@ FIXED = {  # what else decides the numbers, and the only value our model has
 HEAD, WTE = "lm_head.weight", "wte.weight"
 
 
-def read_folder(source: Path, vocab: Path | None) -> Foreign:
+def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
     """The model of a folder; ExchangeError where it is another than our GPT-2."""
     config = read_json(source / "config.json")
     model = _model(source / "config.json", config)
@@ -54,11 +54,11 @@ def read_folder(source: Path, vocab: Path | None) -> Foreign:
     untied = config.get("tie_word_embeddings", True) is not True
     params = weights(path, model, stored, untied=untied, turned=GPT2_IN_OUT)
     tokenizer = tokenizer_at(vocab or source, model.vocab_size)
-    return Foreign("gpt2", source, model, params, tokenizer)
+    return ImportedModel("gpt2", source, model, params, tokenizer)
 
 
 def weights(
-    path: Path, model: ModelConfig, stored: Mapping[str, Stored], *, untied: bool = False,
+    path: Path, model: ModelConfig, stored: Mapping[str, LazyTensor], *, untied: bool = False,
     turned: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The weights among the tensors of a file, by our names.
@@ -104,7 +104,7 @@ def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**ARCHS["gpt2"] | {"activation": ACTIVATIONS[activation]}, **sizes)
 
 
-def stored_in(source: Path) -> tuple[Path, Mapping[str, Stored]]:
+def stored_in(source: Path) -> tuple[Path, Mapping[str, LazyTensor]]:
     """The file of weights in a folder, and its tensors."""
     path = next((source / name for name in WEIGHTS if (source / name).is_file()), None)
     if path is None:
@@ -112,7 +112,7 @@ def stored_in(source: Path) -> tuple[Path, Mapping[str, Stored]]:
     return path, _stored(path)
 
 
-def _stored(path: Path) -> Mapping[str, Stored]:
+def _stored(path: Path) -> Mapping[str, LazyTensor]:
     if path.name.endswith(".index.json"):
         return read_shards(path.parent, path.name)
     if path.suffix == ".safetensors":
@@ -120,19 +120,19 @@ def _stored(path: Path) -> Mapping[str, Stored]:
     return tensors_of(path, TorchFile(path).value)
 
 
-def tensors_of(path: Path, state: Any) -> dict[str, Stored]:
+def tensors_of(path: Path, state: Any) -> dict[str, LazyTensor]:
     """A state_dict; ExchangeError for anything else."""
     if not isinstance(state, dict):
         raise ExchangeError(f"{path} does not hold tensors by name")
     for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, Stored)):
+        if not (isinstance(name, str) and isinstance(tensor, LazyTensor)):
             raise ExchangeError(
                 f"{path} holds {_seen(name)}, which is no tensor, among its weights"
             )
     return state
 
 
-def _equal(head: Stored, wte: Any) -> bool:
+def _equal(head: LazyTensor, wte: Any) -> bool:
     if head.shape != wte.shape:
         return False
     return bool(np.array_equal(as_float32(head.read(), head.kind).reshape(wte.shape), wte))

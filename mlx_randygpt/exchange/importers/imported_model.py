@@ -21,7 +21,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size")  # what a preset names
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ImportedModel:
     """What a reader found, and what it had to assume."""
 
     format: str

@@ -15,8 +15,8 @@ from typing import Any
 from mlx_randygpt.config import ARCHS, ModelConfig
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers import gpt2
-from mlx_randygpt.exchange.importers.imported_model import Foreign, whole
-from mlx_randygpt.exchange.importers.tensors import Stored, as_float32
+from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
+from mlx_randygpt.exchange.importers.tensors import LazyTensor, as_float32
 from mlx_randygpt.exchange.importers.torch_file import TorchFile
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
 from mlx_randygpt.tokenizers.chars import Tokenizer
@@ -27,7 +27,7 @@ SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and the same filled up to a multiple of 64
 
 
-def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) -> Foreign:
+def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) -> ImportedModel:
     """The model of a ckpt.pt, or of the folder that holds it."""
     path = source / CHECKPOINT if source.is_dir() else source
     value = TorchFile(path).value
@@ -55,12 +55,12 @@ def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) ->
     if isinstance(step, int):
         best = f", best validation loss {loss:.4f}" if math.isfinite(loss) else ""
         notes.append(f"It had trained {step:,} steps{best}; here it begins at step 0.")
-    return Foreign("nanogpt", path, model, params, tokenizer, notes=(*notes, *note))
+    return ImportedModel("nanogpt", path, model, params, tokenizer, notes=(*notes, *note))
 
 
 def _number(value: Any) -> float:
     """A loss, which nanoGPT keeps as a tensor without axes; nan where there is none."""
-    if isinstance(value, Stored) and value.shape == () and value.kind in ("F32", "F64", "BF16"):
+    if isinstance(value, LazyTensor) and value.shape == () and value.kind in ("F32", "F64", "BF16"):
         return float(as_float32(value.read(), value.kind).reshape(-1)[0])
     return float(value) if isinstance(value, float) else math.nan
 

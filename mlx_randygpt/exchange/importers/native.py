@@ -10,12 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.checkpoint import record
+from mlx_randygpt.checkpoint import dataclass_from_json
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS
 from mlx_randygpt.exchange.importers import gpt2
-from mlx_randygpt.exchange.importers.imported_model import Foreign
+from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import params_of, read_json, refuse_others
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
 from mlx_randygpt.recipes import RECIPES
@@ -25,14 +25,14 @@ MODEL_TYPE = "mlxgpt"
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 
 
-def read_folder(source: Path, vocab: Path | None) -> Foreign:
+def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
     """The model of a folder; ExchangeError where it is none of ours."""
     model = _model(source / "config.json")
     path, stored = gpt2.stored_in(source)
     params = params_of(path, model, stored)
     refuse_others(path, stored.keys() - params.keys())
     tokenizer = _tokenizer(vocab or source, model.vocab_size)
-    return Foreign(MODEL_TYPE, source, model, params, tokenizer, recipe=_recipe(model))
+    return ImportedModel(MODEL_TYPE, source, model, params, tokenizer, recipe=_recipe(model))
 
 
 def _model(path: Path) -> ModelConfig:
@@ -43,7 +43,7 @@ def _model(path: Path) -> ModelConfig:
         raise ExchangeError(f"{path} lacks {missing[0]}")
     known = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
     try:
-        return record(ModelConfig, known)
+        return dataclass_from_json(ModelConfig, known)
     except ConfigError as error:
         raise ExchangeError(f"{path}: {error}") from error
 

@@ -21,10 +21,10 @@ import numpy as np
 
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers.imported_model import SIZES, Foreign, whole
+from mlx_randygpt.exchange.importers.imported_model import SIZES, ImportedModel, whole
 from mlx_randygpt.exchange.importers.tensors import (
     Array,
-    Stored,
+    LazyTensor,
     finite,
     params_of,
     read_json,
@@ -49,7 +49,7 @@ TRAIN = {
 DROPOUT = 0.1
 
 
-def read_bin(source: Path, vocab: Path | None, given: Mapping[str, int]) -> Foreign:
+def read_bin(source: Path, vocab: Path | None, given: Mapping[str, int]) -> ImportedModel:
     """The model, and its moments where it has them. `given` are sizes the user names."""
     letters, vocab_size, _, step, best_loss = _header(source)
     n, rest = divmod(source.stat().st_size - HEADER.size, 4)
@@ -64,13 +64,13 @@ def read_bin(source: Path, vocab: Path | None, given: Mapping[str, int]) -> Fore
         raise ExchangeError(f"{source}: a second moment is negative; the file is damaged")
     if not found:
         note += " It holds no moments: train --init-from begins anew."
-    return Foreign(
+    return ImportedModel(
         "randygpt", source, model, params, tokenizer, found, step if found else 0,
         best_loss, TRAIN, (note,),
     )  # fmt: skip
 
 
-def read_folder(source: Path, vocab: Path | None) -> Foreign:
+def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
     """The Hugging Face folder that randyGPT's export_hf.py writes."""
     config = read_json(source / "config.json")
     named = ("vocab_size", *SIZES)
@@ -84,7 +84,7 @@ def read_folder(source: Path, vocab: Path | None) -> Foreign:
     tokenizer = _tokenizer(source, vocab or source, model.vocab_size)
     loss = config.get("best_val_loss")
     best = float(loss) if isinstance(loss, int | float) and abs(loss) < 1e6 else math.inf
-    return Foreign("randygpt-hf", source, model, params, tokenizer, {}, 0, best, TRAIN)
+    return ImportedModel("randygpt-hf", source, model, params, tokenizer, {}, 0, best, TRAIN)
 
 
 def _header(source: Path) -> tuple[bytes, int, int, int, float]:
@@ -196,7 +196,9 @@ def _short_name(name: str) -> str:
     return short.replace(".attn.", ".").replace(".mlp.", ".") if short != name else name
 
 
-def _stacked(path: Path, model: ModelConfig, found: Mapping[str, Stored]) -> dict[str, Stored]:
+def _stacked(
+    path: Path, model: ModelConfig, found: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
     """Our weights, each of one or three tensors of the file."""
     wanted = {name: _parts(name) for name in parameter_shapes(model)}
     known = {part for parts in wanted.values() for part in parts}
@@ -206,7 +208,7 @@ def _stacked(path: Path, model: ModelConfig, found: Mapping[str, Stored]) -> dic
     return {name: _together([found[part] for part in parts]) for name, parts in wanted.items()}
 
 
-def _together(parts: Sequence[Stored]) -> Stored:
+def _together(parts: Sequence[LazyTensor]) -> LazyTensor:
     """Tensors of one shape, one above the other."""
     if len(parts) == 1:
         return parts[0]
@@ -218,7 +220,7 @@ def _together(parts: Sequence[Stored]) -> Stored:
     def read() -> Array:
         return np.concatenate([part.read() for part in parts])
 
-    return Stored((len(parts) * rows, columns), parts[0].kind, read)
+    return LazyTensor((len(parts) * rows, columns), parts[0].kind, read)
 
 
 def _tokenizer(source: Path, vocab: Path | None, size: int) -> Tokenizer:

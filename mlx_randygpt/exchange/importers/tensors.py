@@ -27,13 +27,13 @@ FLOATS: dict[str, np.dtype[Any]] = {  # as safetensors spells them, and how thei
     "BF16": np.dtype("<u2"),
 }  # fmt: skip
 OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
-MOST_HEADER = 1 << 23  # bytes of a safetensors header; that of GPT-2 XL has 60 kB
-MOST_AXES = 8
-MOST_JSON = 1 << 26  # bytes of a JSON file; GPT-2's tokenizer.json has 1.4 MB
+MAX_HEADER_BYTES = 1 << 23  # bytes of a safetensors header; that of GPT-2 XL has 60 kB
+MAX_AXES = 8
+MAX_JSON_BYTES = 1 << 26  # bytes of a JSON file; GPT-2's tokenizer.json has 1.4 MB
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor that is still in its file."""
 
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ def as_float32(raw: Array, kind: str) -> Array:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        if path.stat().st_size > MOST_JSON:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise ExchangeError(
                 f"{path} has {path.stat().st_size:,} bytes; that is no settings file"
             )
@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, none of them read yet; their places are checked.
 
     Format: 8 bytes length of the header, the header as JSON, the tensors' bytes.
@@ -79,9 +79,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             size = int.from_bytes(file.read(8), "little")
             if n_bytes < 8 or size > n_bytes - 8:
                 raise ExchangeError(f"{path} is truncated or not a safetensors file")
-            if size > MOST_HEADER:
+            if size > MAX_HEADER_BYTES:
                 raise ExchangeError(
-                    f"{path} has a header of {size:,} bytes; at most {MOST_HEADER:,} are read"
+                    f"{path} has a header of {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read"
                 )
             header = json.loads(file.read(size))
     except OSError as error:
@@ -96,7 +96,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     return {name: _stored(path, name, entry, 8 + size, n_bytes) for name, entry in header.items()}
 
 
-def read_shards(folder: Path, index: str) -> dict[str, Stored]:
+def read_shards(folder: Path, index: str) -> dict[str, LazyTensor]:
     """The tensors of all files that an index names, such as model.safetensors.index.json."""
     places = read_json(folder / index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
@@ -118,7 +118,7 @@ def read_shards(folder: Path, index: str) -> dict[str, Stored]:
 def params_of(
     source: Path,
     model: ModelConfig,
-    found: Mapping[str, Stored],
+    found: Mapping[str, LazyTensor],
     turned: Callable[[str], bool] = lambda name: False,
 ) -> Params:
     """The weights of the model, float32 and finite. All shapes are compared before any is read;
@@ -158,12 +158,12 @@ def refuse_others(source: Path, names: Iterable[str]) -> None:
         )
 
 
-def _read(stored: Stored, is_turned: bool) -> Array:
+def _read(stored: LazyTensor, is_turned: bool) -> Array:
     values = as_float32(stored.read(), stored.kind).reshape(stored.shape)
     return np.ascontiguousarray(values.T) if is_turned else values
 
 
-def _stored(path: Path, name: str, entry: Any, start: int, n_bytes: int) -> Stored:
+def _stored(path: Path, name: str, entry: Any, start: int, n_bytes: int) -> LazyTensor:
     """The tensor that an entry of a header describes."""
     fields = entry if isinstance(entry, dict) else {}
     kind, shape, places = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
@@ -181,11 +181,11 @@ def _stored(path: Path, name: str, entry: Any, start: int, n_bytes: int) -> Stor
     def read() -> Array:
         return np.fromfile(path, FLOATS[kind], n, offset=start + places[0])
 
-    return Stored(tuple(shape), kind, read)
+    return LazyTensor(tuple(shape), kind, read)
 
 
 def _are_counts(values: object) -> TypeGuard[list[int]]:
-    if not isinstance(values, list) or len(values) > MOST_AXES:
+    if not isinstance(values, list) or len(values) > MAX_AXES:
         return False
     return all(type(n) is int and n >= 0 for n in values)
 

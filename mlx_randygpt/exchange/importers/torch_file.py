@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers.tensors import FLOATS, MOST_AXES, Array, Stored
+from mlx_randygpt.exchange.importers.tensors import FLOATS, MAX_AXES, Array, LazyTensor
 
 MAGIC = b"PK\x03\x04"
 LOCAL_BYTES = 30  # before each entry; its last four are the lengths of a name and more
-MOST_ENTRIES = 1 << 16
+MAX_ENTRIES = 1 << 16
 STORAGES = {  # PyTorch's name, the kind in `tensors`, bytes of a number
     "torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
     "torch.HalfStorage": ("F16", 2), "torch.BFloat16Storage": ("BF16", 2),
@@ -82,10 +82,10 @@ class TorchFile:
 
     def _bytes(self, archive: zipfile.ZipFile, name: str) -> bytes | None:
         entry = self._entries.get(f"{self._folder}/{name}")
-        if entry is not None and entry.file_size > MOST_BYTES:
+        if entry is not None and entry.file_size > MAX_PICKLE_BYTES:
             raise ExchangeError(
                 f"{self._path}: its {name} has {entry.file_size:,} bytes; "
-                f"at most {MOST_BYTES:,} are read"
+                f"at most {MAX_PICKLE_BYTES:,} are read"
             )
         return None if entry is None else archive.read(entry)
 
@@ -121,11 +121,11 @@ class TorchFile:
             f"it would run {reprlib.repr(name)}; only tensors and plain values are read"
         )
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> Stored:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> LazyTensor:
         """A view of a storage; ExchangeError for one that reaches outside it."""
         numbers = [offset, *shape, *strides] if _are_tuples(shape, strides) else [None]
         sound = isinstance(storage, _Storage) and all(type(n) is int and n >= 0 for n in numbers)
-        if not sound or len(shape) != len(strides) or len(shape) > MOST_AXES:
+        if not sound or len(shape) != len(strides) or len(shape) > MAX_AXES:
             raise ExchangeError("it has a tensor that is not described")
         n = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
@@ -140,7 +140,7 @@ class TorchFile:
             view = np.lib.stride_tricks.as_strided(values[offset:], shape, bytes_apart)
             return np.ascontiguousarray(view).reshape(-1)
 
-        return Stored(shape, storage.kind, read)
+        return LazyTensor(shape, storage.kind, read)
 
     def _storage(self, storage: _Storage) -> Array:
         """The numbers of a storage; the archive's checksum of them is compared."""
@@ -163,10 +163,8 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     """The entries by name. What torch.save never writes is refused: packed ones, which may be
     bombs, two of one name, and names that lead elsewhere."""
     listed = archive.infolist()
-    if len(listed) > MOST_ENTRIES:
-        raise ExchangeError(
-            f"{path} has {len(listed):,} entries; at most {MOST_ENTRIES:,} are read"
-        )
+    if len(listed) > MAX_ENTRIES:
+        raise ExchangeError(f"{path} has {len(listed):,} entries; at most {MAX_ENTRIES:,} are read")
     n_bytes = path.stat().st_size
     for entry in listed:
         name = entry.filename
@@ -190,8 +188,10 @@ def _short(error: Exception) -> str:
     return reprlib.repr(" ".join(str(error).split()))
 
 
-MOST_BYTES = 1 << 22  # of a pickle, whose tensors lie elsewhere: GPT-2 XL with moments has 400 kB
-LARGEST = 1 << 63
+MAX_PICKLE_BYTES = (
+    1 << 22
+)  # of a pickle, whose tensors lie elsewhere: GPT-2 XL with moments has 400 kB
+MAX_INTEGER = 1 << 63
 CONSTANTS = {
     "NONE": None, "NEWTRUE": True, "NEWFALSE": False,
     "EMPTY_TUPLE": (),
@@ -228,8 +228,10 @@ def read_pickle(data: bytes, call: Call = refuse_call, refer: Refer = refuse_ref
     `call(name, arguments)` is the value of a call that the pickle asks for, `refer(key)` of what
     lies outside it; each raises ExchangeError for what it does not know.
     """
-    if len(data) > MOST_BYTES:
-        raise ExchangeError(f"its pickle has {len(data):,} bytes; at most {MOST_BYTES:,} are read")
+    if len(data) > MAX_PICKLE_BYTES:
+        raise ExchangeError(
+            f"its pickle has {len(data):,} bytes; at most {MAX_PICKLE_BYTES:,} are read"
+        )
     machine = _Machine(call, refer)
     try:
         for opcode, argument, _ in pickletools.genops(data):
@@ -275,7 +277,7 @@ class _Machine:
         return self._stack.pop()
 
     def _literal(self, value: Any) -> None:
-        if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+        if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
             raise ValueError("a number of more than 64 bits")
         self._stack.append(value)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers.tensors import MOST_JSON, read_json
-from mlx_randygpt.exchange.importers.torch_file import MOST_BYTES, read_pickle
-from mlx_randygpt.tokenizers.chars import TableTokenizer, Tokenizer
+from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
+from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
+from mlx_randygpt.tokenizers.chars import FixedCharTokenizer, Tokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # looked for in a folder, in this order
@@ -67,7 +67,7 @@ def _sound(path: Path, make: Any) -> Tokenizer:
 def _table_of_meta(path: Path, size: int) -> Tokenizer:
     try:
         with open(path, "rb") as file:
-            meta = read_pickle(file.read(MOST_BYTES + 1))
+            meta = read_pickle(file.read(MAX_PICKLE_BYTES + 1))
     except OSError as error:
         raise ExchangeError(error.strerror) from error
     itos, stoi = (meta.get(name) if isinstance(meta, dict) else None for name in ("itos", "stoi"))
@@ -83,7 +83,7 @@ def _table_of_meta(path: Path, size: int) -> Tokenizer:
                 f"the model's ids are 0 to {size - 1}"
             )
         symbols[token] = char
-    return TableTokenizer(tuple(symbols))
+    return FixedCharTokenizer(tuple(symbols))
 
 
 def _of_randygpt(content: Mapping[str, Any], size: int) -> Tokenizer:
@@ -120,7 +120,7 @@ def _table(symbols: Sequence[str], size: int) -> Tokenizer:
         )
     last = {symbol: i for i, symbol in enumerate(symbols)} | dict.fromkeys(RANDY_SPECIAL, -1)
     kept = (symbol if last[symbol] == i else "" for i, symbol in enumerate(symbols))
-    return TableTokenizer(tuple(kept), begin=0)
+    return FixedCharTokenizer(tuple(kept), begin=0)
 
 
 def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise ExchangeError(f"{path} is neither a tokenizer.json nor a vocabulary of ids")
     merges = path.with_name("merges.txt")
     try:
-        if merges.stat().st_size > MOST_JSON:
+        if merges.stat().st_size > MAX_JSON_BYTES:
             raise ExchangeError(f"{merges} is too large to be a list of merges")
         lines = merges.read_text(encoding="utf-8").split("\n")
     except OSError as error:

@@ -13,7 +13,7 @@ pytest.importorskip("mlx.core", exc_type=ImportError)
 import mlx.core as mx
 
 from mlx_randygpt.backends import make_backend
-from mlx_randygpt.backends.mlx.embedding import rows, summed
+from mlx_randygpt.backends.mlx.embedding import rows, sum_rows
 from mlx_randygpt.backends.mlx.model import FEW_ROWS
 from mlx_randygpt.check import distance
 from mlx_randygpt.config import ModelConfig, TrainConfig
@@ -59,7 +59,7 @@ def test_the_gradient_is_the_sum_over_all_positions_of_an_id(kind: str, n: int) 
 def test_each_row_of_the_table_gets_one_sum_whatever_order_a_device_adds_in() -> None:
     ids = np.sort(positions("frequent", 601))
     sums = np.array(
-        summed(mx.array(rng(1, "check").normal(size=(601, C)), mx.float32), mx.array(ids))
+        sum_rows(mx.array(rng(1, "check").normal(size=(601, C)), mx.float32), mx.array(ids))
     )
     added = ids[(sums != 0).any(axis=1)]
     assert added.tolist() == sorted(set(ids.tolist()))

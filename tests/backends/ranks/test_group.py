@@ -13,7 +13,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_randygpt.backends.ranks.group import AGAIN_STEPS, Alone, RankError, again, is_ranked, share
+from mlx_randygpt.backends.ranks.group import (
+    RESYNC_STEPS,
+    RankError,
+    SingleRank,
+    is_ranked,
+    resync,
+    share,
+)
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training.hosts import Host, Hosts, LaunchError
 from mlx_randygpt.cli.training.launcher import remote_line
@@ -46,14 +53,14 @@ def test_a_rank_without_rows_has_nothing_to_predict() -> None:
 
 def test_ranks_go_on_from_rank_0_now_and_then() -> None:
     restored: list[int] = []
-    for step in range(2 * AGAIN_STEPS):
+    for step in range(2 * RESYNC_STEPS):
         state = lambda step=step: step  # noqa: E731
-        again(SimpleNamespace(step=step, state=state, restore=restored.append))  # type: ignore[arg-type]
-    assert restored == [0, AGAIN_STEPS]
+        resync(SimpleNamespace(step=step, state=state, restore=restored.append))  # type: ignore[arg-type]
+    assert restored == [0, RESYNC_STEPS]
 
 
 def test_the_only_rank_stops_when_it_is_asked() -> None:
-    alone = Alone()
+    alone = SingleRank()
     assert not alone.should_stop()
     alone.asked = lambda: 130
     assert alone.should_stop()
@@ -157,7 +164,7 @@ def test_sums_are_made_in_one_order_and_on_metal_no_gpu_waits_for_them(
 
     monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group: mx.sin(array))
     monkeypatch.setattr(ring, "BUCKET", 6)
-    ranks = ring.Ranks(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
+    ranks = ring.RingGroup(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
     ranks._metal = metal
     grads = {"a": mx.ones((2, 3)), "b": mx.ones(4) * 2, "c": mx.ones((5, 1)) * 3}
     loss, means = ranks.mean(mx.array(4.0), grads, 0.5)

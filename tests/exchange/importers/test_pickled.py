@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers.torch_file import MOST_BYTES, read_pickle
+from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
 
 NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)
 PLAIN = st.recursive(
@@ -115,5 +115,5 @@ def test_tuples_that_double_cost_no_time() -> None:
 
 
 def test_a_pickle_of_megabytes_is_refused() -> None:
-    with pytest.raises(ExchangeError, match=f"at most {MOST_BYTES:,}"):
-        read_pickle(b"\x80\x02" + b"N0" * MOST_BYTES + b"N.")
+    with pytest.raises(ExchangeError, match=f"at most {MAX_PICKLE_BYTES:,}"):
+        read_pickle(b"\x80\x02" + b"N0" * MAX_PICKLE_BYTES + b"N.")

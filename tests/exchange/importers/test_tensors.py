@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers.tensors import (
-    MOST_HEADER,
+    MAX_HEADER_BYTES,
     as_float32,
     read_json,
     read_safetensors,
@@ -93,9 +93,9 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, size: int) -> 
 
 def test_a_header_of_megabytes_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "m.safetensors", "wb") as file:
-        file.write((MOST_HEADER + 1).to_bytes(8, "little"))
-        file.truncate(MOST_HEADER + 100)  # a hole
-    with pytest.raises(ExchangeError, match=f"at most {MOST_HEADER:,}"):
+        file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
+        file.truncate(MAX_HEADER_BYTES + 100)  # a hole
+    with pytest.raises(ExchangeError, match=f"at most {MAX_HEADER_BYTES:,}"):
         read_safetensors(tmp_path / "m.safetensors")
 
 
