@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import UserError
-from mlx_randygpt.state import Batch
+from mlx_randygpt.state import Array, Batch, TrainState
 
 LAUNCHERS = {  # the variable of a rank, and those that may say how many there are
     "MLX_RANK": ("MLX_WORLD_SIZE",),
@@ -34,40 +34,86 @@ class RankError(UserError):
 
 
 class Group(Protocol):
-    """One rank among `size`."""
+    """One rank among `size` ranks that train one model together.
+
+    A collective is a call that every rank makes, in the same order.
+    """
 
     rank: int
     size: int
-    asked: Callable[[], int]  # the exit code this rank wants to stop with; 0: go on
-    stop: int  # the exit code all have agreed to stop with; 0: go on
+    requested_exit_code: Callable[[], int]  # the code this rank wants to stop with; 0: go on
+    agreed_exit_code: int  # the code that all ranks have agreed to stop with; 0: go on
 
     def should_stop(self) -> bool:
-        """Whether all have agreed to stop. Every rank hears the same at the same step."""
+        """Return whether all ranks have agreed to stop; the same answer at the same step."""
 
-    def tell(self, value: Any) -> Any:
-        """Rank 0's value, which JSON can hold, on every rank; a collective."""
+    def broadcast(self, value: Any) -> Any:
+        """Broadcast rank 0's JSON-serialisable value to every rank (collective)."""
 
     def gather(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The numbers (n,) of every rank, (size, n); a collective."""
+        """Return the numbers (n,) of every rank, (size, n) (collective)."""
+
+    def share(self, batch: Batch) -> Batch:
+        """Return this rank's own rows of a batch."""
+
+    def total(self, value: float) -> float:
+        """Return the sum of every rank's value (collective)."""
+
+    def sum(self, flat: Array) -> None:
+        """Add the other ranks' float32 vectors (n,) to this one, in place (collective)."""
+
+    def mean(self, loss: Any, grads: Any, weight: float) -> tuple[Any, Any]:
+        """Return the loss and gradients summed over all ranks, each times its weight (collective).
+
+        `loss` and the values of `grads` are MLX arrays; the weights of all ranks add up to 1.
+        """
+
+    def same_state(self, state: TrainState) -> TrainState:
+        """Return rank 0's state on every rank (collective)."""
 
 
 class SingleRank:
-    """The only rank of a run; nothing of MLX is imported for it."""
+    """The group of a run with one process: every collective is the identity."""
 
-    rank, size, stop = 0, 1, 0
+    rank, size, agreed_exit_code = 0, 1, 0
 
     def __init__(self) -> None:
-        self.asked: Callable[[], int] = lambda: 0
+        self.requested_exit_code: Callable[[], int] = lambda: 0
 
     def should_stop(self) -> bool:
-        self.stop = self.asked()
-        return self.stop != 0
+        """Return whether this process wants to stop."""
+        self.agreed_exit_code = self.requested_exit_code()
+        return self.agreed_exit_code != 0
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
+        """Return the value."""
         return value
 
     def gather(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the numbers as one row, (1, n)."""
         return numbers[None]
+
+    def share(self, batch: Batch) -> Batch:
+        """Return the whole batch."""
+        return batch
+
+    def total(self, value: float) -> float:
+        """Return the value."""
+        return value
+
+    def sum(self, flat: Array) -> None:
+        """Leave the vector as it is."""
+
+    def mean(self, loss: Any, grads: Any, weight: float) -> tuple[Any, Any]:
+        """Return both as they are; the weight of the only rank is 1."""
+        return loss, grads
+
+    def same_state(self, state: TrainState) -> TrainState:
+        """Return the state."""
+        return state
+
+
+SINGLE = SingleRank()  # the default of a backend, which never asks it to stop
 
 
 def share(batch: Batch, rank: int, size: int) -> Batch:

@@ -59,16 +59,16 @@ class RingGroup:
     def __init__(self, group: Any) -> None:
         self._group = group
         self.rank, self.size = int(group.rank()), int(group.size())
-        self.asked: Callable[[], int] = lambda: 0
-        self.stop = 0
+        self.requested_exit_code: Callable[[], int] = lambda: 0
+        self.agreed_exit_code = 0
         self._metal = mx.metal.is_available() and mx.default_device() == mx.gpu
         self._flags: deque[mx.array] = deque()  # of steps the device may still be busy with
 
     def should_stop(self) -> bool:
         self._read_flags(keep=1)  # the step at hand is never waited for
-        return self.stop != 0
+        return self.agreed_exit_code != 0
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         text = json.dumps(value).encode() if self.rank == 0 else b""
         size = int(self.gather(np.array([len(text)], np.int32))[0, 0])
         content = np.zeros(size, np.uint8)
@@ -132,7 +132,7 @@ class RingGroup:
     def same_state(self, state: TrainState) -> TrainState:
         """Rank 0's state on every rank; the weights must be there in shape, moments need not."""
         kinds = {kind: [*arrays] for kind, arrays in state.moments.items()}
-        step, kinds = self.tell([state.step, kinds])
+        step, kinds = self.broadcast([state.step, kinds])
         zeros = {name: np.zeros_like(w) for name, w in state.params.items()}
 
         def own(values: dict[str, Array], names: Iterable[str]) -> dict[str, Array]:
@@ -148,15 +148,15 @@ class RingGroup:
         return flat.reshape(array.shape)
 
     def _wishes(self) -> list[int]:
-        wanted = self.asked()
+        wanted = self.requested_exit_code()
         return [int(wanted == code) for code in STOP_CODES]
 
     def _read_flags(self, keep: int) -> None:
         """Hear the wishes of all but the latest `keep` collectives; the first stays."""
         while len(self._flags) > keep:
             heard = np.array(self._flags.popleft())
-            if not self.stop and heard.any():
-                self.stop = STOP_CODES[int(heard.argmax())]
+            if not self.agreed_exit_code and heard.any():
+                self.agreed_exit_code = STOP_CODES[int(heard.argmax())]
 
     def _summed(self, array: Array) -> Array:
         total = mx.distributed.all_sum(mx.array(array), group=self._group)

@@ -69,14 +69,14 @@ def run_leader(job: TrainRequest, team: Team, folder: RunFolder, signals: StopSi
     """The run as rank 0, or the only one, goes through it: with files and a screen."""
     with team.leading():
         if (found := starting_point(job, folder)) is None:
-            team.group.tell(None)
+            team.group.broadcast(None)
             return 0
         saved, skipped = found
         name, why = choose(job.backend)
         run, state, description, notes = prepare(job, saved, name, team)
         team.check(name, run.train)
         start = start_message(saved, run)
-    team.group.tell(start)
+    team.group.broadcast(start)
     team.agree(agreed_values(run, name))
     backend = team.backend(name, run.model, run.train, state)
     loggers = Loggers(job.given.get("log", ()), notes.append)
@@ -102,7 +102,7 @@ def run_leader(job: TrainRequest, team: Team, folder: RunFolder, signals: StopSi
 
 def run_follower(job: TrainRequest, team: Team, signals: StopSignals) -> int:
     """The run as every other rank goes through it: steps, and nothing else."""
-    start = team.group.tell(None)
+    start = team.group.broadcast(None)
     if not isinstance(start, dict):
         return int(start or 0)  # rank 0 has said why
     saved = checkpoint_without_arrays(start["checkpoint"]) if start["checkpoint"] else None
@@ -112,7 +112,7 @@ def run_follower(job: TrainRequest, team: Team, signals: StopSignals) -> int:
     run, state, _, _ = prepare(job, saved, name, team)
     team.agree(agreed_values(run, name))
     backend = team.backend(name, run.model, run.train, state)
-    team.group.asked = lambda: signals.exit_code
+    team.group.requested_exit_code = lambda: signals.exit_code
     signals.defer(lambda: None)
     del saved, state  # the backend has its own copy
     return compute(run, backend, team)

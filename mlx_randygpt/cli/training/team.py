@@ -77,7 +77,11 @@ class Team:
     @property
     def exit_code(self) -> int:
         """What the signals of this rank, or of any, have asked for."""
-        return self.group.asked() if self.group.size == 1 else self.group.stop
+        return (
+            self.group.requested_exit_code()
+            if self.group.size == 1
+            else self.group.agreed_exit_code
+        )
 
     def __enter__(self) -> Team:
         if LIFELINE in os.environ:
@@ -118,7 +122,7 @@ class Team:
         try:
             yield
         except Exception:
-            self.group.tell(1)
+            self.group.broadcast(1)
             raise
 
     def check(self, backend_name: str, config: TrainConfig) -> None:
@@ -139,7 +143,7 @@ class Team:
     ) -> None:
         """The loop is about to begin: who asks it to stop, who gives the terminal back, and what
         is said where a rank is lost."""
-        self.group.asked, self._restore, self._last_words = asked, restore, last_words
+        self.group.requested_exit_code, self._restore, self._last_words = asked, restore, last_words
 
     def agree(self, facts: dict[str, Any]) -> None:
         """RankError where a rank has another value than rank 0 for one of these; a collective."""
@@ -173,10 +177,10 @@ class Team:
         beat = Heartbeat(group.rank, group.size, self._timeout, self._lost)
         if group.rank == 0:
             ring = ring_hosts() or [[]]
-            group.tell([own_addresses(ring[0]), *beat.listen()])
+            group.broadcast([own_addresses(ring[0]), *beat.listen()])
             reached = True
         else:
-            addresses, port, token = group.tell(None)
+            addresses, port, token = group.broadcast(None)
             reached = beat.connect(addresses, port, token)
         heard = group.gather(np.array([int(reached)], np.int32))[:, 0]
         self._heartbeat = beat

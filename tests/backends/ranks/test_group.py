@@ -62,9 +62,9 @@ def test_ranks_go_on_from_rank_0_now_and_then() -> None:
 def test_the_only_rank_stops_when_it_is_asked() -> None:
     alone = SingleRank()
     assert not alone.should_stop()
-    alone.asked = lambda: 130
+    alone.requested_exit_code = lambda: 130
     assert alone.should_stop()
-    assert alone.stop == 130
+    assert alone.agreed_exit_code == 130
 
 
 def ring(tmp_path: Path, content: object) -> dict[str, str]:
