@@ -17,7 +17,7 @@ ROOT = Path(mlx_randygpt.__file__).parent
 PACKAGE = ROOT.name
 SHIPPED = ROOT / "exchange" / "shipped"  # copied into exports; never imported here
 LAYERS = (  # lowest first; a module imports from its own layer and from those before it
-    "recipes", "config", "state", "model", "progress", "files", "settings", "backends",
+    "words", "recipes", "config", "state", "model", "progress", "files", "settings", "backends",
     "tokenizers", "checkpoint", "data", "sampling", "training", "planning", "analysis",
     "check", "screen", "exchange", "serve", "cli", "__main__", "",
 )  # fmt: skip

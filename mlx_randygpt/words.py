@@ -1,0 +1,55 @@
+"""How numbers, durations, errors and text from outside are worded, everywhere."""
+
+from __future__ import annotations
+
+import math
+
+MAX_REASON = 160  # characters of an error text, which may quote a damaged file
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Return a size with three significant digits: `40 kB`, `14.5 MB`, `23.6 GB`."""
+    for unit, scale in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9)):
+        if n_bytes < 999.5 * scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes / 1e12:,.3g} TB"
+
+
+def format_count(n: float) -> str:
+    """Return a count: exact up to a million, then `1.24 M`, `124 M`, `1.56 G`."""
+    for unit, scale in (("", 1), ("M", 1e6), ("G", 1e9)):
+        if n < (1e6 if scale == 1 else 999.5 * scale):
+            return f"{n:,.0f}" if scale == 1 else f"{n / scale:.3g} {unit}"
+    return f"{n / 1e12:,.3g} T"
+
+
+def format_clock(seconds: float) -> str:
+    """Return a duration as a clock shows it: `02:10`, from an hour on `1:02:10`."""
+    if not math.isfinite(seconds):
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its natural unit: `3.2 ms`, `36.0 s`, `2.5 minutes`, `3.1 h`, `9 days`."""
+    if seconds < 1:
+        return f"{1e3 * seconds:,.1f} ms"
+    if seconds < 60:
+        return f"{seconds:,.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:,.1f} minutes"
+    hours = seconds / 3600
+    return f"{hours:,.1f} h" if hours < 72 else f"{hours / 24:,.0f} days"
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error as one printable line of at most MAX_REASON characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "…"
+
+
+def clean_text(text: str, *, keep: str = "") -> str:
+    """Replace what a terminal could act on: white space not in `keep` by a space, the rest by �."""
+    return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else "�" for c in text)
