@@ -26,7 +26,7 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.recipes import PRESETS, RECIPES
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Continuation, Streams, write
+from mlx_randygpt.sampling.generate import Continuation, Streams, extend
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 
@@ -78,7 +78,7 @@ def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callabl
         streams = Streams(backend, model, n_streams)
         logits = streams.join(np.zeros((n_streams, 1), np.int32))
         for _ in range(n):
-            logits = streams.append(write(writers, logits))
+            logits = streams.append(extend(writers, logits))
 
     return run
 

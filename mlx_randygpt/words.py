@@ -33,7 +33,7 @@ def format_clock(seconds: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration in its natural unit: `3.2 ms`, `36.0 s`, `2.5 minutes`, `3.1 h`, `9 days`."""
+    """Return a duration in its unit: `3.2 ms`, `36.0 s`, `2.5 minutes`, `3.1 h`, `9 days`."""
     if seconds < 1:
         return f"{1e3 * seconds:,.1f} ms"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""Beam search: the continuation that scores highest, found by keeping several at a time."""
+"""Beam search: find the continuation with the highest score by keeping several candidates."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def beam_search(
     length_penalty: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Generated:
-    """The continuation whose log-probability over length ** `length_penalty` is highest, among
-    `n_beams` kept at a time (1: the mean per token; 0: the sum, which favours short ones).
+    """Return the continuation with the highest log-probability / length ** `length_penalty`.
 
-    Nothing is drawn: of the sampling settings only max_tokens and stop apply. Ends when as many
-    texts have ended as beams are kept.
+    `n_beams` candidates are kept at a time. A length penalty of 1 compares means per token, 0
+    compares sums, which favours short texts. Nothing is drawn at random: of the sampling settings
+    only max_tokens and stop apply. The search ends when `n_beams` texts have ended.
     """
     streams, scores = Streams(backend, model, 1), np.zeros(1)
     beams, ended = [Continuation(tokenizer, prompt, config)], list[tuple[float, Generated]]()
@@ -39,10 +39,10 @@ def beam_search(
         best = np.argsort(-total, axis=None, kind="stable")[: 2 * n_beams]
         rows, growing, kept = [], list[Continuation](), list[float]()
         for rank, (row, token) in enumerate(zip(*np.unravel_index(best, total.shape), strict=True)):
-            beam, score = _longer(beams[row], int(token), tokenizer), float(total[row, token])
+            beam, score = _extend(beams[row], int(token), tokenizer), float(total[row, token])
             if beam.sample.finish_reason:
                 if rank >= n_beams:
-                    continue  # an end that is not among the best is none
+                    continue  # an end counts only if it is among the best
                 ended.append((score / len(beam.sample.ids) ** length_penalty, beam.sample))
             elif len(growing) < n_beams:
                 rows.append(int(row))
@@ -59,8 +59,8 @@ def beam_search(
     return max(ended, key=lambda pair: pair[0])[1]
 
 
-def _longer(beam: Continuation, token: int, tokenizer: Tokenizer) -> Continuation:
-    """A beam with one more token."""
+def _extend(beam: Continuation, token: int, tokenizer: Tokenizer) -> Continuation:
+    """Return a copy of a beam with one more token."""
     longer = copy(beam)
     longer.sample = Generated(list(beam.sample.ids))
     longer.grow(token, tokenizer.decode([*beam.sample.ids, token]))

@@ -1,9 +1,8 @@
-"""A conversation with a model that continues text: what was said so far, and the commands.
+"""A conversation with a model that continues text: its history, its turns and its commands.
 
-What is typed is put behind all that was said, on a line of its own, and the model goes on from
-there; each answer is
-decided by the text so far, the settings and the number of the turn, so that a conversation that was
-saved can be had again word for word. Knows no terminal.
+Each input is appended to the conversation on its own line, and the model continues from there. An
+answer depends only on the text so far, the settings and the number of the turn, so a saved
+conversation can be replayed word for word.
 """
 
 from __future__ import annotations
@@ -19,87 +18,90 @@ from typing import Any
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ConfigError, ModelConfig, UserError
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Generated, generate, unambiguous
+from mlx_randygpt.sampling.generate import Generated, generate, shown_length
 from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.words import one_line
 
 SETTINGS = {  # command -> (field of SampleConfig, its type, what it does)
-    "/temp": ("temperature", float, "temperature; 0 always takes the likeliest"),
+    "/temp": ("temperature", float, "temperature; 0 always picks the likeliest"),
     "/topp": ("top_p", float, "the likeliest tokens up to this sum; 1 is off"),
     "/topk": ("top_k", int, "the k likeliest; 0 is off"),
     "/minp": ("min_p", float, "at least this share of the likeliest; 0 is off"),
-    "/typical": ("typical_p", float, "about as surprising as the average; 1 is off"),
+    "/typical": ("typical_p", float, "keep tokens of typical probability; 1 is off"),
     "/rep": ("repetition_penalty", float, "repetition penalty; 1 is off"),
-    "/len": ("max_tokens", int, "tokens of an answer at most"),
-    "/seed": ("seed", int, "seed; the next answer is its first"),
-}  # fmt: skip
-OTHERS = {
-    "/reset": "forget what was said",
-    "/show": "the settings, and how much was said",
-    "/save": "FILE: keep the conversation, for --replay",
-    "/help": "this list",
+    "/len": ("max_tokens", int, "maximum number of tokens in an answer"),
+    "/seed": ("seed", int, "seed; counts from the next answer"),
+}
+OTHER_COMMANDS = {
+    "/reset": "forget the conversation",
+    "/show": "show the settings and the length of the conversation",
+    "/save": "FILE: save the conversation, for --replay",
+    "/help": "show this list",
     "/quit": "leave",
 }
-COMMANDS = (*SETTINGS, *OTHERS)
+COMMANDS = (*SETTINGS, *OTHER_COMMANDS)
 
 
 class ChatError(UserError, ValueError):
-    """A command or a saved conversation that does not fit; the message says what would."""
+    """An invalid command or saved conversation; the message says what would be valid."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What was typed, under which settings, and the answer."""
+    """One input, its settings and the answer."""
 
     prompt: str
     config: SampleConfig
     text: str = ""
-    fresh: bool = True  # nothing was said before it
+    fresh: bool = True  # the first turn of a conversation
 
 
 @dataclass
 class Conversation:
-    """What was said so far; `config.seed` is that of the first answer since it was set."""
+    """A conversation in progress; `config.seed` is that of the first answer since it was set."""
 
     backend: Backend
     model: ModelConfig
     tokenizer: Tokenizer
     config: SampleConfig
     turns: list[Turn] = field(default_factory=list)
-    said: str = ""
-    answered: int = 0  # since the seed was set
+    history: str = ""
+    answered: int = 0  # answers since the seed was set
 
     def answer(self, prompt: str, should_stop: Callable[[], bool]) -> Iterator[str]:
-        """The parts of the answer as they are made; what was written until a stop counts."""
+        """Yield the answer piece by piece; what was generated before a stop is kept."""
         config = replace(self.config, seed=self.config.seed + self.answered)
-        fresh = not self.said
-        context = self.said + "\n" * (not fresh and not self.said.endswith("\n")) + prompt
+        fresh = not self.history
+        context = self.history + "\n" * (not fresh and not self.history.endswith("\n")) + prompt
         ids = self.tokenizer.encode(context).tolist() or [self.tokenizer.bos]
         sample, shown = Generated(), 0
         for [sample] in generate(
             self.backend, self.model, self.tokenizer, ids, config, should_stop=should_stop
         ):
             done = bool(sample.finish_reason)
-            ready = len(sample.text) if done else unambiguous(sample.text, config.stop)
+            ready = len(sample.text) if done else shown_length(sample.text, config.stop)
             yield sample.text[shown:ready]
             shown = max(shown, ready)
         yield sample.text[shown:]
-        self.said, self.answered = context + sample.text, self.answered + 1
+        self.history, self.answered = context + sample.text, self.answered + 1
         self.turns.append(Turn(prompt, config, sample.text, fresh))
 
     def command(self, line: str) -> str:
-        """Carry out a line that begins with "/"; what to tell. ChatError where it does not fit."""
+        """Run a line that begins with "/" and return the reply; ChatError if it is invalid."""
         name, _, value = line.strip().partition(" ")
         if name in SETTINGS:
             return self._set(name, value.strip())
         if name == "/save":
             return self.save(Path(expanduser(value.strip()))) if value.strip() else _needs_file()
-        known = {"/reset": self._reset, "/show": self._show, "/help": _help}
-        if name not in known:
-            raise ChatError(f"{reprlib.repr(name)} is unknown; it is one of {', '.join(COMMANDS)}")
-        return known[name]()
+        actions = {"/reset": self._reset, "/show": self._show, "/help": _help}
+        if name not in actions:
+            raise ChatError(
+                f"{reprlib.repr(name)} is not a command; use one of {', '.join(COMMANDS)}"
+            )
+        return actions[name]()
 
     def save(self, path: Path) -> str:
-        """Write all turns as JSON."""
+        """Write all turns to a file, as JSON."""
         turns = [asdict(turn) for turn in self.turns]
         try:
             path.write_text(json.dumps({"format": "mlxgpt chat", "turns": turns}, indent=1) + "\n")
@@ -107,8 +109,8 @@ class Conversation:
             raise ChatError(f"could not write {path}: {error.strerror}") from error
         return f"saved {len(turns)} answer{'s' * (len(turns) != 1)} to {path}"
 
-    def again(self, turn: Turn, should_stop: Callable[[], bool]) -> Iterator[str]:
-        """Say once more what was said; `turns[-1].text` then tells whether it is the same."""
+    def replay(self, turn: Turn, should_stop: Callable[[], bool]) -> Iterator[str]:
+        """Repeat a saved turn; `turns[-1].text` holds the new answer, for comparison."""
         if turn.fresh:
             self._reset()
         self.config, self.answered = turn.config, 0
@@ -119,8 +121,8 @@ class Conversation:
         try:
             number = kind(value)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise ChatError(f"{name} takes {what}, such as {name} {_example(key)}") from None
+            number_kind = "a whole number" if kind is int else "a number"
+            raise ChatError(f"{name} takes {number_kind}, such as {name} {_example(key)}") from None
         try:
             self.config = replace(self.config, **{key: number})
         except ConfigError as error:
@@ -129,19 +131,19 @@ class Conversation:
         return f"{key} = {number}"
 
     def _reset(self) -> str:
-        self.said = ""
-        return "forgotten"
+        self.history = ""
+        return "conversation forgotten"
 
     def _show(self) -> str:
         values = {name: getattr(self.config, key) for name, (key, _, _) in SETTINGS.items()}
         values["/seed"] = self.config.seed + self.answered
         lines = [f"{name} {value}" for name, value in values.items()]
-        n = len(self.tokenizer.encode(self.said))
-        return "\n".join([*lines, f"{n} tokens said, context {self.model.block_size}"])
+        n = len(self.tokenizer.encode(self.history))
+        return "\n".join([*lines, f"{n} tokens so far, context {self.model.block_size}"])
 
 
-def saved_turns(path: Path) -> list[Turn]:
-    """The turns of a `/save`; ChatError says what is wrong with the file."""
+def load_turns(path: Path) -> list[Turn]:
+    """Return the turns of a saved conversation; raise ChatError if the file is invalid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -150,11 +152,10 @@ def saved_turns(path: Path) -> list[Turn]:
         raise ChatError(f"{path} is not a saved conversation: it is not JSON") from error
     try:
         if content["format"] != "mlxgpt chat":
-            raise ValueError("its format is another")
+            raise ValueError("its format is not 'mlxgpt chat'")
         return [_turn(turn) for turn in content["turns"]]
     except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ChatError(f"{path} is not a saved conversation: {reason}") from error
+        raise ChatError(f"{path} is not a saved conversation: {one_line(error)}") from error
 
 
 def _turn(values: dict[str, Any]) -> Turn:
@@ -167,9 +168,9 @@ def _turn(values: dict[str, Any]) -> Turn:
     return Turn(prompt, SampleConfig(**config), text, bool(values["fresh"]))
 
 
-def completions(begun: str) -> list[str]:
-    """The commands that begin so."""
-    return [name for name in COMMANDS if name.startswith(begun)] if begun.startswith("/") else []
+def completions(prefix: str) -> list[str]:
+    """Return the commands that start with `prefix`."""
+    return [n for n in COMMANDS if n.startswith(prefix)] if prefix.startswith("/") else []
 
 
 def _example(key: str) -> object:
@@ -177,10 +178,10 @@ def _example(key: str) -> object:
 
 
 def _needs_file() -> str:
-    raise ChatError("/save takes the name of a file, such as /save talk.json")
+    raise ChatError("/save needs a file name, such as /save chat.json")
 
 
 def _help() -> str:
-    lines = [f"{name} X".ljust(12) + what for name, (_, _, what) in SETTINGS.items()]
-    lines += [name.ljust(12) + what for name, what in OTHERS.items()]
-    return "\n".join([*lines, "anything else is a prompt; Ctrl-C stops a text, Ctrl-D leaves"])
+    lines = [f"{name} X".ljust(12) + text for name, (_, _, text) in SETTINGS.items()]
+    lines += [name.ljust(12) + text for name, text in OTHER_COMMANDS.items()]
+    return "\n".join([*lines, "Anything else is a prompt. Ctrl-C stops an answer, Ctrl-D leaves."])

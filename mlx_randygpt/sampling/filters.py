@@ -1,11 +1,11 @@
-"""Which tokens stay and how likely each is: penalties, temperature, filters, the draw.
+"""From logits to the next token: penalties, temperature, filters and the draw.
 
-In this order: logit bias, repetition penalty, presence and frequency penalty, temperature, top-k,
-top-p, min-p, typical; after each filter what is left is renormalised. Works on many streams at
-once, each with settings of its own, in float64 on the host: a stream reads the same alone and
-among others, and on each backend. Definitions with their sources: docs/sampling.md.
+The order is logit bias, repetition penalty, presence and frequency penalty, temperature, top-k,
+top-p, min-p, typical; the distribution is renormalised after each filter. All functions work on
+many sequences at once, each with its own settings, in float64 on the host: a sequence gets the
+same tokens alone or in a batch, and on every backend. Sources: docs/sampling.md.
 
-Legend: N streams, V vocab.
+Legend: N sequences, V vocab.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from mlx_randygpt.config import ConfigError, UserError
 from mlx_randygpt.state import Array
 
-WIDE_VOCAB = 1024  # tokens; of a wider vocabulary the likely ones are looked at alone
-RANGES = {  # what a setting may be
+WIDE_VOCAB = 1024  # with more tokens than this, only the likely ones are sorted
+RANGES = {  # the valid values of each setting
     "temperature": (0, 1e3), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3), "presence_penalty": (-100, 100),
     "frequency_penalty": (-100, 100),
@@ -30,12 +30,12 @@ RANGES = {  # what a setting may be
 
 
 class LogitsError(UserError, ValueError):
-    """A model that predicts nothing."""
+    """Logits that are nan, or minus infinity everywhere: the weights are damaged."""
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to pick; the defaults are the command's."""
+    """How the next token is chosen; the defaults are those of `mlxgpt sample`."""
 
     max_tokens: int = 200
     temperature: float = 0.8  # 0 is greedy
@@ -43,10 +43,10 @@ class SampleConfig:
     top_p: float = 0.9  # 1 is off
     min_p: float = 0.0  # 0 is off
     typical_p: float = 1.0  # 1 is off
-    repetition_penalty: float = 1.0  # 1 is off; of prompt and text
-    presence_penalty: float = 0.0  # 0 is off; of the text
-    frequency_penalty: float = 0.0  # 0 is off; of the text
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    repetition_penalty: float = 1.0  # 1 is off; counts prompt and text
+    presence_penalty: float = 0.0  # 0 is off; counts the text only
+    frequency_penalty: float = 0.0  # 0 is off; counts the text only
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit)
     seed: int = 1337
     stop: tuple[str, ...] = ()
 
@@ -64,14 +64,17 @@ class SampleConfig:
             raise ConfigError("stop='' would stop before the first token; give a text")
 
     def __hash__(self) -> int:
-        """Of a few fields: it is asked for with every token of every stream."""
+        """Hash a few fields only: this runs once per token and sequence."""
         return hash((self.seed, self.temperature, self.top_p))
 
 
 def penalise(
     scores: Array, config: SampleConfig, prompt: Sequence[int], ids: Sequence[int]
 ) -> None:
-    """Bias and penalties on the logits (V,) of one stream, in place; `ids` is the text so far."""
+    """Apply bias and penalties to the logits (V,) of one sequence, in place.
+
+    `ids` holds the generated tokens so far.
+    """
     for token, bias in config.logit_bias:
         scores[token] += bias
     if (penalty := config.repetition_penalty) != 1 and (len(prompt) or len(ids)):
@@ -83,9 +86,11 @@ def penalise(
 
 
 def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
-    """What `pick` draws from, (N, V) float64, each row summing to 1, of penalised logits (N, V).
-    LogitsError where a row has nan, or nothing finite."""
-    if scores.shape[1] > WIDE_VOCAB and len(scores) > 1:  # each has likely tokens of its own
+    """Return the filtered distributions, (N, V) float64, of penalised logits (N, V).
+
+    Each row sums to 1. Raises LogitsError if a row has a nan or no finite value.
+    """
+    if scores.shape[1] > WIDE_VOCAB and len(scores) > 1:  # their likely tokens differ
         alone = zip(np.asarray(scores)[:, None], configs, strict=True)
         return np.concatenate([probabilities(row, [config]) for row, config in alone])
     columns = _columns(tuple(configs))
@@ -95,11 +100,11 @@ def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
         broken = best[~np.isfinite(best)][0]
         raise LogitsError(f"the model's largest logit is {broken}; its weights are damaged")
     scores -= best
-    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
+    with np.errstate(over="ignore"):  # a tiny temperature leaves only the likeliest
         scores /= columns.temperature
-    p = _normalised(np.exp(scores))
+    p = _normalise(np.exp(scores))
     for keep, on, value in columns.filters:
-        p[on] = _normalised(p[on] * keep(p[on], value))
+        p[on] = _normalise(p[on] * keep(p[on], value))
     if columns.greedy.size:
         first = scores[columns.greedy].argmax(axis=-1)
         p[columns.greedy] = 0
@@ -108,46 +113,53 @@ def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
 
 
 def pick(p: Array, draws: Array) -> Array:
-    """The token at each draw (N,) of [0, 1), by inverting the cumulative sums of p (N, V)."""
+    """Return the token at each draw in [0, 1), (N,), from the cumulative sums of p (N, V)."""
     at = (np.cumsum(p, axis=-1) <= np.asarray(draws)[:, None]).sum(axis=-1)
-    if at.max() == p.shape[1]:  # a sum that rounding left below 1
+    if at.max() == p.shape[1]:  # rounding left a sum below 1
         last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=-1)
         at = np.minimum(at, last)
     return np.asarray(at)
 
 
 def _top_k(p: Array, k: Array) -> Array:
-    """The k likeliest (Fan et al. 2018) and all that tie with the last of them."""
+    """Keep the k likeliest tokens and all ties with the last of them (Fan et al. 2018)."""
     at = p.shape[1] - np.clip(k, 1, p.shape[1]).astype(int)
     return np.asarray(p >= np.take_along_axis(np.partition(p, at[:, 0]), at, axis=-1))
 
 
 def _top_p(p: Array, top_p: Array) -> Array:
-    """The fewest most likely tokens whose sum reaches top_p (Holtzman et al. 2020), at least one:
-    a token stays while what is ahead of it sums to less than top_p. Ties go to the lower id."""
-    rare = (1 - top_p) / p.shape[1]  # all that are as rare sum to 1 - top_p at most
-    return _fewest(p, rare / 2, -p, top_p)  # half: sums are rounded
+    """Keep the fewest likely tokens whose sum reaches top_p, at least one (Holtzman et al. 2020).
+
+    A token stays if the tokens ahead of it sum to less than top_p. Ties go to the lower id.
+    """
+    rare = (1 - top_p) / p.shape[1]  # all tokens this rare together sum to at most 1 - top_p
+    return _fewest(p, rare / 2, -p, top_p)  # half, because sums are rounded
 
 
 def _min_p(p: Array, min_p: Array) -> Array:
-    """At least this share of the likeliest (Nguyen et al. 2024)."""
+    """Keep tokens with at least min_p times the highest probability (Nguyen et al. 2024)."""
     return np.asarray(p >= min_p * p.max(axis=-1, keepdims=True))
 
 
 def _typical(p: Array, typical_p: Array) -> Array:
-    """The fewest tokens whose sum reaches typical_p, those first whose surprise −log p is nearest
-    to the entropy of p (Meister et al. 2023)."""
-    surprise = -np.log(np.where(p > 0, p, 1))
-    entropy = (p * surprise).sum(axis=-1, keepdims=True)
-    distance = np.where(p > 0, np.abs(surprise - entropy), np.inf)
+    """Keep the fewest tokens whose sum reaches typical_p (Meister et al. 2023).
+
+    They are taken in order of the distance between −log p and the entropy of p.
+    """
+    nll = -np.log(np.where(p > 0, p, 1))
+    entropy = (p * nll).sum(axis=-1, keepdims=True)
+    distance = np.where(p > 0, np.abs(nll - entropy), np.inf)
     return _fewest(p, np.finfo(np.float64).smallest_subnormal, distance, typical_p)
 
 
-def _fewest(p: Array, least: Any, rank: Array, mass: Array) -> Array:
-    """The first of each row by rank, as few as sum to the mass, at least one. What is below
-    `least` comes last and never counts: of a wide vocabulary the others alone are sorted."""
+def _fewest(p: Array, min_p: Any, rank: Array, mass: Array) -> Array:
+    """Keep the first tokens of each row by rank until they sum to the mass, at least one.
+
+    Tokens below `min_p` come last and never count, so that only the others of a wide vocabulary
+    are sorted.
+    """
     if p.shape[1] > WIDE_VOCAB:
-        columns = np.flatnonzero((p >= least).any(axis=0))
+        columns = np.flatnonzero((p >= min_p).any(axis=0))
         order = columns[np.argsort(rank[:, columns], axis=-1, kind="stable")]
     else:
         order = np.argsort(rank, axis=-1, kind="stable")
@@ -160,18 +172,18 @@ def _fewest(p: Array, least: Any, rank: Array, mass: Array) -> Array:
     return kept
 
 
-FILTERS = (  # setting, the value that is off, what stays of p (N, V) under values (N, 1)
+FILTERS = (  # setting, the value that turns it off, keep(p (N, V), values (N, 1)) -> (N, V) bool
     ("top_k", 0, _top_k), ("top_p", 1, _top_p), ("min_p", 0, _min_p), ("typical_p", 1, _typical),
 )  # fmt: skip
 
 
 class Columns(NamedTuple):
-    """The settings of N streams, as a step needs them."""
+    """The settings of N sequences, arranged by column."""
 
-    temperature: Array  # (N, 1), 1 for greedy streams
-    greedy: Array  # the streams at temperature 0
+    temperature: Array  # (N, 1), 1 for greedy sequences
+    greedy: Array  # indices of the sequences at temperature 0
     filters: list[tuple[Callable[[Array, Array], Array], Array | slice, Array]]
-    # each that is on: what stays, the streams it is on for, their values (n, 1)
+    # each active filter: its function, the sequences that use it, their values (n, 1)
 
 
 @lru_cache(maxsize=64)
@@ -191,5 +203,5 @@ def _column(configs: Sequence[SampleConfig], name: str) -> Array:
     return np.array([[getattr(config, name)] for config in configs], np.float64)  # (N, 1)
 
 
-def _normalised(p: Array) -> Array:
+def _normalise(p: Array) -> Array:
     return np.asarray(p / p.sum(axis=-1, keepdims=True))

@@ -1,8 +1,8 @@
-"""Writing: texts that grow together, token by token, on any backend, and when each of them ends.
+"""Text generation: sequences that share one cache, one token at a time, on any backend.
 
-`Streams` are what the model reads, `Writer` is one text with its own settings and random numbers;
-`write` gives each writer its next token. What a stream reads and draws does not depend on who is
-beside it, so the same seed gives the same text alone, among others, and on each backend.
+`Streams` holds the sequences that the model reads; a `Continuation` is one text with its settings
+and random numbers; `extend` gives each continuation its next token. A sequence does not depend on
+its neighbours, so the same seed gives the same text alone, in a batch, and on every backend.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from mlx_randygpt.tokenizers.chars import Tokenizer
 
 
 class Streams:
-    """Up to `n_most` texts that are read together, in rows 0 to n-1 of one cache.
+    """Up to `max_rows` sequences that the model reads together, in rows 0 to n-1 of one cache.
 
-    Rotary positions: the window slides, each layer attending to the last `block_size` keys.
-    Learned positions: when a row is full, its last half window is read again from position 0.
+    With rotary positions the window slides: each layer attends to the last `block_size` keys. With
+    learned positions, the last half window of a full row is read again from position 0.
     """
 
-    def __init__(self, backend: Backend, model: ModelConfig, n_most: int) -> None:
+    def __init__(self, backend: Backend, model: ModelConfig, max_rows: int) -> None:
         self._backend, self._model = backend, model
-        self._cache: Cache = backend.new_cache(n_most)
+        self._cache: Cache = backend.new_cache(max_rows)
         self._windows: list[deque[int]] = []  # the last half window of each
 
     def __len__(self) -> int:
         return len(self._windows)
 
     def join(self, prompts: Array) -> Array:
-        """Read prompts (n, T) in new rows, the last `block_size` tokens of each; what follows
-        them, logits (n, V)."""
+        """Read the last `block_size` tokens of prompts (n, T) in new rows; return logits (n, V)."""
         rows = slice(len(self), len(self) + len(prompts))
         half = max(1, self._model.block_size // 2)
         self._windows += [deque(prompt, half) for prompt in prompts.tolist()]
@@ -46,31 +45,31 @@ class Streams:
         return self._backend.logits(latest, self._cache, rows)
 
     def append(self, tokens: Sequence[int]) -> Array:
-        """Let every row read one more token; what follows it, logits (n, V)."""
+        """Feed one token to every row; return the next logits, (n, V)."""
         if self._model.position == "learned":
-            self._begin_again()
+            self._reread_full_rows()
         for window, token in zip(self._windows, tokens, strict=True):
             window.append(token)
         new = np.array(tokens, np.int32)[:, None]  # (n, 1)
         return self._backend.logits(new, self._cache, slice(0, len(self)))
 
     def leave(self, row: int) -> None:
-        """Forget a row; the last row takes its place."""
+        """Remove a row; the last row takes its place."""
         last = self._windows.pop()
         if row < len(self):
             self._windows[row] = last
             self._cache.move(len(self), row)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows alone, in this order; a row may be named twice."""
+        """Keep only these rows, in this order; a row can be named twice."""
         self._cache.select(rows)
         self._windows = [self._windows[row].copy() for row in rows]
 
-    def _begin_again(self) -> None:
-        """Full rows read all but one token of their last half window; the newest comes next."""
+    def _reread_full_rows(self) -> None:
+        """Let full rows read all but one token of their last half window; the newest comes next."""
         full = self._cache.lengths[: len(self)] == self._model.block_size
         edges = np.flatnonzero(np.diff(full, prepend=False, append=False))
-        for start, stop in edges.reshape(-1, 2):  # a run of neighbours
+        for start, stop in edges.reshape(-1, 2):  # a run of adjacent rows
             self._cache.reset(slice(start, stop))
             kept = np.array(self._windows[start:stop], np.int32)[:, 1:]
             if kept.size:
@@ -79,7 +78,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token and what else it might have been, by the model alone, before any filter."""
+    """A token and its alternatives, by the model alone, before any filter."""
 
     token: int
     logprob: float
@@ -88,30 +87,35 @@ class Choice:
 
 @dataclass
 class Generated:
-    """One stream's text as it grows."""
+    """One text as it grows."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""  # "stop" (end of text or a stop text) | "length" | "" while growing
-    choices: list[Choice] = field(default_factory=list)  # where asked for
+    choices: list[Choice] = field(default_factory=list)  # if requested
 
 
 class Continuation:
-    """One text as it is written: the settings and the random numbers that decide it.
+    """One text in progress: the settings and the random numbers that decide it.
 
-    With `n_likely` each token is recorded with that many likeliest. `forced` tokens are taken
-    before any is picked: so a prompt is read token by token where its choices are asked for.
+    With `n_likely`, each token is recorded with that many likely alternatives. `forced` tokens are
+    taken before any is drawn: a prompt is read token by token if its choices are requested.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], config: SampleConfig,
-        index: int = 0, n_likely: int | None = None, forced: Sequence[int] = (),
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        config: SampleConfig,
+        index: int = 0,
+        n_likely: int | None = None,
+        forced: Sequence[int] = (),
+    ) -> None:
         if not len(prompt):
             raise ConfigError("the prompt is empty; give at least one token")
         if outside := [i for i, _ in config.logit_bias if not 0 <= i < tokenizer.vocab_size]:
-            most = tokenizer.vocab_size - 1
-            raise ConfigError(f"logit_bias of token {outside[0]}: token ids are 0 to {most}")
+            last = tokenizer.vocab_size - 1
+            raise ConfigError(f"logit_bias of token {outside[0]}: token ids are 0 to {last}")
         self.config, self.sample, self.prompt = config, Generated(), list(prompt)
         self.random = rng(config.seed, "sample", index)
         self.n_likely, self.forced = n_likely, deque(forced)
@@ -119,7 +123,7 @@ class Continuation:
         self.banned = list(tokenizer.never_sampled())
 
     def take(self, token: int) -> None:
-        """The text goes on with this token, up to the end of text, a stop text, or the limit."""
+        """Append a token; the text ends at the end-of-text token, a stop text or the limit."""
         if self.forced:
             self.prompt.append(self.forced.popleft())
             if not self.forced and self.config.max_tokens == 0:
@@ -127,14 +131,14 @@ class Continuation:
             return
         self.grow(token, self._spell(token))
 
-    def grow(self, token: int, spelled: str) -> None:
-        """The text goes on with this token, which adds what is `spelled`."""
+    def grow(self, token: int, piece: str) -> None:
+        """Append a token whose text is `piece`."""
         sample, stops = self.sample, self.config.stop
         sample.ids.append(token)
         if token == self._eos:
             sample.finish_reason = "stop"
             return
-        sample.text += spelled
+        sample.text += piece
         ends = [at for stop in stops if (at := sample.text.find(stop)) >= 0]
         if ends:
             sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
@@ -142,21 +146,21 @@ class Continuation:
             sample.finish_reason = "length"
 
 
-def write(writers: Sequence[Continuation], logits: Array) -> list[int]:
-    """The next token of each text, drawn from logits (n, V) and taken by its writer."""
+def extend(texts: Sequence[Continuation], logits: Array) -> list[int]:
+    """Draw the next token of each text from logits (n, V), append it, and return all of them."""
     scores = np.array(logits, np.float64)
-    scores[:, writers[0].banned] = -np.inf  # of one model, so of one tokenizer
-    chances = {i: log_softmax(scores[i]) for i, w in enumerate(writers) if w.n_likely is not None}
-    for writer, row in zip(writers, scores, strict=True):
-        penalise(row, writer.config, writer.prompt, writer.sample.ids)
-    p = probabilities(scores, [writer.config for writer in writers])
-    draws = [0.0 if writer.forced else writer.random.random() for writer in writers]
+    scores[:, texts[0].banned] = -np.inf  # of one model, so of one tokenizer
+    logprobs = {i: log_softmax(scores[i]) for i, w in enumerate(texts) if w.n_likely is not None}
+    for text, row in zip(texts, scores, strict=True):
+        penalise(row, text.config, text.prompt, text.sample.ids)
+    p = probabilities(scores, [text.config for text in texts])
+    draws = [0.0 if text.forced else text.random.random() for text in texts]
     tokens: list[int] = pick(p, np.array(draws)).tolist()
-    for i, writer in enumerate(writers):
-        tokens[i] = writer.forced[0] if writer.forced else tokens[i]
-        if i in chances:
-            writer.sample.choices.append(_choice(tokens[i], chances[i], writer.n_likely or 0))
-        writer.take(tokens[i])
+    for i, text in enumerate(texts):
+        tokens[i] = text.forced[0] if text.forced else tokens[i]
+        if i in logprobs:
+            text.sample.choices.append(_choice(tokens[i], logprobs[i], text.n_likely or 0))
+        text.take(tokens[i])
     return tokens
 
 
@@ -167,7 +171,7 @@ def _choice(token: int, logprobs: Array, n: int) -> Choice:
 
 
 def log_softmax(scores: Array) -> Array:
-    """log p along the last axis."""
+    """Return log p along the last axis."""
     scores = scores - scores.max(axis=-1, keepdims=True)
     return np.asarray(scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True)))
 
@@ -182,13 +186,13 @@ def generate(
     should_stop: Callable[[], bool] = lambda: False,
     n_likely: int | None = None,
 ) -> Iterator[list[Generated]]:
-    """Continue `prompt` (at least one id) `n_samples` times in one batch, a token at a time.
+    """Continue `prompt` (at least one id) `n_samples` times in one batch, one token at a time.
 
-    Yields the same list after each token. Sample i draws from the generator of (seed, i), so it
-    reads the same whatever its neighbours. A stop text ends a sample and is cut from its text.
+    Yields the same list after each token. Sample i draws from the generator of (seed, i), so its
+    text does not depend on its neighbours. A stop text ends a sample and is cut from its text.
     """
     growing = [Continuation(tokenizer, prompt, config, i, n_likely) for i in range(n_samples)]
-    samples, streams = [writer.sample for writer in growing], Streams(backend, model, n_samples)
+    samples, streams = [text.sample for text in growing], Streams(backend, model, n_samples)
     if config.max_tokens == 0:
         yield samples
     tokens: list[int] = []
@@ -197,7 +201,7 @@ def generate(
             logits = streams.append(tokens)
         else:
             logits = streams.join(np.tile(np.asarray(prompt, np.int32), (n_samples, 1)))
-        tokens = write(growing, logits)
+        tokens = extend(growing, logits)
         yield samples
         for row in reversed(range(len(growing))):
             if growing[row].sample.finish_reason:
@@ -208,8 +212,11 @@ def generate(
         sample.finish_reason = sample.finish_reason or "length"
 
 
-def unambiguous(text: str, stops: Sequence[str]) -> int:
-    """How much of a growing text can be shown: what might be the start of a stop text waits."""
+def shown_length(text: str, stops: Sequence[str]) -> int:
+    """Return how many characters of a growing text can be shown.
+
+    A possible beginning of a stop text is held back.
+    """
     for n in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
         if any(stop.startswith(text[-n:]) for stop in stops):
             return len(text) - n

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig, UserError
-from mlx_randygpt.sampling.generate import Continuation, Streams, write
+from mlx_randygpt.sampling.generate import Continuation, Streams, extend
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.state import Array
 
@@ -159,7 +159,7 @@ class RunningBatch:
             self._metrics.observe("first_token_seconds", now - job.asked)
 
     def _write(self, jobs: list[Request], logits: Array, first: int) -> None:
-        self._tokens[first:] = write([job.writer for job in jobs], logits)
+        self._tokens[first:] = extend([job.writer for job in jobs], logits)
         self._metrics.add("generated_tokens_total", len(jobs))
 
     def _leave(self) -> None:

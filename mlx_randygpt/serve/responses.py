@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_randygpt.sampling.generate import Choice, Continuation, unambiguous
+from mlx_randygpt.sampling.generate import Choice, Continuation, shown_length
 from mlx_randygpt.serve import ServedModel
 from mlx_randygpt.serve.requests import GenerationRequest
 from mlx_randygpt.tokenizers.chars import Tokenizer
@@ -122,7 +122,7 @@ class StreamState:
         sample = self._writer.sample
         finish = sample.finish_reason or None  # read before the text, which it ends
         n_choices, text = len(sample.choices), sample.text
-        ready = len(text) if finish else unambiguous(text, self._writer.config.stop)
+        ready = len(text) if finish else shown_length(text, self._writer.config.stop)
         new, pieces = text[self._shown : max(ready, self._shown)], list[Body]()
         if not (new or finish):
             return []

@@ -1,4 +1,4 @@
-"""What a model's loss is on a whole split: one number, the same every time."""
+"""Evaluation: the mean loss over a whole split, the same number every time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.data.windows import eval_batches
 from mlx_randygpt.state import IGNORED, Array
+from mlx_randygpt.training.reports import perplexity
 
-OVERFIT_EVALUATIONS = 3  # without a new best, and
-OVERFIT_GAP = 0.05  # nats of validation over training loss: the model learns its text by heart
+OVERFIT_EVALUATIONS = 3  # evaluations without a new best that count as overfitting if
+OVERFIT_GAP = 0.05  # the validation loss also exceeds the training loss by this much (nats)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score over a whole split."""
+    """The loss over a whole split."""
 
     loss: float  # nats per token
     bits_per_byte: float
@@ -24,7 +25,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        """Return exp(loss)."""
+        return perplexity(self.loss)
 
 
 def evaluate(
@@ -36,10 +38,11 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     max_tokens: int | None = None,
 ) -> Score | None:
-    """Mean loss over non-overlapping windows of `tokens`, each token but the first predicted once.
+    """Return the mean loss over non-overlapping windows of `tokens` (n,).
 
-    The same number every time. None where `should_stop` turned true before the end; with
-    `max_tokens`, that many tokens' worth of windows, evenly spread.
+    Every token except the first is predicted once. `token_bytes` (V,) holds the length of each
+    token in UTF-8. With `max_tokens`, only that many tokens' worth of windows are read, evenly
+    spread. Returns None if `should_stop` returned true before the end.
     """
     nats, n_targets, n_bytes = 0.0, 0, 0
     for batch in eval_batches(tokens, block_size, batch_size, max_tokens):
@@ -53,8 +56,11 @@ def evaluate(
 
 
 def overfitting(train_loss: float, val_loss: float, waited: int, best_step: int) -> str:
-    """One line where validation loss has not improved for some evaluations while the training
-    loss lies well below it; else ""."""
+    """Return a one-line warning if the model overfits, else "".
+
+    It does if the validation loss has not improved for `waited` evaluations while the training
+    loss lies well below it.
+    """
     if waited < OVERFIT_EVALUATIONS or not val_loss > train_loss + OVERFIT_GAP:
         return ""
     return (

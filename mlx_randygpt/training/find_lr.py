@@ -1,7 +1,7 @@
-"""The range test of learning rates: a short run whose rate grows from step to step.
+"""The learning-rate range test: a short run whose rate grows from step to step.
 
-Too small a rate learns nothing, too large a one undoes what was learned; between them the loss
-falls fastest (Smith 2017, arXiv:1506.01186).
+A rate that is too small learns nothing, and one that is too large destroys what was learned; in
+between, the loss falls fastest (Smith 2017, arXiv:1506.01186).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.state import Array
 
 SMOOTHING = 0.15  # weight of the newest loss
-TOO_HIGH = 1.3  # times the lowest smoothed loss: the test has seen enough
-BACK_OFF = 0.3  # of the rate at the lowest loss: a whole run spends longer there than one step
+TOO_HIGH = 1.3  # stop when the smoothed loss exceeds its minimum by this factor
+BACK_OFF = 0.3  # suggested rate over the rate at the minimum: a run stays there longer
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One step of the test."""
+    """One step of the range test."""
 
     lr: float
-    loss: float  # smoothed, bias-corrected; nan where it was not finite
+    loss: float  # smoothed and bias-corrected; nan if it was not finite
 
 
 def range_test(
@@ -33,12 +33,15 @@ def range_test(
     model: ModelConfig,
     train: TrainConfig,
     tokens: Array,
+    *,
     lowest: float,
     highest: float,
     steps: int,
 ) -> Iterator[Trial]:
-    """Train from fresh weights at rates from `lowest` to `highest`, evenly spaced by ratio; ends
-    early where the loss has clearly turned."""
+    """Train at rates from `lowest` to `highest`, evenly spaced by ratio; yield every step.
+
+    The test ends early when the loss clearly rises. It changes the weights of `backend`.
+    """
     average, weight, best = 0.0, 0.0, math.inf
     for step in range(steps):
         lr = lowest * (highest / lowest) ** (step / max(1, steps - 1))
@@ -54,6 +57,6 @@ def range_test(
 
 
 def suggest(trials: list[Trial]) -> float:
-    """The rate at the lowest smoothed loss, with some distance from the edge."""
+    """Return the rate at the lowest smoothed loss, reduced by BACK_OFF for safety."""
     finite = [trial for trial in trials if math.isfinite(trial.loss)]
     return BACK_OFF * min(finite, key=lambda trial: trial.loss).lr

@@ -1,7 +1,7 @@
-"""The training loop: batch, rate, step, report. One for every backend.
+"""The training loop: batch, learning rate, step, report; the same for every backend.
 
-`train` is a generator of reports; who consumes them decides what to show. It owns the order of
-things (evaluate, sample, save, step) and never touches a terminal, a signal or a device.
+`train` is a generator of reports, and its consumer decides what to show. The loop owns the order
+of events (evaluate, sample, save, step) and never touches a terminal, a signal or a device.
 """
 
 from __future__ import annotations
@@ -27,31 +27,30 @@ from mlx_randygpt.training.reports import EndLog, EvalLog, NoteLog, Pace, Report
 from mlx_randygpt.training.saving import Folder, Saver
 from mlx_randygpt.training.schedule import is_due, learning_rate
 
-MAX_SKIPS = 10  # steps in a row that `--on-nan skip` leaves out
-MAX_ROLLBACKS = 3  # of a run, each at half the rate
-EVAL_BATCH_TOKENS = 4096  # at least, in one batch of an evaluation
-EVAL_TOKENS = 1 << 17  # of the validation split during training; `mlxgpt eval` takes all of it
+MAX_SKIPS = 10  # consecutive steps that `--on-nan skip` skips before it stops the run
+MAX_ROLLBACKS = 3  # per run; each halves the learning rate
+EVAL_BATCH_TOKENS = 4096  # minimum tokens in one batch of an evaluation
+EVAL_TOKENS = 1 << 17  # validation tokens per evaluation; `mlxgpt eval` reads the whole split
 
-
-Pending = tuple[int, float, int, StepResult]  # step, rate, bytes of its targets
+Pending = tuple[int, float, int, StepResult]  # step, rate, bytes of its targets, result
 
 
 class TrainingDiverged(UserError, ArithmeticError):
-    """A loss or a gradient that is not finite; no checkpoint is written after it."""
+    """A loss or gradient that is not finite; no checkpoint is written after it."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run is made of, besides the backend that holds its weights."""
+    """Everything that defines a run, except the backend that holds its weights."""
 
     model: ModelConfig
     train: TrainConfig
     tokenizer: Tokenizer
     train_tokens: Array  # (n,)
     val_tokens: Array
-    data: dict[str, Any]  # for the checkpoint: where the text came from
+    data: dict[str, Any]  # recorded in the checkpoint: where the text came from
     progress: Progress = field(default_factory=Progress)
-    documents: Documents | None = None  # where given, training windows stay inside one
+    documents: Documents | None = None  # if set, each training window stays inside one document
 
 
 def train(
@@ -61,11 +60,11 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Report]:
-    """Train from the backend's step to `run.train.iters`, yielding a report for all that happens.
+    """Train from the backend's step to `run.train.iters`; yield a report for every event.
 
-    Every `save_every` a snapshot goes to `out` (None: nothing is saved) from another thread; when
-    `should_stop` turns true the step at hand is finished, both files are safe, and the generator
-    ends. Raises TrainingDiverged where loss or gradient stop being finite.
+    Every `save_every`, a snapshot is written to `out` by another thread (None: nothing is saved).
+    When `should_stop` returns true, the current step is finished, both files are saved, and the
+    generator ends. Raises TrainingDiverged if the loss or the gradient stops being finite.
     """
     saver = Saver(run.train, out, clock)
     try:
@@ -75,25 +74,33 @@ def train(
 
 
 def step_batches(
-    config: TrainConfig, tokens: Array, block_size: int, step: int,
+    config: TrainConfig,
+    tokens: Array,
+    block_size: int,
+    step: int,
     documents: Documents | None = None,
-) -> list[Batch]:  # fmt: skip
-    """The micro-batches of the step that follows `step` finished ones."""
+) -> list[Batch]:
+    """Return the micro-batches of the step that follows `step` finished ones."""
     size, seed = config.batch_size, config.seed
     micros = range(config.grad_accum)
     return [sample_batch(tokens, size, block_size, seed, step, i, documents) for i in micros]
 
 
 def step_rate(config: TrainConfig, step: int, reductions: int = 0) -> float:
-    """The learning rate of the step that follows `step` finished ones."""
+    """Return the learning rate of the step that follows `step` finished ones."""
     return learning_rate(
-        step, iters=config.iters, warmup=config.warmup, lr=config.lr, min_lr=config.min_lr,
-        schedule=config.schedule, reductions=reductions,
-    )  # fmt: skip
+        step,
+        iters=config.iters,
+        warmup=config.warmup,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        schedule=config.schedule,
+        reductions=reductions,
+    )
 
 
 class Trainer:
-    """One run in progress: the generator methods of `train` and the state between them."""
+    """A run in progress: the generator methods behind `train` and the state between them."""
 
     def __init__(
         self,
@@ -108,25 +115,30 @@ class Trainer:
         self.progress = run.progress
         self.step = backend.step
         self.token_bytes = run.tokenizer.token_bytes()
-        self.pending: Pending | None = None  # a step whose loss is unread
+        self.pending: Pending | None = None  # a step whose loss was not read yet
         self.pace = Pace(clock)
         self.started = clock() - run.progress.seconds
         rolls_back = run.train.on_nan == "rollback"
-        self.safe: TrainState | None = backend.state() if rolls_back else None  # saved last
-        self.copied: Callable[[], TrainState | None] = lambda: None  # the last state, if in use
-        self.skipped = 0  # steps in a row
-        self.recent_loss = math.nan  # of training, an average that forgets
+        self.safe: TrainState | None = (
+            backend.state() if rolls_back else None
+        )  # the last saved state
+        self.last_copy: Callable[[], TrainState | None] = lambda: (
+            None
+        )  # weak reference: reuse the copy while a writer holds it
+        self.skipped = 0  # consecutive steps
+        self.recent_loss = math.nan  # moving average of the training loss
         self.warned = False
 
     def run_to_target(self) -> Iterator[Report]:
+        """Yield the reports of all events until the target, a stop or the end of patience."""
         config = self.run.train
         if self.step == 0:
-            self.saver.save(NEWEST, self._checkpoint)  # the folder is this run's from now on
+            self.saver.save(NEWEST, self._checkpoint)  # from now on the folder belongs to this run
         yield from self._evaluate()  # the untrained model first
         while self.step < config.iters and not self.should_stop() and not self._out_of_patience():
             previous, self.pending = self.pending, self._take_step()
             if previous:
-                yield self._report(previous)  # read one step late: the device is never kept waiting
+                yield self._report(previous)  # read one step late, so that the device never waits
             if self._something_due():
                 yield from self._flush()
                 yield from self._evaluate()
@@ -159,31 +171,40 @@ class Trainer:
         n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
         self.progress = replace(self.progress, tokens=self.progress.tokens + n_tokens)
         return StepLog(
-            step, loss, lr, grad_norm, self.progress.tokens, n_tokens * self.pace.steps_per_second,
-            self._seconds(), self.backend.memory_bytes(),
-            loss * n_tokens / math.log(2) / max(1, n_bytes),
-        )  # fmt: skip
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=self.progress.tokens,
+            tokens_per_second=n_tokens * self.pace.steps_per_second,
+            seconds=self._seconds(),
+            memory_bytes=self.backend.memory_bytes(),
+            bits_per_byte=loss * n_tokens / math.log(2) / max(1, n_bytes),
+        )
 
     def _not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Report:
-        """What `on_nan` asks for; the backend has left its weights as they were."""
+        """Apply the `on_nan` policy; the backend has left its weights unchanged."""
         policy, self.skipped = self.run.train.on_nan, self.skipped + 1
-        what = f"loss is {loss:.4g} and gradient norm {grad_norm:.4g} at step {step}"
+        problem = f"loss is {loss:.4g} and gradient norm {grad_norm:.4g} at step {step}"
         if policy == "skip" and self.skipped < MAX_SKIPS:
-            return NoteLog(step, f"Skipped: {what}.")
+            return NoteLog(step, f"Skipped: {problem}.")
         if policy == "rollback" and self.progress.rollbacks < MAX_ROLLBACKS and self.safe:
             rollbacks = self.progress.rollbacks + 1
             self.progress = replace(self.progress, rollbacks=rollbacks)
             self.pending = None
             self.backend.restore(replace(self.safe, step=self.step))
-            return NoteLog(step, f"Back to the weights of step {self.safe.step}, at half the "
-                           f"learning rate: {what}.")  # fmt: skip
+            return NoteLog(
+                step,
+                f"Back to the weights of step {self.safe.step}, at half the "
+                f"learning rate: {problem}.",
+            )
         raise TrainingDiverged(
-            f"{what} (learning rate {lr:g}); "
+            f"{problem} (learning rate {lr:g}); "
             "try a lower --lr, a longer --warmup or a smaller --grad-clip"
         )
 
     def _flush(self) -> Iterator[Report]:
-        """Read the step that is still unread, so that what follows sees a finished state."""
+        """Read the pending step, so that the following event sees a finished state."""
         if self.pending:
             pending, self.pending = self.pending, None
             log = self._report(pending)
@@ -203,12 +224,16 @@ class Trainer:
             return
         run, old = self.run, self.progress
         score = evaluate(
-            self.backend, run.val_tokens, run.model.block_size,
-            max(run.train.batch_size, EVAL_BATCH_TOKENS // run.model.block_size),
-            self.token_bytes, self.should_stop, max_tokens=EVAL_TOKENS,
-        )  # fmt: skip
+            self.backend,
+            run.val_tokens,
+            block_size=run.model.block_size,
+            batch_size=max(run.train.batch_size, EVAL_BATCH_TOKENS // run.model.block_size),
+            token_bytes=self.token_bytes,
+            should_stop=self.should_stop,
+            max_tokens=EVAL_TOKENS,
+        )
         if score is None:
-            return  # asked to stop; a resumed run evaluates this step again
+            return  # interrupted; a resumed run evaluates this step again
         if not math.isfinite(score.loss):
             raise TrainingDiverged(f"validation loss is {score.loss} at step {self.step}")
         is_best = score.loss < old.best_loss
@@ -224,9 +249,13 @@ class Trainer:
         if is_best:
             self.saver.save(BEST, self._checkpoint)
         yield EvalLog(
-            self.step, score.loss, score.bits_per_byte,
-            self.progress.best_loss, self.progress.best_step, self._seconds(),
-        )  # fmt: skip
+            step=self.step,
+            val_loss=score.loss,
+            bits_per_byte=score.bits_per_byte,
+            best_loss=self.progress.best_loss,
+            best_step=self.progress.best_step,
+            seconds=self._seconds(),
+        )
         waited = self.progress.plateau.evaluations_without_best
         note = overfitting(self.recent_loss, score.loss, waited, self.progress.best_step)
         if note and not self.warned:
@@ -249,15 +278,20 @@ class Trainer:
     def _checkpoint(self) -> Checkpoint:
         run = self.run
         progress = replace(self.progress, seconds=self._seconds())
-        state = self.copied()  # the same step for another file, while the first is written
+        state = self.last_copy()  # reused for a second file of the same step
         if state is None or state.step != self.step:
             state = self.backend.state()
-            self.copied = weakref.ref(state)
+            self.last_copy = weakref.ref(state)
         self.safe = state if run.train.on_nan == "rollback" else None
         return Checkpoint(
-            run.model, run.train, progress, run.tokenizer.to_json(), run.data,
-            self.backend.name, state,
-        )  # fmt: skip
+            model=run.model,
+            train=run.train,
+            progress=progress,
+            tokenizer=run.tokenizer.to_json(),
+            data=run.data,
+            backend=self.backend.name,
+            state=state,
+        )
 
     def _finish(self) -> Iterator[Report]:
         reached = self.step >= self.run.train.iters

@@ -1,6 +1,6 @@
-"""What a run tells while it goes on: frozen records of plain numbers and texts, and its pace.
+"""The reports of a run: frozen records of plain numbers and texts, and its recent speed.
 
-`train` yields them; screens, logs and tests read them. Nothing here knows either side.
+`train` yields them; screens, logs and tests read them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 class StepLog:
     """One optimizer step."""
 
-    step: int  # steps taken so far, this one included
+    step: int  # steps taken so far, including this one
     loss: float  # mean over the step's tokens, nats
     lr: float
     grad_norm: float  # before clipping
-    tokens: int  # trained on so far, earlier parts of the run included
-    tokens_per_second: float  # recent, without evaluations
-    seconds: float  # spent training so far, earlier parts of the run included
+    tokens: int  # trained on so far, including earlier sessions
+    tokens_per_second: float  # recent, excluding evaluations
+    seconds: float  # spent training so far, including earlier sessions
     memory_bytes: int
-    bits_per_byte: float = math.nan  # `loss` over the bytes of what was predicted
+    bits_per_byte: float = math.nan  # the loss divided by the bytes of the targets
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,19 @@ class EvalLog:
     step: int
     val_loss: float  # nats per token
     bits_per_byte: float
-    best_loss: float  # of the run, this one included
+    best_loss: float  # of the run, including this evaluation
     best_step: int
-    seconds: float  # spent training so far, earlier parts of the run included
+    seconds: float  # spent training so far, including earlier sessions
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.val_loss, 700.0))
+        """Return exp(val_loss)."""
+        return perplexity(self.val_loss)
 
 
 @dataclass(frozen=True)
 class SampleLog:
-    """A text the model wrote; `prompt` is not part of `text`."""
+    """A generated text; `text` does not include `prompt`."""
 
     step: int
     prompt: str
@@ -52,18 +53,18 @@ class SampleLog:
 
 @dataclass(frozen=True)
 class SaveLog:
-    """A file written, or not written: then `error` says why and the old file is intact."""
+    """A checkpoint that was written, or the `error` that prevented it (the old file is intact)."""
 
-    step: int  # that the file holds
+    step: int  # the step in the file
     path: str
     best: bool  # the checkpoint of the lowest validation loss
-    loss: float  # that loss; nan for the newest checkpoint
+    loss: float  # its validation loss; nan for the newest checkpoint
     error: str = ""
 
 
 @dataclass(frozen=True)
 class NoteLog:
-    """Something the person should know, in one line."""
+    """A notice to the user, in one line."""
 
     step: int
     text: str
@@ -71,18 +72,25 @@ class NoteLog:
 
 @dataclass(frozen=True)
 class EndLog:
-    """No step follows: `reason` is "target", "stopped" (asked to) or "patience" (early stop).
-    The last files are saved after it."""
+    """The end of the steps; the last files are saved after it.
+
+    `reason` is "target", "stopped" (by the user) or "patience" (early stopping).
+    """
 
     step: int
     reason: str
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss) for a loss in nats; losses above 700 would overflow and count as 700."""
+    return math.exp(min(loss, 700.0))
 
 
 Report = StepLog | EvalLog | SampleLog | SaveLog | NoteLog | EndLog
 
 
 class Pace:
-    """Steps per second of late: sums that forget, with pauses left out."""
+    """Recent steps per second: decaying sums, pauses excluded."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -95,15 +103,16 @@ class Pace:
         self.wait()
 
     def wait(self) -> None:
-        """Count the time alone: a device has finished a step that was counted when it began."""
+        """Count only the time since the last call: the device finished a step counted earlier."""
         now = self._clock()
         self._seconds += now - self._mark
         self._mark = now
 
     def restart(self) -> None:
-        """Leave out the time since the last call."""
+        """Exclude the time since the last call."""
         self._mark = self._clock()
 
     @property
     def steps_per_second(self) -> float:
+        """Return the recent rate."""
         return self._steps / max(self._seconds, 1e-9)

@@ -1,20 +1,20 @@
-"""Learning rates as pure functions of the step, and the plateau rule as plain data."""
+"""Learning rates, as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
 
-TRAPEZOID_DECAY = 0.4  # the last part of the run, in which `trapezoid` decays
+TRAPEZOID_DECAY = 0.4  # the last fraction of the run, in which `trapezoid` decays
 PLATEAU_FACTOR = 0.5
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether what happens every so many steps happens after this one; 0 is never."""
+    """Return whether an event that happens every `every` steps is due; 0 means never."""
     return every > 0 and step > 0 and step % every == 0
 
 
 def decay_start(iters: int, warmup: int) -> int:
-    """The step after which `trapezoid` decays; a run that went no further can be extended."""
+    """Return the step after which `trapezoid` decays; a run can be extended until then."""
     return max(warmup, iters - round(TRAPEZOID_DECAY * iters))
 
 
@@ -28,11 +28,12 @@ def learning_rate(
     schedule: str,
     reductions: int = 0,
 ) -> float:
-    """Rate of the step that follows `step` finished ones; never zero on the first or last step.
+    """Return the learning rate of the step that follows `step` finished ones.
 
-    A linear warmup to `lr`, then by name: `cosine` and `linear` decay to `min_lr` at `iters`,
-    `trapezoid` stays at `lr` and decays linearly over the last 40 %, `constant` stays,
-    `plateau` is lr · 0.5^reductions, at least min_lr.
+    The rate warms up linearly to `lr`. Then `cosine` and `linear` decay to `min_lr` at `iters`,
+    `trapezoid` stays at `lr` and decays linearly over the last 40 %, `constant` stays, and
+    `plateau` is lr · 0.5^reductions, but at least min_lr. It is never zero on the first or last
+    step.
     """
     if step < warmup:
         return lr * (step + 1) / warmup

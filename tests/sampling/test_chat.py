@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from mlx_randygpt.checkpoint import Checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.progress import Progress
-from mlx_randygpt.sampling.chat import COMMANDS, ChatError, Conversation, completions, saved_turns
+from mlx_randygpt.sampling.chat import COMMANDS, ChatError, Conversation, completions, load_turns
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 
@@ -55,7 +55,7 @@ def test_an_answer_that_was_stopped_counts_as_said(talk: Conversation) -> None:
         parts.append(part)  # noqa: PERF402
     text = "".join(parts)
     assert text == written(talk, "The", 5)[:3]
-    assert talk.said == "The" + text
+    assert talk.history == "The" + text
 
 
 def test_commands_set_what_the_next_answer_is_made_with(talk: Conversation) -> None:
@@ -67,7 +67,7 @@ def test_commands_set_what_the_next_answer_is_made_with(talk: Conversation) -> N
 
 def test_reset_forgets_and_seed_begins_anew(talk: Conversation) -> None:
     first = say(talk, "The")
-    assert talk.command("/reset") == "forgotten"
+    assert talk.command("/reset") == "conversation forgotten"
     talk.command("/seed 5")
     assert say(talk, "The") == first
 
@@ -75,9 +75,9 @@ def test_reset_forgets_and_seed_begins_anew(talk: Conversation) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/tempo 1", "'/tempo' is unknown; it is one of /temp, "), ("/temp", "takes a number"),
+        ("/tempo 1", "'/tempo' is not a command; use one of /temp, "), ("/temp", "takes a number"),
         ("/topk 1.5", "takes a whole number"), ("/topp 2", r"top_p=2.0 is not in \[0, 1\]"),
-        ("/save", "takes the name of a file"), ("/save /no/where", "could not write /no/where"),
+        ("/save", "needs a file name"), ("/save /no/where", "could not write /no/where"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told_and_changes_nothing(
@@ -110,10 +110,10 @@ def test_a_saved_conversation_is_had_again_word_for_word(
     talk.command(f"/save {tmp_path / 'talk.json'}")
     run, backend = make_run("modern")
     again = Conversation(backend, run.model, run.tokenizer, SampleConfig())
-    for turn in saved_turns(tmp_path / "talk.json"):
-        "".join(again.again(turn, lambda: False))
+    for turn in load_turns(tmp_path / "talk.json"):
+        "".join(again.replay(turn, lambda: False))
     assert again.turns == talk.turns
-    assert again.said == talk.said
+    assert again.history == talk.history
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_saved_conversation_is_had_again_word_for_word(
 def test_a_file_that_holds_no_conversation_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text(content)
     with pytest.raises(ChatError, match=r"talk\.json is not a saved conversation"):
-        saved_turns(tmp_path / "talk.json")
+        load_turns(tmp_path / "talk.json")
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def test_a_script_can_talk_through_a_pipe(checkpoint: Path, tmp_path: Path) -> N
     saved = tmp_path / "talk.json"
     typed = f"The old\n/len 4\n/bad\nA king\n/save {saved}\n/quit\nnever read\n"
     done = CliRunner().invoke(group, ["chat", *words], input=typed)
-    assert (done.exit_code, len(saved_turns(saved))) == (0, 2)
-    first, second = saved_turns(saved)
+    assert (done.exit_code, len(load_turns(saved))) == (0, 2)
+    first, second = load_turns(saved)
     assert done.stdout == f"{first.text}\n{second.text}\n"
-    assert "Error: '/bad' is unknown" in done.stderr
+    assert "Error: '/bad' is not a command" in done.stderr
     again = CliRunner().invoke(group, ["chat", *words, "--replay", str(saved)], input="")
     assert again.stdout == f"The old{first.text}\nA king{second.text}\n"
     assert "differs" not in again.stderr

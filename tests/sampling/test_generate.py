@@ -11,7 +11,7 @@ import pytest
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import Continuation, Generated, generate, unambiguous, write
+from mlx_randygpt.sampling.generate import Continuation, Generated, extend, generate, shown_length
 from mlx_randygpt.state import Params, TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 
@@ -109,9 +109,9 @@ def test_a_bias_outside_the_vocabulary_is_refused(tell: Tell) -> None:
 
 
 def test_what_may_still_change_is_not_shown() -> None:
-    assert unambiguous("abc", ()) == 3
-    assert unambiguous("abcde", ("def", "x")) == 3
-    assert unambiguous("abd", ("def",)) == 2
+    assert shown_length("abc", ()) == 3
+    assert shown_length("abcde", ("def", "x")) == 3
+    assert shown_length("abd", ("def",)) == 2
 
 
 def test_each_choice_tells_what_the_model_thought(tell: Tell) -> None:
@@ -128,7 +128,7 @@ def test_forced_tokens_are_read_and_not_written(tell: Tell) -> None:
     writer = Continuation(LETTERS, [0], SampleConfig(temperature=0), n_likely=0, forced=[1, 2])
     logits = np.zeros((1, V))
     logits[0, 5] = 1.0
-    taken = [write([writer], logits) for _ in range(3)]
+    taken = [extend([writer], logits) for _ in range(3)]
     assert (taken, writer.prompt, writer.sample.ids) == ([[1], [2], [5]], [0, 1, 2], [5])
     assert [choice.token for choice in writer.sample.choices] == [1, 2, 5]
 

@@ -22,7 +22,11 @@ Make = Callable[..., tuple[Run, Backend]]
 
 def trials_of(make_run: Make, recipe: str, highest: float = 10.0) -> list[Trial]:
     run, backend = make_run(recipe, on="the cat sat on a mat. " * 200)
-    return list(range_test(backend, run.model, run.train, run.train_tokens, 1e-5, highest, 60))
+    return list(
+        range_test(
+            backend, run.model, run.train, run.train_tokens, lowest=1e-5, highest=highest, steps=60
+        )
+    )
 
 
 def test_the_suggestion_keeps_its_distance_from_the_lowest_loss() -> None:
@@ -46,7 +50,15 @@ def test_a_run_at_the_suggestion_learns_and_one_far_above_does_not(
     losses = []
     for lr in (rate, 300 * rate):
         run, backend = make_run(recipe, on="the cat sat on a mat. " * 200)
-        trials = range_test(backend, run.model, run.train, run.train_tokens, lr, 1.0001 * lr, 40)
+        trials = range_test(
+            backend,
+            run.model,
+            run.train,
+            run.train_tokens,
+            lowest=lr,
+            highest=1.0001 * lr,
+            steps=40,
+        )
         losses.append(list(trials)[-1].loss)
     assert losses[0] < 1.0 < 10.0 < losses[1]  # measured: 0.2 against 57 and more
 

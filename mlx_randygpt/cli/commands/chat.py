@@ -87,11 +87,11 @@ def _respond(talk: Conversation, line: str, ctrl_c: CtrlC) -> None:
 
 
 def _replay(talk: Conversation, path: Path, ctrl_c: CtrlC) -> None:
-    from mlx_randygpt.sampling.chat import saved_turns
+    from mlx_randygpt.sampling.chat import load_turns
 
-    for turn in saved_turns(path):
+    for turn in load_turns(path):
         click.echo(turn.prompt, nl=False)
-        _stream(talk.again(turn, lambda: ctrl_c.asked))
+        _stream(talk.replay(turn, lambda: ctrl_c.asked))
         if ctrl_c.asked:
             return
         if talk.turns[-1].text != turn.text:

@@ -68,7 +68,9 @@ def command(
     state = TrainState(0, initial_params(model, train.seed), {})
     engine = make_backend(name, model, train, state)
     click.echo(f"Backend: {describe_backend(engine, why)}", err=True)
-    trials = list(range_test(engine, model, train, corpus.train, lowest, highest, iters))
+    trials = list(
+        range_test(engine, model, train, corpus.train, lowest=lowest, highest=highest, steps=iters)
+    )
     rate = suggest(trials)
     if json:
         rows = [{"lr": trial.lr, "loss": trial.loss} for trial in trials]

@@ -146,10 +146,10 @@ class Printer:
     def __call__(self, samples: list[Generated]) -> None:
         if self._quiet:
             return
-        from mlx_randygpt.sampling.generate import unambiguous
+        from mlx_randygpt.sampling.generate import shown_length
 
         text, done = samples[0].text, samples[0].finish_reason
-        ready = len(text) if done else unambiguous(text, self._stops)
+        ready = len(text) if done else shown_length(text, self._stops)
         self._write(text[self._shown : ready])
         self._shown = max(self._shown, ready)
 
