@@ -1,4 +1,4 @@
-"""`mlxgpt runs`: the runs below some folders in one table, the best first."""
+"""`mlxgpt runs`: compare the runs below some folders in one table, the best first."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mlx_randygpt.cli.output import print_json, show
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @json_option
 def command(folders: tuple[Path, ...], json: bool) -> None:
-    """List and compare runs: what differs, best and last loss, steps, time, tokens.
+    """Compare runs: best and last loss, steps, time, tokens, and settings that differ.
 
-    A FOLDER is that of a run, or one that holds runs at any depth; the default is the current one.
+    A FOLDER is a run, or contains runs at any depth; the default is the current folder.
     """
     from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, read_run
 
@@ -46,7 +46,7 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
 
 
 def facts(path: Path, record: Any) -> dict[str, Any]:
-    """What a row says of a run, settings aside."""
+    """Return the row of a run, without its settings."""
     evaluations = record.evaluations
     return {
         "run": str(path),
@@ -61,7 +61,7 @@ def facts(path: Path, record: Any) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
-    """One line a run; what differs in the settings comes after, so that 80 columns are enough."""
+    """Show one line per run, then the settings that differ, to fit 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
