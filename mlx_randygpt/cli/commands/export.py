@@ -9,8 +9,9 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, readable_bytes
+from mlx_randygpt.cli.output import print_json
 from mlx_randygpt.exchange import EXPORT_FORMATS
+from mlx_randygpt.words import format_bytes
 
 
 @click.command("export", cls=Command)
@@ -47,6 +48,6 @@ def command(checkpoint: Path | None, kind: str, output: Path, overwrite: bool, j
         row = {"checkpoint": str(path), "format": kind, "path": str(output)}
         print_json({**row, "files": sizes, "bytes": n_bytes})
         return
-    total = readable_bytes(n_bytes)
+    total = format_bytes(n_bytes)
     click.echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
     click.echo(f"How to run it, and what it is: {output / 'README.md'}")

@@ -66,12 +66,12 @@ def _draw(records: list[RunRecord], span: float) -> None:
     from rich.text import Text
 
     from mlx_randygpt.analysis.charts import PANELS, labels
-    from mlx_randygpt.screen.words import clean
+    from mlx_randygpt.words import clean_text
 
     console = Console(highlight=False)
     width = min(console.width, 120) if console.is_terminal else 80
     for i, label in enumerate(labels(records)):
-        line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean(label))
+        line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean_text(label))
         console.print(line, soft_wrap=not console.is_terminal)
     for name, title, _ in PANELS:
         for line in chart(records, name, title, width, span):

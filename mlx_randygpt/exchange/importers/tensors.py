@@ -21,6 +21,7 @@ from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.state import Params
+from mlx_randygpt.words import one_line
 
 Array = NDArray[Any]
 FLOATS: dict[str, np.dtype[Any]] = {  # as safetensors spells them, and how their bytes are read
@@ -63,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ExchangeError):
             raise
-        raise ExchangeError(f"{path} is not JSON ({quote_error(error)})") from error
+        raise ExchangeError(f"{path} is not JSON ({one_line(error)})") from error
     if not isinstance(found, dict):
         raise ExchangeError(f"{path} is not a JSON object but {reprlib.repr(found)}")
     return found
@@ -90,7 +91,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ExchangeError):
             raise
-        raise ExchangeError(f"{path} has a damaged header ({quote_error(error)})") from error
+        raise ExchangeError(f"{path} has a damaged header ({one_line(error)})") from error
     if not isinstance(header, dict):
         raise ExchangeError(f"{path} has a damaged header (it is not an object)")
     header.pop("__metadata__", None)
@@ -191,8 +192,3 @@ def _are_counts(values: object) -> TypeGuard[list[int]]:
     if not isinstance(values, list) or len(values) > MAX_AXES:
         return False
     return all(type(n) is int and n >= 0 for n in values)
-
-
-def quote_error(error: Exception) -> str:
-    """Return the message of an error as one short quoted line."""
-    return reprlib.repr(" ".join(str(error).split()))

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers.tensors import FLOATS, MAX_AXES, Array, LazyTensor, quote_error
+from mlx_randygpt.exchange.importers.tensors import FLOATS, MAX_AXES, Array, LazyTensor
+from mlx_randygpt.words import one_line
 
 MAGIC = b"PK\x03\x04"
 LOCAL_BYTES = (
@@ -90,7 +91,7 @@ def read_pickle(data: bytes, call: Call = refuse_call, refer: Refer = refuse_ref
     except ExchangeError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ExchangeError(f"its pickle is damaged ({reprlib.repr(str(error))})") from error
+        raise ExchangeError(f"its pickle is damaged ({one_line(error)})") from error
     raise ExchangeError("its pickle is damaged (it has no end)")
 
 
@@ -240,7 +241,7 @@ class TorchFile:
         except ExchangeError:
             raise
         except (ValueError, OverflowError, *_DAMAGED) as error:
-            raise ExchangeError(f"{path} is truncated or damaged ({quote_error(error)})") from error
+            raise ExchangeError(f"{path} is truncated or damaged ({one_line(error)})") from error
         if order != b"little":
             raise ExchangeError(f"{path} was written on a machine of the other byte order")
         try:
@@ -330,7 +331,7 @@ class TorchFile:
                 file.seek(sum(struct.unpack_from("<HH", local, LOCAL_BYTES - 4)), os.SEEK_CUR)
                 raw = file.read(entry.file_size)
         except (ValueError, OSError, struct.error) as error:
-            reason = quote_error(error)
+            reason = one_line(error)
             raise ExchangeError(f"{self._path} is truncated or damaged ({reason})") from error
         if not local.startswith(MAGIC) or zlib.crc32(raw) != entry.CRC:
             raise ExchangeError(f"{self._path} is truncated or damaged (its checksums do not hold)")
