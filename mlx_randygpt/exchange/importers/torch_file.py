@@ -4,8 +4,8 @@ A file is a ZIP archive: `NAME/data.pkl` is the pickled structure and `NAME/data
 one storage each. Nothing is unpacked to disk. The first half of this module reads pickles of plain
 data, the second half the archive and its tensors.
 
-Python's own `pickle` is not used: it imports what a file names, and its C implementation cannot
-bound the memo or the objects that BUILD changes. PyTorch reads untrusted files with a restricted
+Python's own `pickle` is not used: it imports what a file names, and its C implementation is hard to
+bound in its memo and in BUILD. PyTorch reads untrusted files with a restricted
 machine in pure Python as well (`torch/_weights_only_unpickler.py`); in the one below imports stay
 names, and the caller decides which calls are allowed.
 """
