@@ -1,15 +1,17 @@
-"""Series of runs as one SVG picture, drawn here, and that picture as a page of its own.
+"""Pictures of runs: SVG written here, the same as an HTML page, and PNG with matplotlib.
 
-Panels one below the other: loss, learning rate, gradient norm, tokens per second; the runs over
-each other in colours that are told apart in light and in dark. Reads no file.
+Four panels, one below the other: loss, learning rate, gradient norm, tokens per second. All runs
+share the panels, in colours that differ on light and dark backgrounds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +27,8 @@ PANELS = (  # series, title, scale
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e879a6", "#a78bfa", "#b08968", "#22b8cf", "#94a3b8")
 WIDTH, LEFT, RIGHT = 840, 74, 20
 LEGEND_ROW, TITLE, AXIS = 20, 30, 28  # heights
-TALL, LOW = 260, 120  # plot areas: of the loss, of the others
-CUT = 0.995  # share of the values that a panel must show; a first spike may leave it
+TALL, LOW = 260, 120  # heights of the plot areas: loss, others
+CUT = 0.995  # share of the values that a panel shows; an initial spike may exceed it
 STYLE = """
 svg{--ink:#1f2937;--faint:#d7dce3;--paper:#ffffff;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)} .grid{stroke:var(--faint)} .paper{fill:var(--paper)}
@@ -35,24 +37,27 @@ svg text{fill:var(--ink)} .grid{stroke:var(--faint)} .paper{fill:var(--paper)}
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
-    """For each run its name and the settings that are not the same in all."""
-    found = differing_settings(list(records))
+    """Return a label for each run: its name and the settings that differ between runs."""
+    differing = differing_settings(list(records))
     return [
         _cut(
-            "  ".join([record.name, *(f"{name}={setting_text(v[i])}" for name, v in found.items())])
+            "  ".join(
+                [record.name, *(f"{name}={setting_text(v[i])}" for name, v in differing.items())]
+            )
         )
         for i, record in enumerate(records)
     ]
 
 
 def setting_text(value: object) -> str:
+    """Format the value of a setting, or a dash if the run has none."""
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def svg(records: Sequence[RunRecord], span: float) -> str:
-    """The picture; `span` is the number of steps that lines are smoothed over."""
+    """Return the SVG picture; lines are smoothed over `span` steps."""
     names = labels(records)
     y = 12 + LEGEND_ROW * len(names)
     parts = [
@@ -65,21 +70,20 @@ def svg(records: Sequence[RunRecord], span: float) -> str:
     for name, title, scale in PANELS:
         height = TALL if name == "loss" else LOW
         parts.append(f'<g transform="translate(0,{y + TITLE})">')
-        parts += _panel(records, name, title, scale == "log", last, height, span)
+        panel = _Panel(name=name, title=title, log=scale == "log", last=last, height=height)
+        parts += _draw_panel(panel, records, span)
         parts.append("</g>")
         y += TITLE + height + AXIS
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" role="img" '
         f'aria-label="loss, learning rate, gradient norm and speed over steps">'
     )
-    return "\n".join(
-        [head, f"<style>{STYLE}</style>", '<rect class="paper" width="100%" height="100%"/>',
-         *parts, "</svg>\n"]
-    )  # fmt: skip
+    paper = '<rect class="paper" width="100%" height="100%"/>'
+    return "\n".join([head, f"<style>{STYLE}</style>", paper, *parts, "</svg>\n"])
 
 
 def page(records: Sequence[RunRecord], span: float) -> str:
-    """The picture as a page that needs nothing else."""
+    """Return the picture as a self-contained HTML page."""
     title = escape(" · ".join(record.name for record in records))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -90,63 +94,122 @@ def page(records: Sequence[RunRecord], span: float) -> str:
     )
 
 
-def _panel(
-    records: Sequence[RunRecord], name: str, title: str, log: bool, last: float, height: int,
-    span: float,
-) -> list[str]:  # fmt: skip
-    tables = [record.series[name] for record in records]
-    marks = [
-        record.series["val_loss"] if name == "loss" else np.empty((0, 4)) for record in records
-    ]
+def write_png(path: Path, records: Sequence[RunRecord], span: float) -> None:
+    """Write the picture as PNG; raise MetricsError if matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MetricsError(
+            "a PNG needs matplotlib; pip install 'mlx-randygpt[plot]', or give -o a name that "
+            "ends in .svg or .html, which need no library"
+        ) from error
+    figure = Figure(figsize=(9, 10), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    areas = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=[2, 1, 1, 1])
+    for axes, (name, title, scale) in zip(areas, PANELS, strict=True):
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_yscale(scale)
+        axes.grid(alpha=0.3)
+        for i, (record, label) in enumerate(zip(records, labels(records), strict=True)):
+            table, colour = record.series[name], COLOURS[i % len(COLOURS)]
+            axes.fill_between(table[:, 0], table[:, 2], table[:, 3], color=colour, alpha=0.18, lw=0)
+            axes.plot(table[:, 0], draw_curve(name, table, span), color=colour, lw=1.2, label=label)
+            if name == "loss":
+                marks = record.series["val_loss"]
+                axes.plot(marks[:, 0], marks[:, 1], "o", color=colour, ms=3)
+                axes.set_ylim(*limits(_losses(records), log=False))
+    areas[-1].set_xlabel("step")
+    figure.legend(*areas[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8)
+    figure.savefig(path, format="png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Panel:
+    """One panel of the picture: its series, its axes and the mapping from values to pixels."""
+
+    name: str  # of the series
+    title: str
+    log: bool
+    last: float  # the last step of all runs
+    height: int
+    low: float = 0.0
+    high: float = 1.0
+
+    def x(self, steps: Any) -> Any:
+        """Return the horizontal pixels of steps."""
+        return LEFT + steps / self.last * (WIDTH - LEFT - RIGHT)
+
+    def y(self, values: Array) -> Array:
+        """Return the vertical pixels of values, clipped to the panel."""
+        share = (_scaled(values, self.log) - self.low) / (self.high - self.low)
+        return self.height * (1 - np.clip(share, 0, 1))
+
+
+def _draw_panel(panel: _Panel, records: Sequence[RunRecord], span: float) -> list[str]:
+    """Return the SVG elements of one panel: title, axes, and the curves of all runs."""
+    is_loss = panel.name == "loss"
+    tables = [record.series[panel.name] for record in records]
+    marks = [record.series["val_loss"] if is_loss else np.empty((0, 4)) for record in records]
     values = np.concatenate([t[:, 1:].ravel() for t in (*tables, *marks)])
-    note = " · training, smoothed; ● validation" if name == "loss" else ""
-    parts = [f'<text x="{LEFT}" y="-10" font-weight="600">{title}'
-             f'<tspan font-weight="400" opacity=".7">{note}</tspan></text>']  # fmt: skip
-    low, high = limits(values, log)
-
-    def place(steps: Array, of: Array) -> tuple[Array, Array]:
-        share = (_scaled(of, log) - low) / (high - low)
-        return LEFT + steps / last * (WIDTH - LEFT - RIGHT), height * (1 - np.clip(share, 0, 1))
-
-    for tick in ticks(low, high, log):
-        y = height * (1 - (tick - low) / (high - low))
-        text = _tick(10**tick if log else tick)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for tick in ticks(0, last, False):
-        x = LEFT + tick / last * (WIDTH - LEFT - RIGHT)
-        anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{height + 16}" text-anchor="{anchor}">'
-                     f"{_tick(tick)}</text>")  # fmt: skip
+    low, high = limits(values, panel.log)
+    panel = replace(panel, low=low, high=high)
+    note = " · training, smoothed; ● validation" if is_loss else ""
+    parts = [
+        f'<text x="{LEFT}" y="-10" font-weight="600">{panel.title}'
+        f'<tspan font-weight="400" opacity=".7">{note}</tspan></text>'
+    ]
+    parts += _draw_axes(panel)
     for i, (table, mark) in enumerate(zip(tables, marks, strict=True)):
         if len(table):
-            xs, top = place(table[:, 0], table[:, 3])
-            _, bottom = place(table[:, 0], table[:, 2])
-            band = _points(np.append(xs, xs[::-1]), np.append(top, bottom[::-1]))
-            parts.append(f'<polygon points="{band}" fill="{_colour(i)}" opacity=".18"/>')
-            line = _points(*place(table[:, 0], table[:, 1]))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{_colour(i)}" '
-                         'opacity=".3"/>')  # fmt: skip
-            line = _points(*place(table[:, 0], draw_curve(name, table, span)))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{_colour(i)}" '
-                         'stroke-width="1.6"/>')  # fmt: skip
-        if len(mark):
-            xs, ys = place(mark[:, 0], mark[:, 1])
-            parts += [
-                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{_colour(i)}" class="dot" '
+            parts += _draw_series(panel, table, _colour(i), span)
+        every = len(mark) // 200 + 1
+        for x, y in zip(panel.x(mark[::every, 0]), panel.y(mark[::every, 1]), strict=True):
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_colour(i)}" class="dot" '
                 'stroke="var(--paper)"/>'
-                for a, b in zip(xs[:: len(xs) // 200 + 1], ys[:: len(xs) // 200 + 1], strict=True)
-            ]
+            )
     return parts
 
 
+def _draw_axes(panel: _Panel) -> list[str]:
+    """Return grid lines with their values, and the steps below."""
+    parts = []
+    for tick in ticks(panel.low, panel.high, panel.log):
+        y = panel.height * (1 - (tick - panel.low) / (panel.high - panel.low))
+        text = _tick(10**tick if panel.log else tick)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick in ticks(0, panel.last, False):
+        x = panel.x(tick)
+        anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
+        parts.append(
+            f'<text x="{x:.1f}" y="{panel.height + 16}" text-anchor="{anchor}">{_tick(tick)}</text>'
+        )
+    return parts
+
+
+def _draw_series(panel: _Panel, table: Array, colour: str, span: float) -> list[str]:
+    """Return the range of a series as a band, its means as a faint line, the smoothed curve."""
+    xs = panel.x(table[:, 0])
+    top, bottom = panel.y(table[:, 3]), panel.y(table[:, 2])
+    band = _points(np.append(xs, xs[::-1]), np.append(top, bottom[::-1]))
+    means = _points(xs, panel.y(table[:, 1]))
+    curve = _points(xs, panel.y(draw_curve(panel.name, table, span)))
+    return [
+        f'<polygon points="{band}" fill="{colour}" opacity=".18"/>',
+        f'<polyline points="{means}" fill="none" stroke="{colour}" opacity=".3"/>',
+        f'<polyline points="{curve}" fill="none" stroke="{colour}" stroke-width="1.6"/>',
+    ]
+
+
 def draw_curve(name: str, table: Array, span: float) -> Array:
-    """The line of a series: smoothed where it is noisy, the learning rate as it was."""
+    """Return the curve of a series: smoothed, except for the learning rate."""
     return table[:, 1] if name == "lr" else smooth(table, span)
 
 
 def limits(values: Array, log: bool) -> tuple[float, float]:
-    """Lowest and highest value of an axis, in powers of ten for a logarithmic one."""
+    """Return the lowest and highest value of an axis, as powers of ten if it is logarithmic."""
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not len(values):
         return 0.0, 1.0
@@ -157,12 +220,13 @@ def limits(values: Array, log: bool) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Three to six round values between low and high; for a logarithmic axis their powers."""
+    """Return three to six round values between low and high, as powers of ten if logarithmic."""
     if log:
-        powers = [math.log10(m * 10.0**p) for p in range(math.floor(low), math.ceil(high) + 1)
-                  for m in ((1, 2, 5) if high - low < 2 else (1,))]  # fmt: skip
-        found = [power for power in powers if low <= power <= high]
-        return found[:: len(found) // 7 + 1] or [(low + high) / 2]
+        factors = (1, 2, 5) if high - low < 2 else (1,)
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        powers = [math.log10(m * 10.0**p) for p in decades for m in factors]
+        inside = [power for power in powers if low <= power <= high]
+        return inside[:: len(inside) // 7 + 1] or [(low + high) / 2]
     raw = (high - low) / 5
     unit = 10 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
@@ -190,36 +254,6 @@ def _colour(i: int) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
-
-
-def write_png(path: Path, records: Sequence[RunRecord], span: float) -> None:
-    """MetricsError where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MetricsError(
-            "a PNG needs matplotlib; pip install 'mlx-randygpt[plot]', or give -o a name that "
-            "ends in .svg or .html, which need nothing"
-        ) from error
-    figure = Figure(figsize=(9, 10), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    areas = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=[2, 1, 1, 1])
-    for axes, (name, title, scale) in zip(areas, PANELS, strict=True):
-        axes.set_title(title, loc="left", fontsize=9)
-        axes.set_yscale(scale)
-        axes.grid(alpha=0.3)
-        for i, (record, label) in enumerate(zip(records, labels(records), strict=True)):
-            table, colour = record.series[name], COLOURS[i % len(COLOURS)]
-            axes.fill_between(table[:, 0], table[:, 2], table[:, 3], color=colour, alpha=0.18, lw=0)
-            axes.plot(table[:, 0], draw_curve(name, table, span), color=colour, lw=1.2, label=label)
-            if name == "loss":
-                marks = record.series["val_loss"]
-                axes.plot(marks[:, 0], marks[:, 1], "o", color=colour, ms=3)
-                axes.set_ylim(*limits(_losses(records), log=False))
-    areas[-1].set_xlabel("step")
-    figure.legend(*areas[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8)
-    figure.savefig(path, format="png")
 
 
 def _losses(records: Sequence[RunRecord]) -> Array:

@@ -1,9 +1,8 @@
-"""What runs left behind, read again: `metrics.jsonl` of any length in bounded memory, samples and
-settings.
+"""Read the files of a run: `metrics.jsonl` of any length in bounded memory, samples and settings.
 
-The file is read from its end in blocks. The last line tells how many steps there are, so every row
-goes straight into its bucket; and where a resumed run took a step again, the later line is seen
-first and counts. Knows nothing of screens and pictures.
+The metrics file is read in blocks from its end. The last line gives the number of steps, so every
+row goes straight into its bucket. If a resumed run repeated a step, the later line is read first
+and is the one that counts.
 """
 
 from __future__ import annotations
@@ -23,28 +22,39 @@ import numpy as np
 from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Array
 
-NAMES = ("loss", "lr", "grad_norm", "tokens_per_second")  # of a step; of an evaluation: val_loss
-PLACES = ("out", "data", "prompt", "threads", "backend")  # where, not how, a run was made
+NAMES = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+)  # fields of a step; an evaluation has val_loss
+PLACES = (
+    "out",
+    "data",
+    "prompt",
+    "threads",
+    "backend",
+)  # settings of the machine, not of the training
 HABITS = ("eval_every", "sample_every", "save_every", "log_every", "keep_every", "on_nan")
-N_BUCKETS = 2048  # of a series: more than a picture has columns
+N_BUCKETS = 2048  # per series; more than a picture has columns
 BLOCK = 1 << 18  # bytes parsed at a time: they stay in a core's cache
 _ROW = re.compile(
     rb'\{"step": (\d{1,15}), "loss": (\d+\.\d{1,9})\d*, '
     rb'(?:"bits_per_byte": [^,]+, )?"lr": (\d[\d.e-]*), '
     rb'"grad_norm": (\d+\.\d{1,9})\d*, "tokens": \d+, "tokens_per_second": (\d{1,15})\.\d'
-)  # as `mlxgpt train` writes it, to nine places; a block with any other line is read as JSON
-_KINDS = (int, float, float, float, int)  # of its groups; an int is read in half the time
+)  # as `mlxgpt train` writes it; a block with any other line is parsed as JSON
+_KINDS = (int, float, float, float, int)  # types of its groups; an int parses in half the time
 _EVALUATION = b'"val_loss"'
 
 
 class MetricsError(UserError, ValueError):
-    """A folder without metrics that can be read."""
+    """A folder without readable metrics, or a picture that cannot be written."""
 
 
 class Series:
     """Values over steps in `N_BUCKETS` buckets, each with its mean, lowest and highest value.
 
-    With no more steps than buckets every value has its own.
+    If there are no more steps than buckets, every value has its own bucket.
     """
 
     def __init__(self, last_step: int) -> None:
@@ -53,7 +63,7 @@ class Series:
         self._lows, self._highs = np.full(N_BUCKETS, np.inf), np.full(N_BUCKETS, -np.inf)
 
     def add(self, steps: Array, values: Array) -> None:
-        """Take in (n,) values; what is not finite is left out."""
+        """Add (n,) values; values that are not finite are skipped."""
         good = np.isfinite(values)
         steps, values = steps[good], values[good]
         at = (steps * N_BUCKETS / (self._last + 1)).astype(np.int64)
@@ -64,7 +74,7 @@ class Series:
         np.maximum.at(self._highs, at, values)
 
     def table(self) -> Array:
-        """Rows of step, mean, lowest and highest, (n, 4), by step."""
+        """Return rows of step, mean, lowest and highest, (n, 4), sorted by step."""
         used = self.n > 0
         n = self.n[used]
         columns = (self._steps[used] / n, self._sums[used] / n, self._lows[used], self._highs[used])
@@ -83,27 +93,27 @@ class RunRecord:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The evaluation of the lowest validation loss; {} where there is none."""
+        """Return the evaluation with the lowest validation loss, or {} if there is none."""
         return min(self.evaluations, key=lambda row: float(row["val_loss"]), default={})
 
 
 def read_run(path: Path) -> RunRecord:
-    """The run in a folder, or of one metrics file. MetricsError where there is none."""
+    """Read the run in a folder or metrics file; raise MetricsError if there is none."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise MetricsError(f"{file} is not there; give the folder of a run (train --out)")
     record = read_metrics(file)
     if not record.series["loss"].size and not record.evaluations:
-        raise MetricsError(f"{file} holds no report yet; it has a line a step once a run has begun")
+        raise MetricsError(f"{file} holds no steps yet; a run adds a line per step")
     return replace(record, name=str(path))
 
 
 def read_metrics(file: Path) -> RunRecord:
-    """Series, evaluations and settings of one metrics file."""
+    """Read the series, evaluations and settings of one metrics file."""
     series: dict[str, Series] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     last: dict[str, Any] = {}
-    earliest = math.inf  # of the steps that came later in the file
+    earliest = math.inf  # step among the lines read so far, which come later in the file
     for block in _blocks_from_the_end(file):
         table, evaluated = _parse(block)
         for row in reversed(evaluated):
@@ -114,7 +124,7 @@ def read_metrics(file: Path) -> RunRecord:
         if not last:
             last = _last_row(block)
             series = {name: Series(last["step"]) for name in NAMES}
-        table = _unrepeated(table, earliest)
+        table = _drop_repeated(table, earliest)
         earliest = min(earliest, table[0, 0]) if table.size else earliest
         for name, column in zip(NAMES, table.T[1:], strict=True):
             series[name].add(table[:, 0], column)
@@ -128,41 +138,50 @@ def read_metrics(file: Path) -> RunRecord:
 
 
 def read_samples(file: Path) -> list[dict[str, Any]]:
-    """The texts a run wrote on its way, rows of step, prompt and text by step, as `_unrepeated`
-    has it; [] without a file. A line that is none is left out."""
+    """Read the samples of a run: rows of step, prompt and text, sorted by step; [] without a file.
+
+    If a step is repeated, its last row counts. Damaged lines are skipped.
+    """
     if not file.is_file():
         return []
-    found: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
     for line in reversed(file.read_bytes().split(b"\n")):
         row = _row(line)
         texts = all(isinstance(row.get(name), str) for name in ("prompt", "text"))
-        if texts and (not found or row["step"] < found[-1]["step"]):
-            found.append(row)
-    return found[::-1]
+        if texts and (not samples or row["step"] < samples[-1]["step"]):
+            samples.append(row)
+    return samples[::-1]
 
 
 def differing_settings(records: list[RunRecord]) -> dict[str, list[Any]]:
-    """Setting -> its value in each run, for those that are not the same in all; None: not there.
-    What leaves the model as it is comes last."""
+    """Return setting -> its value in each run (None if absent), for settings that differ.
+
+    Settings that do not affect the trained model come last.
+    """
     names = dict.fromkeys(name for record in records for name in record.settings)
-    found = {name: [record.settings.get(name) for record in records] for name in names}
-    differ = {n: v for n, v in found.items() if n not in PLACES and any(x != v[0] for x in v)}
+    values = {name: [record.settings.get(name) for record in records] for name in names}
+    differ = {n: v for n, v in values.items() if n not in PLACES and any(x != v[0] for x in v)}
     return {name: differ[name] for name in sorted(differ, key=lambda name: name in HABITS)}
 
 
 def smooth(table: Array, span: float) -> Array:
-    """Means of `table` (n, 4) weighted exponentially over about `span` steps to both sides, so that
-    a line neither lags behind its values nor starts at zero."""
+    """Return the means of `table` (n, 4), smoothed exponentially over `span` steps to both sides.
+
+    Smoothing to both sides keeps the line from lagging behind its values or starting at zero.
+    """
     if not len(table) or span <= 0:
         return table[:, 1]
     keep = np.exp(-2 * np.diff(table[:, 0]) / span)
-    before, after = _fading(table[:, 1], keep), _fading(table[::-1, 1], keep[::-1])[::-1]
+    before, after = (
+        _decayed_sums(table[:, 1], keep),
+        _decayed_sums(table[::-1, 1], keep[::-1])[::-1],
+    )
     total = before + after - np.stack([np.ones(len(table)), table[:, 1]], axis=1)
     return np.asarray(total[:, 1] / total[:, 0])
 
 
-def _fading(values: Array, keep: Array) -> Array:
-    """Of each value and those before it, the weights and the weighted values summed, (n, 2)."""
+def _decayed_sums(values: Array, keep: Array) -> Array:
+    """Return the decayed sums of weights and of weighted values up to each value, (n, 2)."""
     out = np.stack([np.ones(len(values)), values], axis=1)
     for i, factor in enumerate(keep, start=1):
         out[i] += factor * out[i - 1]
@@ -170,7 +189,7 @@ def _fading(values: Array, keep: Array) -> Array:
 
 
 def _blocks_from_the_end(file: Path) -> Iterator[bytes]:
-    """Whole lines, about `BLOCK` bytes at a time, the end of the file first."""
+    """Yield whole lines, about `BLOCK` bytes at a time, from the end of the file."""
     with open(file, "rb") as handle:
         at, rest = handle.seek(0, os.SEEK_END), b""
         while at:
@@ -184,9 +203,11 @@ def _blocks_from_the_end(file: Path) -> Iterator[bytes]:
 
 
 def _parse(block: bytes) -> tuple[Array, list[dict[str, Any]]]:
-    """Steps as (n, 5) of step and `NAMES`, in the order of the lines; and the evaluations. A line
-    that is no JSON object is left out: a torn last one, or what a full disk left."""
-    texts = _ROW.split(block)  # the groups of every row, and what is between: lists, no tuples
+    """Return steps as (n, 5) of step and `NAMES` in the order of the lines, and the evaluations.
+
+    Lines that are not JSON objects are skipped, such as an incomplete line left by a full disk.
+    """
+    texts = _ROW.split(block)  # the groups of every row and the text between rows, in one flat list
     table = np.empty((len(texts) // 6, 5))
     evaluations = list(_lines_with(_EVALUATION, block))
     if len(table) + len(evaluations) == block.count(b"\n") and block.endswith(b"\n"):
@@ -199,7 +220,7 @@ def _parse(block: bytes) -> tuple[Array, list[dict[str, Any]]]:
 
 
 def _lines_with(mark: bytes, block: bytes) -> Iterator[bytes]:
-    """The whole lines that hold `mark`: a search that costs next to nothing."""
+    """Yield the lines that contain `mark`, found with a fast byte search."""
     at = block.find(mark)
     while at >= 0:
         start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at)
@@ -224,8 +245,8 @@ def _value(row: dict[str, Any], name: str) -> float:
     return math.nan
 
 
-def _unrepeated(table: Array, earliest: float) -> Array:
-    """The rows whose step no later line takes again."""
+def _drop_repeated(table: Array, earliest: float) -> Array:
+    """Drop rows whose step appears again later in the file."""
     later = np.append(table[1:, 0], earliest)
     return table[table[:, 0] < np.minimum.accumulate(later[::-1])[::-1]]
 
@@ -239,4 +260,4 @@ def _settings(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}  # a metrics file alone has none
+        return {}  # a metrics file alone has no settings

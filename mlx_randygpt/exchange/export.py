@@ -1,7 +1,6 @@
-"""A checkpoint as files for other programs: which formats there are and what each is made of.
+"""Export a checkpoint as files for other programs.
 
-Knows nothing of the command line. A format is one module that turns a checkpoint into named files;
-`export_folder` writes them.
+Each format is a module of `exporters` that turns a checkpoint into named files.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from mlx_randygpt.exchange.exporters.gpt2 import gpt2_files
 from mlx_randygpt.exchange.exporters.hf import native_files
 from mlx_randygpt.exchange.exporters.weights import weights_files
 
-FORMATS = ("hf", "mlx-lm", "safetensors", "gguf", "adapters")
 
+def build_files(saved: Checkpoint, kind: str, name: str) -> dict[str, bytes]:
+    """Return file name -> content of an export called `name`, the model card included.
 
-def files_of(saved: Checkpoint, kind: str, name: str) -> dict[str, bytes]:
-    """File name -> content, the model card among them; ExchangeError where the format does not
-    fit the model."""
+    Raises ExchangeError if the format cannot hold the model.
+    """
     for weight, array in saved.state.params.items():
         if not np.isfinite(array).all():
-            raise ExchangeError(f"{weight} is not finite; export a checkpoint from before that")
+            raise ExchangeError(f"{weight} is not finite; export an earlier checkpoint")
     if kind == "adapters":
         return adapter_files(saved, name)
     if kind == "safetensors":
@@ -45,7 +44,10 @@ def files_of(saved: Checkpoint, kind: str, name: str) -> dict[str, bytes]:
 def export(
     saved: Checkpoint, kind: str, folder: Path, *, overwrite: bool = False
 ) -> dict[str, int]:
-    """Write the files of `kind`, one of FORMATS, to `folder`, all or none; name -> bytes."""
-    files = files_of(saved, kind, folder.absolute().name)
+    """Write the files of `kind` (a key of EXPORT_FORMATS) to `folder`; return name -> bytes.
+
+    The folder is written completely or not at all.
+    """
+    files = build_files(saved, kind, folder.absolute().name)
     write_folder(folder, files, overwrite)
     return {name: len(content) for name, content in files.items()}

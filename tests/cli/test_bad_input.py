@@ -113,7 +113,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{OLD} --data=digits.txt", 1, "Checkpoint vocab_size 49 != model vocab_size 13"),
     (f"{OLD} --batch-size=0", 1, "batch_size=0 is too small; it must be at least 1"),
     # import
-    ("import none -o new", 1, "none is not there"),
+    ("import none -o new", 1, "none does not exist"),
     (
         "import text.txt -o new",
         1,
@@ -122,7 +122,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("import hollow -o new", 1, "hollow holds neither a config.json nor a ckpt.pt"),
     ("import text.txt --format=nanogpt -o new", 1, "text.txt is truncated or damaged"),
     ("import text.txt --format=gpt2 -o new", 1, "text.txt is a file; gpt2 is a folder"),
-    ("import other -o text.txt", 1, "text.txt is there already; --overwrite replaces it"),
+    ("import other -o text.txt", 1, "text.txt exists already; --overwrite replaces it"),
     ("import other -o hollow", 1, "hollow is a folder; name the file"),
     ("import other", 2, "Missing option '-o' / '--output'"),
     ("import other --format=keras -o new", 2, "'keras' is not one of 'auto', 'gpt2'"),

@@ -20,7 +20,7 @@ from mlx_randygpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.export import export, files_of
+from mlx_randygpt.exchange.export import build_files, export
 from mlx_randygpt.exchange.exporters.card import card, licences
 from mlx_randygpt.exchange.exporters.tokenizer import token_names, tokenizer_json
 from mlx_randygpt.tokenizers.chars import tokenizer_from_json
@@ -58,7 +58,7 @@ def test_hf_and_mlx_lm_hold_the_weights_under_their_published_names(
     model: Make, recipe: str
 ) -> None:
     saved = model(recipe)
-    hf, mlx_lm = (files_of(saved, kind, "x") for kind in ("hf", "mlx-lm"))
+    hf, mlx_lm = (build_files(saved, kind, "x") for kind in ("hf", "mlx-lm"))
     assert {**hf, "README.md": b""} == {**mlx_lm, "README.md": b""}
     found = weights_of(hf)
     assert found.keys() == saved.state.params.keys()
@@ -67,16 +67,16 @@ def test_hf_and_mlx_lm_hold_the_weights_under_their_published_names(
 
 def test_config_holds_every_field_of_the_model(model: Make) -> None:
     saved = model()
-    config = json.loads(files_of(saved, "hf", "x")["config.json"])
+    config = json.loads(build_files(saved, "hf", "x")["config.json"])
     assert {name: config[name] for name in vars(saved.model)} == vars(saved.model)
-    files = files_of(saved, "hf", "x")
+    files = build_files(saved, "hf", "x")
     named = [config["model_file"], *(f"{v.split('.')[0]}.py" for v in config["auto_map"].values())]
     assert {*named, "mlx_model.py"} == {name for name in files if name.endswith(".py")}
 
 
 def test_gpt2_is_stored_as_gpt2_stores_it(model: Make) -> None:
     saved = model("gpt2", bias=False)
-    files = files_of(saved, "hf", "x")
+    files = build_files(saved, "hf", "x")
     assert not [name for name in files if name.endswith(".py")]
     found, ours = weights_of(files), saved.state.params
     name = "h.1.mlp.c_fc.weight"
@@ -88,9 +88,9 @@ def test_gpt2_is_stored_as_gpt2_stores_it(model: Make) -> None:
 
 def test_mlx_lm_has_no_exact_gelu(model: Make) -> None:
     saved = model("gpt2", activation="gelu")
-    assert json.loads(files_of(saved, "hf", "x")["config.json"])["activation_function"] == "gelu"
+    assert json.loads(build_files(saved, "hf", "x")["config.json"])["activation_function"] == "gelu"
     with pytest.raises(ExchangeError, match="tanh GELU alone"):
-        files_of(saved, "mlx-lm", "x")
+        build_files(saved, "mlx-lm", "x")
 
 
 # tokenizer.json
@@ -110,7 +110,7 @@ def test_tokenizer_json_reads_and_spells_as_ours(model: Make, kind: str, text: s
 
 
 def test_a_table_from_elsewhere_ends_no_text(model: Make) -> None:
-    files = files_of(model("gpt2", "table"), "hf", "x")
+    files = build_files(model("gpt2", "table"), "hf", "x")
     settings = json.loads(files["tokenizer_config.json"])
     assert not {"bos_token", "eos_token", "pad_token", "unk_token"} & settings.keys()
     for name in ("config.json", "generation_config.json"):
@@ -120,7 +120,7 @@ def test_a_table_from_elsewhere_ends_no_text(model: Make) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ends_of_a_text_are_named(model: Make, kind: str) -> None:
     saved = model(kind=kind)
-    files = files_of(saved, "hf", "x")
+    files = build_files(saved, "hf", "x")
     settings = json.loads(files["tokenizer_config.json"])
     tokenizer = tokenizer_from_json(saved.tokenizer)
     names = token_names(json.loads(files["tokenizer.json"]))
@@ -167,7 +167,7 @@ def test_a_model_from_elsewhere_is_told_as_such(model: Make) -> None:
     text = card(foreign, "hf", "x")
     assert "made elsewhere (gpt2, their gpt2)" in text
     assert "seed 42" not in text
-    files = files_of(foreign, "safetensors", "x")
+    files = build_files(foreign, "safetensors", "x")
     assert not [name for name, content in files.items() if b"/home/me" in content]
 
 
@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite_are_refused(model: Make) -> None:
     saved = model()
     saved.state.params["wte.weight"][0, 0] = np.nan
     with pytest.raises(ExchangeError, match=r"wte\.weight is not finite"):
-        files_of(saved, "hf", "x")
+        build_files(saved, "hf", "x")
 
 
 def test_mistakes_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_gguf_says_why_a_model_does_not_fit(
     model: Make, recipe: str, kind: str, changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ExchangeError, match=reason):
-        files_of(model(recipe, kind, **changes), "gguf", "x")
+        build_files(model(recipe, kind, **changes), "gguf", "x")
 
 
 @pytest.mark.parametrize("bias", [True, False])

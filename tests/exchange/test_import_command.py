@@ -13,8 +13,7 @@ from foreign_files import gpt2, gpt2_folder, lively, nanogpt, randy_arrays, rand
 
 from mlx_randygpt.checkpoint import load_checkpoint
 from mlx_randygpt.cli import group
-from mlx_randygpt.cli.commands.import_ import FORMATS
-from mlx_randygpt.exchange import importing
+from mlx_randygpt.exchange import IMPORT_FORMATS, importing
 
 pytest.importorskip("tokenizers")
 
@@ -113,7 +112,7 @@ def test_a_checkpoint_that_is_there_stays_unless_overwritten(
     out.write_text("mine")
     refused = call("import", sources["nanogpt"], "-o", out)
     assert refused.exit_code == 1
-    assert refused.stderr == f"Error: {out} is there already; --overwrite replaces it\n"
+    assert refused.stderr == f"Error: {out} exists already; --overwrite replaces it\n"
     assert out.read_text() == "mine"
     assert call("import", sources["nanogpt"], "-o", out, "--overwrite").exit_code == 0
 
@@ -121,7 +120,7 @@ def test_a_checkpoint_that_is_there_stays_unless_overwritten(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["nowhere"], "nowhere is not there"),
+        (["nowhere"], "nowhere does not exist"),
         (["text.txt"], "is neither a .bin file of randyGPT nor a file of torch.save"),
         (["nano/meta.pkl"], "is neither a .bin file of randyGPT nor"),
         (["randy"], "holds neither a config.json nor a ckpt.pt"),
@@ -147,8 +146,8 @@ def test_what_cannot_come_in_is_one_line_and_leaves_nothing(
     assert not Path("out.safetensors").exists()
 
 
-def test_the_command_offers_what_can_be_read() -> None:
-    assert FORMATS == importing.FORMATS
+def test_every_listed_format_has_a_reader() -> None:
+    assert {*importing._FOLDER_READERS, "nanogpt", "randygpt"} == {*IMPORT_FORMATS}
 
 
 def test_a_table_of_characters_goes_out_again(tmp_path: Path, sources: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""`mlxgpt import`: a model of another program as a checkpoint."""
+"""`mlxgpt import`: convert a model of another program to a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
 from mlx_randygpt.cli.output import print_json
 from mlx_randygpt.config import GPT2_ACTIVATIONS
+from mlx_randygpt.exchange import IMPORT_FORMATS
 
 if TYPE_CHECKING:
     from mlx_randygpt.exchange.importers.imported_model import ImportedModel
-
-FORMATS = ("gpt2", "mlxgpt", "nanogpt", "randygpt", "randygpt-hf")
 
 
 @click.command("import", cls=Command)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
-    "--format", type=click.Choice(["auto", *FORMATS]), default="auto", show_default=True,
-    help="Who wrote it; auto looks.",
-)  # fmt: skip
+    "--format",
+    type=click.Choice(["auto", *IMPORT_FORMATS]),
+    default="auto",
+    show_default=True,
+    help="auto: detect it. "
+    + ". ".join(f"{name}: {text}" for name, text in IMPORT_FORMATS.items())
+    + ".",
+)
 @click.option(
     "-o",
     "--output",
@@ -31,29 +35,36 @@ FORMATS = ("gpt2", "mlxgpt", "nanogpt", "randygpt", "randygpt-hf")
     required=True,
     help="The checkpoint to write.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option(
-    "--vocab", type=click.Path(path_type=Path),
+    "--vocab",
+    type=click.Path(path_type=Path),
     help="Tokenizer: tokenizer.json, a folder, vocab.json, meta.pkl.  [default: beside SOURCE]",
-)  # fmt: skip
+)
 @click.option(
     "--activation",
     type=click.Choice(GPT2_ACTIVATIONS),
     help="nanogpt: which GELU.  [default: gelu]",
 )
-@click.option("--n-layer", type=int, help="randygpt: layers, which its file does not say.")
-@click.option("--n-head", type=int, help="randygpt: heads.")
-@click.option("--n-embd", type=int, help="randygpt: width.")
-@click.option("--block-size", type=int, help="randygpt: context.")
+@click.option("--n-layer", type=int, help="randygpt: layers, which its file does not record.")
+@click.option("--n-head", type=int, help="randygpt: attention heads.")
+@click.option("--n-embd", type=int, help="randygpt: width of the model.")
+@click.option("--block-size", type=int, help="randygpt: context in tokens.")
 @json_option
 def command(
-    source: Path, format: str, output: Path, overwrite: bool, vocab: Path | None,
-    activation: str | None, json: bool, **sizes: int | None,
-) -> None:  # fmt: skip
-    """Read a model of GPT-2, nanoGPT, randyGPT or `mlxgpt export` and write it as a checkpoint.
+    source: Path,
+    format: str,
+    output: Path,
+    overwrite: bool,
+    vocab: Path | None,
+    activation: str | None,
+    json: bool,
+    **sizes: int | None,
+) -> None:
+    """Import a model of GPT-2, nanoGPT, randyGPT or `mlxgpt export` as a checkpoint.
 
     SOURCE is a Hugging Face folder, a ckpt.pt or a .bin file. No code in it is run. The checkpoint
-    is for eval, sample, info, serve and train --init-from.
+    works with eval, sample, info, serve and train --init-from.
     """
     from mlx_randygpt.checkpoint import save_checkpoint
     from mlx_randygpt.exchange import ExchangeError
@@ -64,13 +75,13 @@ def command(
             f"{output} is a folder; name the file, such as {output / 'model.safetensors'}"
         )
     if output.exists() and not overwrite:
-        raise ExchangeError(f"{output} is there already; --overwrite replaces it")
-    given = {name: value for name, value in sizes.items() if value is not None}
-    found = read_foreign(source, format, vocab=vocab, activation=activation, sizes=given)
-    for note in found.notes:
+        raise ExchangeError(f"{output} exists already; --overwrite replaces it")
+    given_sizes = {name: value for name, value in sizes.items() if value is not None}
+    imported = read_foreign(source, format, vocab=vocab, activation=activation, sizes=given_sizes)
+    for note in imported.notes:
         click.echo(note, err=True)
-    save_checkpoint(output, found.checkpoint())
-    values = describe(output, found)
+    save_checkpoint(output, imported.checkpoint())
+    values = describe(output, imported)
     if json:
         print_json(values)
         return
@@ -81,21 +92,21 @@ def command(
     click.echo(f"Let it write: mlxgpt sample --checkpoint {output}")
 
 
-def describe(out: Path, found: ImportedModel) -> dict[str, Any]:
-    """The JSON of the command."""
+def describe(output: Path, imported: ImportedModel) -> dict[str, Any]:
+    """Return the JSON of the command."""
     from dataclasses import asdict
 
     from mlx_randygpt.model import parameter_count
 
     return {
-        "path": str(out),
-        "format": found.format,
-        "source": str(found.source),
-        "parameters": parameter_count(found.model),
-        "step": found.step,
-        "moments": bool(found.moments),
-        "vocab_size": found.model.vocab_size,
-        "tokenizer": found.tokenizer.to_json()["type"],
-        "model": asdict(found.model),
-        "notes": list(found.notes),
+        "path": str(output),
+        "format": imported.format,
+        "source": str(imported.source),
+        "parameters": parameter_count(imported.model),
+        "step": imported.step,
+        "moments": bool(imported.moments),
+        "vocab_size": imported.model.vocab_size,
+        "tokenizer": imported.tokenizer.to_json()["type"],
+        "model": asdict(imported.model),
+        "notes": list(imported.notes),
     }

@@ -1,4 +1,4 @@
-"""`mlxgpt inspect`: what a model has learned, as one page."""
+"""`mlxgpt inspect`: show what a model has learned as one HTML page."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ DEFAULT_TOKENS = 50_000
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default="inspect.html",
     show_default=True, help="The page to write.",
 )  # fmt: skip
-@click.option("--text", help="Whose attention is shown.  [default: from the validation text]")
-@click.option("--data", multiple=True, help="Text to judge it by.  [default: the run's own]")
+@click.option("--text", help="Text whose attention is shown.  [default: from the validation text]")
+@click.option("--data", multiple=True, help="Text to evaluate on.  [default: the run's own]")
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True,
-    help="Of the validation text that are scored.",
+    help="Tokens of the validation text to evaluate.",
 )  # fmt: skip
 def command(
     checkpoint: Path | None, output: Path, text: str | None, data: tuple[str, ...], max_tokens: int
 ) -> None:
-    """Show what a model has learned: a page with its attention, its embeddings, its errors and what
-    it wrote during training.
+    """Write a page that shows the attention, embeddings, errors and training samples of a model.
 
-    The page needs nothing else and asks nobody for anything.
+    The page is self-contained and makes no network requests.
     """
     from threadpoolctl import threadpool_limits
 

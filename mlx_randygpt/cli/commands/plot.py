@@ -1,4 +1,4 @@
-"""`mlxgpt plot`: the curves of runs, in the terminal or as a picture."""
+"""`mlxgpt plot`: draw the curves of runs in the terminal or as a picture."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False),
-    help="Picture to write: .svg, .html or .png.  [default: draw in the terminal]",
+    help="The picture to write: .svg, .html or .png.  [default: draw in the terminal]",
 )  # fmt: skip
 @click.option(
-    "--smooth", type=click.FloatRange(0), help="Steps that a line averages.  [default: 1 % of all]"
+    "--smooth", type=click.FloatRange(0), help="Steps to average over.  [default: 1 % of all]"
 )
 def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -> None:
-    """Draw loss, learning rate, gradient norm and speed of runs, laid over each other.
+    """Plot loss, learning rate, gradient norm and speed of one or more runs.
 
-    A RUN is a folder of `train --out`, or a metrics.jsonl. What differs in their settings is the
-    legend.
+    A RUN is a folder of `train --out`, or a metrics.jsonl. The legend lists the settings that
+    differ.
     """
     from mlx_randygpt.analysis.metrics import read_run
 
@@ -66,12 +66,12 @@ def _draw(records: list[RunRecord], span: float) -> None:
     from rich.text import Text
 
     from mlx_randygpt.analysis.charts import PANELS, labels
-    from mlx_randygpt.screen.words import clean
+    from mlx_randygpt.words import clean_text
 
     console = Console(highlight=False)
     width = min(console.width, 120) if console.is_terminal else 80
     for i, label in enumerate(labels(records)):
-        line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean(label))
+        line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean_text(label))
         console.print(line, soft_wrap=not console.is_terminal)
     for name, title, _ in PANELS:
         for line in chart(records, name, title, width, span):
@@ -79,8 +79,10 @@ def _draw(records: list[RunRecord], span: float) -> None:
 
 
 def chart(records: list[RunRecord], name: str, title: str, width: int, span: float) -> list[Text]:
-    """A title, the lines of all runs in braille dots, each with its letter at its end, and the
-    steps below; of the loss also the evaluations, as ●."""
+    """Return a title, the curves of all runs in braille dots, and the steps below.
+
+    Each curve has its letter at its end; the loss also shows the evaluations, as ●.
+    """
     import numpy as np
     from rich.text import Text
 

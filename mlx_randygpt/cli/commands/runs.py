@@ -1,4 +1,4 @@
-"""`mlxgpt runs`: the runs below some folders in one table, the best first."""
+"""`mlxgpt runs`: compare the runs below some folders in one table, the best first."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mlx_randygpt.cli.output import print_json, show
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @json_option
 def command(folders: tuple[Path, ...], json: bool) -> None:
-    """List and compare runs: what differs, best and last loss, steps, time, tokens.
+    """Compare runs: best and last loss, steps, time, tokens, and settings that differ.
 
-    A FOLDER is that of a run, or one that holds runs at any depth; the default is the current one.
+    A FOLDER is a run, or contains runs at any depth; the default is the current folder.
     """
     from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, read_run
 
@@ -46,7 +46,7 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
 
 
 def facts(path: Path, record: Any) -> dict[str, Any]:
-    """What a row says of a run, settings aside."""
+    """Return the row of a run, without its settings."""
     evaluations = record.evaluations
     return {
         "run": str(path),
@@ -61,12 +61,12 @@ def facts(path: Path, record: Any) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
-    """One line a run; what differs in the settings comes after, so that 80 columns are enough."""
+    """Show one line per run, then the settings that differ, to fit 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
     from mlx_randygpt.analysis.charts import setting_text
-    from mlx_randygpt.screen.words import clean, duration
+    from mlx_randygpt.words import clean_text, format_clock, format_count
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
@@ -77,12 +77,12 @@ def _table(rows: list[dict[str, Any]]) -> None:
             f"{name}={setting_text(value)}" for name, value in row["settings"].items()
         )
         table.add_row(
-            Text(clean(row["run"]), "bold"),
+            Text(clean_text(row["run"]), "bold"),
             _loss(row["best_loss"]), f"{row['best_step'] or 0:,}", _loss(row["last_loss"]),
-            _loss(row["train_loss"]), f"{row['step']:,}", duration(row["seconds"]),
-            _count(row["tokens"]),
+            _loss(row["train_loss"]), f"{row['step']:,}", format_clock(row["seconds"]),
+            format_count(row["tokens"]),
         )  # fmt: skip
-        row["line"] = clean(settings)
+        row["line"] = clean_text(settings)
     show(table)
     if any(row["line"] for row in rows):
         show(Text("\nWhat differs in the settings", "bold"))
@@ -90,13 +90,9 @@ def _table(rows: list[dict[str, Any]]) -> None:
         grid.add_column(overflow="fold")
         grid.add_column(overflow="fold")
         for row in rows:
-            grid.add_row(Text(clean(row["run"]), "bold"), Text(row["line"]))
+            grid.add_row(Text(clean_text(row["run"]), "bold"), Text(row["line"]))
         show(grid)
 
 
 def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,}"

@@ -1,1 +1,1 @@
-"""One module per format that can be exported."""
+"""One module for each format that can be exported."""

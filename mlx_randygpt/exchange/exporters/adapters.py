@@ -1,7 +1,6 @@
-"""The format `adapters`: what low-rank fine-tuning has learned, apart from the model it changes.
+"""The format `adapters`: the LoRA weights without the model that they adapt.
 
-For a GPT-2 they are files as PEFT has them, for our own architecture one safetensors file under our
-own names.
+For a GPT-2 these are PEFT's files, for our own architecture one safetensors file with our names.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ numbers are in the metadata of `adapters.safetensors`, A and B under the names o
 
 
 def adapter_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
-    """The files of a folder called `name`; ExchangeError where the model has no adapters."""
+    """Return the files of a folder called `name`; raise ExchangeError without adapters."""
     model, params = saved.model, saved.state.params
     if not model.lora_rank:
         raise ExchangeError(
@@ -56,10 +55,10 @@ def adapter_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
 
 
 def peft_config(saved: Checkpoint) -> dict[str, Any]:
-    """adapter_config.json; GPT-2's layers in transformers hold their matrices as (in, out)."""
+    """Return adapter_config.json; fan_in_fan_out, as GPT-2 in transformers is (in, out)."""
     model = saved.model
-    wanted = model.lora_targets.split(",")
-    layers = [layer for layer in LORA_TARGETS if layer != "all" and {layer, "all"} & {*wanted}]
+    targets = model.lora_targets.split(",")
+    layers = [layer for layer in LORA_TARGETS if layer != "all" and {layer, "all"} & {*targets}]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,12 +74,12 @@ def peft_config(saved: Checkpoint) -> dict[str, Any]:
 
 
 def peft_names(adapters: Params) -> Params:
-    """h.0.attn.c_attn.lora_a -> base_model.model.transformer.h.0.attn.c_attn.lora_A.weight."""
-    found = {}
+    """Rename h.0.attn.c_attn.lora_a to PREFIX + h.0.attn.c_attn.lora_A.weight, and so on."""
+    renamed = {}
     for name, array in adapters.items():
         place, _, kind = name.rpartition(".")
-        found[f"{PREFIX}{place}.{kind[:-1]}{kind[-1].upper()}.weight"] = array
-    return found
+        renamed[f"{PREFIX}{place}.{kind[:-1]}{kind[-1].upper()}.weight"] = array
+    return renamed
 
 
 def _card(saved: Checkpoint, name: str) -> str:

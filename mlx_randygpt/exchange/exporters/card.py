@@ -1,6 +1,6 @@
-"""The model card: what a model is, how it was trained and on what, and how it is run.
+"""The model card: what a model is, how and on what it was trained, and how to run it.
 
-Every figure is of the checkpoint itself; what it does not know the card says is not known.
+Every figure comes from the checkpoint; the card marks what the checkpoint does not record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.model import parameter_count
 
 UNKNOWN = "unknown: add it"
-N_NAMES = 20  # of files that are listed
+N_NAMES = 20  # file names that are listed
 RUN = {
     "hf": """With mlx-lm, from the folder above:
 
@@ -62,7 +62,7 @@ LIBRARIES = {"hf": "transformers", "mlx-lm": "mlx", "gguf": "gguf", "safetensors
 
 
 def card(saved: Checkpoint, kind: str, name: str) -> str:
-    """README.md of a folder called `name`."""
+    """Return the README.md of a folder called `name`."""
     rows = "\n".join(f"| {label} | {value} |" for label, value in facts(saved))
     licence = "\n".join(f"- {line}" for line in licences(saved.data))
     return f"""---
@@ -94,17 +94,17 @@ Of this model: {UNKNOWN}.
 
 
 def origin(saved: Checkpoint) -> str:
-    """Whose model this is, as far as the checkpoint knows."""
-    found = saved.data.get("imported")
-    if not isinstance(found, dict):
+    """Return the origin of the model, as far as the checkpoint records it."""
+    imported = saved.data.get("imported")
+    if not isinstance(imported, dict):
         return f"A GPT trained with mlx-randygpt {__version__}."
-    source = _cell(Path(str(found.get("source"))).name)
-    kind = _cell(str(found.get("format")))
+    source = _cell(Path(str(imported.get("source"))).name)
+    kind = _cell(str(imported.get("format")))
     return f"A GPT made elsewhere ({kind}, {source}) and exported by mlx-randygpt {__version__}."
 
 
 def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
-    """Commands that run a folder called `name`."""
+    """Return commands that run the model in a folder called `name`."""
     own, size, prompt = not saved.model.is_gpt2, saved.model.block_size, prompt_of(saved)
     return RUN.get(kind, RUN["hf"]).format(
         name=shlex.quote(name),
@@ -120,7 +120,7 @@ def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
 
 
 def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The figures of the run, as label and value."""
+    """Yield the figures of the run as label and value."""
     model, train, progress, data = saved.model, saved.train, saved.progress, saved.data
     yield "parameters", f"{parameter_count(model):,}"
     yield (
@@ -151,7 +151,7 @@ def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def architecture(saved: Checkpoint) -> str:
-    """What the model is made of, in words."""
+    """Describe the components of the model in words."""
     model = saved.model
     if model.is_gpt2:
         biases = "biases" if model.bias else "no biases"
@@ -164,7 +164,7 @@ def architecture(saved: Checkpoint) -> str:
 
 
 def loss_line(loss: float, bits: float) -> str:
-    """`1.4602 nats per token (perplexity 4.31, 2.107 bits per byte)`."""
+    """Format a loss: `1.4602 nats per token (perplexity 4.31, 2.107 bits per byte)`."""
     if not math.isfinite(loss):
         return "not evaluated"
     measures = f"perplexity {math.exp(min(loss, 700.0)):.2f}"
@@ -174,8 +174,7 @@ def loss_line(loss: float, bits: float) -> str:
 
 
 def licences(data: dict[str, Any]) -> list[str]:
-    """What is known of the licence of each text: of a corpus of the library by its checksum or
-    else its name, which says so; of another nothing."""
+    """Return the licence of each text, if it is a corpus of the library, by checksum or name."""
     lines = {}
     for path in map(Path, data["paths"]):
         lines[_cell(path.name)] = _licence(path, data["sha256"])
@@ -195,10 +194,10 @@ def _licence(path: Path, sha256: str) -> str:
 
 
 def prompt_of(saved: Checkpoint) -> str:
-    """The run's prompt where a shell and Python take it as it is, else a word."""
-    asked = saved.train.prompt
-    plain = asked.isascii() and asked.isprintable() and not set(asked) & set('"\\$`!{}')
-    return asked if plain and asked else "The"
+    """Return the run's prompt if it needs no quoting in a shell or Python, else "The"."""
+    prompt = saved.train.prompt
+    plain = prompt.isascii() and prompt.isprintable() and not set(prompt) & set('"\\$`!{}')
+    return prompt if plain and prompt else "The"
 
 
 def _number(value: float) -> str:
@@ -206,5 +205,5 @@ def _number(value: float) -> str:
 
 
 def _cell(text: str) -> str:
-    """A file name inside a table: no markup, no line ends."""
+    """Replace markup and line ends in a file name, for a cell of a table."""
     return "".join(c if c.isprintable() and c not in "|`<>[]*_" else "?" for c in text)

@@ -1,7 +1,7 @@
-"""The format `gguf`: one file for llama.cpp, where one of its architectures is ours.
+"""The format `gguf`: one file for llama.cpp, for models that it has an architecture for.
 
-That is `gpt2`, with byte-level BPE and GPT-2's own rule for where words end. Everything else is
-refused with the reason. Tensors stay float32; llama-quantize makes them smaller.
+That is `gpt2` with byte-level BPE and GPT-2's own rule for splitting words. Everything else is
+refused with the reason. Tensors stay float32; llama-quantize reduces them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
 
 
 def gguf_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
-    """The one file; ExchangeError where llama.cpp would compute something else."""
+    """Return the file; raise ExchangeError if llama.cpp would compute something else."""
     refuse_misfit(saved)
     try:
         from gguf import GGUFWriter
@@ -50,7 +50,7 @@ def gguf_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
 
 
 def refuse_misfit(saved: Checkpoint) -> None:
-    """ExchangeError with the reason where `gpt2` of llama.cpp is another model."""
+    """Raise ExchangeError with the reason if llama.cpp's `gpt2` is a different model."""
     model, content = saved.model, saved.tokenizer.get("tokenizer", {})
     if not model.is_gpt2:
         raise ExchangeError(
@@ -77,7 +77,7 @@ def refuse_misfit(saved: Checkpoint) -> None:
 
 
 def add_settings(writer: Any, saved: Checkpoint, name: str) -> None:
-    """What llama.cpp needs to build the model."""
+    """Add the settings from which llama.cpp builds the model."""
     model = saved.model
     writer.add_name(name)
     writer.add_file_type(ALL_FLOAT32)
@@ -90,7 +90,7 @@ def add_settings(writer: Any, saved: Checkpoint, name: str) -> None:
 
 
 def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
-    """The vocabulary in order of ids, its merges, and the tokens that end a text."""
+    """Add the vocabulary sorted by id, its merges and the special tokens."""
     content, tokenizer = saved.tokenizer["tokenizer"], tokenizer_from_json(saved.tokenizer)
     names = token_names(content)
     special = {token["id"] for token in content["added_tokens"]}
@@ -108,7 +108,7 @@ def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
 
 
 def tensor_name(weight: str) -> str:
-    """`blk.0.attn_qkv.weight` for `h.0.attn.c_attn.weight`."""
+    """Return `blk.0.attn_qkv.weight` for `h.0.attn.c_attn.weight`."""
     stem, _, kind = weight.rpartition(".")
     if stem in OUTSIDE:
         return f"{OUTSIDE[stem]}.{kind}"

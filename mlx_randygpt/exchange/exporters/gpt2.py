@@ -1,6 +1,6 @@
-"""The formats `hf` and `mlx-lm` for a GPT-2: what transformers and mlx-lm have built in, no code.
+"""The formats `hf` and `mlx-lm` for a GPT-2, which both libraries support without extra code.
 
-They keep the products' matrices as (in, out), under the same names as ours.
+Their files store the matrices of attention and MLP as (in, out), under the same names as ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}  # ours -> that of trans
 
 
 def gpt2_files(saved: Checkpoint, kind: str) -> dict[str, bytes]:
-    """Weights, settings and tokenizer of a GPT-2."""
+    """Return the weights, settings and tokenizer of a GPT-2 as files."""
     if kind == "mlx-lm" and saved.model.activation != "gelu_tanh":
         raise ExchangeError(
             f"--format mlx-lm: the GPT-2 of mlx-lm has the tanh GELU alone, this model has "
@@ -37,7 +37,7 @@ def gpt2_files(saved: Checkpoint, kind: str) -> dict[str, bytes]:
 
 
 def config(saved: Checkpoint) -> dict[str, Any]:
-    """config.json under the names of transformers."""
+    """Return config.json with the names of transformers."""
     model = saved.model
     return {
         "model_type": "gpt2",
@@ -60,12 +60,12 @@ def config(saved: Checkpoint) -> dict[str, Any]:
 
 
 def with_biases(saved: Checkpoint) -> Params:
-    """The weights; a model without biases gets zeros, for the others always add some."""
+    """Return the weights, with zero biases if the model has none; the format needs them."""
     model = saved.model
     shapes = gpt2_vector_shapes(model.n_layer, model.n_embd, bias=True)
     return {n: np.zeros(s, np.float32) for n, s in shapes.items()} | saved.state.params
 
 
 def stored(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A weight as GPT-2's files have it."""
+    """Return a weight as GPT-2's files store it."""
     return np.ascontiguousarray(array.T) if name.endswith(GPT2_IN_OUT) else array

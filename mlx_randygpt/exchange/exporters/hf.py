@@ -1,6 +1,6 @@
 """The formats `hf` and `mlx-lm`: one folder that transformers and mlx-lm both run.
 
-The architecture is ours, so the folder brings its code: `mlx_model.py`, the file that the MLX
+The architecture is our own, so the folder contains its code: `mlx_model.py`, the file that the MLX
 backend computes with, one beside it that mlx-lm loads, and the same model in PyTorch.
 """
 
@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).parent.parent / "shipped"
 
 
 def native_files(saved: Checkpoint) -> dict[str, bytes]:
-    """Weights, settings, tokenizer and code of a model of our own architecture."""
+    """Return weights, settings, tokenizer and code of a model of our own architecture."""
     sources = {path.name: path for path in SHIPPED.glob("*.py")}
     sources["mlx_model.py"] = Path(backends.__file__).parent / "mlx" / "model.py"
     return {
@@ -34,7 +34,7 @@ def native_files(saved: Checkpoint) -> dict[str, bytes]:
 
 
 def config(saved: Checkpoint) -> dict[str, Any]:
-    """config.json; its names are the fields of ModelConfig."""
+    """Return config.json; its names are the fields of ModelConfig."""
     return {
         "model_type": "mlxgpt",
         "architectures": ["MLXGPTForCausalLM"],
@@ -51,14 +51,14 @@ def config(saved: Checkpoint) -> dict[str, Any]:
 
 
 def generation(saved: Checkpoint) -> dict[str, Any]:
-    """generation_config.json: which tokens end a text, and which are never picked."""
+    """Return generation_config.json: the tokens that end a text and those never sampled."""
     never = list(tokenizer_from_json(saved.tokenizer).never_sampled())
-    found = {**ends(saved), "pad_token_id": ends(saved)["eos_token_id"]}
-    return {**found, "suppress_tokens": never} if never else found
+    settings = {**ends(saved), "pad_token_id": ends(saved)["eos_token_id"]}
+    return {**settings, "suppress_tokens": never} if never else settings
 
 
 def ends(saved: Checkpoint) -> dict[str, int | None]:
-    """The ids before and after a document; None where nothing is."""
+    """Return the ids before and after a document, or None if there are none."""
     tokenizer = tokenizer_from_json(saved.tokenizer)
     if tokenizer.eos == NO_TOKEN:
         return {"bos_token_id": None, "eos_token_id": None}  # else a GPT-2 has its own

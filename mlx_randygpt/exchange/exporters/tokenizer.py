@@ -1,8 +1,8 @@
-"""Any of our tokenizers as the tokenizer.json that other programs read.
+"""Convert our tokenizers to the tokenizer.json that other programs read.
 
-A character vocabulary becomes a word vocabulary whose words are single characters; where it has no
-token for unknown ones, they are removed before. The others are a tokenizer.json already. Texts that
-look like a special token are text, as they are here.
+A character vocabulary becomes a word vocabulary of single characters; if it has no unknown token, a
+normalizer removes unknown characters. Other tokenizers are a tokenizer.json already. Text that
+looks like a special token is encoded as text, as it is here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # te
 
 
 def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of what `Tokenizer.to_json` wrote."""
+    """Return tokenizer.json and tokenizer_config.json for the JSON of `Tokenizer.to_json`."""
     tokenizer = tokenizer_from_json(data)
     content = tokenizer_json(tokenizer)
     names = token_names(content)
@@ -47,7 +47,7 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer in the form of the library `tokenizers`."""
+    """Return the tokenizer in the format of the library `tokenizers`."""
     if isinstance(tokenizer, FixedCharTokenizer):
         ids = {symbol: token for token, symbol in enumerate(tokenizer.symbols) if symbol}
         listed = "".join(f"\\x{{{ord(symbol):X}}}" for symbol in ids)
@@ -63,7 +63,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 def _characters(
     ids: dict[str, int], special: Sequence[str], normalizer: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """A tokenizer.json of which each word is one character."""
+    """Return a tokenizer.json whose words are single characters."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
@@ -86,7 +86,7 @@ def _characters(
 
 
 def token_names(content: dict[str, Any]) -> dict[int, str]:
-    """Id -> token as a tokenizer.json spells it."""
+    """Return id -> token as a tokenizer.json spells it."""
     vocab = content["model"]["vocab"]
     pairs = vocab.items() if isinstance(vocab, dict) else ((v[0], i) for i, v in enumerate(vocab))
     added = {token["id"]: token["content"] for token in content["added_tokens"]}
@@ -94,5 +94,5 @@ def token_names(content: dict[str, Any]) -> dict[int, str]:
 
 
 def as_json(value: Any) -> bytes:
-    """Text for people and programs."""
+    """Return a value as indented JSON."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

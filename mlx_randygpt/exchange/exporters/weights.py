@@ -13,17 +13,15 @@ WEIGHTS = "model.safetensors"
 
 
 def weights_files(saved: Checkpoint) -> dict[str, bytes]:
-    """One file that is a checkpoint still: settings, vocabulary and a checksum are in its header.
-    It names the run's texts without the folders they were in."""
+    """Return one file, which is still a checkpoint: its header has settings and vocabulary."""
     state = TrainState(saved.state.step, saved.state.params, {})
     slim = replace(saved, state=state, data=without_folders(saved.data))
     return {WEIGHTS: b"".join(serialized(slim))}
 
 
 def without_folders(data: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint knows of its texts, their paths cut to names: folders are nobody's
-    business."""
-    found = {**data, "paths": [Path(path).name for path in data["paths"]]}
+    """Return the data record with paths reduced to file names, for privacy."""
+    record = {**data, "paths": [Path(path).name for path in data["paths"]]}
     if isinstance(source := data.get("imported"), dict):
-        found["imported"] = {**source, "source": Path(str(source.get("source"))).name}
-    return found
+        record["imported"] = {**source, "source": Path(str(source.get("source"))).name}
+    return record

@@ -1,7 +1,7 @@
-"""GPT-2 as Hugging Face keeps it: a folder of config.json, weights and a tokenizer.
+"""Import GPT-2 as Hugging Face stores it: a folder of config.json, weights and a tokenizer.
 
-The names of the weights are ours, after the prefix `transformer.` where there is one. The matrices
-of attention and MLP lie as (in, out). Owns what of a config.json our GPT-2 can be.
+The weights have our names, after an optional prefix `transformer.`. The matrices of attention and
+MLP are stored as (in, out). A config.json that describes another model is refused.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from mlx_randygpt.model import GPT2_IN_OUT, GPT2_NORM_EPS
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PREFIX = "transformer."
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
-SIZES = {  # config.json's name and its default -> ours
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored in older files
+HF_SIZES = {  # our name -> name in config.json and its default
     "vocab_size": ("vocab_size", 50257), "block_size": ("n_positions", 1024),
     "n_layer": ("n_layer", 12), "n_head": ("n_head", 12), "n_embd": ("n_embd", 768),
 }  # fmt: skip
-ACTIVATIONS = {  # as Hugging Face names them
+ACTIVATIONS = {  # Hugging Face's name -> ours
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
 }  # fmt: skip
-FIXED = {  # what else decides the numbers, and the only value our model has
+FIXED = {  # other settings that change the results, and the only supported value
     "layer_norm_epsilon": GPT2_NORM_EPS, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
 }  # fmt: skip
@@ -47,7 +47,7 @@ HEAD, WTE = "lm_head.weight", "wte.weight"
 
 
 def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
-    """The model of a folder; ExchangeError where it is another than our GPT-2."""
+    """Read the model in a folder; raise ExchangeError if it is not a GPT-2 that we support."""
     config = read_json(source / "config.json")
     model = _model(source / "config.json", config)
     path, stored = stored_in(source)
@@ -58,21 +58,25 @@ def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
 
 
 def weights(
-    path: Path, model: ModelConfig, stored: Mapping[str, LazyTensor], *, untied: bool = False,
+    path: Path,
+    model: ModelConfig,
+    stored: Mapping[str, LazyTensor],
+    *,
+    untied: bool = False,
     turned: tuple[str, ...] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """The weights among the tensors of a file, by our names.
+) -> dict[str, Any]:
+    """Return the weights among the tensors of a file, by our names.
 
-    The head must be the embedding, or not there; where it is `untied` it must be there.
+    A stored head must equal the embedding; if the config says `untied`, it must be stored.
     """
-    found = {
+    tensors = {
         name.removeprefix(PREFIX): tensor
         for name, tensor in stored.items()
         if not name.endswith(BUFFERS)
     }
-    head = found.pop(HEAD, None)
-    params = params_of(path, model, found, lambda name: name.endswith(turned))
-    refuse_others(path, found.keys() - params.keys())
+    head = tensors.pop(HEAD, None)
+    params = params_of(path, model, tensors, lambda name: name.endswith(turned))
+    refuse_others(path, tensors.keys() - params.keys())
     if head is None and untied:
         raise ExchangeError(f"{path} lacks {HEAD}, which its config says is not the embedding")
     if head is not None and not _equal(head, params[WTE]):
@@ -81,11 +85,11 @@ def weights(
 
 
 def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
-    """The model that a config.json describes."""
+    """Return the model that a config.json describes."""
     if config.get("model_type") != "gpt2":
         raise ExchangeError(f"{path} has model_type={_seen(config.get('model_type'))}, not gpt2")
     sizes: dict[str, Any] = {
-        ours: whole(config, theirs, path, default) for ours, (theirs, default) in SIZES.items()
+        ours: whole(config, theirs, path, default) for ours, (theirs, default) in HF_SIZES.items()
     }
     for name, value in FIXED.items():
         if config.get(name, value) != value:
@@ -105,7 +109,7 @@ def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
 
 
 def stored_in(source: Path) -> tuple[Path, Mapping[str, LazyTensor]]:
-    """The file of weights in a folder, and its tensors."""
+    """Return the file of weights in a folder, and its tensors."""
     path = next((source / name for name in WEIGHTS if (source / name).is_file()), None)
     if path is None:
         raise ExchangeError(f"{source} holds no weights; looked for {', '.join(WEIGHTS)}")
@@ -121,7 +125,7 @@ def _stored(path: Path) -> Mapping[str, LazyTensor]:
 
 
 def tensors_of(path: Path, state: Any) -> dict[str, LazyTensor]:
-    """A state_dict; ExchangeError for anything else."""
+    """Return `state` if it is a state_dict; raise ExchangeError for anything else."""
     if not isinstance(state, dict):
         raise ExchangeError(f"{path} does not hold tensors by name")
     for name, tensor in state.items():

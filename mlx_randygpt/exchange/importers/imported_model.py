@@ -1,4 +1,4 @@
-"""A model that came from elsewhere, as one of our checkpoints, whatever wrote it."""
+"""The record that every importer returns, and its conversion to a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
+from mlx_randygpt.settings import MODEL_SIZES
 from mlx_randygpt.state import Params, TrainState
 from mlx_randygpt.tokenizers.chars import Tokenizer
-
-SIZES = ("n_layer", "n_head", "n_embd", "block_size")  # what a preset names
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """What a reader found, and what it had to assume."""
+    """An imported model, and notes on what the importer had to assume."""
 
     format: str
     source: Path
@@ -32,26 +31,28 @@ class ImportedModel:
     moments: dict[str, Params] = field(default_factory=dict)
     step: int = 0
     best_loss: float = math.inf
-    train: Mapping[str, Any] = field(default_factory=dict)  # over those of the recipe
+    train: Mapping[str, Any] = field(default_factory=dict)  # in place of the recipe's values
     notes: tuple[str, ...] = ()
     recipe: str = "classic"
 
     def checkpoint(self) -> Checkpoint:
-        """The same as a checkpoint of ours, from which a new run begins or, where there are
-        moments, its own goes on."""
-        sizes = [getattr(self.model, name) for name in SIZES]
-        named = (n for n, p in PRESETS.items() if [getattr(p, name) for name in SIZES] == sizes)
+        """Return a checkpoint from which a new run starts or, with moments, this one resumes."""
+        sizes = [getattr(self.model, name) for name in MODEL_SIZES]
+        presets = (
+            n for n, p in PRESETS.items() if [getattr(p, name) for name in MODEL_SIZES] == sizes
+        )
         settings = {**RECIPES[self.recipe]["train"], **self.train}
         settings |= {"iters": max(self.step, settings.get("iters", 1000))}
-        train = TrainConfig(recipe=self.recipe, preset=next(named, DEFAULT_PRESET), **settings)
-        known = math.isfinite(self.best_loss)
-        progress = Progress(
-            best_loss=self.best_loss if known else math.inf, best_step=self.step if known else 0
-        )
+        train = TrainConfig(recipe=self.recipe, preset=next(presets, DEFAULT_PRESET), **settings)
+        progress = Progress()
+        if math.isfinite(self.best_loss):
+            progress = Progress(best_loss=self.best_loss, best_step=self.step)
         data = {
-            "paths": [], "characters": 0, "sha256": "",
+            "paths": [],
+            "characters": 0,
+            "sha256": "",
             "imported": {"format": self.format, "source": str(self.source)},
-        }  # fmt: skip
+        }
         state = TrainState(self.step, self.params, self.moments)
         return Checkpoint(
             self.model, train, progress, self.tokenizer.to_json(), data, self.format, state
@@ -59,7 +60,7 @@ class ImportedModel:
 
 
 def whole(values: Mapping[str, Any], name: str, source: Path, default: int | None = None) -> int:
-    """A size that a file states; ExchangeError where it is no number of at least 1."""
+    """Return a size from a file; raise ExchangeError unless it is an integer of at least 1."""
     value = values.get(name, default)
     if type(value) is not int or value < 1:
         raise ExchangeError(

@@ -1,7 +1,7 @@
-"""nanoGPT's ckpt.pt: a dictionary of weights, sizes and settings, written by torch.save.
+"""Import nanoGPT's ckpt.pt: a dictionary of weights, sizes and settings, written by torch.save.
 
-The weights are GPT-2's under the same names, as (out, in), and with or without biases. Which GELU
-stands between them is in nanoGPT's code and not in its file.
+The weights have GPT-2's names, as (out, in), with or without biases. The variant of GELU is defined
+in nanoGPT's code and is not recorded in the file.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
 from mlx_randygpt.exchange.importers.tensors import LazyTensor, as_float32
 from mlx_randygpt.exchange.importers.torch_file import TorchFile
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
+from mlx_randygpt.settings import MODEL_SIZES
 from mlx_randygpt.tokenizers.chars import Tokenizer
 
 CHECKPOINT, META = "ckpt.pt", "meta.pkl"
-COMPILED = "_orig_mod."  # before every name of a model that torch.compile has seen
-SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and the same filled up to a multiple of 64
+COMPILED = "_orig_mod."  # prefix of all names after torch.compile
+GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and padded to a multiple of 64
 
 
 def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) -> ImportedModel:
-    """The model of a ckpt.pt, or of the folder that holds it."""
+    """Read the model in a ckpt.pt, or in the folder that holds it."""
     path = source / CHECKPOINT if source.is_dir() else source
     value = TorchFile(path).value
     held = value if isinstance(value, dict) else {}
     state, arguments = held.get("model"), held.get("model_args")
     if state is None or not isinstance(arguments, dict):
         raise ExchangeError(f"{path} is no checkpoint of nanoGPT: it has no model and model_args")
-    sizes: dict[str, Any] = {name: whole(arguments, name, path) for name in SIZES}
+    sizes: dict[str, Any] = {
+        name: whole(arguments, name, path) for name in ("vocab_size", *MODEL_SIZES)
+    }
     bias = arguments.get("bias", True)  # the first versions had no such setting
     if not isinstance(bias, bool):
         raise ExchangeError(f"{path}: bias={bias!r} is neither True nor False")
     switches = ARCHS["gpt2"] | {"bias": bias, "activation": activation or "gelu"}
     model = ModelConfig(**switches, **sizes)
     tensors = gpt2.tensors_of(path, state)
-    named = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
-    params = gpt2.weights(path, model, named)
+    by_name = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
+    params = gpt2.weights(path, model, by_name)
     notes = []
     if activation is None:
         notes.append(
@@ -59,7 +61,7 @@ def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) ->
 
 
 def _number(value: Any) -> float:
-    """A loss, which nanoGPT keeps as a tensor without axes; nan where there is none."""
+    """Return a loss, which nanoGPT stores as a scalar tensor; nan if there is none."""
     if isinstance(value, LazyTensor) and value.shape == () and value.kind in ("F32", "F64", "BF16"):
         return float(as_float32(value.read(), value.kind).reshape(-1)[0])
     return float(value) if isinstance(value, float) else math.nan
@@ -68,7 +70,7 @@ def _number(value: Any) -> float:
 def _tokenizer(
     path: Path, vocab: Path | None, size: int, config: Any
 ) -> tuple[Tokenizer, tuple[str, ...]]:
-    """The vocabulary that is named, else the meta.pkl of the data set, and where it was found."""
+    """Return the tokenizer of --vocab, else of the data set's meta.pkl with a note on its path."""
     if vocab is not None:
         return tokenizer_at(vocab, size), ()
     dataset = config.get("dataset") if isinstance(config, Mapping) else None

@@ -1,5 +1,7 @@
-"""What `mlxgpt export` wrote for transformers and mlx-lm, back again, after they have trained it,
-say: a folder of config.json, weights and tokenizer.json under our own names.
+"""Import the folder that `mlxgpt export` wrote for transformers and mlx-lm.
+
+It holds config.json, weights under our own names and tokenizer.json, possibly after further
+training in one of those programs.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import params_of, read_json, refuse_others
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
 from mlx_randygpt.recipes import RECIPES
+from mlx_randygpt.settings import MODEL_SIZES
 from mlx_randygpt.tokenizers.chars import CharTokenizer, Tokenizer
 
 MODEL_TYPE = "mlxgpt"
-SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 
 
 def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
-    """The model of a folder; ExchangeError where it is none of ours."""
+    """Read the model in a folder; raise ExchangeError if `mlxgpt export` did not write it."""
     model = _model(source / "config.json")
     path, stored = gpt2.stored_in(source)
     params = params_of(path, model, stored)
@@ -39,7 +41,7 @@ def _model(path: Path) -> ModelConfig:
     config = read_json(path)
     if config.get("model_type") != MODEL_TYPE:
         raise ExchangeError(f"{path} has another model_type than {MODEL_TYPE}")
-    if missing := [name for name in SIZES if name not in config]:
+    if missing := [name for name in ("vocab_size", *MODEL_SIZES) if name not in config]:
         raise ExchangeError(f"{path} lacks {missing[0]}")
     known = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
     try:
@@ -49,7 +51,7 @@ def _model(path: Path) -> ModelConfig:
 
 
 def _recipe(model: ModelConfig) -> str:
-    """The recipe whose switches these are; what the run was trained by is not in the folder."""
+    """Return the recipe with these switches; the folder does not record the run's own."""
     for name, recipe in RECIPES.items():
         switches = {k: v for k, v in recipe["model"].items() if k != "zero_init"}
         if all(getattr(model, k) == v for k, v in switches.items()):
@@ -58,7 +60,7 @@ def _recipe(model: ModelConfig) -> str:
 
 
 def _tokenizer(path: Path, size: int) -> Tokenizer:
-    """Characters as our own tokenizer, which needs no library; anything else as it is."""
+    """Return a character vocabulary as CharTokenizer (needs no library), any other as it is."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.name == "tokenizer.json" and file.is_file():
         names = _names(read_json(file))
@@ -70,7 +72,7 @@ def _tokenizer(path: Path, size: int) -> Tokenizer:
 
 
 def _names(content: Mapping[str, Any]) -> list[str]:
-    """The words of a vocabulary whose ids are 0, 1, 2, …; else nothing."""
+    """Return the words of a vocabulary whose ids are 0, 1, 2, …; else an empty list."""
     model = content.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict) or sorted(map(repr, vocab.values())) != sorted(

@@ -1,4 +1,4 @@
-"""randyGPT: its .bin files, RGPT0001 to RGPT0003, with Adam's moments, and its Hugging Face folder.
+"""Import randyGPT: its .bin files (RGPT0001 to RGPT0003, with Adam's moments) and its HF folder.
 
 Its model is the recipe `classic`: RMSNorm without gains (epsilon 1e-5) before attention and MLP
 and none before the head, squared ReLU, learned positions, no biases, a head of its own.
@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers.imported_model import SIZES, ImportedModel, whole
+from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
 from mlx_randygpt.exchange.importers.tensors import (
     Array,
     LazyTensor,
@@ -34,6 +34,7 @@ from mlx_randygpt.exchange.importers.tensors import (
 from mlx_randygpt.exchange.importers.vocabulary import table_of_text, tokenizer_at
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.recipes import PRESETS, RECIPES
+from mlx_randygpt.settings import MODEL_SIZES
 from mlx_randygpt.state import Params
 from mlx_randygpt.tokenizers.chars import Tokenizer
 
@@ -50,7 +51,7 @@ DROPOUT = 0.1
 
 
 def read_bin(source: Path, vocab: Path | None, given: Mapping[str, int]) -> ImportedModel:
-    """The model, and its moments where it has them. `given` are sizes the user names."""
+    """Read the model and, if stored, its moments; `given` are sizes from the user."""
     letters, vocab_size, _, step, best_loss = _header(source)
     n, rest = divmod(source.stat().st_size - HEADER.size, 4)
     if rest:
@@ -71,9 +72,9 @@ def read_bin(source: Path, vocab: Path | None, given: Mapping[str, int]) -> Impo
 
 
 def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
-    """The Hugging Face folder that randyGPT's export_hf.py writes."""
+    """Read the Hugging Face folder that randyGPT's export_hf.py writes."""
     config = read_json(source / "config.json")
-    named = ("vocab_size", *SIZES)
+    named = ("vocab_size", *MODEL_SIZES)
     sizes: dict[str, Any] = {n: whole(config, n, source / "config.json") for n in named}
     classic = RECIPES["classic"]["model"]
     model = ModelConfig(vocab_size=sizes.pop("vocab_size"), dropout=DROPOUT, **classic, **sizes)
@@ -88,7 +89,7 @@ def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
 
 
 def _header(source: Path) -> tuple[bytes, int, int, int, float]:
-    """Letters, vocab_size, iteration, step and best loss."""
+    """Return letters, vocab_size, iteration, step and best loss."""
     try:
         with open(source, "rb") as file:
             raw = file.read(HEADER.size)
@@ -110,18 +111,19 @@ def _header(source: Path) -> tuple[bytes, int, int, int, float]:
 def _model(
     source: Path, vocab_size: int, n: int, given: Mapping[str, int]
 ) -> tuple[ModelConfig, int, str]:
-    """The model whose weights are `n` numbers, or a third of them, and which; what was assumed.
+    """Find the model with `n` numbers in its file; return it, the number of copies, and a note.
 
-    It is one of the presets, with what the user names in place of their sizes.
+    There is one copy without moments and three with them. The sizes are those of a preset, replaced
+    by the sizes that are `given`.
     """
     fits: dict[tuple[int, ...], tuple[str, int]] = {}
     for name, preset in PRESETS.items():
-        sizes = {key: given.get(key, getattr(preset, key)) for key in SIZES}
+        sizes = {key: given.get(key, getattr(preset, key)) for key in MODEL_SIZES}
         weights = _count(vocab_size, sizes["n_layer"], sizes["n_embd"], sizes["block_size"])
         for copies in (1, 3):
             if n == copies * weights:
                 fits.setdefault(tuple(sizes.values()), (name, copies))
-    options = ", ".join(f"--{key.replace('_', '-')}" for key in SIZES)
+    options = ", ".join(f"--{key.replace('_', '-')}" for key in MODEL_SIZES)
     if len(fits) != 1:
         named = "; ".join(str(sizes) for sizes in fits) or "none"
         raise ExchangeError(
@@ -130,7 +132,7 @@ def _model(
         )
     ((found, (name, copies)),) = fits.items()
     classic = RECIPES["classic"]["model"]
-    sizes = dict(zip(SIZES, found, strict=True))
+    sizes = dict(zip(MODEL_SIZES, found, strict=True))
     model = ModelConfig(vocab_size=vocab_size, dropout=DROPOUT, **classic, **sizes)
     shown = ", ".join(f"{key} {size}" for key, size in sizes.items())
     whence = "as given" if given else f"those of the preset {name}"
@@ -142,7 +144,7 @@ def _count(vocab_size: int, n_layer: int, n_embd: int, block_size: int) -> int:
 
 
 def _layout(model: ModelConfig) -> Iterator[tuple[str, int]]:
-    """randyGPT's names of the arrays and how many numbers each has, in the order of a file."""
+    """Yield randyGPT's array names and their counts of numbers, in the order of a file."""
     c, v = model.n_embd, model.vocab_size
     yield from (("wte", v * c), ("wpe", model.block_size * c), ("lm_head", v * c))
     for i in range(model.n_layer):
@@ -153,7 +155,7 @@ def _layout(model: ModelConfig) -> Iterator[tuple[str, int]]:
 def _pieces(
     source: Path, letters: bytes, layout: Sequence[tuple[str, int]], n_copies: int
 ) -> dict[str, dict[str, Array]]:
-    """The arrays of the file: the weights under "", and moments under "m" and "v"."""
+    """Read the arrays of the file: the weights under "", the moments under "m" and "v"."""
     names = [name for name, _ in layout]
     order = [("", name) for name in names]
     if n_copies == 3 and letters == b"RGPT0003":
@@ -170,7 +172,7 @@ def _pieces(
 
 
 def _ours(source: Path, model: ModelConfig, arrays: Mapping[str, Array]) -> Params:
-    """The arrays of one kind under our names: query, key and value are stacked."""
+    """Return the arrays of one kind under our names, with query, key and value stacked."""
     params: Params = {}
     for name, shape in parameter_shapes(model).items():
         values = np.concatenate([arrays[part] for part in _parts(name)]).reshape(shape)
@@ -179,7 +181,7 @@ def _ours(source: Path, model: ModelConfig, arrays: Mapping[str, Array]) -> Para
 
 
 def _parts(name: str) -> list[str]:
-    """randyGPT's names of what one of our weights is made of."""
+    """Return randyGPT's names of the arrays that form one of our weights."""
     if not name.startswith("h."):
         return [name.removesuffix(".weight")]
     _, i, rest = name.removesuffix(".weight").split(".", 2)
@@ -191,7 +193,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _short_name(name: str) -> str:
-    """`layers.0.attn.wq.weight` as a .bin file would name it."""
+    """Return the name that a .bin file has for `layers.0.attn.wq.weight`."""
     short = name.removesuffix(".weight")
     return short.replace(".attn.", ".").replace(".mlp.", ".") if short != name else name
 
@@ -199,7 +201,7 @@ def _short_name(name: str) -> str:
 def _stacked(
     path: Path, model: ModelConfig, found: Mapping[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    """Our weights, each of one or three tensors of the file."""
+    """Return our weights, each made of one or three tensors of the file."""
     wanted = {name: _parts(name) for name in parameter_shapes(model)}
     known = {part for parts in wanted.values() for part in parts}
     for part in known - found.keys():
@@ -209,7 +211,7 @@ def _stacked(
 
 
 def _together(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Tensors of one shape, one above the other."""
+    """Stack tensors of one shape along the rows."""
     if len(parts) == 1:
         return parts[0]
     if len({(part.shape, part.kind) for part in parts}) > 1 or len(parts[0].shape) != 2:
@@ -224,7 +226,7 @@ def _together(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def _tokenizer(source: Path, vocab: Path | None, size: int) -> Tokenizer:
-    """The vocabulary that is named, or the vocab.json beside the file."""
+    """Return the tokenizer of --vocab, or of the vocab.json beside the file."""
     path = vocab or source.parent / "vocab.json"
     if not path.exists():
         raise ExchangeError(

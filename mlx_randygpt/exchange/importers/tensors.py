@@ -1,6 +1,7 @@
-"""Tensors of foreign files: what a file says of them is checked before anything is read, and what
-is read becomes float32. Owns the files of safetensors, whose library gives NumPy no bfloat16, and
-JSON beside them.
+"""Tensors of foreign files: their descriptions are checked first, then they are read as float32.
+
+This includes the reader of safetensors files, because the library has no bfloat16 for NumPy, and of
+the JSON files beside them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.state import Params
+from mlx_randygpt.words import one_line
 
 Array = NDArray[Any]
 FLOATS: dict[str, np.dtype[Any]] = {  # as safetensors spells them, and how their bytes are read
@@ -42,7 +44,7 @@ class LazyTensor:
 
 
 def as_float32(raw: Array, kind: str) -> Array:
-    """What FLOATS reads as `kind`, in float32; what does not fit becomes infinite."""
+    """Convert numbers of type `kind` to float32; values out of range become infinite."""
     if kind == "BF16":  # the upper half of a float32
         return (raw.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
@@ -50,7 +52,7 @@ def as_float32(raw: Array, kind: str) -> Array:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Return the object in a JSON file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ExchangeError(
@@ -62,14 +64,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ExchangeError):
             raise
-        raise ExchangeError(f"{path} is not JSON ({_short(error)})") from error
+        raise ExchangeError(f"{path} is not JSON ({one_line(error)})") from error
     if not isinstance(found, dict):
         raise ExchangeError(f"{path} is not a JSON object but {reprlib.repr(found)}")
     return found
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, none of them read yet; their places are checked.
+    """Return the tensors of a safetensors file; offsets are checked, no data is read yet.
 
     Format: 8 bytes length of the header, the header as JSON, the tensors' bytes.
     """
@@ -89,7 +91,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ExchangeError):
             raise
-        raise ExchangeError(f"{path} has a damaged header ({_short(error)})") from error
+        raise ExchangeError(f"{path} has a damaged header ({one_line(error)})") from error
     if not isinstance(header, dict):
         raise ExchangeError(f"{path} has a damaged header (it is not an object)")
     header.pop("__metadata__", None)
@@ -97,7 +99,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def read_shards(folder: Path, index: str) -> dict[str, LazyTensor]:
-    """The tensors of all files that an index names, such as model.safetensors.index.json."""
+    """Return the tensors of all files in an index, such as model.safetensors.index.json."""
     places = read_json(folder / index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
         raise ExchangeError(f"{folder / index} has no weight_map from tensors to files")
@@ -121,8 +123,10 @@ def params_of(
     found: Mapping[str, LazyTensor],
     turned: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """The weights of the model, float32 and finite. All shapes are compared before any is read;
-    those that are `turned` lie transposed in the file."""
+    """Return the weights of the model, float32 and finite.
+
+    All shapes are checked before any tensor is read; those that are `turned` are transposed.
+    """
     shapes = parameter_shapes(model)
     for name, shape in shapes.items():
         if name not in found:
@@ -142,14 +146,14 @@ def params_of(
 
 
 def finite(source: Path, name: str, values: Array) -> Array:
-    """The values; ExchangeError where one of them is not a number."""
+    """Return the values; raise ExchangeError if one of them is not finite."""
     if not np.isfinite(values).all():
         raise ExchangeError(f"{source}: {name} is not finite; the model is broken")
     return values
 
 
 def refuse_others(source: Path, names: Iterable[str]) -> None:
-    """ExchangeError for tensors that the model has no place for."""
+    """Raise ExchangeError if there are tensors that the model does not have."""
     if others := sorted(names):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ExchangeError(
@@ -164,7 +168,7 @@ def _read(stored: LazyTensor, is_turned: bool) -> Array:
 
 
 def _stored(path: Path, name: str, entry: Any, start: int, n_bytes: int) -> LazyTensor:
-    """The tensor that an entry of a header describes."""
+    """Return the tensor that an entry of a header describes."""
     fields = entry if isinstance(entry, dict) else {}
     kind, shape, places = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not (isinstance(kind, str) and _are_counts(shape) and _are_counts(places)):
@@ -188,7 +192,3 @@ def _are_counts(values: object) -> TypeGuard[list[int]]:
     if not isinstance(values, list) or len(values) > MAX_AXES:
         return False
     return all(type(n) is int and n >= 0 for n in values)
-
-
-def _short(error: Exception) -> str:
-    return reprlib.repr(" ".join(str(error).split()))

@@ -1,7 +1,13 @@
-"""Files of `torch.save`, read without PyTorch and without running what they say.
+"""Read files of `torch.save` without PyTorch and without running any code in them.
 
-Owns the ZIP archive, what its pickle calls tensors, and the bytes they lie in. A file is
-`NAME/data.pkl`, the structure, and `NAME/data/KEY`, a storage each; nothing is unpacked to disk.
+A file is a ZIP archive: `NAME/data.pkl` is the pickled structure and `NAME/data/KEY` the bytes of
+one storage each. Nothing is unpacked to disk. The first half of this module reads pickles of plain
+data, the second half the archive and its tensors.
+
+Python's own `pickle` is not used: it imports what a file names, and its C implementation is hard to
+bound in its memo and in BUILD. PyTorch reads untrusted files with a restricted
+machine in pure Python as well (`torch/_weights_only_unpickler.py`); in the one below imports stay
+names, and the caller decides which calls are allowed.
 """
 
 from __future__ import annotations
@@ -22,188 +28,32 @@ import numpy as np
 
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers.tensors import FLOATS, MAX_AXES, Array, LazyTensor
+from mlx_randygpt.words import one_line
 
 MAGIC = b"PK\x03\x04"
-LOCAL_BYTES = 30  # before each entry; its last four are the lengths of a name and more
+LOCAL_BYTES = (
+    30  # header before each entry; the last four bytes are the lengths of name and extra field
+)
 MAX_ENTRIES = 1 << 16
-STORAGES = {  # PyTorch's name, the kind in `tensors`, bytes of a number
+STORAGES = {  # PyTorch's name -> kind in `tensors`, bytes per number
     "torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
     "torch.HalfStorage": ("F16", 2), "torch.BFloat16Storage": ("BF16", 2),
     "torch.LongStorage": ("I64", 8), "torch.IntStorage": ("I32", 4),
     "torch.ShortStorage": ("I16", 2), "torch.CharStorage": ("I8", 1),
     "torch.ByteStorage": ("U8", 1), "torch.BoolStorage": ("BOOL", 1),
 }  # fmt: skip
+MAX_PICKLE_BYTES = 1 << 22  # of a pickle without its tensors; GPT-2 XL with moments has 400 kB
+MAX_INTEGER = 1 << 63
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+MARKED = {"TUPLE", "APPENDS", "SETITEMS"}  # take everything above the last mark
 _DAMAGED = (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class _Storage:
-    """A run of numbers in the archive."""
-
-    key: str
-    kind: str
-    width: int  # bytes of a number
-    size: int  # numbers
-
-
-class TorchFile:
-    """The archive: its entries, checked, and its `value`, in which tensors are `Stored`."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self._entries = _entries(path, archive)
-                self._folder = self._find_folder()
-                order = self._bytes(archive, "byteorder") or b"little"
-                data = self._bytes(archive, "data.pkl") or b""
-        except OSError as error:
-            raise ExchangeError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ExchangeError:
-            raise
-        except (ValueError, OverflowError, *_DAMAGED) as error:
-            raise ExchangeError(f"{path} is truncated or damaged ({_short(error)})") from error
-        if order != b"little":
-            raise ExchangeError(f"{path} was written on a machine of the other byte order")
-        try:
-            self.value = read_pickle(data, self._call, self._refer)
-        except ExchangeError as error:
-            raise ExchangeError(f"{path}: {error}") from error
-
-    def _find_folder(self) -> str:
-        """The folder inside the archive that holds data.pkl."""
-        found = [name for name in self._entries if name.split("/")[1:] == ["data.pkl"]]
-        if len(found) != 1:
-            raise ExchangeError(
-                f"{self._path} is a ZIP archive but not a file of torch.save (it has "
-                f"{len(found)} data.pkl)"
-            )
-        return found[0].partition("/")[0]
-
-    def _bytes(self, archive: zipfile.ZipFile, name: str) -> bytes | None:
-        entry = self._entries.get(f"{self._folder}/{name}")
-        if entry is not None and entry.file_size > MAX_PICKLE_BYTES:
-            raise ExchangeError(
-                f"{self._path}: its {name} has {entry.file_size:,} bytes; "
-                f"at most {MAX_PICKLE_BYTES:,} are read"
-            )
-        return None if entry is None else archive.read(entry)
-
-    def _refer(self, key: Any) -> _Storage:
-        """The storage of a persistent id: ("storage", type, key, device, size)."""
-        if not (isinstance(key, tuple) and len(key) == 5 and key[0] == "storage"):
-            raise ExchangeError(f"it refers to {reprlib.repr(key)}, which is no storage")
-        _, kind, name, _, size = key
-        if not (isinstance(kind, Name) and isinstance(name, str) and type(size) is int):
-            raise ExchangeError("it has a storage that is not described")
-        if kind.name not in STORAGES:
-            raise ExchangeError(f"it has a {reprlib.repr(kind.name)}, which is not read")
-        letters, width = STORAGES[kind.name]
-        entry = self._entries.get(f"{self._folder}/data/{name}")
-        if entry is None:
-            raise ExchangeError(f"it lacks the storage {reprlib.repr(name)}")
-        if size < 0 or entry.file_size != size * width:
-            raise ExchangeError(
-                f"the storage {reprlib.repr(name)} has {entry.file_size:,} bytes, "
-                f"where {size:,} numbers of {width} bytes should be"
-            )
-        return _Storage(name, letters, width, size)
-
-    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """The few calls that tensors are made of; no other is known by its name."""
-        if name == "collections.OrderedDict" and not arguments:
-            return {}
-        if name == "torch._utils._rebuild_tensor_v2" and len(arguments) >= 4:
-            return self._tensor(*arguments[:4])
-        if name == "torch._utils._rebuild_parameter" and arguments:
-            return arguments[0]
-        raise ExchangeError(
-            f"it would run {reprlib.repr(name)}; only tensors and plain values are read"
-        )
-
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> LazyTensor:
-        """A view of a storage; ExchangeError for one that reaches outside it."""
-        numbers = [offset, *shape, *strides] if _are_tuples(shape, strides) else [None]
-        sound = isinstance(storage, _Storage) and all(type(n) is int and n >= 0 for n in numbers)
-        if not sound or len(shape) != len(strides) or len(shape) > MAX_AXES:
-            raise ExchangeError("it has a tensor that is not described")
-        n = math.prod(shape)
-        last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-        if n > storage.size or (n and last >= storage.size):
-            raise ExchangeError(
-                f"a tensor of shape {shape} reaches outside its storage of {storage.size:,} numbers"
-            )
-
-        def read() -> Array:
-            values = self._storage(storage)
-            bytes_apart = [step * storage.width for step in strides]
-            view = np.lib.stride_tricks.as_strided(values[offset:], shape, bytes_apart)
-            return np.ascontiguousarray(view).reshape(-1)
-
-        return LazyTensor(shape, storage.kind, read)
-
-    def _storage(self, storage: _Storage) -> Array:
-        """The numbers of a storage; the archive's checksum of them is compared."""
-        entry = self._entries[f"{self._folder}/data/{storage.key}"]
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(entry.header_offset)
-                local = file.read(LOCAL_BYTES)
-                file.seek(sum(struct.unpack_from("<HH", local, LOCAL_BYTES - 4)), os.SEEK_CUR)
-                raw = file.read(entry.file_size)
-        except (ValueError, OSError, struct.error) as error:
-            reason = _short(error)
-            raise ExchangeError(f"{self._path} is truncated or damaged ({reason})") from error
-        if not local.startswith(MAGIC) or zlib.crc32(raw) != entry.CRC:
-            raise ExchangeError(f"{self._path} is truncated or damaged (its checksums do not hold)")
-        return np.frombuffer(raw, FLOATS[storage.kind])
-
-
-def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The entries by name. What torch.save never writes is refused: packed ones, which may be
-    bombs, two of one name, and names that lead elsewhere."""
-    listed = archive.infolist()
-    if len(listed) > MAX_ENTRIES:
-        raise ExchangeError(f"{path} has {len(listed):,} entries; at most {MAX_ENTRIES:,} are read")
-    n_bytes = path.stat().st_size
-    for entry in listed:
-        name = entry.filename
-        if name.startswith("/") or "\\" in name or not {"..", ""}.isdisjoint(name.split("/")[:-1]):
-            raise ExchangeError(f"{path} has an entry {reprlib.repr(name)}, which leads elsewhere")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise ExchangeError(f"{path}: {reprlib.repr(name)} is packed; torch.save packs nothing")
-    if sum(entry.file_size for entry in listed) > n_bytes:
-        raise ExchangeError(f"{path} says of its entries that they are larger than the file")
-    found = {entry.filename: entry for entry in listed}
-    if len(found) != len(listed):
-        raise ExchangeError(f"{path} has two entries of one name")
-    return found
-
-
-def _are_tuples(*values: Any) -> bool:
-    return all(isinstance(value, tuple) for value in values)
-
-
-def _short(error: Exception) -> str:
-    return reprlib.repr(" ".join(str(error).split()))
-
-
-MAX_PICKLE_BYTES = (
-    1 << 22
-)  # of a pickle, whose tensors lie elsewhere: GPT-2 XL with moments has 400 kB
-MAX_INTEGER = 1 << 63
-CONSTANTS = {
-    "NONE": None, "NEWTRUE": True, "NEWFALSE": False,
-    "EMPTY_TUPLE": (),
-}  # fmt: skip
-LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-MARKED = {"TUPLE", "APPENDS", "SETITEMS"}  # what goes back to the last mark
-
-
-@dataclass(frozen=True)
 class Name:
-    """What a pickle would import."""
+    """A name that the pickle would import."""
 
     name: str  # such as "collections.OrderedDict"
 
@@ -213,20 +63,20 @@ Refer = Callable[[Any], Any]
 
 
 def refuse_call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """For pickles that call nothing."""
+    """Raise ExchangeError: the pickle may call nothing."""
     raise ExchangeError(f"it would run {reprlib.repr(name)}; only plain values are read")
 
 
 def refuse_reference(key: Any) -> Any:
-    """For pickles that hold all they mean."""
+    """Raise ExchangeError: the pickle may refer to nothing outside itself."""
     raise ExchangeError("it refers to something outside itself; only plain values are read")
 
 
 def read_pickle(data: bytes, call: Call = refuse_call, refer: Refer = refuse_reference) -> Any:
-    """The value of a pickle; ExchangeError for one that is damaged or more than plain data.
+    """Return the value of a pickle; raise ExchangeError if it is damaged or not plain data.
 
-    `call(name, arguments)` is the value of a call that the pickle asks for, `refer(key)` of what
-    lies outside it; each raises ExchangeError for what it does not know.
+    `call(name, arguments)` returns the value of a call in the pickle, `refer(key)` the object of a
+    persistent id. Both raise ExchangeError for anything that they do not support.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise ExchangeError(
@@ -241,12 +91,12 @@ def read_pickle(data: bytes, call: Call = refuse_call, refer: Refer = refuse_ref
     except ExchangeError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ExchangeError(f"its pickle is damaged ({reprlib.repr(str(error))})") from error
+        raise ExchangeError(f"its pickle is damaged ({one_line(error)})") from error
     raise ExchangeError("its pickle is damaged (it has no end)")
 
 
 class _Machine:
-    """The stack, the marks on it and the memo."""
+    """The pickle machine: a stack, the marks on it and the memo."""
 
     def __init__(self, call: Call, refer: Refer) -> None:
         self._call, self._refer = call, refer
@@ -255,7 +105,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def step(self, opcode: str, argument: Any) -> None:
-        """Carry out one opcode; ExchangeError for one that plain data does not need."""
+        """Execute one opcode; raise ExchangeError for one that plain data does not need."""
         if opcode in CONSTANTS:
             self._stack.append(CONSTANTS[opcode])
         elif opcode in LITERALS:
@@ -271,7 +121,7 @@ class _Machine:
             raise ExchangeError(f"its pickle has the opcode {opcode}; plain data has none")
 
     def pop(self) -> Any:
-        """The top of the stack; IndexError where there is nothing above the last mark."""
+        """Pop the top of the stack; raise IndexError if nothing is above the last mark."""
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
             raise IndexError("the stack is empty")
         return self._stack.pop()
@@ -282,7 +132,7 @@ class _Machine:
         self._stack.append(value)
 
     def _marked(self, opcode: str) -> None:
-        """A tuple, list or dictionary of all that lies above the last mark."""
+        """Build a tuple, list or dictionary from everything above the last mark."""
         start = self._marks.pop()
         values = self._stack[start:]
         del self._stack[start:]
@@ -296,7 +146,7 @@ class _Machine:
     def _set(self, pairs: list[Any]) -> None:
         into = self._top(dict)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, str | int):  # others may take for ever to compare
+            if not isinstance(key, str | int):  # other keys can be arbitrarily slow to compare
                 raise TypeError(f"a key that is a {type(key).__name__}")
             into[key] = value
 
@@ -360,7 +210,156 @@ class _Machine:
         self._stack.append(self._call(function.name, arguments))
 
     def _op_build(self, _: None) -> None:
-        """Attributes of a dictionary, such as the versions in a state_dict, which say nothing of
-        what it holds."""
+        """Ignore the attributes of a dictionary, such as the versions in a state_dict."""
         self.pop()
         self._top(dict)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A block of numbers in the archive."""
+
+    key: str
+    kind: str
+    width: int  # bytes of a number
+    size: int  # numbers
+
+
+class TorchFile:
+    """An opened archive: its checked entries, and its `value` with tensors as LazyTensor."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._entries = _entries(path, archive)
+                self._folder = self._find_folder()
+                order = self._bytes(archive, "byteorder") or b"little"
+                data = self._bytes(archive, "data.pkl") or b""
+        except OSError as error:
+            raise ExchangeError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ExchangeError:
+            raise
+        except (ValueError, OverflowError, *_DAMAGED) as error:
+            raise ExchangeError(f"{path} is truncated or damaged ({one_line(error)})") from error
+        if order != b"little":
+            raise ExchangeError(f"{path} was written on a machine of the other byte order")
+        try:
+            self.value = read_pickle(data, self._call, self._refer)
+        except ExchangeError as error:
+            raise ExchangeError(f"{path}: {error}") from error
+
+    def _find_folder(self) -> str:
+        """Return the folder inside the archive that holds data.pkl."""
+        folders = [name for name in self._entries if name.split("/")[1:] == ["data.pkl"]]
+        if len(folders) != 1:
+            raise ExchangeError(
+                f"{self._path} is a ZIP archive but not a file of torch.save (it has "
+                f"{len(folders)} data.pkl)"
+            )
+        return folders[0].partition("/")[0]
+
+    def _bytes(self, archive: zipfile.ZipFile, name: str) -> bytes | None:
+        entry = self._entries.get(f"{self._folder}/{name}")
+        if entry is not None and entry.file_size > MAX_PICKLE_BYTES:
+            raise ExchangeError(
+                f"{self._path}: its {name} has {entry.file_size:,} bytes; "
+                f"at most {MAX_PICKLE_BYTES:,} are read"
+            )
+        return None if entry is None else archive.read(entry)
+
+    def _refer(self, key: Any) -> _Storage:
+        """Return the storage of a persistent id: ("storage", type, key, device, size)."""
+        if not (isinstance(key, tuple) and len(key) == 5 and key[0] == "storage"):
+            raise ExchangeError(f"it refers to {reprlib.repr(key)}, which is no storage")
+        _, kind, name, _, size = key
+        if not (isinstance(kind, Name) and isinstance(name, str) and type(size) is int):
+            raise ExchangeError("it has a storage that is not described")
+        if kind.name not in STORAGES:
+            raise ExchangeError(f"it has a {reprlib.repr(kind.name)}, which is not read")
+        letters, width = STORAGES[kind.name]
+        entry = self._entries.get(f"{self._folder}/data/{name}")
+        if entry is None:
+            raise ExchangeError(f"it lacks the storage {reprlib.repr(name)}")
+        if size < 0 or entry.file_size != size * width:
+            raise ExchangeError(
+                f"the storage {reprlib.repr(name)} has {entry.file_size:,} bytes, "
+                f"where {size:,} numbers of {width} bytes should be"
+            )
+        return _Storage(name, letters, width, size)
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """Return the value of one of the few calls that build tensors; refuse any other."""
+        if name == "collections.OrderedDict" and not arguments:
+            return {}
+        if name == "torch._utils._rebuild_tensor_v2" and len(arguments) >= 4:
+            return self._tensor(*arguments[:4])
+        if name == "torch._utils._rebuild_parameter" and arguments:
+            return arguments[0]
+        raise ExchangeError(
+            f"it would run {reprlib.repr(name)}; only tensors and plain values are read"
+        )
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> LazyTensor:
+        """Return a view of a storage; raise ExchangeError if it reaches outside the storage."""
+        numbers = [offset, *shape, *strides] if _are_tuples(shape, strides) else [None]
+        sound = isinstance(storage, _Storage) and all(type(n) is int and n >= 0 for n in numbers)
+        if not sound or len(shape) != len(strides) or len(shape) > MAX_AXES:
+            raise ExchangeError("it has a tensor that is not described")
+        n = math.prod(shape)
+        last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+        if n > storage.size or (n and last >= storage.size):
+            raise ExchangeError(
+                f"a tensor of shape {shape} reaches outside its storage of {storage.size:,} numbers"
+            )
+
+        def read() -> Array:
+            values = self._storage(storage)
+            bytes_apart = [step * storage.width for step in strides]
+            view = np.lib.stride_tricks.as_strided(values[offset:], shape, bytes_apart)
+            return np.ascontiguousarray(view).reshape(-1)
+
+        return LazyTensor(shape, storage.kind, read)
+
+    def _storage(self, storage: _Storage) -> Array:
+        """Read the numbers of a storage and compare them with the archive's checksum."""
+        entry = self._entries[f"{self._folder}/data/{storage.key}"]
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(entry.header_offset)
+                local = file.read(LOCAL_BYTES)
+                file.seek(sum(struct.unpack_from("<HH", local, LOCAL_BYTES - 4)), os.SEEK_CUR)
+                raw = file.read(entry.file_size)
+        except (ValueError, OSError, struct.error) as error:
+            reason = one_line(error)
+            raise ExchangeError(f"{self._path} is truncated or damaged ({reason})") from error
+        if not local.startswith(MAGIC) or zlib.crc32(raw) != entry.CRC:
+            raise ExchangeError(f"{self._path} is truncated or damaged (its checksums do not hold)")
+        return np.frombuffer(raw, FLOATS[storage.kind])
+
+
+def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries by name; refuse what torch.save never writes.
+
+    That is compressed entries (possible ZIP bombs), duplicate names and paths out of the archive.
+    """
+    listed = archive.infolist()
+    if len(listed) > MAX_ENTRIES:
+        raise ExchangeError(f"{path} has {len(listed):,} entries; at most {MAX_ENTRIES:,} are read")
+    n_bytes = path.stat().st_size
+    for entry in listed:
+        name = entry.filename
+        if name.startswith("/") or "\\" in name or not {"..", ""}.isdisjoint(name.split("/")[:-1]):
+            raise ExchangeError(f"{path} has an entry {reprlib.repr(name)}, which leads elsewhere")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise ExchangeError(f"{path}: {reprlib.repr(name)} is packed; torch.save packs nothing")
+    if sum(entry.file_size for entry in listed) > n_bytes:
+        raise ExchangeError(f"{path} has entries that are larger than the file")
+    by_name = {entry.filename: entry for entry in listed}
+    if len(by_name) != len(listed):
+        raise ExchangeError(f"{path} has two entries of one name")
+    return by_name
+
+
+def _are_tuples(*values: Any) -> bool:
+    return all(isinstance(value, tuple) for value in values)

@@ -1,14 +1,14 @@
-"""Tokenizers of foreign models: GPT-2's files, nanoGPT's meta.pkl, randyGPT's vocab.json.
+"""Import tokenizers: GPT-2's files, nanoGPT's meta.pkl, randyGPT's vocab.json.
 
-Every id stays what it was. A model that has more ids than its tokenizer names gets names for the
-others, which stand for no text and are never written.
+All ids are kept. If a model has more ids than its tokenizer, the others get the names of unused
+special tokens, which are never generated.
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +29,40 @@ BYTE_LEVEL = {
 
 
 def tokenizer_at(path: Path, size: int) -> Tokenizer:
-    """The tokenizer of a file or folder, for a model of `size` ids."""
+    """Read the tokenizer in a file or folder, for a model with `size` ids."""
     if path.is_dir():
         found = next((path / name for name in FILES if (path / name).is_file()), None)
         if found is None:
             raise ExchangeError(f"{path} holds no tokenizer; looked for {', '.join(FILES)}")
         path = found
     if path.suffix == ".pkl":
-        return _sound(path, lambda: _table_of_meta(path, size))
+        return _call_for(path, lambda: _table_of_meta(path, size))
     content = read_json(path)
     if isinstance(content.get("vocab"), list):
-        return _sound(path, lambda: _of_randygpt(content, size))
+        return _call_for(path, lambda: _of_randygpt(content, size))
     if "model" not in content:
         content = _byte_level(content, path)
-    return _sound(path, lambda: _subword(content, size))
+    return _call_for(path, lambda: _subword(content, size))
 
 
 def table_of_text(path: Path, size: int) -> Tokenizer:
-    """The characters of the text that a randyGPT model was trained on, as randyGPT numbers them:
-    `<` and `>` for begin and end, then all of them sorted."""
+    """Return the character table that randyGPT builds from its training text.
+
+    It is `<` and `>` for begin and end, then all characters of the text, sorted.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ExchangeError(f"{path} cannot be read as text: {error}") from error
-    return _sound(path, lambda: _table(["<", ">", *sorted(set(text))], size))
+    return _call_for(path, lambda: _table(["<", ">", *sorted(set(text))], size))
 
 
-def _sound(path: Path, make: Any) -> Tokenizer:
-    """What `make` makes; its complaints name the file."""
+def _call_for(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """Call `make`; its errors name the file."""
     try:
-        made: Tokenizer = make()
+        return make()
     except ValueError as error:
         raise ExchangeError(f"{path}: {str(error).removeprefix('tokenizer: ')}") from error
-    return made
 
 
 def _table_of_meta(path: Path, size: int) -> Tokenizer:
@@ -87,7 +88,7 @@ def _table_of_meta(path: Path, size: int) -> Tokenizer:
 
 
 def _of_randygpt(content: Mapping[str, Any], size: int) -> Tokenizer:
-    """randyGPT's vocab.json: tokens in order of their ids, and merges in order of their rank."""
+    """Build the tokenizer of randyGPT's vocab.json: tokens by id, and merges sorted by rank."""
     vocab, merges = content["vocab"], content.get("merges", [])
     if not all(isinstance(token, str) for token in vocab):
         raise ExchangeError("its vocab is not a list of texts")
@@ -112,7 +113,7 @@ def _of_randygpt(content: Mapping[str, Any], size: int) -> Tokenizer:
 
 
 def _table(symbols: Sequence[str], size: int) -> Tokenizer:
-    """A table of randyGPT's: of characters that are there twice the last counts."""
+    """Build randyGPT's character table; of a repeated character the last id counts."""
     if len(symbols) != size:
         raise ExchangeError(
             f"it has {len(symbols)} characters with begin and end, and the model {size}; "
@@ -124,7 +125,7 @@ def _table(symbols: Sequence[str], size: int) -> Tokenizer:
 
 
 def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """GPT-2's vocab.json, with the merges.txt beside it, as a tokenizer.json."""
+    """Convert GPT-2's vocab.json and the merges.txt beside it to a tokenizer.json."""
     ids = {token: i for token, i in vocab.items() if type(i) is int and i >= 0}
     if len(ids) != len(vocab) or len(set(ids.values())) != len(ids):
         raise ExchangeError(f"{path} is neither a tokenizer.json nor a vocabulary of ids")
@@ -144,7 +145,7 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _pairs(merges: Any) -> list[tuple[str, str]]:
-    """Merges as pairs; a pair of texts each."""
+    """Return the merges as pairs of strings; raise ExchangeError for anything else."""
     found = merges if isinstance(merges, list) else [merges]
     for pair in found:
         texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
@@ -154,7 +155,7 @@ def _pairs(merges: Any) -> list[tuple[str, str]]:
 
 
 def _bpe(ids: Mapping[str, int], merges: Any, splits: Any, decoder: Any) -> dict[str, Any]:
-    """A tokenizer.json."""
+    """Return the content of a tokenizer.json with a BPE model."""
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
         "normalizer": None, "pre_tokenizer": splits, "post_processor": None, "decoder": decoder,
@@ -167,7 +168,7 @@ def _bpe(ids: Mapping[str, int], merges: Any, splits: Any, decoder: Any) -> dict
 
 
 def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
-    """A tokenizer.json for a model of `size` ids: what it does not name is named "<|unused_N|>"."""
+    """Build a tokenizer.json for `size` ids; ids without a token are named "<|unused_N|>"."""
     _check_merges(content)
     tokenizer = SubwordTokenizer.from_file(json.dumps(content))
     n = tokenizer.vocab_size
@@ -193,7 +194,7 @@ def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
 
 
 def _check_merges(content: Mapping[str, Any]) -> None:
-    """ExchangeError for merges of what is no token, at which the library would panic."""
+    """Raise ExchangeError for merges of unknown tokens, which crash the library."""
     model = content.get("model")
     vocab, merges = (model.get(n) if isinstance(model, dict) else None for n in ("vocab", "merges"))
     if not isinstance(vocab, dict) or not isinstance(merges, list):

@@ -24,7 +24,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 
 def _beside(name: str) -> ModuleType:
-    """The module in the file of this name in this folder."""
+    """Import the module in the file of this name in this folder."""
     spec = importlib.util.spec_from_file_location(
         f"mlxgpt_{name}", Path(__file__).with_name(f"{name}.py")
     )
@@ -44,7 +44,7 @@ class ModelArgs(gpt.ModelArgs):  # type: ignore[misc, name-defined]
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> ModelArgs:
-        """As mlx-lm calls it; what the model does not know is left out."""
+        """Return the arguments for mlx-lm's call; fields that the model lacks are ignored."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: config[name] for name in names if name in config})
 
@@ -59,8 +59,7 @@ class Shifted:
         return self._arrays[slot]  # (B, 1, C/2), or None before the first token
 
     def __setitem__(self, slot: int, read: mx.array) -> None:
-        """Keep the last position of `read` (B, T, C/2); of a row that is padded on the right, the
-        last that is no padding."""
+        """Keep the last position of `read` (B, T, C/2), without padding on the right."""
         left = self._arrays.lengths  # (B,) tokens to come, where rows are padded
         if left is None:
             self._arrays[slot] = read[:, -1:]
@@ -92,7 +91,7 @@ class Again(_BaseCache):  # type: ignore[misc]
         self.forget()
 
     def forget(self) -> None:
-        """Begin again, at position 0."""
+        """Restart at position 0."""
         self.caches = KVCache(), ArraysCache(2)
 
     def __getitem__(self, index: int) -> Any:
@@ -121,8 +120,11 @@ class Again(_BaseCache):  # type: ignore[misc]
 
 
 def begin_again(tokens: mx.array, cache: Sequence[Again], window: int) -> mx.array:
-    """What is read of new tokens (B, T): these or, where they do not fit, the last half window
-    into an empty cache. A long prompt is cut to its end, with room for one more token."""
+    """Return the tokens to read: `tokens` (B, T) or, if they do not fit, the last half window.
+
+    The last half window goes into an empty cache. A long prompt is cut to its end, with room for
+    one more token.
+    """
     first, n_new = cache[0], tokens.shape[1]
     ids = tokens if first.ids is None else mx.concatenate([first.ids, tokens], axis=1)
     first.ids = ids[:, -window:]
@@ -154,7 +156,7 @@ class Model(gpt.GPT):  # type: ignore[misc, name-defined]
         return logits
 
     def make_cache(self) -> list[Any]:
-        """An empty cache for each layer."""
+        """Return an empty cache for each layer."""
         if self.args.position == "learned":
             return [Again() for _ in self.h]
         window, shifts = self.args.block_size, self.args.token_shift
@@ -165,5 +167,5 @@ class Model(gpt.GPT):  # type: ignore[misc, name-defined]
 
     @property
     def layers(self) -> list[Any]:
-        """The blocks, by the name that adapters look for."""
+        """Return the blocks, under the name that adapters look for."""
         return list(self.h)

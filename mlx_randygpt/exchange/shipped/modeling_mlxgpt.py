@@ -42,7 +42,7 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
         self.again = False  # whether they were read again from position 0
 
     def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D); all that the new queries may read, (B, H, S, D)."""
+        """Store k and v (B, H, T, D); return all keys and values for the queries, (B, H, S, D)."""
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         if self.seen:
@@ -53,7 +53,7 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
         return k, v
 
     def kept(self) -> int:
-        """Positions that are stored."""
+        """Return the number of stored positions."""
         return self.keys.shape[-2] if self.seen else 0
 
     def get_seq_length(self) -> int:
@@ -92,13 +92,15 @@ class WindowCache(Cache):  # type: ignore[misc]
 
 
 def rms(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x²) + EPS) over the last axis, without a gain."""
+    """Return x / sqrt(mean(x²) + EPS) over the last axis, without a gain."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def turn(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), interleaved pairs; x (B, H, T, D), positions (B, T).
-    Of an odd head the last value stays."""
+    """Rotate x (B, H, T, D) by positions (B, T): RoPE (arXiv 2104.09864) on interleaved pairs.
+
+    If D is odd, the last value stays unchanged.
+    """
     n = x.shape[-1] // 2
     rates = ROPE_BASE ** (-torch.arange(n, device=x.device, dtype=torch.float64) / n)
     angles = positions[:, None, :, None].to(torch.float64) * rates  # (B, 1, T, n)
@@ -109,8 +111,10 @@ def turn(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def shift(x: Tensor, real: Tensor | None, cache: WindowLayer | None, slot: int) -> Tensor:
-    """Token shift (arXiv 2305.13048): the first half of x (B, T, C) is that of the position
-    before. Before the first comes zero, as it does after padding, where `real` (B, T) is 0."""
+    """Take the first half of x (B, T, C) from the position before: token shift (arXiv 2305.13048).
+
+    Zero comes before the first position and after padding, which is where `real` (B, T) is 0.
+    """
     half = x.shape[-1] // 2
     read = x[..., :half] if real is None else x[..., :half] * real[..., None].to(x.dtype)
     before = None if cache is None else cache.last[slot]
@@ -240,7 +244,7 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return output.to_tuple() if return_dict is False else output
 
     def _cache(self, given: Cache | None) -> WindowCache:
-        """The cache that was given, or a new one for none and for an empty one of another kind."""
+        """Return the given cache, or a new one if it is None or empty and of another kind."""
         if isinstance(given, WindowCache):
             return given
         if given is not None and given.get_seq_length() > 0:
@@ -248,8 +252,10 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return WindowCache(self.config)
 
     def _begin_again(self, ids: Tensor, mask: Tensor | None, layers: list[Any]) -> Tensor:
-        """What is read of new tokens (B, T): these or, if one more does not fit, the last half
-        window from position 0."""
+        """Return the tokens to read: `ids` (B, T) or, if they do not fit, the last half window.
+
+        The last half window is read from position 0.
+        """
         first, window = layers[0], self.config.block_size
         ids_read = ids if first.ids is None else torch.cat([first.ids, ids], dim=1)[:, -window:]
         full = first.seen + ids.shape[1] > window
@@ -263,8 +269,7 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _places(
         self, x: Tensor, given: Tensor | None, positions: Tensor | None, layer: WindowLayer | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Positions (B, T) of the new tokens, which keys each sees (B or 1, 1, T, S), and which of
-        them are no padding (B, T)."""
+        """Return positions (B, T), visible keys (B or 1, 1, T, S), and non-padding flags (B, T)."""
         b, t, _ = x.shape
         seen, kept = (layer.seen, layer.kept()) if layer else (0, 0)
         if given is not None and given.ndim != 2:

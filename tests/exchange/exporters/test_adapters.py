@@ -18,7 +18,7 @@ from mlx_randygpt.checkpoint import Checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.loading import without_adapters
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.export import files_of
+from mlx_randygpt.exchange.export import build_files
 from mlx_randygpt.model import adapter_shapes, base_config
 from mlx_randygpt.state import TrainState, rng
 
@@ -40,7 +40,7 @@ def loaded(files: dict[str, bytes], name: str) -> dict[str, Any]:
 
 def test_ours_keep_their_names_and_are_all_there_is(model: Callable[..., Checkpoint]) -> None:
     saved = model("modern", lora_targets="c_fc")
-    files = files_of(saved, "adapters", "x")
+    files = build_files(saved, "adapters", "x")
     found = loaded(files, "adapters.safetensors")
     assert sorted(found) == [f"h.{i}.mlp.c_fc.lora_{x}" for i in (0, 1) for x in "ab"]
     assert all(np.array_equal(found[name], saved.state.params[name]) for name in found)
@@ -50,7 +50,7 @@ def test_ours_keep_their_names_and_are_all_there_is(model: Callable[..., Checkpo
 
 def test_peft_s_change_of_the_weights_is_ours(model: Callable[..., Checkpoint]) -> None:
     saved = model("gpt2", lora_targets="c_attn,c_proj")
-    files = files_of(saved, "adapters", "x")
+    files = build_files(saved, "adapters", "x")
     config = json.loads(files["adapter_config.json"])
     assert config["target_modules"] == ["c_attn", "c_proj"]
     assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (3, 6.0, True)
@@ -65,7 +65,7 @@ def test_peft_s_change_of_the_weights_is_ours(model: Callable[..., Checkpoint]) 
 
 def test_a_model_without_adapters_has_none_to_keep_apart(model: Callable[..., Checkpoint]) -> None:
     with pytest.raises(ExchangeError, match="was trained with --lora-rank"):
-        files_of(model("modern", lora_rank=0), "adapters", "x")
+        build_files(model("modern", lora_rank=0), "adapters", "x")
 
 
 def test_other_formats_hold_the_merged_model(
@@ -100,7 +100,7 @@ def test_peft_gives_our_logits(model: Callable[..., Checkpoint], tmp_path: Path)
     )  # fmt: skip
     for kind, what in (("hf", alone), ("adapters", saved)):
         (tmp_path / kind).mkdir()
-        for name, content in files_of(what, kind, "x").items():
+        for name, content in build_files(what, kind, "x").items():
             (tmp_path / kind / name).write_bytes(content)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapters").eval()
