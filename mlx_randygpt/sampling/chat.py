@@ -16,7 +16,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig, UserError
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Generated, generate, unambiguous
@@ -60,7 +60,7 @@ class Turn:
 class Conversation:
     """What was said so far; `config.seed` is that of the first answer since it was set."""
 
-    backend: Backend
+    backend: Scorer
     model: ModelConfig
     tokenizer: Tokenizer
     config: SampleConfig
