@@ -13,7 +13,7 @@ import numpy as np
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
 from mlx_randygpt.config import ARCHS, ModelConfig, TrainConfig
-from mlx_randygpt.model import Parameter, Role, parameters
+from mlx_randygpt.model import Role, parameters
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
 
@@ -110,23 +110,21 @@ def trajectory(
     for step in range(steps):
         for backend in backends:
             backend.train_step([_batch(model, train.seed, step)], train.lr)
-    ours, theirs = (backend.state().params for backend in backends)
-    by_name = {parameter.name: parameter for parameter in parameters(model)}
+    ours, theirs = (without_key_bias(model, backend.state().params) for backend in backends)
     for name in ours:
-        error = distance(*(without_key_bias(by_name[name], p[name]) for p in (theirs, ours)))
+        error = distance(theirs[name], ours[name])
         yield Finding(f"{steps} {train.optimizer} steps · NumPy, {other}", name, error, bound)
 
 
-def without_key_bias(parameter: Parameter, weight: Array) -> Array:
-    """Cut the bias of keys out of a bias of query, key and value.
+def without_key_bias(model: ModelConfig, params: Params) -> Params:
+    """Cut the bias of the keys out of each bias of query, key and value.
 
     It adds the same to all scores of a query, so its gradient is nothing but rounding, of which
     AdamW makes whole steps.
     """
-    if parameter.role is not Role.BIAS or parameter.stacked == 1:
-        return weight
-    query, _, value = np.split(weight, 3)
-    return np.concatenate([query, value])
+    stacked = [p.name for p in parameters(model) if p.role is Role.BIAS and p.stacked == 3]
+    parts = {name: np.split(params[name], 3) for name in stacked}  # query, key, value
+    return params | {name: np.concatenate(part[::2]) for name, part in parts.items()}
 
 
 def check_recipe(subject: str, other: str | None, seed: int = 1337) -> Iterator[Finding]:

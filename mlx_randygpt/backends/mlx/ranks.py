@@ -13,6 +13,7 @@ from mlx_randygpt.backends.base import StepResult
 from mlx_randygpt.backends.mlx.adapters import MLXLora
 from mlx_randygpt.backends.mlx.backend import MLXBackend, _to_numpy
 from mlx_randygpt.backends.mlx.optimizer import Weights
+from mlx_randygpt.backends.ranks.group import resync
 from mlx_randygpt.backends.ranks.ring import RingGroup
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Batch, Params, TrainState
@@ -32,7 +33,7 @@ class MLXRank(MLXBackend):
         super().restore(self._group.same_state(state))
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        self._group.resync(self)  # type: ignore[arg-type]
+        resync(self)  # type: ignore[arg-type]
         return super().train_step(batches, lr)
 
     def loss(self, batch: Batch) -> float:

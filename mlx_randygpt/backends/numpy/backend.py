@@ -21,7 +21,7 @@ from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
 from mlx_randygpt.backends.numpy.decode import Advance, Decoder, NumpyCache, advance
 from mlx_randygpt.backends.numpy.model import Chunk, recomputing
 from mlx_randygpt.backends.numpy.trained import Adapters, AllWeights, Threads, Weights
-from mlx_randygpt.backends.ranks.group import SINGLE, Group
+from mlx_randygpt.backends.ranks.group import SINGLE, Group, resync
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.model import base_config
 from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
@@ -76,7 +76,8 @@ class NumpyBackend:
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step on the mean loss over all micro-batches; see base."""
-        self._group.resync(self)
+        if self._group.size > 1:
+            resync(self)
         total = sum(batch.n_targets() for batch in batches)
         losses = [
             self._gradients(batch, total, dropout=(micro,), first=micro == 0)

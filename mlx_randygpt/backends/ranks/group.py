@@ -71,13 +71,6 @@ class Group(Protocol):
     def same_state(self, state: TrainState) -> TrainState:
         """Return rank 0's state on every rank (collective)."""
 
-    def resync(self, backend: Backend) -> None:
-        """Restore rank 0's state on every rank at each RESYNC_STEPS-th step (collective).
-
-        Gradients are the same everywhere, but processors of different kinds round an update
-        differently.
-        """
-
 
 class SingleRank:
     """The group of a run with one process: every collective is the identity."""
@@ -119,9 +112,6 @@ class SingleRank:
         """Return the state."""
         return state
 
-    def resync(self, backend: Backend) -> None:
-        """Leave the backend as it is."""
-
 
 SINGLE = SingleRank()  # the default of a backend, which never asks it to stop
 
@@ -137,7 +127,11 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
 
 
 def resync(backend: Backend) -> None:
-    """Restore the backend from its own state, rank 0's on all ranks, every RESYNC_STEPS steps."""
+    """Restore rank 0's state on every rank, every RESYNC_STEPS steps (collective).
+
+    Gradients are the same everywhere, but processors of different kinds round an update
+    differently.
+    """
     if backend.step % RESYNC_STEPS == 0:
         backend.restore(backend.state())
 

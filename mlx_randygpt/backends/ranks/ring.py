@@ -16,8 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.backends.ranks.group import STOP_CODES, RankError, resync, share
+from mlx_randygpt.backends.ranks.group import STOP_CODES, RankError, share
 from mlx_randygpt.state import Array, Batch, TrainState
 
 BUCKET = 1 << 22  # numbers summed at once, 16 MB: docs/ranks.md has the trials
@@ -142,10 +141,6 @@ class RingGroup:
 
         moments = {kind: own(state.moments.get(kind, {}), kinds[kind]) for kind in kinds}
         return TrainState(step, own(state.params, state.params), moments)
-
-    def resync(self, backend: Backend) -> None:
-        """Restore rank 0's state on every rank at each RESYNC_STEPS-th step."""
-        resync(backend)
 
     def _copied(self, array: Array) -> Array:
         flat = np.array(array, np.float32).reshape(-1)
