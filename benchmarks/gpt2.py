@@ -19,7 +19,7 @@ from turns import Runners, interleave, rows, save, show
 
 from mlx_randygpt.backends.numpy.backend import NumpyBackend, available_cores
 from mlx_randygpt.config import ARCHS, ModelConfig, TrainConfig
-from mlx_randygpt.model import GPT2_IN_OUT, initial_params
+from mlx_randygpt.model import in_out_names, initial_params
 from mlx_randygpt.recipes import PRESETS, RECIPES
 from mlx_randygpt.state import Batch, TrainState
 
@@ -57,7 +57,8 @@ def make_runners(model: ModelConfig, windows: np.ndarray) -> Runners:
             n_layer=model.n_layer, n_head=model.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         )
     )  # fmt: skip
-    named = {n: torch.from_numpy(w.T if n.endswith(GPT2_IN_OUT) else w) for n, w in params.items()}
+    turned = in_out_names(model)
+    named = {n: torch.from_numpy(w.T if n in turned else w) for n, w in params.items()}
     peer.transformer.load_state_dict(named, strict=False)
     optimizer = torch.optim.AdamW(
         peer.parameters(), lr=RATE, betas=(train.beta1, train.beta2), fused=True,

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_randygpt.backends import make_backend
-from mlx_randygpt.backends.numpy.adapters import NumpyLora
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
 from mlx_randygpt.config import ARCHS, ModelConfig, TrainConfig
-from mlx_randygpt.model import parameter_shapes
+from mlx_randygpt.model import Role, parameters
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
 
@@ -60,8 +59,7 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
     """NumPy in float64: dloss/dε along a random unit direction of each tensor, against the
     gradient's share of it; relative to the gradient's norm over √n, its size along such a
     direction."""
-    kind = NumpyLora if model.lora_rank else NumpyBackend
-    backend = kind(
+    backend = NumpyBackend(
         model,
         TrainConfig(optimizer="adamw", seed=seed),
         TrainState(0, params, {}),
@@ -69,13 +67,13 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
     )
     batch = _batch(model, seed, 0)
     _, grads = backend.loss_and_grads(batch)
-    trained = backend.adapters if isinstance(backend, NumpyLora) else backend.params
-    for index, (name, weight) in enumerate(trained.items()):
+    for index, (name, weight) in enumerate(backend.trained.params.items()):
         direction = rng(seed, "check", 1, index).standard_normal(weight.shape)
         direction /= np.linalg.norm(direction)
         kept, losses = weight.copy(), []
         for sign in (1, -1):
             weight[...] = kept + sign * DIFFERENCE_STEP * direction
+            backend.trained.merge()
             losses.append(backend.loss(batch))
         weight[...] = kept
         measured = (losses[0] - losses[1]) / (2 * DIFFERENCE_STEP)
@@ -112,19 +110,21 @@ def trajectory(
     for step in range(steps):
         for backend in backends:
             backend.train_step([_batch(model, train.seed, step)], train.lr)
-    ours, theirs = (backend.state().params for backend in backends)
+    ours, theirs = (without_key_bias(model, backend.state().params) for backend in backends)
     for name in ours:
-        error = distance(*(without_key_bias(name, params[name]) for params in (theirs, ours)))
+        error = distance(theirs[name], ours[name])
         yield Finding(f"{steps} {train.optimizer} steps · NumPy, {other}", name, error, bound)
 
 
-def without_key_bias(name: str, weight: Array) -> Array:
-    """Without the bias of keys: it adds the same to all scores of a query, so that its gradient is
-    rounding and nothing else, of which AdamW makes whole steps."""
-    if not name.endswith("c_attn.bias"):
-        return weight
-    query, _, value = np.split(weight, 3)
-    return np.concatenate([query, value])
+def without_key_bias(model: ModelConfig, params: Params) -> Params:
+    """Cut the bias of the keys out of each bias of query, key and value.
+
+    It adds the same to all scores of a query, so its gradient is nothing but rounding, of which
+    AdamW makes whole steps.
+    """
+    stacked = [p.name for p in parameters(model) if p.role is Role.BIAS and p.stacked == 3]
+    parts = {name: np.split(params[name], 3) for name in stacked}  # query, key, value
+    return params | {name: np.concatenate(part[::2]) for name, part in parts.items()}
 
 
 def check_recipe(subject: str, other: str | None, seed: int = 1337) -> Iterator[Finding]:
@@ -156,13 +156,13 @@ def check_checkpoint(
 
 
 def scaled_up(model: ModelConfig, seed: int) -> Params:
-    """Weights of normal(0, WEIGHT_STD), gains around 1, in float32."""
-    return {
-        name: rng(seed, "check", 2, index).standard_normal(shape, dtype=np.float32)
-        * np.float32(WEIGHT_STD)
-        + np.float32("ln_" in name and name.endswith("weight"))
-        for index, (name, shape) in enumerate(parameter_shapes(model).items())
-    }
+    """Return weights from normal(0, WEIGHT_STD), gains from normal(1, WEIGHT_STD), in float32."""
+    params: Params = {}
+    for index, weight in enumerate(parameters(model)):
+        normal = rng(seed, "check", 2, index).standard_normal(weight.shape, dtype=np.float32)
+        mean = np.float32(weight.role is Role.GAIN)
+        params[weight.name] = normal * np.float32(WEIGHT_STD) + mean
+    return params
 
 
 def distance(a: Array, b: Array) -> float:

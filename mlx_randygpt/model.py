@@ -1,119 +1,160 @@
-"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): a trained model is fine-tuned by few
-numbers, W = W₀ + (alpha / rank) · B · A, with W₀ frozen.
+"""The weights of a model: one table of names, shapes and roles, and what follows from it.
 
-Here are first values, merging, and what is trained. Knows no backend but by name.
+Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) stand beside the frozen matrices of a
+trained model: W = W₀ + (alpha / rank) · B · A.
+
+Legend: C n_embd, F = 4C, V vocab, L layers, r rank. Weights are (out, in).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
 from math import prod
 
 import numpy as np
 
-from mlx_randygpt.config import LORA_TARGETS, ConfigError, ModelConfig
-from mlx_randygpt.state import Params, rng
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.state import Array, Params, rng
+
+GPT2_NORM_EPS = 1e-5  # of every LayerNorm
+
+
+class Role(Enum):
+    """What a weight does, which decides how it starts and which optimizer updates it."""
+
+    EMBEDDING = "embedding"
+    MATRIX = "matrix"  # of a block
+    OUTPUT_PROJECTION = "output projection"  # a block's matrix whose output joins the residual
+    HEAD = "head"
+    GAIN = "gain"
+    BIAS = "bias"
+    ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One weight of a model."""
+
+    name: str  # as published, "h.0.attn.c_attn.weight"
+    shape: tuple[int, ...]
+    role: Role
+    std: float = 0.0  # of its initial values; 0: all are 0, or 1 for a gain
+    stacked: int = 1  # projections in it: 3 where query, key and value are stacked
+    in_out: bool = False  # GPT-2's own files hold it as (in, out)
+    target: str = ""  # of a block's matrix: the word of --lora-targets for it
+    adapts: str = ""  # of an adapter: the name of the matrix beside which it stands
+
+    @property
+    def size(self) -> int:
+        """The number of its values."""
+        return prod(self.shape)
+
+    @property
+    def is_block_matrix(self) -> bool:
+        """Whether it is a matrix of a block: Muon updates it, and adapters can stand beside it."""
+        return self.role in (Role.MATRIX, Role.OUTPUT_PROJECTION)
+
+    def initial_values(self, seed: int, index: int) -> Array:
+        """Return its untrained values, float32; `index` is its place in the published order."""
+        if not self.std:
+            return np.full(self.shape, self.role is Role.GAIN, np.float32)
+        normal = rng(seed, "init", index).standard_normal(self.shape, dtype=np.float32)
+        return normal * np.float32(self.std)
+
+
+def parameters(config: ModelConfig) -> list[Parameter]:
+    """Return every weight in the published order, which each file and each backend keeps."""
+    c, v = config.n_embd, config.vocab_size
+    std = config.init_scale * c**-0.5
+
+    def table(name: str, rows: int, role: Role) -> Parameter:
+        return Parameter(name=name, shape=(rows, c), role=role, std=std)
+
+    weights = [table("wte.weight", v, Role.EMBEDDING)]
+    if config.position == "learned":
+        weights.append(table("wpe.weight", config.block_size, Role.EMBEDDING))
+    weights += [matrix for i in range(config.n_layer) for matrix in _block_matrices(config, i, std)]
+    if config.is_gpt2:
+        weights += _gpt2_vectors(config)
+    else:
+        weights.append(table("lm_head.weight", v, Role.HEAD))
+    return weights + [a for weight in weights for a in _adapters(config, weight, std)]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape, in the order every file and every backend keeps; (out, in)."""
-    c, v = config.n_embd, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (v, c)}
-    if config.position == "learned":
-        shapes["wpe.weight"] = (config.block_size, c)
-    for i in range(config.n_layer):
-        shapes[f"h.{i}.attn.c_attn.weight"] = (3 * c, c)  # query, key and value stacked
-        shapes[f"h.{i}.attn.c_proj.weight"] = (c, c)
-        shapes[f"h.{i}.mlp.c_fc.weight"] = (4 * c, c)
-        shapes[f"h.{i}.mlp.c_proj.weight"] = (c, 4 * c)
-    if config.is_gpt2:
-        shapes |= gpt2_vector_shapes(config.n_layer, c, config.bias)
-    else:
-        shapes["lm_head.weight"] = (v, c)
-    return shapes | lora_shapes(shapes, config.lora_rank, config.lora_targets)
+    """Return the shape of each weight by its name, in the published order."""
+    return {weight.name: weight.shape for weight in parameters(config)}
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Trainable numbers, embeddings and head included."""
-    return sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
+    """Count the values of all weights, embeddings, head and adapters included."""
+    return sum(weight.size for weight in parameters(config))
+
+
+def trained_count(config: ModelConfig) -> int:
+    """Count the values that training changes: those of the adapters if there are any."""
+    if not config.lora_rank:
+        return parameter_count(config)
+    return sum(prod(shape) for shape in adapter_shapes(config).values())
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Floating-point operations of one training step per token: 6 per weight of a product, and
-    12·C·T per layer for attention over the full square (the convention of PaLM, appendix B)."""
+    """Count the floating-point operations of one training step per token.
+
+    They are 6 per weight of a product, and 12·C·T per layer for attention over the full square
+    (the convention of PaLM, appendix B).
+    """
     weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def muon_parts(name: str) -> int:
-    """How many stacked square-ish matrices Muon sees in this weight; 0 means AdamW updates it."""
-    if not (name.startswith("h.") and ".c_" in name and name.endswith("weight")):
-        return 0
-    return 3 if name.endswith("c_attn.weight") else 1
+def muon_matrices(config: ModelConfig) -> dict[str, int]:
+    """Return how many stacked matrices Muon sees in each weight that it can update, by name."""
+    return {weight.name: weight.stacked for weight in parameters(config) if weight.is_block_matrix}
+
+
+def in_out_names(config: ModelConfig) -> set[str]:
+    """Return the names of the weights that GPT-2's own files hold as (in, out)."""
+    return {weight.name for weight in parameters(config) if weight.in_out}
 
 
 def initial_params(config: ModelConfig, seed: int) -> Params:
-    """The untrained weights, float32: normal(0, init_scale / √C); output projections zero, or
-    smaller by √(2L) as in GPT-2."""
-    params: Params = {}
-    for index, (name, shape) in enumerate(parameter_shapes(config).items()):
-        zero = config.zero_init and name.endswith("c_proj.weight")
-        if len(shape) == 1 or zero or name.endswith("lora_b"):
-            params[name] = np.full(shape, "ln_" in name and name.endswith("weight"), np.float32)
-            continue
-        scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
-        normal = rng(seed, "init", index).standard_normal(shape, dtype=np.float32)
-        params[name] = normal * np.float32(config.init_scale * config.n_embd**-0.5 * scale)
-    return params
+    """Return the untrained weights, float32.
 
-
-BACKENDS = {  # name -> module and class; as config.BACKENDS for models with adapters
-    "mlx": ("mlx_randygpt.backends.mlx.adapters", "MLXLora"),
-    "numpy": ("mlx_randygpt.backends.numpy.adapters", "NumpyLora"),
-}
-
-
-def adapter_backend(name: str) -> tuple[str, str]:
-    """Module and class of the backend that trains adapters; ConfigError where there is none."""
-    if name not in BACKENDS:
-        raise ConfigError(f"the backend {name} has no --lora-rank; {' and '.join(BACKENDS)} do")
-    return BACKENDS[name]
+    They are normal(0, init_scale / √C); output projections are zero, or smaller by √(2L) as in
+    GPT-2, and so are B of each adapter and biases zero, gains one.
+    """
+    weights = enumerate(parameters(config))
+    return {weight.name: weight.initial_values(seed, index) for index, weight in weights}
 
 
 def adapter_scale(config: ModelConfig) -> float:
-    """What B · A is multiplied by."""
+    """Return alpha / rank, the factor of B · A."""
     return config.lora_alpha / config.lora_rank
 
 
 def base_config(config: ModelConfig) -> ModelConfig:
-    """The model that is adapted."""
+    """Return the config of the model without its adapters."""
     alpha, targets = ModelConfig.lora_alpha, ModelConfig.lora_targets  # the defaults
     return replace(config, lora_rank=0, lora_alpha=alpha, lora_targets=targets)
 
 
 def adapter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what is trained, in the published order: A, B, matrix by matrix."""
-    frozen = parameter_shapes(base_config(config))
-    return {n: s for n, s in parameter_shapes(config).items() if n not in frozen}
+    """Return the shapes of the adapters by their names: A, B, matrix by matrix."""
+    return {p.name: p.shape for p in parameters(config) if p.role is Role.ADAPTER}
 
 
 def adapted_matrices(config: ModelConfig) -> dict[str, tuple[str, str]]:
-    """Of each adapted weight, the names of its A and its B."""
-    firsts = (name for name in adapter_shapes(config) if name.endswith(".lora_a"))
-    places = [name.removesuffix(".lora_a") for name in firsts]
-    return {f"{place}.weight": (f"{place}.lora_a", f"{place}.lora_b") for place in places}
-
-
-def trained_count(config: ModelConfig) -> int:
-    """How many numbers training changes: those of the adapters, where there are any."""
-    shapes = adapter_shapes(config) if config.lora_rank else parameter_shapes(config)
-    return sum(prod(shape) for shape in shapes.values())
+    """Return the names of A and B for each adapted matrix."""
+    adapters = [p for p in parameters(config) if p.role is Role.ADAPTER]
+    pairs = zip(adapters[::2], adapters[1::2], strict=True)
+    return {a.adapts: (a.name, b.name) for a, b in pairs}
 
 
 def add_adapters(config: ModelConfig, params: Params, seed: int) -> Params:
-    """The weights of a trained model and first adapters beside them: A normal, B zero, so that
-    nothing is changed yet."""
+    """Add untrained adapters to the weights of a trained model; B is zero, so nothing changes."""
     if not config.lora_rank:
         return params
     first = initial_params(config, seed)
@@ -121,44 +162,78 @@ def add_adapters(config: ModelConfig, params: Params, seed: int) -> Params:
 
 
 def merge_adapters(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
-    """The same model without adapters: W₀ + (alpha / rank) · B · A in their place."""
+    """Merge the adapters into the weights: W₀ + (alpha / rank) · B · A, and the model's config."""
     if not config.lora_rank:
         return params, config
-    whole = {name: params[name] for name in parameter_shapes(base_config(config))}
+    merged = {name: params[name] for name in parameter_shapes(base_config(config))}
     for name, (a, b) in adapted_matrices(config).items():
-        whole[name] = whole[name] + adapter_scale(config) * (params[b] @ params[a])
-    return whole, base_config(config)
+        merged[name] = merged[name] + adapter_scale(config) * (params[b] @ params[a])
+    return merged, base_config(config)
 
 
-def lora_shapes(
-    weights: Mapping[str, tuple[int, ...]], rank: int, targets: str
-) -> dict[str, tuple[int, ...]]:
-    """`h.i.….lora_a` (rank, in) and `.lora_b` (out, rank) of each chosen matrix; none at rank 0."""
-    wanted, found = targets.split(","), dict[str, tuple[int, ...]]()
-    for name, shape in weights.items():
-        place, _, kind = name.rpartition(".")
-        layer = place.rpartition(".")[2]
-        if rank and kind == "weight" and layer in LORA_TARGETS and {layer, "all"} & {*wanted}:
-            found[f"{place}.lora_a"] = (rank, shape[1])
-            found[f"{place}.lora_b"] = (shape[0], rank)
-    return found
+def _block_matrices(config: ModelConfig, layer: int, std: float) -> Iterator[Parameter]:
+    """Yield the four matrices of a block."""
+    c = config.n_embd
+    projection_std = 0.0 if config.zero_init else std * (2 * config.n_layer) ** -0.5
+
+    def matrix(name: str, n_out: int, n_in: int, role: Role, stacked: int = 1) -> Parameter:
+        return Parameter(
+            name=f"h.{layer}.{name}.weight",
+            shape=(n_out, n_in),
+            role=role,
+            std=std if role is Role.MATRIX else projection_std,
+            stacked=stacked,
+            in_out=True,
+            target=name.rpartition(".")[2],
+        )
+
+    yield matrix("attn.c_attn", 3 * c, c, Role.MATRIX, stacked=3)
+    yield matrix("attn.c_proj", c, c, Role.OUTPUT_PROJECTION)
+    yield matrix("mlp.c_fc", 4 * c, c, Role.MATRIX)
+    yield matrix("mlp.c_proj", c, 4 * c, Role.OUTPUT_PROJECTION)
 
 
-GPT2_NORM_EPS = 1e-5  # of every LayerNorm
-GPT2_IN_OUT = (  # weights that its files hold as (in, out)
-    "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
-)  # fmt: skip
+def _gpt2_vectors(config: ModelConfig) -> Iterator[Parameter]:
+    """Yield GPT-2's gains and biases, which come after all matrices."""
+    c = config.n_embd
+
+    def norm(name: str) -> Iterator[Parameter]:
+        yield Parameter(name=f"{name}.weight", shape=(c,), role=Role.GAIN)
+        yield from bias(name, c)
+
+    def bias(name: str, size: int, stacked: int = 1) -> Iterator[Parameter]:
+        if config.bias:
+            yield Parameter(name=f"{name}.bias", shape=(size,), role=Role.BIAS, stacked=stacked)
+
+    for i in range(config.n_layer):
+        yield from norm(f"h.{i}.ln_1")
+        yield from bias(f"h.{i}.attn.c_attn", 3 * c, stacked=3)
+        yield from bias(f"h.{i}.attn.c_proj", c)
+        yield from norm(f"h.{i}.ln_2")
+        yield from bias(f"h.{i}.mlp.c_fc", 4 * c)
+        yield from bias(f"h.{i}.mlp.c_proj", c)
+    yield from norm("ln_f")
 
 
-def gpt2_vector_shapes(n_layer: int, c: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of gains and biases, which come after all matrices; the head is wte."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(n_layer):
-        for norm, products in (
-            ("ln_1", {"attn.c_attn": 3 * c, "attn.c_proj": c}),
-            ("ln_2", {"mlp.c_fc": 4 * c, "mlp.c_proj": c}),
-        ):
-            shapes[f"h.{i}.{norm}.weight"] = (c,)
-            sizes = {norm: c, **products} if bias else {}
-            shapes |= {f"h.{i}.{name}.bias": (size,) for name, size in sizes.items()}
-    return shapes | {"ln_f.weight": (c,)} | ({"ln_f.bias": (c,)} if bias else {})
+def _adapters(config: ModelConfig, weight: Parameter, std: float) -> Iterator[Parameter]:
+    """Yield A, `h.….lora_a` (r, in), and B, `h.….lora_b` (out, r), if this weight is a target."""
+    targets = {weight.target, "all"} & {*config.lora_targets.split(",")}
+    if not (config.lora_rank and weight.is_block_matrix and targets):
+        return
+    place = weight.name.removesuffix(".weight")
+    (n_out, n_in), rank = weight.shape, config.lora_rank
+    for name, shape, own_std in (("lora_a", (rank, n_in), std), ("lora_b", (n_out, rank), 0.0)):
+        yield Parameter(
+            name=f"{place}.{name}",
+            shape=shape,
+            role=Role.ADAPTER,
+            std=own_std,
+            adapts=weight.name,
+        )
+
+
+def muon_parts(name: str) -> int:
+    """Return how many stacked matrices Muon sees in this weight (until backends/mlx has moved)."""
+    if not (name.startswith("h.") and ".c_" in name and name.endswith("weight")):
+        return 0
+    return 3 if name.endswith("c_attn.weight") else 1

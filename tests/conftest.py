@@ -23,7 +23,7 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.check import VARIANTS, recipe_of
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
-from mlx_randygpt.model import initial_params, parameter_shapes
+from mlx_randygpt.model import Role, initial_params, parameters
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Params, TrainState, rng
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -77,11 +77,13 @@ def lively() -> Callable[..., Params]:
     def build(model: ModelConfig, seed: int = 1) -> Params:
         random = rng(seed, "check")
         weights = {
-            name: random.standard_normal(shape, np.float32) * np.float32(0.15)
-            for name, shape in parameter_shapes(model).items()
+            weight.name: random.standard_normal(weight.shape, np.float32) * np.float32(0.15)
+            for weight in parameters(model)
         }
-        gains = [name for name in weights if "ln_" in name and name.endswith("weight")]
-        return weights | {n: weights[n] + (-1 if n.startswith("ln_f") else 1) for n in gains}
+        gains = [weight.name for weight in parameters(model) if weight.role is Role.GAIN]
+        for name in gains:
+            weights[name] += -1 if name == gains[-1] else 1
+        return weights
 
     return build
 

@@ -1,25 +1,28 @@
-"""Which backends there are, and which one runs here.
+"""The factory of backends: which one runs here, and how one is built.
 
-MLX is imported only when it is asked for or might have a GPU; a missing library is a reason to
-tell, not a crash. Their table is config.BACKENDS.
+The table of backends is config.BACKENDS. MLX is imported only if it is asked for or might have a
+GPU; if it is missing or does not run, the reason is reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_randygpt.backends.base import Backend, BackendError
-from mlx_randygpt.config import BACKENDS, ModelConfig, TrainConfig
-from mlx_randygpt.model import adapter_backend
-from mlx_randygpt.state import TrainState
+from mlx_randygpt.backends.base import Backend, BackendError, Scorer
+from mlx_randygpt.backends.ranks.group import SINGLE, Group, RankError
+from mlx_randygpt.config import BACKENDS, ConfigError, ModelConfig, TrainConfig
+from mlx_randygpt.model import merge_adapters
+from mlx_randygpt.state import Params, TrainState
+
+if TYPE_CHECKING:
+    from mlx_randygpt.backends.mlx.backend import Device
 
 
 def choose(name: str) -> tuple[str, str]:
-    """`auto` -> the backend to take and the reason, "" where there is nothing to explain.
+    """Resolve `auto` to a backend; return its name and the reason, "" if nothing needs explaining.
 
-    Raises BackendError where the one asked for cannot run here.
+    Raises BackendError if the backend that was asked for cannot run here.
     """
     if name not in ("auto", *BACKENDS):
         known = ", ".join(("auto", *BACKENDS))
@@ -34,21 +37,86 @@ def choose(name: str) -> tuple[str, str]:
     return "numpy", reason if device is None else "MLX has no GPU here"
 
 
-def make_backend(name: str, model: ModelConfig, train: TrainConfig, state: TrainState) -> Backend:
-    """The backend called `name` ("auto" chooses) with these weights and moments."""
+def make_backend(
+    name: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    state: TrainState,
+    *,
+    group: Group = SINGLE,
+) -> Backend:
+    """Build the backend called `name` ("auto" chooses) with these weights and moments.
+
+    With a group of several ranks, all of them begin with rank 0's state.
+    """
     name = choose(name)[0]
-    module, attribute = adapter_backend(name) if model.lora_rank else BACKENDS[name]
-    build: Callable[..., Backend] = getattr(import_module(module), attribute)
-    return build(model, train, state)
+    require_features(name, adapters=model.lora_rank > 0, ranks=group.size > 1)
+    build = _backend_class(name)
+    if name == "mlx" and not hasattr(build, "features"):  # until backends/mlx takes a group
+        return _old_mlx(model, train, state, group)
+    backend: Backend = build(model, train, state, group=group)
+    return backend
 
 
-def mlx_device() -> tuple[Any, str]:
-    """MLX's device, or None and one line that says why MLX does not run here."""
+def _old_mlx(model: ModelConfig, train: TrainConfig, state: TrainState, group: Any) -> Backend:
+    ranks = import_module("mlx_randygpt.backends.mlx.ranks")
+    adapters = import_module("mlx_randygpt.backends.mlx.adapters")
+    if group.size > 1:
+        kind: Any = ranks.MLXLoraRank if model.lora_rank else ranks.MLXRank
+        rank: Backend = kind(group, model, train, state)
+        return rank
+    kind = adapters.MLXLora if model.lora_rank else _backend_class("mlx")
+    backend: Backend = kind(model, train, state)
+    return backend
+
+
+def make_scorer(
+    name: str, model: ModelConfig, params: Params, *, dtype: str = "float32", bits: int = 0
+) -> Scorer:
+    """Build a backend that evaluates and generates with these weights.
+
+    `dtype` is that of the loss on a GPU. With `bits` (8 or 4; MLX only) the matrices are quantised,
+    and everything else is computed in float32.
+    """
+    name = choose(name)[0]
+    params, model = merge_adapters(params, model)
+    if not bits:
+        return make_backend(name, model, TrainConfig(dtype=dtype), TrainState(0, params, {}))
+    if name != "mlx":
+        raise BackendError(f"the backend {name} has no quantised weights; mlx does")
+    module = import_module("mlx_randygpt.backends.mlx.quantized")
+    if not hasattr(module, "QuantizedScorer"):  # until backends/mlx has it
+        state, train = TrainState(0, params, {}), TrainConfig(dtype="float32")
+        return module.QuantizedMLX(model, train, state, bits)  # type: ignore[no-any-return]
+    scorer: Scorer = module.QuantizedScorer(model, params, bits)
+    return scorer
+
+
+def require_features(name: str, *, adapters: bool = False, ranks: bool = False) -> None:
+    """Raise ConfigError or RankError unless this backend trains adapters, or on several ranks."""
+    features = getattr(
+        _backend_class(name), "features", ("adapters", "ranks") if name == "mlx" else ()
+    )
+    if adapters and "adapters" not in features:
+        raise ConfigError(f"the backend {name} has no --lora-rank; mlx and numpy do")
+    if ranks and "ranks" not in features:
+        raise RankError(f"--backend {name} trains on one rank; mlx and numpy on several")
+
+
+def mlx_device() -> tuple[Device | None, str]:
+    """Return MLX's device, or None and one line with the reason why MLX does not run here."""
+    module = BACKENDS["mlx"][0]
     try:
-        return import_module(BACKENDS["mlx"][0]).probe(), ""
+        device: Device = import_module(module).probe()
     except ModuleNotFoundError:
         return None, "MLX is not installed"
     except RuntimeError as error:
         return None, f"{error}; reinstall with [cpu]"
     except ImportError as error:  # plain `mlx` on Linux: the library comes with an extra
         return None, f"MLX is installed without its library ({error}); reinstall with [cpu]"
+    return device, ""
+
+
+def _backend_class(name: str) -> Any:
+    module, attribute = BACKENDS[name]
+    return getattr(import_module(module), attribute)

@@ -1,6 +1,7 @@
-"""The seam: what a backend is. Two live behind it, and a third is one file and one row more.
+"""The interface between a backend and the rest: `Scorer` evaluates and generates, `Backend` trains.
 
 Only NumPy arrays, integers and floats cross it; a backend never sees files, text or terminals.
+A third backend is one more file, and one more row in config.BACKENDS.
 """
 
 from __future__ import annotations
@@ -21,31 +22,37 @@ ALL = slice(None)  # every row of a cache
 
 
 class BackendError(UserError, RuntimeError):
-    """A backend that cannot run here; the message says why and what would make it run."""
+    """Raised if a backend cannot run here; the message names the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and gradient norm of one optimizer step; reading them may wait for the device,
-    so that a loop that reads one step late never makes the device wait for Python."""
+    """Loss and gradient norm of one optimizer step.
+
+    Reading them may wait for the device; a loop that reads one step late never makes the device
+    wait for Python.
+    """
 
     loss_value: SupportsFloat
     grad_norm_value: SupportsFloat
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy over the step's tokens, in nats."""
+        """Return the mean cross-entropy over the step's tokens, in nats."""
         return float(self.loss_value)
 
     @property
     def grad_norm(self) -> float:
-        """Global L2 norm of the gradient before clipping."""
+        """Return the global L2 norm of the gradient before clipping."""
         return float(self.grad_norm_value)
 
 
 class Cache(Protocol):
-    """Keys and values of B streams, one a row. Holds the last `block_size` tokens of each; rows
-    know nothing of each other, so that streams of any length stand side by side."""
+    """Keys and values of B streams, one per row.
+
+    Holds the last `block_size` tokens of each. Rows are independent of each other, so streams of
+    different lengths can stand side by side.
+    """
 
     lengths: NDArray[np.int64]  # (B,) tokens seen so far
 
@@ -53,68 +60,77 @@ class Cache(Protocol):
         """Empty these rows."""
 
     def move(self, source: int, target: int) -> None:
-        """Let row `target` hold what row `source` does."""
+        """Copy row `source` to row `target`."""
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these streams, in this order; a row may be named twice (beams) or not at all."""
+        """Keep these rows, in this order; a row may be repeated (beams) or left out."""
 
 
-class Backend(Protocol):
-    """One model on one device: owns weights, moments, step count and scratch memory.
-
-    Built as `Class(model_config, train_config, state)`. Belongs to the thread that built it.
-    """
+class Scorer(Protocol):
+    """The weights of one model on one device, to be scored and to generate from."""
 
     name: str  # "mlx", "numpy"
     device: str  # for people: "Apple M3 Max (Metal)", "2 threads"
-    step: int  # optimizer steps taken
-
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step on the mean loss over all micro-batches (of one shape), with dropout.
-
-        Dropout is a function of (seed, step, micro-batch). Where the gradient is not finite,
-        weights and moments stay as they were; the step counts, and the StepResult tells.
-        """
 
     def loss(self, batch: Batch) -> float:
-        """Mean cross-entropy in nats over the targets that count, without dropout."""
-
-    def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
-        """`loss` and its gradient for every weight, without dropout or clipping."""
+        """Return the mean cross-entropy in nats over the targets that count, without dropout."""
 
     def new_cache(self, batch_size: int) -> Any:
-        """A Cache with `batch_size` rows, all of them empty."""
+        """Return a Cache with `batch_size` empty rows."""
 
     def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
-        """Append tokens (B, T) to these rows of the cache; float32 logits of the last position,
-        (B, V).
+        """Append tokens (B, T) to these rows of the cache and return the float32 logits of the
+        last position, (B, V).
 
         With rotary positions the window slides: each layer attends to the last `block_size` keys.
-        With learned positions no length may pass `block_size`. ValueError where T, an id or a
+        With learned positions no length may pass `block_size`. Raises ValueError if T, an id or a
         position is out of range.
         """
 
-    def state(self) -> TrainState:
-        """A consistent copy of weights and moments in float32, safe to save."""
+    def memory_bytes(self) -> int:
+        """Return the peak so far: of device memory, or of the process's resident memory."""
 
-    def matmul_flops(self) -> float:
-        """This device's own float32 matrix-product rate, measured now, in FLOP per second."""
+
+class Backend(Scorer, Protocol):
+    """One model in training on one device: owns weights, moments, step count and scratch memory.
+
+    Built as `Class(model, train, state, *, group=SINGLE)`, with one rank of a `ranks.group.Group`.
+    Belongs to the thread that built it. If the model has adapters, they alone are trained. With
+    several ranks every batch that is passed in is the whole one, and so is every result; all
+    methods that train, restore or score are then collectives.
+    """
+
+    features: tuple[str, ...]  # of "adapters" and "ranks", those that it can train with
+    step: int  # optimizer steps taken
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Take one optimizer step on the mean loss over all micro-batches (of one shape).
+
+        Dropout is a function of (seed, step, micro-batch). If the gradient is not finite, weights
+        and moments stay as they were; the step counts, and the StepResult shows it.
+        """
+
+    def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
+        """Return `loss` and its gradient for every trained weight, without dropout or clipping."""
+
+    def state(self) -> TrainState:
+        """Return a consistent copy of weights and moments in float32, safe to save."""
 
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step."""
 
-    def memory_bytes(self) -> int:
-        """The most held so far: device memory, or resident memory of the process."""
+    def matmul_flops(self) -> float:
+        """Measure this device's float32 matrix-product rate, in FLOP per second."""
 
 
 def resident_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_decoding(config: ModelConfig, tokens: Array, lengths: Array) -> None:
-    """ValueError unless tokens (B, T) can follow what rows of these lengths (B,) have read."""
+    """Raise ValueError unless tokens (B, T) can be appended to rows of these lengths (B,)."""
     (b, t), size = tokens.shape, config.block_size
     if b != len(lengths):
         raise ValueError(f"{b} streams of tokens for {len(lengths)} rows of the cache")
@@ -126,7 +142,7 @@ def check_decoding(config: ModelConfig, tokens: Array, lengths: Array) -> None:
 
 
 def check_ids(tokens: Array, vocab_size: int, lowest: int = 0) -> None:
-    """ValueError unless every id is in lowest..vocab_size-1: MLX would read past the end."""
+    """Raise ValueError unless every id is in lowest..vocab_size-1: MLX would read past the end."""
     for token in (int(tokens.min()), int(tokens.max())):
         if not lowest <= token < vocab_size:
             raise ValueError(f"token id {token} is outside {lowest}..{vocab_size - 1}")

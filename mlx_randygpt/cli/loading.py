@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_randygpt.cli.output import readable_bytes
 
 if TYPE_CHECKING:
-    from mlx_randygpt.backends.base import Backend
+    from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.tokenizers.chars import Tokenizer
 
@@ -24,7 +24,7 @@ class Loaded:
     path: Path
     saved: Checkpoint
     tokenizer: Tokenizer
-    backend: Backend
+    backend: Scorer
 
 
 def load(checkpoint: Path | None, backend: str, quantize: int | None = None) -> Loaded:
@@ -33,7 +33,7 @@ def load(checkpoint: Path | None, backend: str, quantize: int | None = None) -> 
     return Loaded(path, saved, tokenizer, build(saved, backend, quantize))
 
 
-def describe_backend(backend: Backend, why: str) -> str:
+def describe_backend(backend: Scorer, why: str) -> str:
     """`MLX on Apple M3 Max (Metal)`, `NumPy on 2 threads (MLX has no GPU here)`."""
     names = {"mlx": "MLX", "numpy": "NumPy"}
     line = f"{names.get(backend.name, backend.name)} on {backend.device}"
@@ -59,17 +59,25 @@ def without_adapters(saved: Checkpoint) -> Checkpoint:
     return replace(saved, model=model, state=replace(saved.state, params=params))
 
 
-def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Backend:
+def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Scorer:
     """A backend with the weights of the checkpoint; says on stderr what computes. With `quantize`,
     a number of bits, the checkpoint's own weights are emptied: nobody needs them any more."""
-    from mlx_randygpt.backends import choose, make_backend
+    from mlx_randygpt.backends import choose, make_scorer
 
     if quantize is not None:
-        return _quantized(saved, backend, quantize)
+        require_mlx(backend)
+        backend = "mlx"
     name, why = choose(backend)
-    built = make_backend(name, saved.model, replace(saved.train, threads=0), saved.state)
+    params = saved.state.params
+    built: Any = make_scorer(name, saved.model, params, dtype=saved.train.dtype, bits=quantize or 0)
     click.echo(f"Backend: {describe_backend(built, why)}", err=True)
-    return built
+    if quantize is not None:
+        before = sum(weight.nbytes for weight in params.values())
+        params.clear()
+        after, of = readable_bytes(built.weight_bytes()), readable_bytes(before)
+        click.echo(f"Weights in {quantize} bits: {after} instead of {of}", err=True)
+    scorer: Scorer = built
+    return scorer
 
 
 def require_mlx(backend: str) -> None:
@@ -84,19 +92,6 @@ def require_mlx(backend: str) -> None:
     if name != "mlx":
         took = f"auto took NumPy ({why}); --backend mlx" if why else f"not --backend {name}; mlx"
         raise BackendError(f"--quantize needs MLX, {took} takes it")
-
-
-def _quantized(saved: Checkpoint, backend: str, bits: int) -> Backend:
-    require_mlx(backend)
-    from mlx_randygpt.backends.mlx.quantized import QuantizedMLX
-
-    built = QuantizedMLX(saved.model, replace(saved.train, dtype="float32"), saved.state, bits)
-    before = sum(weight.nbytes for weight in saved.state.params.values())
-    saved.state.params.clear()
-    after, of = readable_bytes(built.weight_bytes()), readable_bytes(before)
-    click.echo(f"Backend: {describe_backend(built, '')}", err=True)
-    click.echo(f"Weights in {bits} bits: {after} instead of {of}", err=True)
-    return built
 
 
 def biases(given: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:

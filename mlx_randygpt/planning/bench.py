@@ -9,14 +9,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.model import flops_per_token, muon_parts, parameter_count, parameter_shapes
+from mlx_randygpt.model import flops_per_token, parameter_count, parameters
 from mlx_randygpt.sampling.filters import SampleConfig, pick, probabilities
 from mlx_randygpt.sampling.generate import Streams
 from mlx_randygpt.state import rng
@@ -76,8 +75,7 @@ def measure_sampling(
         logits = streams.append(tokens.tolist())
 
     seconds = _median_seconds(step, n_tokens, clock)
-    shapes = parameter_shapes(model).items()
-    in_blocks = sum(prod(s) for name, s in shapes if muon_parts(name))
+    in_blocks = sum(weight.size for weight in parameters(model) if weight.is_block_matrix)
     in_products = in_blocks + model.vocab_size * model.n_embd
     return _result("sample", backend, model, train, seconds, train.batch_size, 2 * in_products)
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from importlib import import_module
 
-from mlx_randygpt.config import BACKENDS
+from mlx_randygpt.backends import mlx_device
 
 GIB = 1 << 30
 REACHED = 0.4  # of a device's peak, by products of a training step: an assumption
@@ -65,7 +64,8 @@ def here(backend: str) -> Device:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory, unified = int(CPU_SHARE * total), True
     if backend == "mlx":
-        found = import_module(BACKENDS["mlx"][0]).probe()
+        found, reason = mlx_device()
+        assert found is not None, reason
         unified = not found.description.endswith("(CUDA)")
         memory = int(found.recommended or CUDA_SHARE * found.memory or memory)
     return Device("this machine", memory, 0, 0, 0, ETHERNET, 50e-6, unified)

@@ -16,7 +16,7 @@ from mlx_randygpt.backends.numpy.backend import CHUNK_TOKENS
 from mlx_randygpt.backends.numpy.model import ATTENTION, LOGITS
 from mlx_randygpt.backends.numpy.optimizer import STACK
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
-from mlx_randygpt.model import muon_parts, parameter_count, parameter_shapes
+from mlx_randygpt.model import parameter_count, parameter_shapes, parameters
 from mlx_randygpt.training.loop import EVAL_BATCH_TOKENS
 
 FLOAT = 4  # bytes
@@ -51,8 +51,8 @@ def footprint(
 
 def adamw_count(model: ModelConfig, train: TrainConfig) -> int:
     """Weights that AdamW updates: all, or those that Muon leaves to it."""
-    shapes = parameter_shapes(model).items()
-    return sum(prod(s) for name, s in shapes if train.optimizer == "adamw" or not muon_parts(name))
+    weights = parameters(model)
+    return sum(w.size for w in weights if train.optimizer == "adamw" or not w.is_block_matrix)
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
@@ -154,10 +154,9 @@ def muon_numbers(model: ModelConfig, train: TrainConfig, threads: int) -> int:
 def muon_shapes(model: ModelConfig) -> dict[tuple[int, int], int]:
     """How many matrices of each shape Muon turns."""
     found: dict[tuple[int, int], int] = {}
-    for name, shape in parameter_shapes(model).items():
-        if parts := muon_parts(name):
-            matrix = (shape[0] // parts, shape[1])
-            found[matrix] = found.get(matrix, 0) + parts
+    for weight in filter(lambda weight: weight.is_block_matrix, parameters(model)):
+        matrix = (weight.shape[0] // weight.stacked, weight.shape[1])
+        found[matrix] = found.get(matrix, 0) + weight.stacked
     return found
 
 

@@ -7,7 +7,7 @@ from copy import copy
 
 import numpy as np
 
-from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation, Generated, Streams, log_softmax
@@ -15,7 +15,7 @@ from mlx_randygpt.tokenizers.chars import Tokenizer
 
 
 def beam_search(
-    backend: Backend,
+    backend: Scorer,
     model: ModelConfig,
     tokenizer: Tokenizer,
     prompt: Sequence[int],

@@ -15,7 +15,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig, UserError
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Generated, generate, shown_length
@@ -60,7 +60,7 @@ class Turn:
 class Conversation:
     """A conversation in progress; `config.seed` is that of the first answer since it was set."""
 
-    backend: Backend
+    backend: Scorer
     model: ModelConfig
     tokenizer: Tokenizer
     config: SampleConfig

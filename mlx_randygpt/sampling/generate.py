@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_randygpt.backends.base import Backend, Cache
+from mlx_randygpt.backends.base import Cache, Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
 from mlx_randygpt.state import Array, rng
@@ -27,7 +27,7 @@ class Streams:
     learned positions, the last half window of a full row is read again from position 0.
     """
 
-    def __init__(self, backend: Backend, model: ModelConfig, max_rows: int) -> None:
+    def __init__(self, backend: Scorer, model: ModelConfig, max_rows: int) -> None:
         self._backend, self._model = backend, model
         self._cache: Cache = backend.new_cache(max_rows)
         self._windows: list[deque[int]] = []  # the last half window of each
@@ -177,7 +177,7 @@ def log_softmax(scores: Array) -> Array:
 
 
 def generate(
-    backend: Backend,
+    backend: Scorer,
     model: ModelConfig,
     tokenizer: Tokenizer,
     prompt: Sequence[int],

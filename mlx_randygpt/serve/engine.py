@@ -14,7 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
-from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ModelConfig, UserError
 from mlx_randygpt.sampling.generate import Continuation, Streams, extend
 from mlx_randygpt.serve.metrics import Metrics
@@ -45,7 +45,7 @@ class Engine:
     """At most `n_streams` texts are decoded together, `n_waiting` more may wait."""
 
     def __init__(
-        self, build: Callable[[], Backend], model: ModelConfig, metrics: Metrics,
+        self, build: Callable[[], Scorer], model: ModelConfig, metrics: Metrics,
         n_streams: int, n_waiting: int,
     ) -> None:  # fmt: skip
         self._build, self._model, self._metrics = build, model, metrics

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.data.windows import eval_batches
 from mlx_randygpt.state import IGNORED, Array
 from mlx_randygpt.training.reports import perplexity
@@ -30,7 +30,7 @@ class Score:
 
 
 def evaluate(
-    backend: Backend,
+    backend: Scorer,
     tokens: Array,
     block_size: int,
     batch_size: int,

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_randygpt.backends import make_backend
+from mlx_randygpt import config
+from mlx_randygpt.backends import make_backend, require_features
 from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.ranks.group import RankError
 from mlx_randygpt.check import distance, finite_differences
 from mlx_randygpt.checkpoint import NEWEST, load_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.model import (
-    adapter_backend,
     adapter_shapes,
     add_adapters,
     initial_params,
-    lora_shapes,
     merge_adapters,
     parameter_shapes,
     trained_count,
@@ -76,12 +76,12 @@ def test_adapters_stand_behind_all_other_weights(tiny_model: Model) -> None:
 
 
 def test_only_matrices_of_blocks_are_targets(tiny_model: Model) -> None:
-    shapes = parameter_shapes(tiny_model("gpt2"))
-    kinds = {n.split(".", 2)[2] for n in lora_shapes(shapes, 1, "all")}
+    kinds = {n.split(".", 2)[2] for n in adapter_shapes(tiny_model("gpt2", lora_rank=1))}
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert kinds == {f"{layer}.lora_{x}" for layer in layers for x in "ab"}
-    assert lora_shapes(shapes, 0, "all") == {}
-    two = {n.split(".")[3] for n in lora_shapes(shapes, 1, "c_attn,c_fc")}
+    assert adapter_shapes(tiny_model("gpt2")) == {}
+    some = tiny_model("gpt2", lora_rank=1, lora_targets="c_attn,c_fc")
+    two = {n.split(".")[3] for n in adapter_shapes(some)}
     assert two == {"c_attn", "c_fc"}
 
 
@@ -241,9 +241,14 @@ def test_resume_is_bit_exact(
         assert all(np.array_equal(ours[n], theirs[n]) for n in ours)
 
 
-def test_a_backend_without_adapters_says_so() -> None:
+def test_a_backend_without_adapters_or_ranks_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.BACKENDS, "third", ("builtins", "object"))
     with pytest.raises(ConfigError, match="backend third has no --lora-rank; mlx and numpy do"):
-        adapter_backend("third")
+        require_features("third", adapters=True)
+    with pytest.raises(RankError, match="--backend third trains on one rank; mlx and numpy on"):
+        require_features("third", ranks=True)
+    require_features("third")
+    require_features("numpy", adapters=True, ranks=True)
 
 
 # the command line

@@ -33,7 +33,7 @@ class MLXRank(MLXBackend):
         super().restore(self._group.same_state(state))
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        resync(self)
+        resync(self)  # type: ignore[arg-type]
         return super().train_step(batches, lr)
 
     def loss(self, batch: Batch) -> float:

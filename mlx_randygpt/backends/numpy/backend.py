@@ -1,4 +1,4 @@
-"""The NumPy backend: worker threads over chunks of a batch, the optimizer, decoding.
+"""The NumPy backend: worker threads over chunks of a batch, and decoding.
 
 NumPy's loops and BLAS release the interpreter lock, so one thread per core with single-threaded
 BLAS runs matrix products and element-wise passes in parallel alike. Sequences are dealt out and
@@ -9,118 +9,113 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
-from mlx_randygpt.backends.numpy import optimizer
 from mlx_randygpt.backends.numpy.decode import Advance, Decoder, NumpyCache, advance
-from mlx_randygpt.backends.numpy.model import Chunk, copied, flat_views
+from mlx_randygpt.backends.numpy.model import Chunk, recomputing
+from mlx_randygpt.backends.numpy.trained import Adapters, AllWeights, Threads, Weights
+from mlx_randygpt.backends.ranks.group import SINGLE, Group, resync
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.model import muon_parts
+from mlx_randygpt.model import base_config
 from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
-
-if TYPE_CHECKING:
-    pass
-
 
 CHUNK_TOKENS = 1024  # what a thread works through at a time; docs/benchmarks.md has the trials
 
 
 class NumpyBackend:
-    """See `backends.base.Backend`; `dtype` is float64 in checks."""
+    """A base.Backend on the cores of this machine; `dtype` is float64 in checks."""
 
     name = "numpy"
+    features: tuple[str, ...] = ("adapters", "ranks")
 
     def __init__(
-        self, model: ModelConfig, train: TrainConfig, state: TrainState, dtype: type = np.float32
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        state: TrainState,
+        *,
+        group: Group = SINGLE,
+        dtype: type = np.float32,
     ) -> None:
-        self.model, self.train, self.dtype = model, train, dtype
-        self.n_threads = train.threads or available_cores()
-        self.device = f"{self.n_threads} thread{'s' if self.n_threads > 1 else ''}"
+        self.model = base_config(model)  # the one that computes, adapters merged
+        self.train, self.dtype, self._group = train, dtype, group
+        n_threads = train.threads or available_cores()
+        self.device = f"{n_threads} thread{'s' if n_threads > 1 else ''}"
         self._blas = threadpool_limits(1, user_api="blas")  # our threads take the cores
-        self._pool = ThreadPoolExecutor(
-            self.n_threads,
+        pool = ThreadPoolExecutor(
+            n_threads,
             thread_name_prefix="numpy-backend",
             initializer=partial(np.seterr, **np.geterr()),  # as in the thread that builds this
         )
+        self._threads = Threads(pool, n_threads)
         self._chunks: list[Chunk] = []
         self._chunk, advance = architecture(model.arch)
         if train.checkpoint_activations:
-            from mlx_randygpt.backends.numpy.model import recomputing
-
             self._chunk = recomputing(self._chunk)
-        self._w, self.params = flat_views(model, dtype)
-        self._g, self._grads = flat_views(model, dtype)
-        self._decoder = Decoder(model, advance, self._w, self.params, self._pool, self.n_threads)
-        self._m, self._m_views = flat_views(model, dtype)
-        self._v, self._v_views = flat_views(model, dtype)
+        whole = Weights.zeros(self.model, dtype)
+        self._grads = Weights.zeros(self.model, dtype)
+        self.params = whole.views
+        self.trained = (Adapters if model.lora_rank else AllWeights)(
+            model, train, whole, self._grads
+        )
+        self._decoder = Decoder(self.model, advance, whole.flat, self.params, pool, n_threads)
         self.restore(state)
 
     def restore(self, state: TrainState) -> None:
+        """Go on from these weights, moments and step; with several ranks, from rank 0's."""
+        state = self._group.same_state(state)
         self.step = state.step
-        for views, values in (
-            (self.params, state.params),
-            (self._m_views, state.moments.get("m", {})),
-            (self._v_views, state.moments.get("v", {})),
-        ):
-            for name, view in views.items():
-                view[...] = values.get(name, 0)
+        self.trained.restore(state)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """As promised in base."""
+        """Take one optimizer step on the mean loss over all micro-batches; see base."""
+        if self._group.size > 1:
+            resync(self)
         total = sum(batch.n_targets() for batch in batches)
         losses = [
             self._gradients(batch, total, dropout=(micro,), first=micro == 0)
             for micro, batch in enumerate(batches)
         ]
         self._reduce()
-        norm = self._clipped_update(lr)
+        norm = self.trained.update(self.step, lr, self._threads)
         self.step += 1
-        return StepResult(sum(losses), norm)
-
-    def _clipped_update(self, lr: float) -> float:
-        """Move the weights, unless the gradient is not finite; its norm before clipping."""
-        norm = float(np.sqrt(np.dot(self._g, self._g)))
-        if np.isfinite(norm):
-            self._g *= optimizer.clip_scale(norm, self.train.grad_clip)
-            self._update(lr)
-        return norm
+        return StepResult(self._group.total(sum(losses)), norm)
 
     def loss(self, batch: Batch) -> float:
-        return self._run(batch, batch.n_targets(), self._chunk_loss)
+        """Return the mean cross-entropy in nats over the targets that count, without dropout."""
+        return self._group.total(self._run(batch, batch.n_targets(), self._chunk_loss))
 
     def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
+        """Return `loss` and its gradient for every trained weight, without dropout or clipping."""
         loss = self._gradients(batch, batch.n_targets(), dropout=None, first=True)
         self._reduce()
-        return loss, {name: g.copy() for name, g in self._grads.items()}
+        return self._group.total(loss), self.trained.gradients()
 
     def new_cache(self, batch_size: int) -> NumpyCache:
+        """Return a cache with `batch_size` empty rows."""
         return NumpyCache(self.model, batch_size, self.dtype)
 
     def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
+        """Append tokens (B, T) to these rows; return the last position's logits, (B, V)."""
         return self._decoder.logits(tokens, cache, rows)
 
     def state(self) -> TrainState:
-        adamw_only = [
-            n for n in self.params if self.train.optimizer == "adamw" or not muon_parts(n)
-        ]
-        v = {name: self._v_views[name] for name in adamw_only}
-        params, m, v = copied([self.params, self._m_views, v])
-        return TrainState(self.step, params, {"m": m, "v": v})
+        """Return a copy of step, weights and moments in float32."""
+        return self.trained.state(self.step)
 
     def matmul_flops(self) -> float:
-
-        return matmul_flops(self._pool, self.n_threads, self.dtype)
+        """Measure the float32 matrix-product rate of all threads, in FLOP per second."""
+        return matmul_flops(self._threads, self.dtype)
 
     def memory_bytes(self) -> int:
+        """Return the peak resident memory of the process."""
         return resident_bytes()
 
     # One pass over a batch: each thread takes its share of the sequences, chunk after chunk.
@@ -134,9 +129,10 @@ class NumpyBackend:
         return self._run(batch, total, partial(self._chunk_gradients, dropout=dropout))
 
     def _run(self, batch: Batch, total: int, work: Callable[..., float]) -> float:
-        """Σ work(chunk, x, y, total, first row) over the batch, in a fixed order."""
+        """Sum work(chunk, x, y, total, first row) over this rank's rows, in a fixed order."""
+        batch, n_threads = self._group.share(batch), self._threads.n
         x, y = batch.x(), batch.y()
-        edges = [-(-len(x) * i // self.n_threads) for i in range(self.n_threads + 1)]
+        edges = [-(-len(x) * i // n_threads) for i in range(n_threads + 1)]
         rows = max(1, min(CHUNK_TOKENS // batch.block_size, edges[1]))
         self._fit(rows, batch.block_size)
 
@@ -147,15 +143,20 @@ class NumpyBackend:
                 loss += work(chunk, x[part], y[part].reshape(-1), total, batch.row + start)
             return loss
 
-        return sum(self._pool.map(share, range(self.n_threads)))
+        return sum(self._threads.pool.map(share, range(n_threads)))
 
     def _chunk_loss(self, chunk: Chunk, x: Array, y: Array, total: int, row: int) -> float:
         return chunk.head(self.params, chunk.forward(self.params, x, None), y, None) / total
 
     def _chunk_gradients(
-        self, chunk: Chunk, x: Array, y: Array, total: int, row: int,
+        self,
+        chunk: Chunk,
+        x: Array,
+        y: Array,
+        total: int,
+        row: int,
         dropout: tuple[int, ...] | None,
-    ) -> float:  # fmt: skip
+    ) -> float:
         random = None
         if dropout is not None and self.model.dropout:  # by sequence: the same for any split
             random = [
@@ -167,82 +168,31 @@ class NumpyBackend:
         return loss / total
 
     def _fit(self, rows: int, block_size: int) -> None:
-        have = self._chunks[0] if self._chunks else None
-        if have is None or have.rows < rows or have.block_size < block_size:
-            others = (flat_views(self.model, self.dtype) for _ in range(self.n_threads - 1))
-            self._chunks = [
-                self._chunk(self.model, rows, block_size, self.dtype, *gradients)
-                for gradients in [(self._g, self._grads), *others]
-            ]
+        """Allocate chunks of this size unless the existing ones are large enough."""
+        first = self._chunks[0] if self._chunks else None
+        if first and first.rows >= rows and first.block_size >= block_size:
+            return
+        others = [Weights.zeros(self.model, self.dtype) for _ in range(self._threads.n - 1)]
+        self._chunks = [
+            self._chunk(self.model, rows, block_size, self.dtype, grads.flat, grads.views)
+            for grads in (self._grads, *others)
+        ]
 
     def _reduce(self) -> None:
-        """Add the other threads' gradients to those of the first, slice by slice."""
+        """Sum the gradients of all threads, slice by slice, and then of all ranks."""
+        total = self._grads.flat
         others = [chunk.flat_grads for chunk in self._chunks[1:] if chunk.accumulating]
 
         def add(part: slice) -> None:
             for other in others:
-                self._g[part] += other[part]
+                total[part] += other[part]
 
-        list(self._pool.map(add, self._slices(0, len(self._g))))
-
-    def _update(self, lr: float) -> None:
-        """AdamW on ranges of the flat vectors, Muon on stacks of matrices, both on all threads."""
-        jobs: list[Callable[[], None]] = []
-        for start, stop, rate, decay in self._adamw_ranges(lr):
-            jobs += [partial(self._adamw, part, rate, decay) for part in self._slices(start, stop)]
-        if self.train.optimizer == "muon":
-            jobs += self._muon_jobs(lr)
-        list(self._pool.map(lambda job: job(), jobs))
-
-    def _adamw_ranges(self, lr: float) -> list[tuple[int, int, float, float]]:
-        """(start, stop, rate, decay) of what AdamW updates: embeddings and head, but under Muon not
-        the blocks' matrices, which lie together between them, and last vectors, without decay."""
-        weights, train = self.params.items(), self.train
-        before = sum(w.size for name, w in weights if name.startswith("w"))
-        blocks = before + sum(w.size for name, w in weights if muon_parts(name))
-        vectors = sum(w.size for _, w in weights if w.ndim > 1)
-        if train.optimizer == "adamw":
-            blocks = before
-        else:
-            lr *= train.adamw_lr_ratio
-        ranges = [(0, before), (blocks, vectors)]
-        decayed = [(*part, lr, train.weight_decay) for part in ranges]
-        return [*decayed, (vectors, len(self._w), lr, 0.0)]
-
-    def _adamw(self, part: slice, lr: float, decay: float) -> None:
-        optimizer.adamw(
-            self._w[part], self._g[part], self._m[part], self._v[part],
-            t=self.step + 1, lr=lr, decay=decay, config=self.train,
-        )  # fmt: skip
-
-    def _muon_jobs(self, lr: float) -> Iterator[Callable[[], None]]:
-        """Matrices of one shape are stacked, a few to a job and at least one job for a thread."""
-        by_shape: dict[tuple[int, ...], list[tuple[Array, Array, Array]]] = {}
-        for name, w in self.params.items():
-            if parts := muon_parts(name):
-                thirds = (
-                    view[name].reshape(parts, -1, w.shape[1])
-                    for view in (self.params, self._grads, self._m_views)
-                )
-                for matrices in zip(*thirds, strict=True):
-                    by_shape.setdefault(matrices[0].shape, []).append(matrices)
-        train = self.train
-        for shape, found in by_shape.items():
-            most = -(-len(found) // self.n_threads)
-            size = max(1, min(most, optimizer.STACK // prod(shape)))
-            for start in range(0, len(found), size):
-                yield partial(
-                    optimizer.muon, *zip(*found[start : start + size], strict=True),
-                    lr=lr, decay=train.weight_decay, momentum=train.momentum,
-                )  # fmt: skip
-
-    def _slices(self, start: int, stop: int) -> list[slice]:
-        edges = np.linspace(start, stop, self.n_threads + 1).astype(int)
-        return [slice(a, b) for a, b in pairwise(edges)]
+        list(self._threads.pool.map(add, self._threads.slices(0, len(total))))
+        self._group.sum(total)
 
 
 def architecture(arch: str) -> tuple[type[Chunk], Advance]:
-    """What trains and what decodes this architecture."""
+    """Return the chunk that trains and the function that decodes this architecture."""
     if arch == "gpt":
         return Chunk, advance
     from mlx_randygpt.backends.numpy import gpt2
@@ -251,28 +201,30 @@ def architecture(arch: str) -> tuple[type[Chunk], Advance]:
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
+    """Count the cores this process may run on."""
     n_all = os.cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_all
 
 
-SIZE, N_PRODUCTS, N_TRIES = 768, 8, 5
+MATMUL_SIZE, N_PRODUCTS, N_TRIES = 768, 8, 5
 
 
-def matmul_flops(pool: Executor, n_threads: int, dtype: type) -> float:
-    """Floating-point operations per second: all threads multiply square matrices at once, the best
-    of five tries."""
+def matmul_flops(threads: Threads, dtype: type) -> float:
+    """Measure the floating-point operations per second of matrix products, the best of five tries.
+
+    All threads multiply square matrices at once.
+    """
     best = 0.0
-    x: Array = np.ones((SIZE, SIZE), dtype)
-    out: list[Array] = [np.empty_like(x) for _ in range(n_threads)]
+    x: Array = np.ones((MATMUL_SIZE, MATMUL_SIZE), dtype)
+    out: list[Array] = [np.empty_like(x) for _ in range(threads.n)]
 
-    def work(i: int) -> None:
+    def multiply(i: int) -> None:
         for _ in range(N_PRODUCTS):
             np.matmul(x, x, out=out[i])
 
     for _ in range(N_TRIES):
         start = time.perf_counter()
-        list(pool.map(work, range(n_threads)))
+        list(threads.pool.map(multiply, range(threads.n)))
         seconds = time.perf_counter() - start
-        best = max(best, 2 * SIZE**3 * N_PRODUCTS * n_threads / seconds)
+        best = max(best, 2 * MATMUL_SIZE**3 * N_PRODUCTS * threads.n / seconds)
     return best

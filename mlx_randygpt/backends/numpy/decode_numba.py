@@ -16,7 +16,7 @@ from numba import njit
 
 from mlx_randygpt.backends.numpy.ops import NORM_EPS, ROPE_BASE
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.model import parameter_shapes
+from mlx_randygpt.model import parameters
 from mlx_randygpt.state import Array
 
 ROWS = 16  # streams worked on at a time: their activations stay in a core's first cache
@@ -25,11 +25,14 @@ compiled = njit(nogil=True, cache=True, fastmath=True)
 
 @lru_cache(maxsize=8)
 def weight_starts(config: ModelConfig) -> Array:
-    """Where each weight begins in the flat vector: wte, wpe (wte again if there is none), four of
-    each layer, lm_head; (4L + 3,)."""
-    sizes = [int(np.prod(shape)) for shape in parameter_shapes(config).values()]
-    starts = np.cumsum([0, *sizes[:-1]])
-    return starts if config.position == "learned" else np.concatenate([starts[:1], starts])
+    """Return where each weight begins in the flat vector: wte, wpe (wte again if there is none),
+    the four matrices of each layer, lm_head; (4L + 3,)."""
+    weights = parameters(config)
+    ends = np.cumsum([weight.size for weight in weights])
+    starts = {w.name: end - w.size for w, end in zip(weights, ends, strict=True)}
+    starts.setdefault("wpe.weight", starts["wte.weight"])
+    matrices = [weight.name for weight in weights if weight.is_block_matrix]
+    return np.array([starts[n] for n in ("wte.weight", "wpe.weight", *matrices, "lm_head.weight")])
 
 
 def logits(config: ModelConfig, flat: Array, tokens: Array, cache: Any, rows: slice) -> Array:

@@ -127,8 +127,11 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
 
 
 def resync(backend: Backend) -> None:
-    """Every AGAIN_STEPS steps let all go on from rank 0's state: gradients are the same everywhere,
-    but processors of different kinds round an update differently."""
+    """Restore rank 0's state on every rank, every RESYNC_STEPS steps (collective).
+
+    Gradients are the same everywhere, but processors of different kinds round an update
+    differently.
+    """
     if backend.step % RESYNC_STEPS == 0:
         backend.restore(backend.state())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import click
@@ -42,17 +41,18 @@ def sizes(name: str, recipe: str) -> dict[str, Any]:
     Muon keeps one moment where AdamW keeps two; `training_bytes` counts two for every weight.
     """
     from mlx_randygpt import settings
-    from mlx_randygpt.model import muon_parts, parameter_count, parameter_shapes
+    from mlx_randygpt.model import parameter_count, parameters
 
     model, train = settings.resolve_new({"preset": name, "recipe": recipe}, VOCAB_SIZE)
-    n, shapes = parameter_count(model), parameter_shapes(model)
-    muon = [shapes[w] for w in shapes if train.optimizer == "muon" and muon_parts(w)]
+    n, by_muon = parameter_count(model), 0
+    if train.optimizer == "muon":
+        by_muon = sum(weight.size for weight in parameters(model) if weight.is_block_matrix)
     return {
         "name": name,
         **{size: getattr(model, size) for size in SIZES},
         "parameters": n,
         "training_bytes": 16 * n,
-        "checkpoint_bytes": 4 * (3 * n - sum(map(prod, muon))),
+        "checkpoint_bytes": 4 * (3 * n - by_muon),
     }
 
 

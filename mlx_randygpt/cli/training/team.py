@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt import __version__
-from mlx_randygpt.backends import make_backend
+from mlx_randygpt.backends import make_backend, require_features
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.backends.ranks.group import Group, RankError, SingleRank, is_ranked, ring_hosts
 from mlx_randygpt.backends.ranks.heartbeat import Heartbeat, own_addresses
@@ -43,10 +42,6 @@ from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog
 
 LIFELINE = "MLXGPT_LIFELINE"  # number of the open file that ends when the launcher does
-RANKED = {  # backend -> module, and class of one rank of several, without and with adapters
-    "mlx": ("mlx_randygpt.backends.mlx.ranks", "MLXRank", "MLXLoraRank"),
-    "numpy": ("mlx_randygpt.backends.numpy.ranks", "NumpyRank", "NumpyLoraRank"),
-}
 RANK_TIMEOUT = 20.0  # seconds of silence
 WAITING_NOTE_SECONDS = 10
 JOIN_SECONDS = 600
@@ -129,9 +124,7 @@ class Team:
         """RankError where several ranks cannot train like this."""
         if self.group.size == 1:
             return
-        if backend_name not in RANKED:
-            names = " and ".join(RANKED)
-            raise RankError(f"--backend {backend_name} trains on one rank; {names} on several")
+        require_features(backend_name, ranks=True)
         if config.batch_size < self.group.size:
             raise RankError(
                 f"--batch-size {config.batch_size} is too small for {self.group.size} ranks; "
@@ -163,10 +156,8 @@ class Team:
         """The backend; with several ranks, all of them begin with rank 0's state."""
         if self.group.size == 1:
             return make_backend(name, model, config, state)
-        module, *kinds = RANKED[name]
-        build: Callable[..., Backend] = getattr(import_module(module), kinds[model.lora_rank > 0])
         own = replace(config, threads=max(1, config.threads // self.n_beside))
-        made = build(self.group, model, own, state)
+        made = make_backend(name, model, own, state, group=self.group)
         held = made.state()
         weights = [held.params, held.moments]
         self.agree({"state after it was sent": [digest_of(weights), held.step]})

@@ -5,6 +5,7 @@ Their files store the matrices of attention and MLP as (in, out), under the same
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.exporters.hf import ends, generation
 from mlx_randygpt.exchange.exporters.tokenizer import as_json, tokenizer_files
-from mlx_randygpt.model import GPT2_IN_OUT, GPT2_NORM_EPS, gpt2_vector_shapes
+from mlx_randygpt.model import GPT2_NORM_EPS, Role, in_out_names, parameters
 from mlx_randygpt.state import Params
 
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}  # ours -> that of transformers
@@ -27,7 +28,11 @@ def gpt2_files(saved: Checkpoint, kind: str) -> dict[str, bytes]:
             f"--format mlx-lm: the GPT-2 of mlx-lm has the tanh GELU alone, this model has "
             f"activation {saved.model.activation!r}; --format hf can hold it"
         )
-    weights = {name: stored(name, array) for name, array in with_biases(saved).items()}
+    turned = in_out_names(saved.model)
+    weights = {
+        name: np.ascontiguousarray(array.T) if name in turned else array
+        for name, array in with_biases(saved).items()
+    }
     return {
         "config.json": as_json(config(saved)),
         "generation_config.json": as_json(generation(saved)),
@@ -61,11 +66,6 @@ def config(saved: Checkpoint) -> dict[str, Any]:
 
 def with_biases(saved: Checkpoint) -> Params:
     """Return the weights, with zero biases if the model has none; the format needs them."""
-    model = saved.model
-    shapes = gpt2_vector_shapes(model.n_layer, model.n_embd, bias=True)
-    return {n: np.zeros(s, np.float32) for n, s in shapes.items()} | saved.state.params
-
-
-def stored(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return a weight as GPT-2's files store it."""
-    return np.ascontiguousarray(array.T) if name.endswith(GPT2_IN_OUT) else array
+    weights = parameters(replace(saved.model, bias=True))
+    vectors = [weight for weight in weights if weight.role in (Role.GAIN, Role.BIAS)]
+    return {v.name: np.zeros(v.shape, np.float32) for v in vectors} | saved.state.params

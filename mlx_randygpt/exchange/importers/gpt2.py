@@ -7,7 +7,7 @@ MLP are stored as (in, out). A config.json that describes another model is refus
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mlx_randygpt.exchange.importers.tensors import (
 )
 from mlx_randygpt.exchange.importers.torch_file import TorchFile
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
-from mlx_randygpt.model import GPT2_IN_OUT, GPT2_NORM_EPS
+from mlx_randygpt.model import GPT2_NORM_EPS, in_out_names
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PREFIX = "transformer."
@@ -52,7 +52,7 @@ def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
     model = _model(source / "config.json", config)
     path, stored = stored_in(source)
     untied = config.get("tie_word_embeddings", True) is not True
-    params = weights(path, model, stored, untied=untied, turned=GPT2_IN_OUT)
+    params = weights(path, model, stored, untied=untied, transposed=in_out_names(model))
     tokenizer = tokenizer_at(vocab or source, model.vocab_size)
     return ImportedModel("gpt2", source, model, params, tokenizer)
 
@@ -63,7 +63,7 @@ def weights(
     stored: Mapping[str, LazyTensor],
     *,
     untied: bool = False,
-    turned: tuple[str, ...] = (),
+    transposed: Container[str] = (),
 ) -> dict[str, Any]:
     """Return the weights among the tensors of a file, by our names.
 
@@ -75,7 +75,7 @@ def weights(
         if not name.endswith(BUFFERS)
     }
     head = tensors.pop(HEAD, None)
-    params = params_of(path, model, tensors, lambda name: name.endswith(turned))
+    params = params_of(path, model, tensors, lambda name: name in transposed)
     refuse_others(path, tensors.keys() - params.keys())
     if head is None and untied:
         raise ExchangeError(f"{path} lacks {HEAD}, which its config says is not the embedding")

@@ -19,7 +19,7 @@ from naive_model import naive_logits, naive_loss
 from mlx_randygpt.backends.numpy import optimizer
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.model import muon_parts
+from mlx_randygpt.model import muon_matrices
 from mlx_randygpt.state import Batch, Params, TrainState, rng
 
 V, T = 29, 16
@@ -40,7 +40,7 @@ def build(
     ) -> NumpyBackend:
         config = tiny_model(recipe, **(model or {}))
         state = TrainState(0, lively(config), {})
-        return NumpyBackend(config, tiny_train(recipe, **train), state, dtype)
+        return NumpyBackend(config, tiny_train(recipe, **train), state, dtype=dtype)
 
     return make
 
@@ -247,8 +247,8 @@ def test_muon_moves_each_matrix_by_its_rate(build: Callable[..., NumpyBackend]) 
     _, grads = b.loss_and_grads(batch_of(4))
     before = b.state().params
     b.train_step([batch_of(4)], lr)
-    for name in (name for name in grads if muon_parts(name)):
-        parts = grads[name].reshape(muon_parts(name), -1, grads[name].shape[1])
+    for name, n_stacked in muon_matrices(b.model).items():
+        parts = grads[name].reshape(n_stacked, -1, grads[name].shape[1])
         rows, columns = parts.shape[1:]
         # The first momentum is 0.05 g and Nesterov's 0.05 g + 0.95 · 0.05 g: only its sign counts.
         steps = np.concatenate(optimizer.orthogonal(parts))
@@ -313,7 +313,7 @@ def test_dropout_gradient_equals_finite_differences(
         b = build(recipe, np.float64, model, optimizer="adamw", grad_clip=0)
         b.params[name][...] = b.params[name] if w is None else w
         loss = b.train_step([batch_of(3)], 1e-9).loss
-        return loss, b._m_views[name] / (1 - b.train.beta1)
+        return loss, b.trained._m.views[name] / (1 - b.train.beta1)
 
     w, (_, g) = build(recipe, np.float64, model).params[name].copy(), step(None)
     toward = g / np.linalg.norm(g)
