@@ -57,7 +57,7 @@ def in_type(dtype: str, bound: str, *sizes: Callable[[str], ModelConfig]) -> Fou
     for recipe in check.SUBJECTS:
         for model in (size(recipe) for size in sizes):
             params = check.scaled_up(model, 1337)
-            found = check.cross_check(model, params, 1337, "mlx", dtype, BOUNDS[bound])
+            found = check.cross_check(model, params, 1337, "mlx", dtype=dtype, bound=BOUNDS[bound])
             for name, group in grouped(found).items():
                 yield "gradients", row(recipe, model, f"{name}, {bound}", group, BOUNDS[bound])
 

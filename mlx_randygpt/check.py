@@ -1,6 +1,7 @@
-"""Proof on this machine: finite differences prove NumPy, NumPy proves MLX, a short trajectory
-proves the optimizers. Weights are scaled up from their initial values, and projections that start
-at zero are not left there, so that no error hides in tiny activations.
+"""The checks of `mlxgpt check`: finite differences prove NumPy, NumPy proves MLX, and a short
+trajectory proves the optimizers.
+
+Weights are larger than initial ones, and none is zero, so that no error hides in tiny activations.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ N_SEQUENCES = 4
 DIFFERENCE_STEP = 1e-5  # of the finite differences, along a direction of length 1
 GRADIENT_BOUND = 1e-5  # NumPy against MLX, float32
 DIFFERENCE_BOUND = 5e-6  # NumPy float64 against finite differences
-# Steps, rate and bound. AdamW turns the sign of a gradient as small as its rounding into a whole
-# step, so what is left of 1e-7 grows with the rate; 1e-3 is a usual one.
-VARIANTS = ARCHS | {"lora": {**RECIPES["modern"]["model"], "lora_rank": 4}}  # over a recipe's
+VARIANTS = ARCHS | {"lora": {**RECIPES["modern"]["model"], "lora_rank": 4}}  # of a recipe
 SUBJECTS = (*RECIPES, "gpt2", "lora")
+# Steps, rate and bound. AdamW turns a gradient as small as its rounding into a whole step, so a
+# difference of 1e-7 grows with the rate; 1e-3 is a usual one.
 TRAJECTORIES = {"adamw": (50, 1e-3, 1e-5), "muon": (20, 0.04, 1e-4)}
 
 
@@ -40,25 +41,27 @@ class Finding:
 
     @property
     def holds(self) -> bool:
+        """Whether the error is within the bound."""
         return self.error <= self.bound  # a nan does not hold
 
 
 def check_model(subject: str) -> ModelConfig:
-    """A small model of this recipe, of another architecture or with adapters, that has every kind
-    of tensor."""
+    """Return a small model of this recipe or variant that has every kind of tensor."""
     switches = RECIPES[recipe_of(subject)]["model"] | VARIANTS.get(subject, {})
     return ModelConfig(vocab_size=67, block_size=32, n_layer=2, n_head=4, n_embd=64, **switches)
 
 
 def recipe_of(subject: str) -> str:
-    """The recipe that a subject is trained by."""
+    """Return the recipe with which a subject is trained."""
     return subject if subject in RECIPES else "classic"
 
 
 def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterator[Finding]:
-    """NumPy in float64: dloss/dε along a random unit direction of each tensor, against the
-    gradient's share of it; relative to the gradient's norm over √n, its size along such a
-    direction."""
+    """Compare NumPy's gradients in float64 with finite differences, tensor by tensor.
+
+    The slope dloss/dε along a random unit direction is compared with the gradient along it. Errors
+    are relative to the gradient's norm over √n, its size along such a direction.
+    """
     backend = NumpyBackend(
         model,
         TrainConfig(optimizer="adamw", seed=seed),
@@ -83,15 +86,17 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
 
 
 def cross_check(
-    model: ModelConfig, params: Params, seed: int, other: str,
-    dtype: str = "float32", bound: float = GRADIENT_BOUND,
-) -> Iterator[Finding]:  # fmt: skip
-    """Gradients of NumPy, float32, against another backend's in `dtype`, tensor by tensor."""
-    batch, train, state = (
-        _batch(model, seed, 0),
-        TrainConfig(optimizer="adamw", seed=seed),
-        TrainState(0, params, {}),
-    )
+    model: ModelConfig,
+    params: Params,
+    seed: int,
+    other: str,
+    *,
+    dtype: str = "float32",
+    bound: float = GRADIENT_BOUND,
+) -> Iterator[Finding]:
+    """Compare NumPy's float32 gradients with another backend's in `dtype`, tensor by tensor."""
+    batch, state = _batch(model, seed, 0), TrainState(0, params, {})
+    train = TrainConfig(optimizer="adamw", seed=seed)
     _, ours = make_backend("numpy", model, train, state).loss_and_grads(batch)
     train = replace(train, dtype=dtype)
     _, theirs = make_backend(other, model, train, state).loss_and_grads(batch)
@@ -103,7 +108,7 @@ def cross_check(
 def trajectory(
     model: ModelConfig, params: Params, train: TrainConfig, other: str, steps: int, bound: float
 ) -> Iterator[Finding]:
-    """Weights after `steps` optimizer steps on both backends from the same start."""
+    """Compare the weights of both backends after `steps` optimizer steps from the same start."""
     backends = [
         make_backend(name, model, train, TrainState(0, params, {})) for name in ("numpy", other)
     ]
@@ -128,8 +133,7 @@ def without_key_bias(model: ModelConfig, params: Params) -> Params:
 
 
 def check_recipe(subject: str, other: str | None, seed: int = 1337) -> Iterator[Finding]:
-    """All checks of one recipe or architecture; `other` is the backend to compare with, if there
-    is one."""
+    """Run all checks of one subject; `other` is the backend to compare with, if there is one."""
     model, recipe = check_model(subject), recipe_of(subject)
     train = TrainConfig(recipe=recipe, seed=seed, **RECIPES[recipe]["train"])
     params = scaled_up(model, seed)
@@ -144,7 +148,7 @@ def check_recipe(subject: str, other: str | None, seed: int = 1337) -> Iterator[
 def check_checkpoint(
     model: ModelConfig, train: TrainConfig, params: Params, other: str | None
 ) -> Iterator[Finding]:
-    """The gradients at a trained model's own weights, and a 20-step trajectory from there."""
+    """Check the gradients at a trained model's own weights, and a 20-step trajectory from there."""
     model = replace(model, dropout=0.0)
     yield from finite_differences(model, params, train.seed)
     if other is None:
@@ -166,7 +170,7 @@ def scaled_up(model: ModelConfig, seed: int) -> Params:
 
 
 def distance(a: Array, b: Array) -> float:
-    """‖a − b‖ / ‖b‖."""
+    """Return ‖a − b‖ / ‖b‖."""
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 

@@ -1,6 +1,6 @@
-"""The settings of a model and of a run: frozen records, presets, recipes and their validation.
+"""The settings of a model and of a run: frozen records and their validation, and the user's errors.
 
-Knows nothing of arrays, files or devices, and imports nothing heavy: `mlxgpt --help` reads it.
+It imports nothing heavy, because `mlxgpt --help` reads it.
 """
 
 from __future__ import annotations
@@ -14,37 +14,48 @@ from mlx_randygpt.recipes import PRESETS, RECIPES
 
 
 class UserError(Exception):
-    """What the user can mend: one line that says what was wrong, what was seen and what fits."""
+    """Raised for a mistake of the user: one line with the problem, the value and a remedy."""
 
 
 class ConfigError(UserError, ValueError):
-    """A setting that does not fit."""
+    """Raised for a setting that does not fit."""
 
 
 class MissingExtra(UserError, ImportError):
-    """A library that is not installed, and the command that installs it."""
+    """Raised if a library is not installed; the message has the command that installs it."""
 
 
-def missing(what: str, library: str, extra: str) -> MissingExtra:
-    """The error for `what`, which needs `library`, which comes with `extra`."""
+def missing(feature: str, library: str, extra: str) -> MissingExtra:
+    """Return the error for a feature that needs `library`, which comes with `extra`."""
     return MissingExtra(
-        f"{what} needs the library {library}, which is not installed; "
+        f"{feature} needs the library {library}, which is not installed; "
         f"pip install 'mlx-randygpt[{extra}]'"
     )
 
 
-LORA_TARGETS = ("c_attn", "c_proj", "c_fc", "all")  # of each block; c_proj is attention's and MLP's
+LORA_TARGETS = (
+    "c_attn",
+    "c_proj",
+    "c_fc",
+    "all",
+)  # of each block; c_proj is both the attention's and the MLP's
 GPT2_ACTIVATIONS = ("gelu_tanh", "gelu")
-GPT2_SWITCHES: dict[str, Any] = {  # over those of a recipe
-    "arch": "gpt2", "activation": "gelu_tanh", "bias": True, "position": "learned",
-    "qk_norm": False, "final_norm": True, "token_shift": False, "zero_init": False,
-}  # fmt: skip
-GPT2_FIXED = ("position", "qk_norm", "final_norm", "token_shift")  # of these
+GPT2_SWITCHES: dict[str, Any] = {  # they override those of a recipe
+    "arch": "gpt2",
+    "activation": "gelu_tanh",
+    "bias": True,
+    "position": "learned",
+    "qk_norm": False,
+    "final_norm": True,
+    "token_shift": False,
+    "zero_init": False,
+}
+GPT2_FIXED = ("position", "qk_norm", "final_norm", "token_shift")  # the switches that arch decides
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of one GPT; everything that decides which weights exist."""
+    """The sizes and switches of one GPT: everything that decides which weights exist."""
 
     vocab_size: int
     block_size: int = 64  # T, the context in tokens
@@ -55,23 +66,24 @@ class ModelConfig:
     position: str = "rope"  # "rope" (rotary, interleaved pairs, base 10000) | "learned" (wpe)
     qk_norm: bool = True  # RMSNorm of each query and key, before the rotation
     final_norm: bool = True  # RMSNorm before the head
-    token_shift: bool = False  # half of what each block reads comes from the position before
+    token_shift: bool = False  # half of each block's input comes from the previous position
     zero_init: bool = True  # output projections start at zero instead of GPT-2's scaled normal
     init_scale: float = 1.0  # initial weights are normal(0, init_scale / √n_embd)
     arch: str = "gpt"  # "gpt" | "gpt2": LayerNorm, GELU, biases and a head that is wte
     activation: str = "relu2"  # of gpt2: "gelu_tanh" | "gelu", the exact one
     bias: bool = False  # of gpt2, in products and LayerNorms
-    lora_rank: int = 0  # of adapters beside the blocks' matrices; 0 is none, and all is trained
-    lora_alpha: float = 16.0  # they are multiplied by lora_alpha / lora_rank
-    lora_targets: str = "all"  # which matrices: c_attn, c_proj, c_fc (with commas between) or all
+    lora_rank: int = 0  # of adapters beside the blocks' matrices; 0: none, all weights are trained
+    lora_alpha: float = 16.0  # adapters are multiplied by lora_alpha / lora_rank
+    lora_targets: str = "all"  # comma-separated matrices: c_attn, c_proj, c_fc, or all
 
     @property
     def head_size(self) -> int:
-        """D, the width of one head."""
+        """Return D, the width of one head."""
         return self.n_embd // self.n_head
 
     @property
     def is_gpt2(self) -> bool:
+        """Whether the architecture is GPT-2's."""
         return self.arch == "gpt2"
 
     def __post_init__(self) -> None:
@@ -105,7 +117,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains; with the model, the data and the seed it decides every weight."""
+    """The settings of a run; with the model and the data they decide every weight."""
 
     recipe: str = "modern"
     preset: str = "small"
@@ -114,8 +126,8 @@ class TrainConfig:
     grad_accum: int = 1  # micro-batches per step
     optimizer: str = "muon"  # "muon" | "adamw"
     lr: float = 0.02  # of the matrices under Muon, of everything under AdamW
-    min_lr: float = 0.0  # where the decay ends
-    adamw_lr_ratio: float = 0.5  # under Muon: rate of embeddings, head and gains over `lr`
+    min_lr: float = 0.0  # at the end of the decay
+    adamw_lr_ratio: float = 0.5  # under Muon: rate of embeddings, head and gains, divided by `lr`
     weight_decay: float = 0.0  # decoupled, on matrices only
     grad_clip: float = 1.0  # largest global norm of the gradient; 0 turns clipping off
     beta1: float = 0.8
@@ -130,26 +142,25 @@ class TrainConfig:
     save_every: str = "60s"  # steps ("1000") or a time ("60s", "5m")
     log_every: int = 1
     keep_every: int = 0  # also keep checkpoint-<step>.safetensors every N steps; 0 is off
-    on_nan: str = "stop"  # where loss or gradient are not finite: stop | skip | rollback
+    on_nan: str = "stop"  # if loss or gradient are not finite: stop | skip | rollback
     dtype: str = "float32"  # compute type on a GPU; weights and moments stay float32
     threads: int = 0  # NumPy backend; 0 is all cores
     micro_batch: int = 0  # sequences of a pass, MLX backend; 0 is the whole micro-batch
-    checkpoint_activations: bool = False  # keep each layer's input, make the rest again
+    checkpoint_activations: bool = False  # keep each layer's input, recompute the rest
     seed: int = 1337
-    prompt: str = ""  # for the samples; empty picks ROMEO: or a newline
+    prompt: str = ""  # of the samples; empty: ROMEO: or a newline
 
     @property
     def sequences_per_step(self) -> int:
+        """Return the number of sequences of one optimizer step."""
         return self.batch_size * self.grad_accum
 
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "grad_accum", "log_every"):
             _at_least(name, getattr(self, name), 1)
             _at_most(name, getattr(self, name), LIMITS.get(name, (1 << 63) - 1))
-        for name in (
-            "warmup", "patience", "eval_every", "sample_every", "keep_every", "threads", "seed",
-            "micro_batch",
-        ):  # fmt: skip
+        intervals = ("eval_every", "sample_every", "keep_every")
+        for name in ("warmup", "patience", *intervals, "threads", "seed", "micro_batch"):
             _at_least(name, getattr(self, name), 0)
             _at_most(name, getattr(self, name), LIMITS.get(name, (1 << 63) - 1))
         for name in ("lr", "min_lr", "weight_decay", "grad_clip", "adamw_lr_ratio"):
@@ -171,16 +182,22 @@ class TrainConfig:
         parse_interval(self.save_every)
 
 
-BACKENDS = {  # name -> module and class; a third backend is one file and one row here
+BACKENDS = {  # name -> module and class; a third backend is one more file and one more row
     "mlx": ("mlx_randygpt.backends.mlx.backend", "MLXBackend"),
     "numpy": ("mlx_randygpt.backends.numpy.backend", "NumpyBackend"),
 }
-LIMITS = {  # beyond these a number is a slip, and would only hang or fill the memory
-    "vocab_size": 1 << 24, "block_size": 1 << 20, "n_layer": 1000, "n_head": 1 << 12,
-    "n_embd": 1 << 16, "iters": 1 << 40, "batch_size": 1 << 20, "grad_accum": 1 << 16,
+LIMITS = {  # a larger number is a typing error, and would only hang or fill the memory
+    "vocab_size": 1 << 24,
+    "block_size": 1 << 20,
+    "n_layer": 1000,
+    "n_head": 1 << 12,
+    "n_embd": 1 << 16,
+    "iters": 1 << 40,
+    "batch_size": 1 << 20,
+    "grad_accum": 1 << 16,
     "threads": 1024,
-}  # fmt: skip
-ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": GPT2_SWITCHES}  # over the recipe
+}
+ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": GPT2_SWITCHES}  # overrides of the recipe
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 ON_NAN = ("stop", "skip", "rollback")
@@ -188,7 +205,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def parse_interval(text: str) -> tuple[int, float]:
-    """`"1000"` -> (1000 steps, 0.0); `"60s"`, `"5m"`, `"1h"` -> (0, seconds)."""
+    """Parse `"1000"` to (1000 steps, 0.0), and `"60s"`, `"5m"`, `"1h"` to (0, seconds)."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "")
     try:

@@ -1,4 +1,4 @@
-"""The presets and recipes: tables of numbers, with no logic."""
+"""The presets and recipes: tables of numbers without logic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """The sizes of one named model; every preset trains with the recipe's own batch of 64."""
+    """The sizes of one named model and its batch size."""
 
     n_layer: int
     n_head: int

@@ -1,7 +1,7 @@
-"""What a model is, apart from any backend: names and shapes of its weights, their first values,
-the state of a run, a batch of token windows, and the random numbers of a (seed, purpose, step).
+"""The arrays that pass between the parts: the state of a run and a batch of token windows, and the
+random numbers of a (seed, purpose, index).
 
-Legend: B batch, T time (block_size), C n_embd, H heads, D = C/H, F = 4C, V vocab, L layers.
+Legend: B batch, T time (block_size).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ IGNORED = -1  # a target that is not counted
 
 @dataclass(frozen=True)
 class TrainState:
-    """A consistent copy of one run: float32 arrays that nobody else writes to.
+    """A consistent copy of the state of one run: float32 arrays that nothing else writes to.
 
-    `moments["m"]` has an entry per weight; `moments["v"]` only for those AdamW updates.
-    Empty moments mean zeros.
+    `moments["m"]` has an entry per trained weight, `moments["v"]` only for those that AdamW
+    updates. Missing moments are zero.
     """
 
     step: int  # optimizer steps taken
@@ -33,36 +33,37 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Batch:
-    """B windows of T tokens, named by where they start in `tokens`; nothing is copied before use.
+    """B windows of T tokens, given by where they start in `tokens`; nothing is copied before use.
 
-    A backend may keep `tokens` on its device and gather there, as long as it sees the same array.
+    A backend can keep `tokens` on its device and gather there, as long as it sees the same array.
     """
 
     tokens: Array  # (n,) integers, a whole split
     starts: NDArray[np.int64]  # (B,)
     block_size: int  # T
-    row: int = 0  # of its first window, where this is a part of a batch
+    row: int = 0  # of its first window, if this is a part of a batch
 
     @staticmethod
     def of(windows: Array) -> Batch:
-        """The batch whose inputs are windows[:, :-1] and targets windows[:, 1:]; (B, T+1) ids."""
+        """Return the batch with inputs windows[:, :-1] and targets windows[:, 1:]; (B, T+1) ids."""
         size = windows.shape[1]
         starts = np.arange(len(windows), dtype=np.int64) * size
         return Batch(np.ascontiguousarray(windows, dtype=np.int32).reshape(-1), starts, size - 1)
 
     def x(self) -> NDArray[np.int32]:
-        """Inputs, (B, T); past the end of `tokens` the last token is repeated."""
-        at = np.minimum(self._positions(), len(self.tokens) - 1)
-        return self.tokens[at].astype(np.int32)
+        """Return the inputs, (B, T); past the end of `tokens` the last token is repeated."""
+        positions = np.minimum(self._positions(), len(self.tokens) - 1)
+        return self.tokens[positions].astype(np.int32)
 
     def y(self) -> NDArray[np.int32]:
-        """Targets, (B, T): the token after each input, IGNORED past the end of `tokens`."""
-        at = self._positions() + 1
-        inside = at < len(self.tokens)
-        return np.where(inside, self.tokens[np.where(inside, at, 0)].astype(np.int32), IGNORED)
+        """Return the targets, (B, T): the token after each input, IGNORED past the end."""
+        positions = self._positions() + 1
+        inside = positions < len(self.tokens)
+        targets = self.tokens[np.where(inside, positions, 0)].astype(np.int32)
+        return np.where(inside, targets, IGNORED)
 
     def n_targets(self) -> int:
-        """How many targets count."""
+        """Count the targets that are not IGNORED."""
         return int(np.clip(len(self.tokens) - 1 - self.starts, 0, self.block_size).sum())
 
     def _positions(self) -> NDArray[np.int64]:
@@ -73,6 +74,6 @@ PURPOSES = ("init", "batch", "dropout", "sample", "check")
 
 
 def rng(seed: int, purpose: str, *index: int) -> np.random.Generator:
-    """The generator of (seed, purpose, index): nothing random has a state worth saving."""
+    """Return the random generator of (seed, purpose, index); no generator needs to be saved."""
     key = (PURPOSES.index(purpose), *index)
     return np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(seed, spawn_key=key)))

@@ -1,6 +1,6 @@
 """AdamW and Muon in NumPy, in place, on slices of one flat vector per quantity.
 
-The arithmetic is that of the MLX backend, line for line; `check` compares the two.
+The arithmetic is the same as in the MLX backend, line for line; `check` compares the two.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 
 
 def adamw(
-    w: Array, g: Array, m: Array, v: Array, *, t: int, lr: float, decay: float, config: TrainConfig
+    w: Array,
+    g: Array,
+    moments: tuple[Array, Array],
+    *,
+    t: int,
+    lr: float,
+    decay: float,
+    config: TrainConfig,
 ) -> None:
-    """One AdamW step on equally long vectors (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    """Take one AdamW step on equally long vectors (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
     m ← β₁m + (1−β₁)g; v ← β₂v + (1−β₂)g²; w ← w − lr·(m̂ / (√v̂ + eps) + decay·w), with the
     hats dividing by 1−βᵗ; t counts from 1. Both hats are taken out of the fraction.
     """
-    b1, b2 = config.beta1, config.beta2
+    (m, v), b1, b2 = moments, config.beta1, config.beta2
     root = (1 - b2**t) ** 0.5
     scratch: Array = np.empty(min(BLOCK, len(w)), w.dtype)
     for start in range(0, len(w), BLOCK):
@@ -49,11 +56,17 @@ def adamw(
 
 
 def muon(
-    ws: Sequence[Array], gs: Sequence[Array], ms: Sequence[Array],
-    *, lr: float, decay: float, momentum: float,
-) -> None:  # fmt: skip
-    """One Muon step on matrices (out, in) of one shape (Jordan et al. 2024,
-    github.com/KellerJordan/Muon).
+    ws: Sequence[Array],
+    gs: Sequence[Array],
+    ms: Sequence[Array],
+    *,
+    lr: float,
+    decay: float,
+    momentum: float,
+) -> None:
+    """Take one Muon step on matrices (out, in) of one shape.
+
+    From Jordan et al. 2024, github.com/KellerJordan/Muon:
 
     m ← μm + (1−μ)g; u = (1−μ)g + μm; w ← w − lr·(√max(1, out/in)·orthogonal(u) + decay·w).
     """
@@ -72,8 +85,11 @@ def muon(
 
 
 def orthogonal(u: Array) -> Array:
-    """The nearest semi-orthogonal matrices to u (K, out, in), roughly: five Newton-Schulz steps
-    X ← (aI + bA + cA²)X with A = XXᵀ on X = u / ‖u‖, the shorter side first."""
+    """Return roughly the nearest semi-orthogonal matrices to u (K, out, in).
+
+    Five Newton-Schulz steps X ← (aI + bA + cA²)X with A = XXᵀ on X = u / ‖u‖, the shorter side
+    first.
+    """
     if u.shape[1] > u.shape[2]:
         return orthogonal(u.swapaxes(-1, -2)).swapaxes(-1, -2)
     norms = np.sqrt(np.einsum("kij,kij->k", u, u))
@@ -93,6 +109,6 @@ def orthogonal(u: Array) -> Array:
     return x
 
 
-def clip_scale(norm: float, largest: float) -> float:
-    """What the gradient is multiplied by so that its norm is at most `largest`; 0 clips nothing."""
-    return min(1.0, largest / (norm + 1e-6)) if largest > 0 else 1.0
+def clip_scale(norm: float, max_norm: float) -> float:
+    """Return the factor that limits the gradient's norm to `max_norm`; 0 turns clipping off."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0

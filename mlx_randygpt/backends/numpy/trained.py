@@ -100,9 +100,8 @@ class AllWeights:
         """
         norm = float(np.sqrt(np.dot(self._g.flat, self._g.flat)))
         if np.isfinite(norm):
-            np.multiply(
-                self._g.flat, optimizer.clip_scale(norm, self._train.grad_clip), out=self._g.flat
-            )
+            scale = optimizer.clip_scale(norm, self._train.grad_clip)
+            np.multiply(self._g.flat, scale, out=self._g.flat)
             threads.run([*self._adamw_jobs(step, lr, threads), *self._muon_jobs(lr, threads)])
         return norm
 
@@ -116,8 +115,8 @@ class AllWeights:
         return self._train.optimizer == "muon" and parameter.is_block_matrix
 
     def _adamw_jobs(self, step: int, lr: float, threads: Threads) -> Iterator[Callable[[], None]]:
-        """Update neighbours in the flat vectors together if Muon does not and if they decay alike:
-        vectors, which gains and biases are, do not decay."""
+        """Yield jobs on ranges of the flat vectors: neighbours that AdamW updates and that decay
+        alike are one range. Gains and biases do not decay."""
         train = self._train
         if train.optimizer == "muon":
             lr *= train.adamw_lr_ratio
@@ -130,8 +129,7 @@ class AllWeights:
                     optimizer.adamw,
                     self._w.flat[part],
                     self._g.flat[part],
-                    self._m.flat[part],
-                    self._v.flat[part],
+                    (self._m.flat[part], self._v.flat[part]),
                     t=step + 1,
                     lr=lr,
                     decay=train.weight_decay if is_matrix else 0.0,
@@ -139,7 +137,7 @@ class AllWeights:
                 )
 
     def _muon_jobs(self, lr: float, threads: Threads) -> Iterator[Callable[[], None]]:
-        """Stack matrices of one shape, a few to a job and at least one job for each thread."""
+        """Yield jobs on stacks of matrices of one shape, at least one job for each thread."""
         by_shape: dict[tuple[int, ...], list[tuple[Array, Array, Array]]] = {}
         for parameter in filter(self._uses_muon, self._parameters):
             wgm = (
@@ -229,9 +227,10 @@ class Adapters:
     def _adamw(self, name: str, grad: Array, clip: float, step: int, lr: float) -> None:
         grad *= clip
         train = self._train
-        wgmv = (self.params[name], grad, self._m[name], self._v[name])
         optimizer.adamw(
-            *(array.reshape(-1) for array in wgmv),
+            self.params[name].reshape(-1),
+            grad.reshape(-1),
+            (self._m[name].reshape(-1), self._v[name].reshape(-1)),
             t=step + 1,
             lr=lr,
             decay=train.weight_decay,

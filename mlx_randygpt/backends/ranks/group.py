@@ -1,7 +1,7 @@
-"""The ranks that train one model together, seen from one of them: which rows of a batch are its
-own, and what all agree on. `Alone` is the only rank; several are in mlx_group.
+"""The ranks that train one model together, seen from one of them: its share of a batch, and the
+collectives.
 
-A collective is a call that every rank makes, in the same order. Knows no device, socket or file.
+`SingleRank` is the group of one process; `ring.RingGroup` connects several.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Array, Batch, TrainState
 
-LAUNCHERS = {  # the variable of a rank, and those that may say how many there are
+LAUNCHERS = {  # the variable with the rank, and those that can hold the number of ranks
     "MLX_RANK": ("MLX_WORLD_SIZE",),
     "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE",),
     "PMIX_RANK": ("SLURM_NTASKS", "PMI_SIZE"),
     "PMI_RANK": ("PMI_SIZE", "SLURM_NTASKS"),
 }
 RESYNC_STEPS = 1000
-STOP_CODES = (1, 129, 130, 143)  # exit codes a rank may ask for: nobody reads, SIGHUP, INT, TERM
+STOP_CODES = (1, 129, 130, 143)  # exit codes a rank can ask for: closed pipe, SIGHUP, INT, TERM
 
 
 class RankError(UserError):
-    """Ranks that cannot begin together, or one that is lost."""
+    """Raised if the ranks cannot begin together, or if one of them is lost."""
 
 
 class Group(Protocol):
@@ -117,8 +117,10 @@ SINGLE = SingleRank()  # the default of a backend, which never asks it to stop
 
 
 def share(batch: Batch, rank: int, size: int) -> Batch:
-    """The rows of `batch` that are this rank's own: contiguous, differing by at most one between
-    ranks. One without rows gets a window past the end, which has no targets that count."""
+    """Return this rank's own rows of a batch, contiguous; the shares differ by at most one row.
+
+    A rank without rows gets a window past the end, which has no targets that count.
+    """
     n = len(batch.starts)
     first, last = n * rank // size, n * (rank + 1) // size
     if first == last:
@@ -137,9 +139,10 @@ def resync(backend: Backend) -> None:
 
 
 def is_ranked(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher has started this process as one of several; RankError: it says nonsense.
+    """Return whether a launcher has started this process as one of several ranks.
 
-    MLX's ring waits for ever where it is started alone or with a rank that is no number.
+    Raises RankError if the launcher's variables are invalid: MLX's ring would wait endlessly if it
+    is started alone or with a rank that is not a number.
     """
     name = next((name for name in LAUNCHERS if name in environment), None)
     if name is None or any(environment.get(size) == "1" for size in LAUNCHERS[name]):
@@ -151,8 +154,11 @@ def is_ranked(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def ring_hosts(environment: Mapping[str, str] = os.environ) -> list[list[str]]:
-    """The addresses of each rank in the file MLX_HOSTFILE names, [["ip:port", …], …]; [] where
-    there is none. RankError where it is not such a file or does not list this rank."""
+    """Read the addresses of each rank from the file MLX_HOSTFILE, [["ip:port", …], …].
+
+    Returns [] if the variable is not set. Raises RankError if the file is invalid or does not list
+    this rank.
+    """
     import json
 
     path = environment.get("MLX_HOSTFILE", "")

@@ -1,9 +1,9 @@
-"""Signs of life between the ranks of a run, beside the connections that sum gradients: who falls
-silent or ends without a word is lost, and all others hear of it.
+"""The heartbeat between the ranks of a run, on connections of its own: a rank that goes silent or
+ends without saying goodbye is lost, and all others are notified.
 
-Rank 0 listens, the others connect to it; lines of text go both ways. What a loss leads to is for
-the caller to decide. MLX's ring notices a connection that closes but waits for ever for a process
-that stands still or a cable that is pulled, hence this.
+Rank 0 listens and the others connect to it; lines of text go both ways. The caller decides what a
+loss leads to. MLX's ring notices a closed connection but waits endlessly for a process that hangs
+or a cable that is unplugged, hence this module.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-BEATS = 8  # in a timeout
-MAX_LINE_BYTES = 4096  # bytes; a stranger's is cut off
+BEATS = 8  # per timeout
+MAX_LINE_BYTES = 4096  # of an unknown peer; a longer one is cut off
 CONNECT_SECONDS = 5.0
 
 
@@ -29,7 +29,7 @@ class Peer:
         self._text = b""
 
     def lines(self) -> list[str] | None:
-        """What has arrived; None where the connection is closed."""
+        """Return the lines that have arrived, or None if the connection is closed."""
         try:
             content = self.connection.recv(MAX_LINE_BYTES)
         except BlockingIOError:
@@ -43,13 +43,13 @@ class Peer:
         return [line.decode(errors="replace") for line in lines]
 
     def send(self, line: str) -> None:
-        """Say it if that can be done now; who does not read is silent soon, and found by that."""
+        """Send a line if that is possible at once; a peer that does not read is soon lost."""
         with contextlib.suppress(OSError):
             self.connection.send(line.encode() + b"\n")
 
 
 class Heartbeat:
-    """One rank's end of it, on a thread of its own. `lost(why)` is called once, from there."""
+    """One rank's heartbeat, on a thread of its own, which calls `lost(reason)` at most once."""
 
     def __init__(self, rank: int, size: int, timeout: float, lost: Callable[[str], None]) -> None:
         self._rank, self._size, self._timeout, self._lost = rank, size, timeout, lost
@@ -59,12 +59,12 @@ class Heartbeat:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()  # leaving and watching share the connections
         self._over = False
-        self._found = threading.Event()
+        self._is_lost = threading.Event()
         self._why = ""
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def listen(self) -> list[str | int]:
-        """Rank 0: begin; port and token, for the others to `connect` with."""
+        """Start on rank 0; return the port and the token with which the others `connect`."""
         self._listener = socket.create_server(("", 0), backlog=self._size)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -72,7 +72,7 @@ class Heartbeat:
         return [self._listener.getsockname()[1], self._token]
 
     def connect(self, addresses: Sequence[str], port: int, token: str) -> bool:
-        """Another rank: reach rank 0 at one of its addresses and begin; whether that worked."""
+        """Start on another rank; return whether rank 0 was reached at one of its addresses."""
         for address in addresses:
             try:
                 connection = socket.create_connection((address, port), CONNECT_SECONDS)
@@ -87,17 +87,17 @@ class Heartbeat:
         return False
 
     def why(self, wait: float) -> str:
-        """Who was lost and how, within so many seconds; "" where nobody was."""
-        self._found.wait(wait)
+        """Wait up to `wait` seconds for a loss; return which rank was lost and how, or ""."""
+        self._is_lost.wait(wait)
         return self._why
 
     def leave(self, code: int) -> None:
-        """Take leave of the others, orderly where the code is 0, and end."""
+        """Say goodbye to the others, in good order if the code is 0, and stop."""
         with self._lock:
             self._over = True
             for peer in self._peers:
                 peer.send(f"bye {code}")
-                peer.lines()  # what is unread when it closes would undo the farewell
+                peer.lines()  # closing with unread data would lose the goodbye
                 peer.connection.close()
             if self._listener is not None:
                 self._listener.close()
@@ -110,7 +110,7 @@ class Heartbeat:
             with self._lock:
                 if self._over:
                     return
-                if now - looked_at > self._timeout / 2:  # this process itself stood still
+                if now - looked_at > self._timeout / 2:  # this process itself was suspended
                     for peer in self._peers:
                         peer.heard_at = now
                 looked_at = now
@@ -143,7 +143,7 @@ class Heartbeat:
 
     def _read(self, peer: Peer, line: str, now: float) -> None:
         word, _, rest = line.partition(" ")
-        if peer.rank is None:  # a stranger until it has shown the token
+        if peer.rank is None:  # unknown until it has shown the token
             if secrets.compare_digest(word.encode(), self._token.encode()) and rest.isdigit():
                 peer.rank = int(rest)
                 peer.send("")
@@ -152,7 +152,7 @@ class Heartbeat:
             return
         peer.heard_at = now
         if word == "lost":
-            self._tell(rest)
+            self._report(rest)
         elif line == "bye 0":
             self._remove(peer)
         elif word == "bye":
@@ -172,21 +172,22 @@ class Heartbeat:
 
     def _lose(self, peer: Peer, how: str) -> None:
         if peer.rank is not None:
-            self._tell(f"rank {peer.rank} is lost: {how}")
+            self._report(f"rank {peer.rank} is lost: {how}")
 
-    def _tell(self, why: str) -> None:
+    def _report(self, why: str) -> None:
         if self._why:
             return
         self._why = why
         for peer in self._peers:
             peer.send(f"lost {why}")
-        self._found.set()
+        self._is_lost.set()
 
 
 def own_addresses(ring: Sequence[str]) -> list[str]:
-    """Where other ranks may reach this one: its addresses in the ring, and those of its name."""
-    found = [at.rpartition(":")[0].strip("[]") for at in ring]
+    """Return the addresses at which other ranks can reach this one: its own in the ring, and those
+    of its host name."""
+    addresses = [address.rpartition(":")[0].strip("[]") for address in ring]
     with contextlib.suppress(OSError):
         infos = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-        found += [str(info[4][0]) for info in infos]
-    return list(dict.fromkeys(found))
+        addresses += [str(info[4][0]) for info in infos]
+    return list(dict.fromkeys(addresses))

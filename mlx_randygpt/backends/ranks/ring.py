@@ -1,7 +1,7 @@
-"""Several ranks on `mx.distributed`: sums over all of them, in buckets, and what they agree on.
+"""Several ranks connected by `mx.distributed`: sums over all of them, in buckets.
 
-Every sum is a collective and all are made in one order. Knows nothing of models; where a rank is
-lost, MLX raises RuntimeError or waits for ever, and others (heartbeat) say so.
+All ranks make the same collectives in the same order. If a rank is lost, MLX raises RuntimeError or
+waits endlessly; the heartbeat reports it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Grads = dict[str, mx.array]
 
 
 def join(waiting: Callable[[float], None]) -> RingGroup:
-    """This process as a rank of the group that its environment describes.
+    """Join the group of ranks that the environment describes, and return it.
 
-    Waits until all have come; `waiting(seconds)` is called meanwhile and may raise. MLX waits on
-    another thread, so that this one still hears signals.
+    Waits for all ranks; `waiting(seconds)` is called meanwhile and can raise. MLX waits on another
+    thread, so that this one still receives signals.
     """
-    found: list[Any] = []
+    results: list[Any] = []
 
     def connect() -> None:
         try:
-            found.append(mx.distributed.init(strict=True))
+            results.append(mx.distributed.init(strict=True))
         except RuntimeError as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
@@ -45,16 +45,16 @@ def join(waiting: Callable[[float], None]) -> RingGroup:
         thread.join(JOIN_POLL_SECONDS)
         polls += 1
         waiting(polls * JOIN_POLL_SECONDS)
-    if isinstance(found[0], RuntimeError):
+    if isinstance(results[0], RuntimeError):
         raise RankError(
-            f"the ranks could not be connected: {found[0]}; a launcher's variables, such as "
+            f"the ranks could not be connected: {results[0]}; a launcher's variables, such as "
             "MLX_RANK, are set: without them this process trains alone"
         )
-    return RingGroup(found[0])
+    return RingGroup(results[0])
 
 
 class RingGroup:
-    """A `group.Group` of several ranks."""
+    """The `group.Group` of several ranks."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -65,10 +65,12 @@ class RingGroup:
         self._flags: deque[mx.array] = deque()  # of steps the device may still be busy with
 
     def should_stop(self) -> bool:
-        self._read_flags(keep=1)  # the step at hand is never waited for
+        """Return whether all ranks have agreed to stop."""
+        self._read_flags(keep=1)  # never wait for the current step
         return self.agreed_exit_code != 0
 
     def broadcast(self, value: Any) -> Any:
+        """Broadcast rank 0's JSON-serialisable value to every rank."""
         text = json.dumps(value).encode() if self.rank == 0 else b""
         size = int(self.gather(np.array([len(text)], np.int32))[0, 0])
         content = np.zeros(size, np.uint8)
@@ -77,35 +79,40 @@ class RingGroup:
         return json.loads(bytes(self._summed(content)))
 
     def gather(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the numbers (n,) of every rank, (size, n)."""
         rows = np.zeros((self.size, len(numbers)), np.int32)
         rows[self.rank] = numbers
         return self._summed(rows)
 
     def share(self, batch: Batch) -> Batch:
-        """This rank's own rows."""
+        """Return this rank's own rows."""
         return share(batch, self.rank, self.size)
 
     def total(self, value: float) -> float:
-        """The sum of every rank's value; their wishes to stop travel with it."""
-        sums = self._summed(np.array([value, *self._wishes()], np.float32))
+        """Return the sum of every rank's value; requests to stop travel with it."""
+        sums = self._summed(np.array([value, *self._stop_requests()], np.float32))
         self._flags.append(mx.array(sums[1:]))
         self._read_flags(keep=0)
         return float(sums[0])
 
     def sum(self, flat: Array) -> None:
-        """Add the other ranks' vectors to this one, float32, in place."""
+        """Add the other ranks' float32 vectors to this one, in place."""
         for at in range(0, len(flat), BUCKET):
             part = flat[at : at + BUCKET]
             part[:] = self._summed(part)
 
     def mean(self, loss: mx.array, grads: Grads, weight: float) -> tuple[mx.array, Grads]:
-        """Loss and gradients of the whole batch from every rank's own times its weight: buckets in
-        the order in which the backward pass has them ready, then the loss and the wishes to stop.
+        """Return the loss and gradients summed over all ranks, each times its weight.
+
+        Buckets are summed in the order in which the backward pass finishes them, then the loss and
+        the requests to stop.
         """
         groups = [*buckets({name: grads[name].size for name in reversed(grads)})]
         flats = [mx.concatenate([grads[n].reshape(-1) for n in names]) * weight for names in groups]
-        wishes = mx.array(self._wishes(), mx.float32)
-        *sums, last = self._in_turn([*flats, mx.concatenate([(loss * weight).reshape(1), wishes])])
+        requests = mx.array(self._stop_requests(), mx.float32)
+        *sums, last = self._in_turn(
+            [*flats, mx.concatenate([(loss * weight).reshape(1), requests])]
+        )
         self._flags.append(last[1:])
         summed: Grads = {}
         for names, flat in zip(groups, sums, strict=True):
@@ -115,9 +122,11 @@ class RingGroup:
         return last[0], {name: summed[name] for name in grads}
 
     def _in_turn(self, arrays: list[mx.array]) -> list[mx.array]:
-        """Their sums over all ranks, in this order on each of them, whatever graph they hang in.
-        Metal ends a program whose GPU has waited for some five seconds, as it would for a slower
-        rank: there the host waits, and the GPU is given what has arrived."""
+        """Return the sums over all ranks, in this order on each rank, whatever their graph is.
+
+        Metal kills a program whose GPU has waited for about five seconds, as it would for a slower
+        rank: there the host waits, and the GPU gets what has arrived.
+        """
         sums: list[mx.array] = []
         for array in arrays:
             ready = array
@@ -130,7 +139,10 @@ class RingGroup:
         return sums
 
     def same_state(self, state: TrainState) -> TrainState:
-        """Rank 0's state on every rank; the weights must be there in shape, moments need not."""
+        """Return rank 0's state on every rank.
+
+        All ranks need weights of the right shapes; only rank 0 needs moments.
+        """
         kinds = {kind: [*arrays] for kind, arrays in state.moments.items()}
         step, kinds = self.broadcast([state.step, kinds])
         zeros = {name: np.zeros_like(w) for name, w in state.params.items()}
@@ -147,16 +159,16 @@ class RingGroup:
         self.sum(flat)
         return flat.reshape(array.shape)
 
-    def _wishes(self) -> list[int]:
-        wanted = self.requested_exit_code()
-        return [int(wanted == code) for code in STOP_CODES]
+    def _stop_requests(self) -> list[int]:
+        requested = self.requested_exit_code()
+        return [int(requested == code) for code in STOP_CODES]
 
     def _read_flags(self, keep: int) -> None:
-        """Hear the wishes of all but the latest `keep` collectives; the first stays."""
+        """Read the requests to stop of all but the latest `keep` collectives; the first counts."""
         while len(self._flags) > keep:
-            heard = np.array(self._flags.popleft())
-            if not self.agreed_exit_code and heard.any():
-                self.agreed_exit_code = STOP_CODES[int(heard.argmax())]
+            requests = np.array(self._flags.popleft())
+            if not self.agreed_exit_code and requests.any():
+                self.agreed_exit_code = STOP_CODES[int(requests.argmax())]
 
     def _summed(self, array: Array) -> Array:
         total = mx.distributed.all_sum(mx.array(array), group=self._group)
@@ -165,7 +177,7 @@ class RingGroup:
 
 
 def buckets(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Names in their order, together until they hold about BUCKET numbers."""
+    """Group names, in their order, into buckets of about BUCKET values."""
     names: list[str] = []
     for name in sizes:
         names.append(name)
