@@ -23,7 +23,7 @@ from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary
-from mlx_randygpt.tokenizers.chars import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 
 TRAIN_SHARE = 0.9
 MAX_IN_MEMORY_BYTES = 1 << 24  # bytes of files that are read into memory
@@ -46,7 +46,6 @@ class Corpus:
     n_bytes: int = 0  # of the characters in UTF-8
     n_train: int | None = None  # tokens; None: nine tenths
     unknown: dict[str, int] = field(default_factory=dict)  # characters that were lost
-    has_romeo: bool = False
 
     @cached_property
     def train(self) -> Array:
@@ -178,7 +177,7 @@ class Loader:
     ) -> Corpus:
         names = tuple(map(str, files))
         n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
-        wanted = ("sha256", "characters", "n_bytes", "unknown", "has_romeo")
+        wanted = ("sha256", "characters", "n_bytes", "unknown")
         known = {name: facts[name] for name in wanted}
         return Corpus(names, tokens, starts, n_train=n_train, **known)
 
@@ -213,7 +212,6 @@ def _facts(found: TextStats) -> dict[str, Any]:
         "characters": found.characters,
         "n_bytes": found.n_bytes,
         "unknown": dict(found.unknown),
-        "has_romeo": found.has_romeo,
     }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data.reading import PIECE, Piece
-from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 Ids = NDArray[np.int32]
 
@@ -29,7 +29,6 @@ class TextStats:
 
     characters: int = 0
     n_bytes: int = 0  # of the same in UTF-8
-    has_romeo: bool = False  # whether ROMEO: is in it, the default prompt
     unknown: Counter[str] = field(default_factory=Counter)  # characters that were lost
     digest: Any = field(default_factory=sha256)  # of the documents in UTF-8, a NUL between them
     n_tokens: int = 0
@@ -43,7 +42,6 @@ class TextStats:
         self.digest.update(between + raw)
         self.characters += len(piece.text)
         self.n_bytes += len(raw)
-        self.has_romeo = self.has_romeo or "ROMEO:" in piece.text
 
 
 def blocks(

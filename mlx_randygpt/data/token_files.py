@@ -17,7 +17,7 @@ from mlx_randygpt.data import DataError
 from mlx_randygpt.data.encoding import TextStats
 from mlx_randygpt.data.files import is_validation
 from mlx_randygpt.data.reading import Seen
-from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 HEADER_BYTES = 256 * 4
 MAGICS: dict[int, tuple[int, np.dtype[Any]]] = {  # version, type of an id

@@ -47,7 +47,7 @@ from mlx_randygpt.progress import Progress
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.run_summary import RunInfo
 from mlx_randygpt.state import TrainState
-from mlx_randygpt.tokenizers.chars import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SaveLog
 
