@@ -26,6 +26,7 @@ from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.progress import Plateau, Progress
 from mlx_randygpt.state import Params, TrainState
 from mlx_randygpt.tokenizers import tokenizer_from_json
+from mlx_randygpt.words import format_bytes, one_line
 
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint_previous.safetensors"  # the newest state before that
@@ -150,7 +151,8 @@ def write_atomically(path: Path, parts: Parts, previous: Path | None = None) -> 
         with files.replace(path, previous=previous) as file:
             file.writelines(parts)
     except OSError as error:
-        reason, size = error.strerror or str(error), _size(sum(memoryview(p).nbytes for p in parts))
+        reason = error.strerror or str(error)
+        size = format_bytes(sum(memoryview(part).nbytes for part in parts))
         raise CheckpointError(f"could not write {path}: {reason}; it needs {size}") from error
 
 
@@ -267,12 +269,7 @@ def _digest(header: str, tensors: Params) -> str:
     return digest.hexdigest()
 
 
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
-
-
 MAX_INTEGER = 1 << 63
-MAX_REASON = 160  # longest error text, which may quote a damaged file
 _T = TypeVar("_T")
 
 
@@ -330,8 +327,3 @@ def header_facts(header: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
     if not (fits and backend.isprintable()):
         raise ConfigError("step, backend or data are of the wrong type")
     return step, backend, data
-
-
-def one_line(error: Exception) -> str:
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "…"
