@@ -19,9 +19,14 @@ def mode(path: Path) -> int:
 
 def test_a_block_that_raises_leaves_the_old_content(tmp_path: Path) -> None:
     (path := tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), files.replace(path) as file:
-        file.write(b"new")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with files.replace(path) as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"old", ["a"])
 
 

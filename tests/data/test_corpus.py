@@ -4,6 +4,7 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError
