@@ -347,8 +347,10 @@ def test_of_several_snapshots_the_newest_is_written(make: Make, tmp_path: Path) 
     saved = writer.close()
     assert disk.written == [("c", 1), ("c", 3), (BEST, 2)]
     assert [(Path(s.path).name, s.step, s.error) for s in saved] == [
-        ("c", 1, ""), ("c", 3, ""), (BEST, 2, ""),
-    ]  # fmt: skip
+        ("c", 1, ""),
+        ("c", 3, ""),
+        (BEST, 2, ""),
+    ]
 
 
 def test_what_is_written_is_not_kept(make: Make, tmp_path: Path) -> None:

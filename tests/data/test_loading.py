@@ -26,9 +26,11 @@ def files(tmp_path: Path, text: str) -> list[Path]:
 
 
 def load(
-    files: list[Path], wanted: Tokenizer | Vocabulary | None = None, small: int = 0,
+    files: list[Path],
+    wanted: Tokenizer | Vocabulary | None = None,
+    small: int = 0,
     reading: Reading | None = None,
-) -> tuple[Tokenizer, Corpus]:  # fmt: skip
+) -> tuple[Tokenizer, Corpus]:
     """Through a cache beside the first file, unless they are `small`."""
     folder = files[0].parent / "cache"
     loader = Loader(reading or Reading(), folder, threads=2, small=small)
