@@ -62,7 +62,7 @@ def eval_batches(
 
 
 def _release_pages(tokens: Array) -> None:
-    """Release the pages of a memory-mapped file read so far; they would count as resident memory."""
+    """Release the pages of a memory-mapped file read so far; they count as resident memory."""
     if (pages := getattr(tokens, "_mmap", None)) is not None:
         pages.madvise(mmap.MADV_DONTNEED)
 
