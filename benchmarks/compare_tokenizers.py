@@ -21,7 +21,7 @@ from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import TrainState
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.training.evaluation import evaluate
 from mlx_randygpt.training.loop import step_batches, step_rate
 

@@ -14,7 +14,7 @@ from turns import timed
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.files import find_files
 from mlx_randygpt.data.vocabulary import Vocabulary
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 MOST_STEPS = 2000

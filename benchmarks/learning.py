@@ -30,7 +30,7 @@ from mlx_randygpt.data.vocabulary import Vocabulary
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.recipes import PRESETS
 from mlx_randygpt.state import Array, TrainState
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.training.evaluation import evaluate
 from mlx_randygpt.training.loop import step_batches, step_rate
 

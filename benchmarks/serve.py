@@ -27,7 +27,7 @@ from mlx_randygpt.backends import make_backend
 from mlx_randygpt.checkpoint import load_checkpoint
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
 
 MALFORMED = (
     b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": 3}', b'{"prompt": "a", "n": "many"}',

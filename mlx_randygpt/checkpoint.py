@@ -1,7 +1,6 @@
-"""Checkpoints: one safetensors file that is either whole or not there.
+"""Checkpoints: one safetensors file that is either complete or absent.
 
-Owns the format and the atomic write. Knows no backend: a checkpoint is
-NumPy arrays and settings, so that one backend resumes what another began.
+A checkpoint holds NumPy arrays and settings only, so that one backend can resume a run of another.
 
 Tensors: every weight under its published name, moments as `optimizer.m.<name>` and
 `optimizer.v.<name>`, all float32. Metadata: `format`, `format_version`, `header` (JSON) and
@@ -10,15 +9,13 @@ Tensors: every weight under its published name, moments as `optimizer.m.<name>` 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import reprlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,46 +25,47 @@ from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig, U
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.progress import Plateau, Progress
 from mlx_randygpt.state import Params, TrainState
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
+from mlx_randygpt.words import format_bytes, one_line
 
 NEWEST = "checkpoint.safetensors"
-PREVIOUS = "checkpoint_previous.safetensors"  # the newest before the newest
+PREVIOUS = "checkpoint_previous.safetensors"  # the newest state before that
 BEST = "checkpoint_best.safetensors"
 FORMAT = "mlx-randygpt"
 FORMAT_VERSION = "1"
 _MOMENTS = ("m", "v")
-MAX_TENSORS = 3 * (4 * LIMITS["n_layer"] + 3) + 1000  # 1000: braces in texts and settings
+MAX_TENSORS = 3 * (4 * LIMITS["n_layer"] + 3) + 1000  # slack for braces inside header strings
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-Parts = list[bytes | memoryview]  # of a file, one after the other
+Parts = list[bytes | memoryview]  # of a file, in order
 
 
 class CheckpointError(UserError, ValueError):
-    """A file that cannot be read as a checkpoint, or not be written; names it and says why."""
+    """A checkpoint that cannot be read or written. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that decides how a run goes on, and what its model needs to write."""
+    """Everything that resuming a run, or generating with its model, depends on."""
 
     model: ModelConfig
     train: TrainConfig
     progress: Progress
     tokenizer: dict[str, Any]  # Tokenizer.to_json()
-    data: dict[str, Any]  # paths, characters and SHA-256 of the text
-    backend: str  # who wrote it
+    data: dict[str, Any]  # paths, length in characters and SHA-256 of the text
+    backend: str  # that wrote it, or the format it was imported from
     state: TrainState
 
 
 def kept_name(step: int) -> str:
-    """The file of a checkpoint that later ones do not replace."""
+    """Return the file name of a checkpoint that later ones do not replace."""
     return f"checkpoint-{step}.safetensors"
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the file whole or not at all; whatever was at `path` stays until the new one is safe.
+    """Replace the file at `path` once the new one is on the disk.
 
-    The newest of a run leaves the one before it as PREVIOUS. Raises CheckpointError on a full or
-    read-only disk, and where a weight is not finite.
+    The newest checkpoint of a run leaves the one before it as PREVIOUS. Raises CheckpointError on a
+    full or read-only disk, or if a weight is not finite.
     """
     for name, tensor in _tensors(checkpoint.state).items():
         if not np.isfinite(tensor).all():
@@ -78,8 +76,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def serialized(checkpoint: Checkpoint) -> Parts:
-    """The content of its file, byte for byte what `safetensors.numpy.save` could return; that
-    makes two more copies and stops all threads, and `save_file` leaves other names if killed."""
+    """Return the content of the file in parts, byte for byte what `safetensors.numpy.save` returns.
+
+    That function makes two more copies and holds the GIL; `save_file` leaves other names if killed.
+    """
     named = sorted(_tensors(checkpoint.state).items())
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in named}
     header = json.dumps(to_strict_json(header_of(checkpoint)), sort_keys=True, allow_nan=False)
@@ -94,11 +94,31 @@ def serialized(checkpoint: Checkpoint) -> Parts:
     return [len(text).to_bytes(8, "little"), text, *(tensor.data for tensor in tensors.values())]
 
 
-def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """Read and verify a checkpoint. Raises CheckpointError; never returns half of one.
+def find_checkpoint(folder: Path) -> Path:
+    """Return the best checkpoint in a folder, else the newest; CheckpointError if it has neither.
 
-    With `weights_only` the moments are checked but not kept, as sampling needs none.
+    The best of a run that was only evaluated before its first step does not count.
     """
+    best, newest = folder / BEST, folder / NEWEST
+    if best.exists() and not (newest.exists() and peek_step(best) == 0):
+        return best
+    if newest.exists():
+        return newest
+    raise CheckpointError(
+        f"there is neither {BEST} nor {NEWEST} in {folder}/; "
+        "`mlxgpt train` makes them, or give the path of a checkpoint"
+    )
+
+
+def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoint:
+    """Read and verify a checkpoint, or that of a run folder: the best, else the newest.
+
+    Raises CheckpointError; never returns half of a checkpoint. With `weights_only` the moments
+    are checked but not kept, because generation and evaluation need none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = find_checkpoint(path)
     header, tensors = _read(path)
     try:
         model, train = (
@@ -122,23 +142,17 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
 
 
 def write_atomically(path: Path, parts: Parts, previous: Path | None = None) -> None:
-    """Temporary file beside `path`, flushed to the disk, renamed over it, folder flushed; what
-    was at `path` is then at `previous`. A folder that is gone is made again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace the file at `path`, whose old content stays at `previous`, if given.
+
+    A folder that was removed is created again. Raises CheckpointError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb", buffering=1 << 20) as file:
+        with files.replace(path, previous=previous) as file:
             file.writelines(parts)
-            file.flush()
-            files.flush(file.fileno())
-        if previous is not None and path.exists():
-            _link_atomically(path, previous)
-        os.replace(temporary, path)
-        files.sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason, size = error.strerror or str(error), _size(sum(memoryview(p).nbytes for p in parts))
+        reason = error.strerror or str(error)
+        size = format_bytes(sum(memoryview(part).nbytes for part in parts))
         raise CheckpointError(f"could not write {path}: {reason}; it needs {size}") from error
 
 
@@ -150,7 +164,7 @@ def _tensors(state: TrainState) -> Params:
 
 
 def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything but the arrays, for JSON."""
+    """Return everything but the arrays, for JSON."""
     return {
         "step": checkpoint.state.step,
         "model": asdict(checkpoint.model),
@@ -163,7 +177,7 @@ def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def peek_step(path: Path) -> int:
-    """The step of a checkpoint by its header alone; CheckpointError where that cannot be read."""
+    """Return the step in a checkpoint's header; CheckpointError if it cannot be read."""
     try:
         _check_tensor_count(path)
         with safe_open(path, framework="np") as file:
@@ -177,16 +191,16 @@ def peek_step(path: Path) -> int:
 
 
 def _check_tensor_count(path: Path) -> None:
-    """ValueError for a file of more tensors than any model has: each costs 1 kB once it is read."""
+    """Raise ValueError if a file has more tensors than any model: reading takes 1 kB for each."""
     with open(path, "rb") as file:
         n_bytes = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
-        n_objects = file.read(n_bytes).count(b"{")  # an index has one for each tensor
+        n_objects = file.read(n_bytes).count(b"{")  # the index has one per tensor
     if n_objects > MAX_TENSORS:
         raise ValueError(f"{n_objects} tensors are more than the {MAX_TENSORS} of any model")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Params]:
-    """Header and tensors of a file whose checksum holds."""
+    """Return header and tensors of a file, after checking its checksum."""
     try:
         _check_tensor_count(path)
         with safe_open(path, framework="np") as file:
@@ -255,29 +269,12 @@ def _digest(header: str, tensors: Params) -> str:
     return digest.hexdigest()
 
 
-def _link_atomically(path: Path, other: Path) -> None:
-    """Let the file at `path` be at `other` too, at no moment at neither."""
-    link = other.with_name(f".{other.name}.{os.getpid()}.tmp")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-        os.replace(link, other)
-        link.unlink(missing_ok=True)  # still there where `other` was this very file already
-    except OSError:  # a file system without hard links
-        os.replace(path, other)
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
-
-
 MAX_INTEGER = 1 << 63
-MAX_REASON = 160  # characters of an error that a damaged file had a part in
 _T = TypeVar("_T")
 
 
 def to_strict_json(value: Any) -> Any:
-    """`value` as JSON can hold it: what is not finite yet, such as a first loss, becomes null."""
+    """Return `value` with null for each number that is not finite, as JSON needs it."""
     if isinstance(value, dict):
         return {key: to_strict_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -286,50 +283,47 @@ def to_strict_json(value: Any) -> Any:
 
 
 def drop_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the nulls, whose fields have their defaults."""
+    """Drop null fields so that the dataclass defaults apply."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def dataclass_from_json(kind: type[_T], values: object) -> _T:
-    """A settings record from JSON; ConfigError for an unknown field or a value of another type."""
+    """Build a settings record from JSON; ConfigError for an unknown field or a wrong type."""
     if not isinstance(values, dict):
         raise ConfigError(f"{kind.__name__} is {reprlib.repr(values)}, not an object")
-    types = {f.name: str(f.type) for f in fields(kind)}  # type: ignore[arg-type]
+    types = get_type_hints(kind)
     for name, value in values.items():
         if name not in types:
             raise ConfigError(f"{kind.__name__} has no field {reprlib.repr(name)}")
-        found = type(value).__name__
-        if found != types[name] and (found, types[name]) != ("int", "float"):
-            raise ConfigError(f"{name}={reprlib.repr(value)} is not {types[name]}")
-        largest = math.inf if found == "float" else MAX_INTEGER
-        if found in ("int", "float") and not abs(value) < largest:
+        allowed = get_args(types[name]) or (types[name],)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            expected = " or ".join(t.__name__ for t in allowed)
+            raise ConfigError(f"{name}={reprlib.repr(value)} is not {expected}")
+        limit = math.inf if type(value) is float else MAX_INTEGER
+        if type(value) in (int, float) and not abs(value) < limit:
             raise ConfigError(f"{name}={reprlib.repr(value)} is not a number of 64 bits")
     return kind(**values)
 
 
 def progress_from_json(values: object) -> Progress:
+    """Build the progress of a run from JSON; ConfigError if a value is invalid."""
     if not isinstance(values, dict) or not isinstance(values.get("plateau"), dict):
         raise ConfigError("progress is not an object with a plateau")
     plateau = dataclass_from_json(Plateau, drop_nulls(values["plateau"]))
     rest = {name: value for name, value in drop_nulls(values).items() if name != "plateau"}
-    found = replace(dataclass_from_json(Progress, rest), plateau=plateau)
-    counts = (plateau.evaluations_without_best, plateau.reductions, found.rollbacks)
-    if min(*counts, found.tokens, found.best_step, found.eval_step + 1) < 0:
+    progress = replace(dataclass_from_json(Progress, rest), plateau=plateau)
+    counts = (plateau.evaluations_without_best, plateau.reductions, progress.rollbacks)
+    if min(*counts, progress.tokens, progress.best_step, progress.eval_step + 1) < 0:
         raise ConfigError("progress has a count below 0")
-    return found
+    return progress
 
 
 def header_facts(header: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
-    """Step, backend and data of a header."""
+    """Return step, backend and data of a header; ConfigError if one has a wrong type."""
     step, backend, data = header["step"], header["backend"], header["data"]
     paths, kinds = data["paths"], (step, data["characters"], backend, data["sha256"])
     fits = [type(value) for value in kinds] == [int, int, str, str] and 0 <= step < MAX_INTEGER
     fits = fits and isinstance(paths, list) and all(isinstance(path, str) for path in paths)
     if not (fits and backend.isprintable()):
-        raise ConfigError("step, backend or data are of another type than they should be")
+        raise ConfigError("step, backend or data are of the wrong type")
     return step, backend, data
-
-
-def one_line(error: Exception) -> str:
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "…"

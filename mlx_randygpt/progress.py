@@ -1,4 +1,4 @@
-"""What a run remembers besides its arrays: its counts, its best loss, and the plateau rule."""
+"""The state of a run besides its arrays: counts, best loss, and the plateau rule."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ MAX_REDUCTIONS = 3
 
 @dataclass(frozen=True)
 class Plateau:
-    """How long the validation loss has not improved, and how often the rate was halved for it."""
+    """Evaluations since the last best loss, and how often the learning rate was halved."""
 
     best_loss: float = math.inf
     evaluations_without_best: int = 0
     reductions: int = 0
 
     def observe(self, val_loss: float, patience: int, schedule: str) -> Plateau:
-        """The state after one more evaluation; under `plateau`, `patience` evaluations without a
-        new best halve the rate, at most MAX_REDUCTIONS times."""
+        """Return the state after one more evaluation.
+
+        Under the schedule `plateau`, `patience` evaluations without a new best loss halve the
+        learning rate, at most MAX_REDUCTIONS times.
+        """
         if val_loss < self.best_loss:
             return replace(self, best_loss=val_loss, evaluations_without_best=0)
-        waited = self.evaluations_without_best + 1
-        if schedule == "plateau" and waited >= patience > 0 and self.reductions < MAX_REDUCTIONS:
+        n_without = self.evaluations_without_best + 1
+        if schedule == "plateau" and n_without >= patience > 0 and self.reductions < MAX_REDUCTIONS:
             return replace(self, evaluations_without_best=0, reductions=self.reductions + 1)
-        return replace(self, evaluations_without_best=waited)
+        return replace(self, evaluations_without_best=n_without)
 
     def exhausted(self, patience: int) -> bool:
-        """Whether to stop early: patience is over and the rate will not be halved again."""
+        """Return whether to stop early: `patience` evaluations brought no new best loss."""
         return 0 < patience <= self.evaluations_without_best
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run remembers besides its arrays."""
+    """The counts and losses of a run."""
 
     tokens: int = 0  # trained on
     seconds: float = 0.0  # spent training

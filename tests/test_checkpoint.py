@@ -279,7 +279,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     assert "a safetensors file but not a checkpoint" in refused(tmp_path / "other")
     assert "not a checkpoint of mlxgpt, or is truncated or damaged" in refused(tmp_path / "text")
     assert "No such file" in refused(tmp_path / "missing")
-    assert "is a folder; name the file" in refused(tmp_path)
+    assert "there is neither checkpoint_best.safetensors nor" in refused(tmp_path)
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], Params], None]) -> None:
@@ -347,8 +347,10 @@ def test_of_several_snapshots_the_newest_is_written(make: Make, tmp_path: Path) 
     saved = writer.close()
     assert disk.written == [("c", 1), ("c", 3), (BEST, 2)]
     assert [(Path(s.path).name, s.step, s.error) for s in saved] == [
-        ("c", 1, ""), ("c", 3, ""), (BEST, 2, ""),
-    ]  # fmt: skip
+        ("c", 1, ""),
+        ("c", 3, ""),
+        (BEST, 2, ""),
+    ]
 
 
 def test_what_is_written_is_not_kept(make: Make, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -94,7 +93,7 @@ def page(records: Sequence[RunRecord], span: float) -> str:
     )
 
 
-def write_png(path: Path, records: Sequence[RunRecord], span: float) -> None:
+def write_png(file: BinaryIO, records: Sequence[RunRecord], span: float) -> None:
     """Write the picture as PNG; raise MetricsError if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -121,7 +120,7 @@ def write_png(path: Path, records: Sequence[RunRecord], span: float) -> None:
                 axes.set_ylim(*limits(_losses(records), log=False))
     areas[-1].set_xlabel("step")
     figure.legend(*areas[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8)
-    figure.savefig(path, format="png")
+    figure.savefig(file, format="png")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from mlx_randygpt.backends.numpy.gpt2 import gelu, gelu_tanh
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.data.windows import eval_batches
 from mlx_randygpt.state import IGNORED, Array, Params
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 NORM_EPS, ROPE_BASE = 1e-5, 10000.0
 N_NEAR, N_NEXT = 8, 10  # neighbours of a token, candidates for the next one

@@ -15,7 +15,7 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.data import DataError
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.state import Array
-from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 MAX_TOKENS = 256  # of a large vocabulary: those of the text that occur most
 MAX_SAMPLES = 12  # of a run

@@ -14,7 +14,7 @@ from mlx_randygpt.cli.output import readable_bytes
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
-    from mlx_randygpt.tokenizers.chars import Tokenizer
+    from mlx_randygpt.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def describe_backend(backend: Scorer, why: str) -> str:
 def read(checkpoint: Path | None, merge: bool = True) -> tuple[Path, Checkpoint, Tokenizer]:
     """The checkpoint, else the best of checkpoints/, its adapters merged, and its tokenizer."""
     from mlx_randygpt.checkpoint import load_checkpoint
-    from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+    from mlx_randygpt.tokenizers import tokenizer_from_json
 
     path = default_checkpoint(checkpoint)
     saved = load_checkpoint(path, weights_only=True)
@@ -123,18 +123,9 @@ def _bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
 
 
 def default_checkpoint(path: Path | None) -> Path:
-    """`path`, else the best checkpoint in checkpoints/, else the newest; CheckpointError: none.
-    The best of a run that was only evaluated before its first step is the newest."""
-    from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, peek_step
+    """Return `path`, or the checkpoint in it if it is a folder; by default that of checkpoints/."""
+    from mlx_randygpt.checkpoint import find_checkpoint
 
-    if path is not None:
+    if path is not None and not path.is_dir():
         return path
-    best, newest = Path("checkpoints", BEST), Path("checkpoints", NEWEST)
-    if best.exists() and not (newest.exists() and peek_step(best) == 0):
-        return best
-    if newest.exists():
-        return newest
-    raise CheckpointError(
-        f"there is neither {BEST} nor {NEWEST} in checkpoints/; "
-        "`mlxgpt train` makes them, or give the path of a checkpoint"
-    )
+    return find_checkpoint(path or Path("checkpoints"))

@@ -8,7 +8,6 @@ and MAGIC. So it begins as a plain token file, and its end says whether all of i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -71,9 +70,9 @@ def write(
     dtype = np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.uint32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        files.sweep(path.parent)
         _forget(path.parent, time.time() - KEPT_DAYS * 86_400)
-        with _Temporary(path) as file:
+        with files.replace(path) as file:
             n_tokens = 0
             for block in blocks:
                 n_tokens += len(block)
@@ -93,7 +92,7 @@ def write_small(path: Path, content: bytes) -> None:
     """A small file beside the tokens, in the same way."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _Temporary(path) as file:
+        with files.replace(path) as file:
             file.write(content)
     except OSError as error:
         raise _refused(path, error) from error
@@ -149,36 +148,3 @@ def _forget(folder: Path, before: float) -> None:
             facts = path.stat()
             if OURS.fullmatch(path.name) and max(facts.st_atime, facts.st_mtime) < before:
                 path.unlink()
-
-
-class _Temporary:
-    """A file beside `path` that takes its name at the end of the block, if all went well. Its lock
-    tells others that it is being written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._name = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Any:
-        self._file = open(self._name, "wb")
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return self._file
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                files.flush(self._file.fileno())
-                os.replace(self._name, self._path)
-                files.sync_folder(self._path.parent)
-        finally:
-            self._file.close()
-            self._name.unlink(missing_ok=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes that died while writing have left."""
-    for left in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError), open(left, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while someone writes
-            left.unlink(missing_ok=True)

@@ -1,20 +1,20 @@
-"""Corpora by name: what they are, under which licence, where from, and how they become text files.
+"""Corpora by name: licence, source, and how they become text files.
 
-Owns the table. How a file is fetched comes in as an argument.
+The function that downloads a file is an argument.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.download import TINY_SHAKESPEARE, Remote
 from mlx_randygpt.data.reading import read_text
@@ -57,12 +57,12 @@ CREDIT = re.compile(r"\A(?:(?:Produced|Transcribed) by[^\n]*(?:\n[^\n]+)*\s*)+",
 
 
 def gutenberg_url(number: int) -> str:
-    """Where the plain text of a book is."""
+    """Return the URL of a book's plain text."""
     return f"https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt"
 
 
 def strip_gutenberg(text: str) -> str:
-    """The book itself: without licence, header and the line that says who typed it."""
+    """Remove the licence, the header and the credits of the transcribers."""
     if start := START.search(text):
         text = text[start.end() :]
     if end := END.search(text):
@@ -71,14 +71,14 @@ def strip_gutenberg(text: str) -> str:
 
 
 def book_fingerprint(text: str) -> str:
-    """Equal for two editions that differ in case, line breaks and punctuation alone."""
+    """Hash the words, so that editions that differ in case and punctuation only are equal."""
     words = re.findall(r"\w+", text.lower())
     return sha256(" ".join(words).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """A corpus that can be fetched."""
+    """A corpus that can be downloaded."""
 
     name: str
     what: str
@@ -90,26 +90,23 @@ class CorpusInfo:
 
 
 def unzip(packed: Path, target: Path) -> None:
-    """The one member of a zip file, as text."""
-    part = target.with_name(f".{target.name}.unpacked")
+    """Extract the only member of a zip file."""
     try:
-        with ExitStack() as files:
-            archive = files.enter_context(zipfile.ZipFile(packed))
-            member = files.enter_context(archive.open(archive.namelist()[0]))
-            out = files.enter_context(open(part, "wb"))
-            out.writelines(iter(partial(member.read, 1 << 20), b""))
+        with (
+            zipfile.ZipFile(packed) as archive,
+            archive.open(archive.namelist()[0]) as member,
+            files.replace(target) as out,
+        ):
+            shutil.copyfileobj(member, out, 1 << 20)
     except (zipfile.BadZipFile, IndexError) as error:
         raise DataError(f"{packed} is not a zip file: {error}") from error
-    part.replace(target)
 
 
 def split_stories(raw: Path, target: Path) -> None:
-    """Stories between marks as rows of .jsonl, so that each is a document."""
-    part = target.with_name(f".{target.name}.unpacked")
-    with open(part, "w", encoding="utf-8") as out:
+    """Write the stories as rows of .jsonl, so that each is a document."""
+    with files.replace(target) as out:
         for story in _stories(raw):
-            out.write(json.dumps({"text": story}, ensure_ascii=False) + "\n")
-    part.replace(target)
+            out.write((json.dumps({"text": story}, ensure_ascii=False) + "\n").encode())
 
 
 def _stories(raw: Path) -> Iterator[str]:
@@ -126,81 +123,111 @@ def _stories(raw: Path) -> Iterator[str]:
 
 
 def strip_book(raw: Path, target: Path) -> None:
-    """A book without what Project Gutenberg has put around it."""
-    target.write_text(strip_gutenberg(read_text(raw)), encoding="utf-8")
+    """Write the text of a book without Project Gutenberg's header and licence."""
+    files.write(target, strip_gutenberg(read_text(raw)).encode())
 
 
 LIBRARY = {
-    find_corpus.name: find_corpus
-    for find_corpus in (
+    corpus.name: corpus
+    for corpus in (
         CorpusInfo(
-            "tinyshakespeare", "scenes of Shakespeare, as used by char-rnn and nanoGPT",
-            PUBLIC_DOMAIN, TINY_SHAKESPEARE.size, TINY_SHAKESPEARE, "shakespeare.txt",
+            "tinyshakespeare",
+            "scenes of Shakespeare, as used by char-rnn and nanoGPT",
+            PUBLIC_DOMAIN,
+            TINY_SHAKESPEARE.size,
+            TINY_SHAKESPEARE,
+            "shakespeare.txt",
         ),
         CorpusInfo(
-            "shakespeare", "the complete works of Shakespeare (Project Gutenberg 100)",
-            PUBLIC_DOMAIN, 5_600_000, Remote(gutenberg_url(100)), "shakespeare-complete.txt",
+            "shakespeare",
+            "the complete works of Shakespeare (Project Gutenberg 100)",
+            PUBLIC_DOMAIN,
+            5_600_000,
+            Remote(gutenberg_url(100)),
+            "shakespeare-complete.txt",
             strip_book,
         ),
         CorpusInfo(
-            "enwik8", "the first 100 MB of an English Wikipedia dump of 2006, XML and all",
-            WIKIPEDIA, 36_445_475,
+            "enwik8",
+            "the first 100 MB of an English Wikipedia dump of 2006, XML and all",
+            WIKIPEDIA,
+            36_445_475,
             Remote(
-                "https://mattmahoney.net/dc/enwik8.zip", 36_445_475,
+                "https://mattmahoney.net/dc/enwik8.zip",
+                36_445_475,
                 "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
             ),
-            "enwik8.txt", unzip,
+            "enwik8.txt",
+            unzip,
         ),
         CorpusInfo(
-            "text8", "100 MB of Wikipedia in the letters a to z and spaces",
-            WIKIPEDIA, 31_344_016,
+            "text8",
+            "100 MB of Wikipedia in the letters a to z and spaces",
+            WIKIPEDIA,
+            31_344_016,
             Remote(
-                "https://mattmahoney.net/dc/text8.zip", 31_344_016,
+                "https://mattmahoney.net/dc/text8.zip",
+                31_344_016,
                 "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
             ),
-            "text8.txt", unzip,
+            "text8.txt",
+            unzip,
         ),
         CorpusInfo(
-            "tinystories", "2.7 million short stories in the words of a small child",
-            "CDLA-Sharing-1.0", 2_227_753_162,
+            "tinystories",
+            "2.7 million short stories in the words of a small child",
+            "CDLA-Sharing-1.0",
+            2_227_753_162,
             Remote(
-                f"{STORIES}train.txt", 2_227_753_162,
+                f"{STORIES}train.txt",
+                2_227_753_162,
                 "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
             ),
-            "tinystories.jsonl", split_stories,
+            "tinystories.jsonl",
+            split_stories,
         ),
         CorpusInfo(
-            "tinystories-valid", "the 27,600 stories set aside for validation, enough to try",
-            "CDLA-Sharing-1.0", 22_502_601,
+            "tinystories-valid",
+            "the 27,600 stories set aside for validation, enough to try",
+            "CDLA-Sharing-1.0",
+            22_502_601,
             Remote(
-                f"{STORIES}valid.txt", 22_502_601,
+                f"{STORIES}valid.txt",
+                22_502_601,
                 "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
             ),
-            "tinystories-valid.jsonl", split_stories,
+            "tinystories-valid.jsonl",
+            split_stories,
         ),
         CorpusInfo(
-            "gutenberg", f"a shelf of {len(SHELF)} novels, each a document",
-            f"{PUBLIC_DOMAIN} (Project Gutenberg)", 17_000_000, None, "gutenberg",
+            "gutenberg",
+            f"a shelf of {len(SHELF)} novels, each a document",
+            f"{PUBLIC_DOMAIN} (Project Gutenberg)",
+            17_000_000,
+            None,
+            "gutenberg",
         ),
         CorpusInfo(
-            "gpt2-tokenizer", "the tokenizer.json of GPT-2, for --tokenizer",
-            "MIT", 1_355_256,
+            "gpt2-tokenizer",
+            "the tokenizer.json of GPT-2, for --tokenizer",
+            "MIT",
+            1_355_256,
             Remote("https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json"),
             "gpt2-tokenizer.json",
         ),
     )
-}  # fmt: skip
+}
 
 
 def find_corpus(name: str) -> CorpusInfo:
-    """The corpus of this name; DataError lists those there are."""
+    """Return the corpus of this name; DataError lists the names that exist."""
     if name not in LIBRARY:
         raise DataError(f"no corpus is called {name!r}; there are {', '.join(LIBRARY)}")
     return LIBRARY[name]
 
 
 def install(corpus: CorpusInfo, folder: Path, fetch: Fetch) -> Path:
-    """Fetch a corpus and make its text file in `folder`; where it is."""
+    """Download a corpus and write its text file to `folder`; return the path."""
     assert corpus.remote is not None
     target = folder / corpus.target
     if corpus.unpack is None:
@@ -216,9 +243,11 @@ def install(corpus: CorpusInfo, folder: Path, fetch: Fetch) -> Path:
 def install_books(
     numbers: Sequence[int], folder: Path, fetch: Fetch, tell: Callable[[str], None]
 ) -> list[Path]:
-    """Fetch books and write each without its header as `NUMBER-title.txt`; one that says the same
-    as another is left out. The files."""
-    known: dict[str, Path] = {}
+    """Download books and write each as `NUMBER-title.txt`; return the paths.
+
+    A book with the same words as another is left out.
+    """
+    paths: dict[str, Path] = {}  # by fingerprint
     for number in dict.fromkeys(numbers):
         raw = folder / ".downloads" / f"pg{number}.txt"
         if not raw.exists():
@@ -227,9 +256,9 @@ def install_books(
         title = re.sub(r"\W+", "-", SHELF.get(number, "book").lower()).strip("-")
         target = folder / f"{number}-{title}.txt"
         mark = book_fingerprint(text)
-        if mark in known:
-            tell(f"Left out: book {number} is the same as {known[mark].name}")
+        if mark in paths:
+            tell(f"Left out: book {number} is the same as {paths[mark].name}")
             continue
-        target.write_text(text, encoding="utf-8")
-        known[mark] = target
-    return list(known.values())
+        files.write(target, text.encode())
+        paths[mark] = target
+    return list(paths.values())

@@ -1,12 +1,12 @@
-"""From files to one array of tokens and its split: in memory where they are short, else through a
-cache on the disk that is mapped.
+"""From files to one array of tokens and its split into training and validation.
 
-Owns what a corpus is and where train ends and validation begins. Progress goes to a callback.
+Short texts are read into memory, long ones through a memory-mapped cache on the disk.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError, cache, token_files
 from mlx_randygpt.data.encoding import TextStats, blocks
-from mlx_randygpt.data.files import is_tokens, kind
+from mlx_randygpt.data.files import find_files, is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
-from mlx_randygpt.data.vocabulary import Vocabulary
-from mlx_randygpt.tokenizers.chars import Tokenizer, tokenizer_from_json
+from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 
 TRAIN_SHARE = 0.9
 MAX_IN_MEMORY_BYTES = 1 << 24  # bytes of files that are read into memory
 Array = NDArray[Any]
-Progress = Callable[[str, int, int], None]  # what is being done, bytes so far, bytes in all
+Progress = Callable[[str, int, int], None]  # activity, bytes so far, total bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +46,15 @@ class Corpus:
     n_bytes: int = 0  # of the characters in UTF-8
     n_train: int | None = None  # tokens; None: nine tenths
     unknown: dict[str, int] = field(default_factory=dict)  # characters that were lost
-    has_romeo: bool = False
 
     @cached_property
     def train(self) -> Array:
-        """The first 90 % of the tokens, or what the files say, a view."""
+        """The first 90 % of the tokens, or those of the training files; a view."""
         return self.tokens[: self._n_train()]
 
     @cached_property
     def val(self) -> Array:
-        """The tokens after those, a view."""
+        """The tokens after `train`; a view."""
         return self.tokens[self._n_train() :]
 
     def _n_train(self) -> int:
@@ -64,7 +63,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Loader:
-    """Where corpora come from and what is told on the way."""
+    """How corpora are loaded: reading options, cache, threads and progress."""
 
     reading: Reading = field(default_factory=Reading)
     folder: Path = Path()  # of caches
@@ -73,71 +72,71 @@ class Loader:
     small: int = MAX_IN_MEMORY_BYTES
 
     def load(
-        self, files: Sequence[Path], wanted: Tokenizer | Vocabulary
+        self, files: Sequence[Path], requested: Tokenizer | Vocabulary
     ) -> tuple[Tokenizer, Corpus]:
-        """The tokens of the files, by a tokenizer that is there or is learned from them."""
+        """Return the tokenizer, which is learned if `requested` is a Vocabulary, and the tokens."""
         if any(map(is_tokens, files)):
             files = token_files.in_order([*files])
             if other := [file for file in files if not is_tokens(file)]:
                 ids = next(filter(is_tokens, files))
                 raise DataError(f"{other[0]} is text and {ids} tokens; give one or the other")
-            if isinstance(wanted, Vocabulary):
+            if isinstance(requested, Vocabulary):
                 raise DataError(
                     f"{files[0]} holds token ids; give the tokenizer that made them: "
                     "--tokenizer tokenizer.json (that of GPT-2 for nanoGPT's and llm.c's files)"
                 )
-        found = TextStats()
+        stats = TextStats()
         if self._size(files) <= self.small:
-            tokenizer = self._tokenizer(files, wanted)
-            tokens = np.concatenate([*self._blocks(files, tokenizer, found)])
-            return tokenizer, self._corpus(files, tokens, np.array(found.starts), _facts(found))
+            tokenizer = self._tokenizer(files, requested)
+            tokens = np.concatenate([*self._blocks(files, tokenizer, stats)])
+            return tokenizer, self._corpus(files, tokens, np.array(stats.starts), _facts(stats))
         content = self._content(files)
-        tokenizer = self._kept_tokenizer(files, wanted, content)
+        tokenizer = self._kept_tokenizer(files, requested, content)
         path = self.folder / f"{cache.key(content, tokenizer.to_json())}.tokens"
         if (mapped := cache.read(path)) is None:
-            made = self._blocks(files, tokenizer, found)
-            cache.write(path, made, tokenizer.vocab_size, lambda: (found.starts, _facts(found)))
+            made = self._blocks(files, tokenizer, stats)
+            cache.write(path, made, tokenizer.vocab_size, lambda: (stats.starts, _facts(stats)))
             mapped = cache.read(path)
             assert mapped is not None
         return tokenizer, self._corpus(files, mapped.tokens, mapped.starts, mapped.facts)
 
-    def learn(self, files: Sequence[Path], wanted: Vocabulary) -> Tokenizer:
-        """The tokenizer of the files' text."""
+    def learn(self, files: Sequence[Path], requested: Vocabulary) -> Tokenizer:
+        """Learn the tokenizer from the text of the files."""
         size = self._size(files)
         texts = (piece.text for piece in self._pieces(files, "Learning the vocabulary"))
         try:
-            return wanted.learn(texts, size)
+            return requested.learn(texts, size)
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(str(error)) from error
 
-    def _tokenizer(self, files: Sequence[Path], wanted: Tokenizer | Vocabulary) -> Tokenizer:
-        return self.learn(files, wanted) if isinstance(wanted, Vocabulary) else wanted
+    def _tokenizer(self, files: Sequence[Path], requested: Tokenizer | Vocabulary) -> Tokenizer:
+        return self.learn(files, requested) if isinstance(requested, Vocabulary) else requested
 
     def _kept_tokenizer(
-        self, files: Sequence[Path], wanted: Tokenizer | Vocabulary, content: str
+        self, files: Sequence[Path], requested: Tokenizer | Vocabulary, content: str
     ) -> Tokenizer:
-        """What was learned from a long text is kept beside its tokens."""
-        if not isinstance(wanted, Vocabulary):
-            return wanted
-        path = self.folder / f"{cache.key(content, asdict(wanted))}.tokenizer.json"
+        """Return the tokenizer; one learned from a long text is cached beside its tokens."""
+        if not isinstance(requested, Vocabulary):
+            return requested
+        path = self.folder / f"{cache.key(content, asdict(requested))}.tokenizer.json"
         try:
             kept = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
             cache.mark_used(path)
             return kept
         except (OSError, ValueError):  # not there yet, or damaged
-            tokenizer = self.learn(files, wanted)
+            tokenizer = self.learn(files, requested)
             cache.write_small(path, json.dumps(tokenizer.to_json()).encode())
             return tokenizer
 
     def _blocks(
-        self, files: Sequence[Path], tokenizer: Tokenizer, found: TextStats
+        self, files: Sequence[Path], tokenizer: Tokenizer, stats: TextStats
     ) -> Iterator[NDArray[np.int32]]:
         if is_tokens(files[0]):
             seen = self._seen("Reading tokens", self._size(files))
-            return token_files.token_blocks([*files], tokenizer, found, seen)
-        return blocks(self._pieces(files, "Making tokens"), tokenizer, found, self.threads)
+            return token_files.token_blocks([*files], tokenizer, stats, seen)
+        return blocks(self._pieces(files, "Making tokens"), tokenizer, stats, self.threads)
 
     def _pieces(self, files: Sequence[Path], what: str) -> Iterator[Piece]:
         seen = self._seen(what, self._size(files))
@@ -161,7 +160,7 @@ class Loader:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def _content(self, files: Sequence[Path]) -> str:
-        """A digest of what the files hold and how they are read; not of their names."""
+        """Return a digest of the files' contents and how they are read, but not of their names."""
         seen, parts = self._seen("Looking for changes", self._size(files)), []
         for file in files:
             try:
@@ -178,21 +177,45 @@ class Loader:
     ) -> Corpus:
         names = tuple(map(str, files))
         n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
-        wanted = ("sha256", "characters", "n_bytes", "unknown", "has_romeo")
-        known = {name: facts[name] for name in wanted}
-        return Corpus(names, tokens, starts, n_train=n_train, **known)
+        used = ("sha256", "characters", "n_bytes", "unknown")  # older caches hold more
+        return Corpus(
+            names, tokens, starts, n_train=n_train, **{name: facts[name] for name in used}
+        )
+
+
+def load_corpus(
+    *paths: str | Path,
+    text: str | None = None,
+    tokenizer: str | Tokenizer = "char",
+    vocab_size: int = 0,
+    reading: Reading | None = None,
+) -> tuple[Tokenizer, Corpus]:
+    """Return the tokenizer and the tokens of files, folders and globs, or of a `text`.
+
+    `tokenizer` is a kind to learn ("char", "bpe", "wordpiece"), the path of a tokenizer.json, or a
+    tokenizer; `vocab_size` limits one that is learned. Long texts go through the cache on the disk.
+    """
+    if bool(paths) == (text is not None):
+        raise DataError("load_corpus takes either paths or text=, not both and not neither")
+    requested = choose_tokenizer(tokenizer, vocab_size) if isinstance(tokenizer, str) else tokenizer
+    loader = Loader(reading or Reading(), cache.place(), os.cpu_count() or 1)
+    if text is None:
+        return loader.load(find_files([str(path) for path in paths]), requested)
+    if isinstance(requested, Vocabulary):
+        requested = requested.learn([text], len(text.encode("utf-8", "surrogatepass")))
+    return requested, encode_corpus({"text": text}, requested)
 
 
 def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
-    """The corpus of texts by name, in their order, each of them one document."""
-    found = TextStats()
+    """Return the corpus of texts, name to text, each of them one document."""
+    stats = TextStats()
     documents = (Piece(text, True, True) for text in texts.values())
-    tokens = np.concatenate([*blocks(documents, tokenizer, found)])
-    return Corpus(tuple(texts), tokens, np.array(found.starts), **_facts(found))
+    tokens = np.concatenate([*blocks(documents, tokenizer, stats)])
+    return Corpus(tuple(texts), tokens, np.array(stats.starts), **_facts(stats))
 
 
 def check_length(corpus: Corpus, block_size: int) -> None:
-    """DataError unless train and validation each hold one block and the token after it."""
+    """Raise DataError unless training and validation each hold a block and the token after it."""
     n, fits = len(corpus.tokens), min(len(corpus.train), len(corpus.val)) - 1
     if fits >= block_size:
         return
@@ -207,13 +230,12 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     )
 
 
-def _facts(found: TextStats) -> dict[str, Any]:
+def _facts(stats: TextStats) -> dict[str, Any]:
     return {
-        "sha256": found.digest.hexdigest(),
-        "characters": found.characters,
-        "n_bytes": found.n_bytes,
-        "unknown": dict(found.unknown),
-        "has_romeo": found.has_romeo,
+        "sha256": stats.digest.hexdigest(),
+        "characters": stats.characters,
+        "n_bytes": stats.n_bytes,
+        "unknown": dict(stats.unknown),
     }
 
 

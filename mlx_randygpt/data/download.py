@@ -1,42 +1,40 @@
-"""One file from the network, whole and checked or not at all.
-
-Owns the request, its limits, the checksum and the temporary name; progress goes to a callback. A
-small file is asked for once; a large one goes on where it broke off, in the same call or the next.
-"""
+"""Downloads: one file from the network, checked, and resumed if the connection breaks off."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import file_digest
-from hashlib import sha256 as new_sha256
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 
 CHUNK_BYTES = 1 << 16
 URL_VARIABLE = "MLXGPT_SHAKESPEARE_URL"  # a mirror of tiny Shakespeare
-ATTEMPTS = 5  # in a row that bring nothing new
-Progress = Callable[[int, int], None]  # bytes so far, bytes in all; 0: not known
+ATTEMPTS = 5  # in a row that bring nothing new before a download fails
+Progress = Callable[[int, int], None]  # bytes so far, total bytes; 0: unknown
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file that never changes, and where it is."""
+    """The URL of a file that does not change, its size and checksum."""
 
     url: str
-    size: int = 0  # bytes; 0: not known
-    sha256: str = ""  # "": what the first download had
+    size: int = 0  # bytes; 0: unknown
+    sha256: str = ""  # "": that of the first download
 
 
 TINY_SHAKESPEARE = Remote(
@@ -49,119 +47,127 @@ TINY_SHAKESPEARE = Remote(
 def fetch_tiny_shakespeare(
     path: Path, on_progress: Progress, environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Tiny Shakespeare as `path`, from the URL in MLXGPT_SHAKESPEARE_URL if there is one."""
+    """Download tiny Shakespeare to `path`, from MLXGPT_SHAKESPEARE_URL if that is set."""
     url = environ.get(URL_VARIABLE) or TINY_SHAKESPEARE.url
-    fetch(url, path, TINY_SHAKESPEARE.sha256, TINY_SHAKESPEARE.size, on_progress)
+    fetch(replace(TINY_SHAKESPEARE, url=url), path, on_progress, attempts=1)
 
 
 def fetch(
-    url: str,
-    path: Path,
-    sha256: str,
-    size: int,
-    on_progress: Progress,
-    timeout_seconds: float = 10.0,
-) -> None:
-    """The `size` bytes of `url` as the file `path`, if their SHA-256 is right.
-
-    `timeout_seconds` limits the time to the first answer, and then each wait for more.
-    DataError says why not; then, as after Ctrl-C, nothing is left behind.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file, _open(url, timeout_seconds) as response:
-            _copy(response, file, sha256, size, on_progress)
-        os.replace(part, path)
-    except (OSError, HTTPException, ValueError) as error:
-        reason = _reason(error, timeout_seconds)
-        raise DataError(f"could not download {url} to {path}: {reason}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-def fetch_large(
     remote: Remote,
     path: Path,
     on_progress: Progress,
+    *,
     timeout_seconds: float = 10.0,
+    attempts: int = ATTEMPTS,
     pause: Callable[[float], None] = time.sleep,
 ) -> str:
-    """The file of `remote` as `path`, if size and SHA-256 are right; the SHA-256.
+    """Download `remote` to `path` and return its SHA-256; DataError if size or checksum is wrong.
 
-    A connection that breaks off is taken up again where it was, here or in the next call: until
-    the file is whole it is `.NAME.part`. Where no checksum is known the first one is written to
-    `NAME.sha256`, and later downloads must have it. DataError says why not.
+    A download that broke off is resumed, by this call or the next: until the file is complete it
+    is `.NAME.part`, which stays if the server identifies the version of the file. If no checksum
+    is known, the first one is written to `NAME.sha256`, and later downloads must have it.
+    `timeout_seconds` limits the time to the first response, and each wait for more; `attempts`
+    in a row that bring nothing new are an error.
     """
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _go_on(remote, part, on_progress, timeout_seconds, pause)
-        digest = _checked(remote, part, path)
-        os.replace(part, path)
+        with _locked(part) as descriptor:
+            attempt = partial(_append, remote, part, on_progress, timeout_seconds)
+            _retry(attempt, part, attempts, pause)
+            digest = _verified_digest(remote, part, path)
+            files.flush(descriptor)
+            files.publish(part, path)
     except (OSError, HTTPException, ValueError) as error:
         reason = _reason(error, timeout_seconds)
         raise DataError(f"could not download {remote.url} to {path}: {reason}") from error
-    _tag(part).unlink(missing_ok=True)
     return digest
 
 
-def _go_on(
-    remote: Remote, part: Path, on_progress: Progress, seconds: float,
-    pause: Callable[[float], None],
-) -> None:  # fmt: skip
-    """Fill `part` until all of the file is there; OSError when ATTEMPTS in a row bring nothing, or
-    at once where there is no connection to begin with."""
-    failed, ever = 0, False
+@contextmanager
+def _locked(part: Path) -> Iterator[int]:
+    """Hold `part` for this process, after waiting for any other that downloads the same file.
+
+    At the end, a part that cannot be resumed is removed.
+    """
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            if _append(remote, part, on_progress, seconds):
-                return
-            error: Exception = ConnectionError("the connection broke off")
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not part.exists() or not os.path.samestat(os.fstat(descriptor), part.stat()):
+                continue  # the other process has finished and renamed or removed its file
+            try:
+                yield descriptor
+            finally:
+                if not (part.exists() and part.stat().st_size and _read_tag(part)):
+                    part.unlink(missing_ok=True)
+                    _tag(part).unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _retry(
+    attempt: Callable[[], None], part: Path, attempts: int, pause: Callable[[float], None]
+) -> None:
+    """Repeat `attempt` until `part` is complete.
+
+    Raises OSError if `attempts` in a row bring nothing new, or if the first one cannot connect.
+    """
+    n_failed, connected = 0, False
+    while True:
+        before = part.stat().st_size
+        try:
+            attempt()
+            return
         except HTTPError as refusal:
-            if refusal.code != 416 or not before:  # 416: no such range, so `part` is no part of it
+            if refusal.code != 416 or not before:  # 416: the range does not exist
                 raise
             refusal.close()
-            part.unlink()
-            error = refusal
-        except (OSError, HTTPException) as broken:
-            if isinstance(broken, URLError) and not ever:
+            os.truncate(part, 0)
+            error: Exception = refusal
+        except (OSError, HTTPException) as failure:
+            if isinstance(failure, URLError) and not connected:
                 raise
-            error = broken
-        grown = part.exists() and part.stat().st_size > before
-        failed, ever = (0, True) if grown else (failed + 1, ever)
-        if failed == ATTEMPTS:
+            error = failure
+        has_grown = part.stat().st_size > before and _read_tag(part) != ""
+        n_failed, connected = (0, True) if has_grown else (n_failed + 1, connected)
+        if n_failed >= attempts:
             raise error
-        pause(2.0**failed)
+        pause(2.0**n_failed)
 
 
-def _append(remote: Remote, part: Path, on_progress: Progress, seconds: float) -> bool:
-    """Ask for what is missing and write what comes; whether that was all of it."""
-    have = part.stat().st_size if part.exists() else 0
-    tag = _tag(part).read_text() if have and _tag(part).exists() else ""
+def _append(remote: Remote, part: Path, on_progress: Progress, timeout_seconds: float) -> None:
+    """Request the bytes that are missing and append them to `part`; OSError if some still are."""
+    n_present = part.stat().st_size
+    tag = _read_tag(part) if n_present else ""
     request = Request(remote.url, headers={"Accept-Encoding": "identity"})
-    if tag:  # else nobody knows whether it is still the same file
-        request.add_header("Range", f"bytes={have}-")
+    if tag:  # otherwise the file may have changed
+        request.add_header("Range", f"bytes={n_present}-")
         request.add_header("If-Range", tag)
-    with _open(request, seconds) as response:
-        from_there = re.match(r"bytes (\d+)-\d+/", response.headers.get("Content-Range", ""))
-        goes_on = response.status == 206 and from_there and int(from_there[1]) == have
-        done = have if goes_on else 0
-        size = done + int(response.headers.get("Content-Length") or 0)
+    with _open(request, timeout_seconds) as response:
+        range_ = re.match(r"bytes (\d+)-\d+/", response.headers.get("Content-Range", ""))
+        resumes = response.status == 206 and range_ and int(range_[1]) == n_present
+        done = n_present if resumes else 0
+        length = response.headers.get("Content-Length")
+        size = remote.size or (done + int(length) if length else 0)
         _tag(part).write_text(_validator(response.headers))
-        with open(part, "ab" if goes_on else "wb") as file:
+        with open(part, "r+b") as file:
+            file.seek(done)
+            file.truncate()
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
                 done += len(chunk)
                 if remote.size and done > remote.size:
                     raise DataError(f"it is longer than the {remote.size} bytes it should have")
-                on_progress(done, remote.size or size)
-    return done >= (remote.size or size)
+                on_progress(done, size)
+    if done < size:
+        raise ConnectionError(f"it ended after {done} of {size} bytes")
 
 
 def _validator(headers: Mapping[str, str]) -> str:
-    """What the server says of the version of the file; a weak tag promises no equal bytes."""
+    """Return what identifies the version of the file; a weak ETag does not promise equal bytes."""
     tag = headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
 
@@ -170,26 +176,33 @@ def _tag(part: Path) -> Path:
     return part.with_name(f"{part.name}.tag")
 
 
-def _checked(remote: Remote, part: Path, path: Path) -> str:
-    """The SHA-256 of a whole file; where it is wrong, DataError and the file is gone."""
+def _read_tag(part: Path) -> str:
+    return _tag(part).read_text() if _tag(part).exists() else ""
+
+
+def _verified_digest(remote: Remote, part: Path, path: Path) -> str:
+    """Return the SHA-256 of a complete file; if it is wrong, DataError and the file is gone."""
     with open(part, "rb") as file:
         digest = file_digest(file, "sha256").hexdigest()
-    known = path.with_name(f"{path.name}.sha256")
+    first = path.with_name(f"{path.name}.sha256")
     expected, advice = remote.sha256, ""
-    if not expected and known.exists():
-        expected = known.read_text().split()[0]
-        advice = f", as when it was first fetched; remove {known} if the new one is right"
+    if not expected and first.exists():
+        expected = first.read_text().split()[0]
+        advice = f", as when it was first fetched; remove {first} if the new one is right"
     if expected and digest != expected:
         part.unlink()
         raise DataError(f"its SHA-256 is {digest}, not {expected}{advice}")
     if not remote.sha256:
-        known.write_text(f"{digest}  {path.name}\n")
+        files.write(first, f"{digest}  {path.name}\n".encode())
     return digest
 
 
 def _open(url: str | Request, seconds: float) -> Any:
-    """The response, or TimeoutError: here the time to look up the name and to try each of its
-    addresses counts too, where a socket's own limit would start again for every address."""
+    """Return the response, or raise TimeoutError.
+
+    Looking up the name and trying each of its addresses counts too; the limit of a socket would
+    start again for every address.
+    """
     answer: Future[Any] = Future()
 
     def ask() -> None:
@@ -201,26 +214,9 @@ def _open(url: str | Request, seconds: float) -> Any:
     threading.Thread(target=ask, daemon=True).start()
     try:
         return answer.result(seconds)
-    except BaseException:  # Ctrl-C too: whatever still arrives is closed
+    except BaseException:  # Ctrl-C too: close a response that arrives later
         answer.add_done_callback(lambda late: None if late.exception() else late.result().close())
         raise
-
-
-def _copy(
-    response: IO[bytes], file: IO[bytes], sha256: str, size: int, on_progress: Progress
-) -> None:
-    digest, done = new_sha256(), 0
-    while chunk := response.read(CHUNK_BYTES):
-        file.write(chunk)
-        digest.update(chunk)
-        done += len(chunk)
-        if done > size:
-            raise DataError(f"it is longer than the {size} bytes it should have")
-        on_progress(done, size)
-    if done < size:
-        raise DataError(f"it ended after {done} of {size} bytes")
-    if digest.hexdigest() != sha256:
-        raise DataError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}")
 
 
 def _reason(error: Exception, seconds: float) -> str:

@@ -1,7 +1,6 @@
 """From pieces of text to blocks of tokens, on several threads and in order.
 
-Owns how documents are framed (BOS document EOS, where texts have an end) and what is found out
-about a text on the way.
+A document is framed as BOS document EOS, if the tokenizer has a token that ends a text.
 """
 
 from __future__ import annotations
@@ -18,18 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data.reading import PIECE, Piece
-from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 Ids = NDArray[np.int32]
 
 
 @dataclass
 class TextStats:
-    """What is known of a text once its blocks have been taken."""
+    """Statistics of a text, complete once all of its blocks were taken."""
 
     characters: int = 0
     n_bytes: int = 0  # of the same in UTF-8
-    has_romeo: bool = False  # whether ROMEO: is in it, the default prompt
     unknown: Counter[str] = field(default_factory=Counter)  # characters that were lost
     digest: Any = field(default_factory=sha256)  # of the documents in UTF-8, a NUL between them
     n_tokens: int = 0
@@ -37,35 +35,37 @@ class TextStats:
     _n_read: int = 0  # documents
 
     def read(self, piece: Piece) -> None:
+        """Count one more piece."""
         between = b"\0" if piece.begins and self._n_read else b""
         self._n_read += piece.begins
         raw = piece.text.encode("utf-8", "surrogatepass")
         self.digest.update(between + raw)
         self.characters += len(piece.text)
         self.n_bytes += len(raw)
-        self.has_romeo = self.has_romeo or "ROMEO:" in piece.text
 
 
 def blocks(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, found: TextStats, threads: int = 1
+    pieces: Iterable[Piece], tokenizer: Tokenizer, stats: TextStats, threads: int = 1
 ) -> Iterator[Ids]:
-    """The tokens of the pieces in order, some 100,000 at a time. `found` grows with each block;
-    no more of the text than a few jobs is in memory."""
+    """Yield the tokens of the pieces in order, some 100,000 at a time, and update `stats`.
+
+    Only a few jobs' worth of the text is in memory.
+    """
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Ids, list[int], dict[str, int]]]] = deque()
-        for job in _jobs(pieces, found):
+        for job in _jobs(pieces, stats):
             waiting.append(pool.submit(_encode, job, tokenizer))
             if len(waiting) > threads + 1:
-                yield _taken(waiting.popleft().result(), found)
+                yield _taken(waiting.popleft().result(), stats)
         while waiting:
-            yield _taken(waiting.popleft().result(), found)
+            yield _taken(waiting.popleft().result(), stats)
 
 
-def _jobs(pieces: Iterable[Piece], found: TextStats) -> Iterator[list[Piece]]:
+def _jobs(pieces: Iterable[Piece], stats: TextStats) -> Iterator[list[Piece]]:
     job: list[Piece] = []
     size = 0
     for piece in pieces:
-        found.read(piece)
+        stats.read(piece)
         job.append(piece)
         size += len(piece.text)
         if size >= PIECE // 2:
@@ -76,7 +76,7 @@ def _jobs(pieces: Iterable[Piece], found: TextStats) -> Iterator[list[Piece]]:
 
 
 def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dict[str, int]]:
-    """The tokens of a job, where documents begin in them, and what is not in the vocabulary."""
+    """Return the tokens of a job, where documents begin in them, and the unknown characters."""
     framed = tokenizer.eos != NO_TOKEN
     ends = [tokenizer.eos] * (framed and tokenizer.eos != tokenizer.bos)  # else the next BOS does
     bos = np.array([tokenizer.bos] * framed, np.int32)
@@ -92,9 +92,9 @@ def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dic
     return np.concatenate(parts), starts, tokenizer.unknown("".join(texts))
 
 
-def _taken(block: tuple[Ids, list[int], dict[str, int]], found: TextStats) -> Ids:
+def _taken(block: tuple[Ids, list[int], dict[str, int]], stats: TextStats) -> Ids:
     ids, starts, unknown = block
-    found.starts.extend(found.n_tokens + start for start in starts)
-    found.n_tokens += len(ids)
-    found.unknown.update(unknown)
+    stats.starts.extend(stats.n_tokens + start for start in starts)
+    stats.n_tokens += len(ids)
+    stats.unknown.update(unknown)
     return ids

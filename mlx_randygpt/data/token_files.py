@@ -17,7 +17,7 @@ from mlx_randygpt.data import DataError
 from mlx_randygpt.data.encoding import TextStats
 from mlx_randygpt.data.files import is_validation
 from mlx_randygpt.data.reading import Seen
-from mlx_randygpt.tokenizers.chars import NO_TOKEN, Tokenizer
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 HEADER_BYTES = 256 * 4
 MAGICS: dict[int, tuple[int, np.dtype[Any]]] = {  # version, type of an id
@@ -28,19 +28,19 @@ CHUNK_TOKENS = 1 << 19
 
 
 def in_order(files: list[Path]) -> list[Path]:
-    """Training files first, then those that name themselves validation."""
+    """Sort training files before validation files."""
     return sorted(files, key=is_validation)
 
 
 def token_blocks(
-    files: list[Path], tokenizer: Tokenizer, found: TextStats, seen: Seen = lambda n: None
+    files: list[Path], tokenizer: Tokenizer, stats: TextStats, seen: Seen = lambda n: None
 ) -> Iterator[NDArray[np.int32]]:
-    """The ids of the files; DataError for one that the tokenizer does not have."""
+    """Yield the ids of the files; DataError for one outside the tokenizer's vocabulary."""
     for file in files:
         dtype, offset = _layout(file)
         with open(file, "rb") as stream:
             stream.seek(offset)
-            found.starts.append(found.n_tokens)
+            stats.starts.append(stats.n_tokens)
             while raw := stream.read(CHUNK_TOKENS * dtype.itemsize):
                 ids = np.frombuffer(raw, dtype)
                 if ids.max() >= tokenizer.vocab_size:
@@ -49,16 +49,16 @@ def token_blocks(
                         f"{tokenizer.vocab_size}; give the --tokenizer that made the file"
                     )
                 seen(len(raw))
-                found.digest.update(raw)
+                stats.digest.update(raw)
                 if tokenizer.eos != NO_TOKEN:  # else its BOS is a token like others
-                    begins = np.flatnonzero(ids == tokenizer.bos) + found.n_tokens
-                    found.starts.extend(int(at) for at in begins if at > found.starts[-1])
-                found.n_tokens += len(ids)
+                    begins = np.flatnonzero(ids == tokenizer.bos) + stats.n_tokens
+                    stats.starts.extend(int(at) for at in begins if at > stats.starts[-1])
+                stats.n_tokens += len(ids)
                 yield ids.astype(np.int32)
 
 
 def n_train(files: list[Path]) -> int | None:
-    """How many tokens come before the validation files; None where there are none."""
+    """Count the tokens before the validation files; None if there are no such files."""
     if not any(map(is_validation, files)):
         return None
     if all(map(is_validation, files)):
@@ -72,7 +72,7 @@ def _n_tokens(file: Path) -> int:
 
 
 def _layout(file: Path) -> tuple[np.dtype[Any], int]:
-    """The type of an id and where the first one is."""
+    """Return the type of an id and the offset of the first one."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as stream:
@@ -82,7 +82,7 @@ def _layout(file: Path) -> tuple[np.dtype[Any], int]:
     magic, version, n_tokens = np.frombuffer(head.ljust(12, b"\0"), "<i4").tolist()
     if magic not in MAGICS:
         if size % 2 or not size:
-            raise DataError(f"{file} is no token file: {size} bytes, and each id takes two")
+            raise DataError(f"{file} is not a token file: {size} bytes, and each id takes two")
         return np.dtype("<u2"), 0
     known, dtype = MAGICS[magic]
     if version != known:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data import DataError
-from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer
 from mlx_randygpt.tokenizers.subword import DEFAULT_SIZE, KINDS, SubwordTokenizer
 
 TOGETHER = 1 << 17  # characters that are counted at a time

@@ -19,13 +19,18 @@ from mlx_randygpt.state import Array, Batch, rng
 
 
 def sample_batch(
-    tokens: Array, batch_size: int, block_size: int, seed: int, step: int, micro: int = 0,
+    tokens: Array,
+    batch_size: int,
+    block_size: int,
+    seed: int,
+    step: int,
+    micro: int = 0,
     documents: Documents | None = None,
-) -> Batch:  # fmt: skip
+) -> Batch:
     """B windows that start anywhere a whole one and the token after it fit; `tokens` is (n,).
     With `documents`, none crosses from one to the next."""
     assert len(tokens) > block_size, "check_length comes first"
-    _give_back(tokens)
+    _release_pages(tokens)
     random = rng(seed, "batch", step, micro)
     if documents is not None:
         return Batch(tokens, documents.starts(random, batch_size), block_size)
@@ -52,13 +57,12 @@ def eval_batches(
     batch_size = min(batch_size, n_kept)
     padding = np.full(-n_kept % batch_size, len(tokens), dtype=np.int64)
     for rows in np.concatenate([starts, padding]).reshape(-1, batch_size):
-        _give_back(tokens)
+        _release_pages(tokens)
         yield Batch(tokens, rows, block_size)
 
 
-def _give_back(tokens: Array) -> None:
-    """Where tokens are a map of a file, let go of the pages read so far: they would count as this
-    process's memory until all of the file does."""
+def _release_pages(tokens: Array) -> None:
+    """Release the pages of a memory-mapped file read so far; they count as resident memory."""
     if (pages := getattr(tokens, "_mmap", None)) is not None:
         pages.madvise(mmap.MADV_DONTNEED)
 

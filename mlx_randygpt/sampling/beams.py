@@ -11,7 +11,7 @@ from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation, Generated, Streams, log_softmax
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 
 def beam_search(

@@ -15,11 +15,12 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from mlx_randygpt import files
 from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig, UserError
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Generated, generate, shown_length
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.words import one_line
 
 SETTINGS = {  # command -> (field of SampleConfig, its type, what it does)
@@ -104,7 +105,8 @@ class Conversation:
         """Write all turns to a file, as JSON."""
         turns = [asdict(turn) for turn in self.turns]
         try:
-            path.write_text(json.dumps({"format": "mlxgpt chat", "turns": turns}, indent=1) + "\n")
+            content = json.dumps({"format": "mlxgpt chat", "turns": turns}, indent=1) + "\n"
+            files.write(path, content.encode())
         except OSError as error:
             raise ChatError(f"could not write {path}: {error.strerror}") from error
         return f"saved {len(turns)} answer{'s' * (len(turns) != 1)} to {path}"

@@ -17,7 +17,7 @@ from mlx_randygpt.backends.base import Cache, Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
 from mlx_randygpt.state import Array, rng
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 
 class Streams:

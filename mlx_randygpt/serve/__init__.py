@@ -13,7 +13,7 @@ from typing import Any
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.state import Params
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 MAX_TOKENS = 1 << 15  # of one text
 MAX_CHOICES = 64  # texts of one request: prompts times n

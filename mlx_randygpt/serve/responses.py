@@ -9,7 +9,7 @@ from typing import Any
 from mlx_randygpt.sampling.generate import Choice, Continuation, shown_length
 from mlx_randygpt.serve import ServedModel
 from mlx_randygpt.serve.requests import GenerationRequest
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 Body = dict[str, Any]
 

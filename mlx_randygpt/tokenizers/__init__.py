@@ -1,1 +1,70 @@
-"""Tokenizers: characters, byte-level BPE and WordPiece."""
+"""Tokenizers: characters, byte-level BPE and WordPiece, behind one protocol."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_TOKEN = -1  # an id that no text has
+_CLASSES = {"char": ("chars", "CharTokenizer"), "table": ("chars", "FixedCharTokenizer")}
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Tokenizers with the same vocabulary are equal."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, with the special tokens."""
+
+    @property
+    def bos(self) -> int:
+        """The id before a document, which also stands for an empty prompt."""
+
+    @property
+    def eos(self) -> int:
+        """The id after a document, where generation can stop.
+
+        NO_TOKEN if no token ends a text; documents then follow each other directly.
+        """
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Return the ids of `text`, without BOS and EOS; accepts every text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Encode each text; safe to call from several threads at once."""
+
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """Return the text of `ids`; ValueError for an id outside the vocabulary."""
+
+    def decoder(self) -> Callable[[int], str]:
+        """Return a function from the next id to the text that it completes.
+
+        It never returns half a character.
+        """
+
+    def unknown(self, text: str) -> dict[str, int]:
+        """Count the characters that `encode` drops or replaces by `<unk>`, most frequent first."""
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Return the UTF-8 bytes per token, (V,); 0 for BOS and EOS, 1 for `<unk>`."""
+
+    def never_sampled(self) -> tuple[int, ...]:
+        """Return the ids that generation must not pick."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the vocabulary as JSON, for `tokenizer_from_json`."""
+
+
+def tokenizer_from_json(data: object) -> Tokenizer:
+    """Return the tokenizer that wrote `data` with `to_json`; ValueError if it is invalid."""
+    if not isinstance(data, dict):
+        raise ValueError(f"tokenizer: {reprlib.repr(data)} is not a JSON object")
+    kind = data.get("type")
+    module, name = _CLASSES.get(str(kind), ("subword", "SubwordTokenizer"))
+    tokenizer: Tokenizer = getattr(import_module(f"{__name__}.{module}"), name).from_json(data)
+    return tokenizer

@@ -1,9 +1,4 @@
-"""Text to token ids and back, behind one small interface, and its simplest form: one character
-is one token. Subwords are in `subword.py`.
-
-Owns the vocabulary, its special tokens and its JSON form. Knows nothing of files, models or
-sampling, only which ids a sampler must leave alone.
-"""
+"""Tokenizers whose tokens are single characters."""
 
 from __future__ import annotations
 
@@ -13,69 +8,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.config import LIMITS
+from mlx_randygpt.tokenizers import NO_TOKEN
 
 MAX_CHARS = 512
 REPLACEMENT = 0xFFFD  # what <unk> decodes to
 CODE_POINTS = 0x110000
-
-
-class Tokenizer(Protocol):
-    """What everything else may ask of a tokenizer. Tokenizers of one vocabulary are equal."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V, special tokens included."""
-
-    @property
-    def bos(self) -> int:
-        """The id before a document, and what an empty prompt becomes."""
-
-    @property
-    def eos(self) -> int:
-        """The id after a document, where generation may stop. NEVER: nothing ends a text, and
-        documents follow each other without anything between them."""
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of `text`, without BOS or EOS; never fails."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """`encode` of each text; may be called from several threads at once."""
-
-    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of `ids`; ValueError for an id outside the vocabulary."""
-
-    def decoder(self) -> Callable[[int], str]:
-        """Text as its tokens come: each call takes the next id and gives what is complete by
-        then, so that half a character is never shown."""
-
-    def unknown(self, text: str) -> dict[str, int]:
-        """What `encode` loses: each character that becomes `<unk>` and how often, most first."""
-
-    def token_bytes(self) -> NDArray[np.int64]:
-        """UTF-8 bytes per token, (V,); 0 for BOS and EOS, 1 for a character that is not known."""
-
-    def never_sampled(self) -> tuple[int, ...]:
-        """Ids that generation must not pick."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What `tokenizer_from_json` reads back."""
+SURROGATES = range(0xD800, 0xE000)  # code points that UTF-8 cannot encode
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """Ids 0 to n-1 are `chars`, sorted by code point; then come `<bos>`, `<eos>` and `<unk>`."""
+    """Ids 0 to n-1 are `chars`, in ascending order; then come `<bos>`, `<eos>` and `<unk>`."""
 
     chars: str
 
     @classmethod
     def train(cls, texts: str | Iterable[str], max_chars: int = MAX_CHARS) -> CharTokenizer:
-        """The `max_chars` most frequent characters of `texts`; of equals, the lower code points."""
+        """Learn the `max_chars` most frequent characters; of equals, the lower code points."""
         if not 1 <= max_chars <= MAX_CHARS:
             raise ValueError(f"max_chars={max_chars} is not in 1..{MAX_CHARS}")
         counts = np.zeros(CODE_POINTS, np.int64)
@@ -83,13 +38,13 @@ class CharTokenizer:
             count = np.bincount(code_points(text))
             counts[: len(count)] += count
         counts[SURROGATES.start : SURROGATES.stop] = 0
-        found = np.flatnonzero(counts)
-        by_count = np.argsort(-counts[found], kind="stable")
-        return cls("".join(map(chr, sorted(found[by_count[:max_chars]].tolist()))))
+        codes = np.flatnonzero(counts)
+        by_count = np.argsort(-counts[codes], kind="stable")
+        return cls("".join(map(chr, sorted(codes[by_count[:max_chars]].tolist()))))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CharTokenizer:
-        """The tokenizer of a `to_json`; ValueError says what is wrong with it."""
+        """Build the tokenizer from the result of `to_json`; ValueError if it is invalid."""
         chars = data.get("chars")
         if not isinstance(chars, list):
             raise ValueError(f"tokenizer: chars={reprlib.repr(chars)} is not a list of characters")
@@ -103,8 +58,8 @@ class CharTokenizer:
             raise ValueError(f"tokenizer: {len(self.chars)} characters; it takes 1 to {MAX_CHARS}")
         for a, b in pairwise(self.chars):
             if a >= b:
-                wrong = "is there twice" if a == b else f"comes before {b!r}, out of order"
-                raise ValueError(f"tokenizer: the character {a!r} {wrong}")
+                problem = "is there twice" if a == b else f"comes before {b!r}, out of order"
+                raise ValueError(f"tokenizer: the character {a!r} {problem}")
         for char in self.chars:
             if ord(char) in SURROGATES:
                 raise ValueError(f"tokenizer: {char!r} is half a character, a lone surrogate")
@@ -119,7 +74,7 @@ class CharTokenizer:
 
     @property
     def unk(self) -> int:
-        """The id of every character outside `chars`."""
+        """Id of every character outside `chars`."""
         return len(self.chars) + 2
 
     @property
@@ -149,9 +104,9 @@ class CharTokenizer:
         lost = self.encode(text) == self.unk
         if not lost.any():
             return {}
-        found, counts = np.unique(code_points(text)[lost], return_counts=True)
+        codes, counts = np.unique(code_points(text)[lost], return_counts=True)
         order = np.argsort(-counts, kind="stable")
-        return {chr(found[i]): int(counts[i]) for i in order}
+        return {chr(codes[i]): int(counts[i]) for i in order}
 
     def token_bytes(self) -> NDArray[np.int64]:
         return np.array([len(char.encode()) for char in self.chars] + [0, 0, 1], np.int64)
@@ -177,29 +132,12 @@ class CharTokenizer:
         return np.append(code_points(self.chars), [0, 0, REPLACEMENT]).astype("<u4")
 
 
-def tokenizer_from_json(data: object) -> Tokenizer:
-    """The tokenizer that wrote `data` with `to_json`; ValueError says what is wrong with it."""
-    if not isinstance(data, dict):
-        raise ValueError(f"tokenizer: {reprlib.repr(data)} is not a JSON object")
-    if data.get("type") == "char":
-        return CharTokenizer.from_json(data)
-    if data.get("type") == "table":
-        return FixedCharTokenizer.from_json(data)
-    from mlx_randygpt.tokenizers.subword import SubwordTokenizer
-
-    return SubwordTokenizer.from_json(data)
-
-
-NO_TOKEN = -1  # an id that no text has
-SURROGATES = range(0xD800, 0xE000)  # code points that no UTF-8 text can hold
-
-
 @dataclass(frozen=True)
 class FixedCharTokenizer:
-    """`symbols[i]` is the character of id i, or "" where the id stands for none.
+    """A table: `symbols[i]` is the character of id i, or "" if the id stands for none.
 
-    A character that is not in the table is left out. Nothing ends a text. An empty prompt becomes
-    `begin`, or a newline where there is no such id.
+    Characters outside the table are dropped. No token ends a text. An empty prompt becomes `begin`
+    or, without one, a newline.
     """
 
     symbols: tuple[str, ...]
@@ -207,7 +145,7 @@ class FixedCharTokenizer:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FixedCharTokenizer:
-        """The tokenizer of a `to_json`; ValueError says what is wrong with it."""
+        """Build the tokenizer from the result of `to_json`; ValueError if it is invalid."""
         symbols, begin = data.get("symbols"), data.get("begin")
         if not isinstance(symbols, list) or not all(isinstance(s, str) for s in symbols):
             raise ValueError(f"tokenizer: symbols={reprlib.repr(symbols)} is not a list of texts")
@@ -241,8 +179,8 @@ class FixedCharTokenizer:
     def bos(self) -> int:
         if self.begin != NO_TOKEN:
             return self.begin
-        named = (symbol for symbol in ("\n", " ") if symbol in self.symbols)
-        return self.symbols.index(next(named, next(filter(None, self.symbols))))
+        blanks = (symbol for symbol in ("\n", " ") if symbol in self.symbols)
+        return self.symbols.index(next(blanks, next(filter(None, self.symbols))))
 
     @property
     def eos(self) -> int:
@@ -256,18 +194,18 @@ class FixedCharTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        listed = np.asarray(ids, np.int64).tolist()
-        for token in listed:
+        tokens = np.asarray(ids, np.int64).tolist()
+        for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is not in 0..{self.vocab_size - 1}")
-        return "".join(map(self.symbols.__getitem__, listed))
+        return "".join(map(self.symbols.__getitem__, tokens))
 
     def decoder(self) -> Callable[[int], str]:
         return self.symbols.__getitem__
 
     def unknown(self, text: str) -> dict[str, int]:
-        known = set(self.symbols)
-        return dict(Counter(char for char in text if char not in known).most_common())
+        symbols = set(self.symbols)
+        return dict(Counter(char for char in text if char not in symbols).most_common())
 
     def token_bytes(self) -> NDArray[np.int64]:
         return np.array([len(symbol.encode()) for symbol in self.symbols], np.int64)
@@ -281,15 +219,15 @@ class FixedCharTokenizer:
 
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
-        """id of each code point, NEVER of those past the last."""
-        named = {ord(symbol): token for token, symbol in enumerate(self.symbols) if symbol}
-        table = np.full(max(named) + 2, NO_TOKEN, np.int32)
-        table[list(named)] = list(named.values())
+        """Id of each code point, NO_TOKEN for code points outside the table."""
+        id_of = {ord(symbol): token for token, symbol in enumerate(self.symbols) if symbol}
+        table = np.full(max(id_of) + 2, NO_TOKEN, np.int32)
+        table[list(id_of)] = list(id_of.values())
         return table
 
 
 def code_points(text: str) -> NDArray[np.uint32] | NDArray[np.uint8]:
-    """The numbers of the characters; half characters have theirs."""
+    """Return the code points of a text, lone surrogates included."""
     if text.isascii():  # a quarter of the memory to read
         return np.frombuffer(text.encode("ascii"), np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

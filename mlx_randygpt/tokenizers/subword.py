@@ -254,9 +254,11 @@ def _learn_bpe(library: Any, texts: Iterator[str], vocab_size: int) -> Any:
     model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        show_progress=False,
         initial_alphabet=sorted(spelling().values()),
-    )  # fmt: skip
+    )
     model.train_from_iterator(texts, trainer)
     return model
 
@@ -265,27 +267,33 @@ def _learn_wordpiece(library: Any, texts: Iterator[str], vocab_size: int) -> Any
     """WordPiece over bytes. Each of them is a token at the start of a word and one inside it, so
     that no word is unknown; the learned pieces come after."""
     pre, regex = library.pre_tokenizers, library.Regex
-    splits = pre.Sequence([
-        pre.ByteLevel(add_prefix_space=False),
-        pre.Split(regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated"),
-    ])  # fmt: skip
+    splits = pre.Sequence(
+        [
+            pre.ByteLevel(add_prefix_space=False),
+            pre.Split(regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated"),
+        ]
+    )
     alphabet = sorted(spelling().values())
     inner = [INNER + char for char in alphabet]
     learner = library.Tokenizer(library.models.WordPiece({UNK: 0}, unk_token=UNK))
     learner.pre_tokenizer = splits
     trainer = library.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[UNK, *inner],  # named, so that their order is fixed
+        vocab_size=vocab_size,
+        special_tokens=[UNK, *inner],  # named, so that their order is fixed
         initial_alphabet=alphabet,
-        continuing_subword_prefix=INNER, show_progress=False,
-    )  # fmt: skip
+        continuing_subword_prefix=INNER,
+        show_progress=False,
+    )
     learner.train_from_iterator(texts, trainer)
     learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
     first = [BOS, EOS, UNK, *alphabet, *inner]
     names = list(dict.fromkeys([*first, *(name for name, _ in learned)]))[:vocab_size]
     pieces = library.models.WordPiece(
-        {name: token for token, name in enumerate(names)}, unk_token=UNK,
-        continuing_subword_prefix=INNER, max_input_chars_per_word=MAX_WORD_BYTES,
-    )  # fmt: skip
+        {name: token for token, name in enumerate(names)},
+        unk_token=UNK,
+        continuing_subword_prefix=INNER,
+        max_input_chars_per_word=MAX_WORD_BYTES,
+    )
     model = library.Tokenizer(pieces)
     model.pre_tokenizer = splits
     strip = library.decoders.Replace(regex(f"^{INNER}"), "")

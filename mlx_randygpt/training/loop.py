@@ -21,7 +21,7 @@ from mlx_randygpt.progress import Progress
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.state import Array, Batch, TrainState
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.training.evaluation import evaluate, overfitting
 from mlx_randygpt.training.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
 from mlx_randygpt.training.saving import Folder, Saver

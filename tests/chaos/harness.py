@@ -119,7 +119,7 @@ class Run:
 
     def unfinished(self) -> list[Path]:
         """What the latest process is writing, or was when it died."""
-        return list(self.out.glob(f".*.{self.lives[-1].process.pid}.tmp"))
+        return list(self.out.glob(f".*.{self.lives[-1].process.pid}.*.tmp"))
 
     def newest(self) -> Path:
         """The furthest of the files whose header can be read."""

@@ -16,6 +16,7 @@ from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, Progres
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import TrainState
+from mlx_randygpt.words import format_bytes
 
 POINTS = range(20)  # twentieths of the file that the disk still takes
 Make = Callable[[int], Checkpoint]
@@ -85,7 +86,7 @@ def assert_spared(path: Path, before: dict[str, bytes], failure: CheckpointError
     """All is as it was, and the line names the file and the room it needs."""
     assert contents(path.parent) == before  # no temporary file either
     assert str(path) in str(failure)
-    assert f"needs {len(before[path.name]) / 1e6:.1f} MB" in str(failure)
+    assert f"needs {format_bytes(len(before[path.name]))}" in str(failure)
 
 
 @pytest.mark.parametrize("point", POINTS)

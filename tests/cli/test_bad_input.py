@@ -227,7 +227,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{EVAL} --checkpoint=flipped", 1, "flipped is damaged: its contents do not match"),
     # info, check, bench, presets, doctor
     ("info none", 1, "could not read none: No such file or directory"),
-    ("info hollow", 1, "hollow is a folder; name the file, such as hollow/"),
+    ("info hollow", 1, "there is neither checkpoint_best.safetensors nor"),
     ("info text.txt", 1, "text.txt is not a checkpoint of mlxgpt, or is truncated or damaged"),
     ("info other", 1, "(format None, expected 'mlx-randygpt')"),
     (f"info {FILE} cut", 2, "Got unexpected extra argument (cut)"),

@@ -55,7 +55,8 @@ from mlx_randygpt.recipes import PRESETS
 from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
 from mlx_randygpt.settings import resolve_new
 from mlx_randygpt.state import IGNORED, Batch, Params, TrainState
-from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer
 
 set_hypothesis_home_dir(tempfile.gettempdir())  # its tables of characters, not its examples
 

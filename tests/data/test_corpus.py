@@ -4,10 +4,11 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.corpus import check_length, encode_corpus
+from mlx_randygpt.data.corpus import check_length, encode_corpus, load_corpus
 from mlx_randygpt.data.files import default_source, find_files, sample_corpus_path
 from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -200,3 +201,13 @@ def test_an_absurd_context_is_refused_at_once() -> None:
     corpus = encode_corpus({"a": "a"}, CharTokenizer.train("a"))
     with pytest.raises(DataError, match=r"at least 10000000001 tokens .*; give more text$"):
         check_length(corpus, 10**9)
+
+
+def test_one_call_loads_a_path_or_a_text(tmp_path: Path, text: str) -> None:
+    (file := tmp_path / "a.txt").write_text(text)
+    tokenizer, corpus = load_corpus(file)
+    same, from_text = load_corpus(text=text, tokenizer=tokenizer)
+    assert tokenizer == same == CharTokenizer.train(text)
+    np.testing.assert_equal(corpus.tokens, from_text.tokens)
+    with pytest.raises(DataError, match="either paths or text="):
+        load_corpus()

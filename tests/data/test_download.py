@@ -16,7 +16,6 @@ from mlx_randygpt.data.download import (
     URL_VARIABLE,
     Remote,
     fetch,
-    fetch_large,
     fetch_tiny_shakespeare,
 )
 
@@ -105,11 +104,23 @@ def quiet(done: int, size: int) -> None:
     pass
 
 
+def small(
+    url: str, path: Path, on_progress: download.Progress, timeout_seconds: float = 5.0
+) -> None:
+    """One attempt, as for tiny Shakespeare."""
+    remote = Remote(url, len(BODY), SHA)
+    fetch(remote, path, on_progress, timeout_seconds=timeout_seconds, attempts=1, pause=forbidden)
+
+
+def forbidden(seconds: float) -> None:
+    raise AssertionError("a single attempt does not pause")
+
+
 def refusal(url: str, path: Path, timeout_seconds: float = 5.0) -> str:
     """What the failed fetch says; nothing may be left behind, whatever was there stays."""
     before = {file: file.read_bytes() for file in path.parent.glob("*")}
     with pytest.raises(DataError) as caught:
-        fetch(url, path, SHA, len(BODY), quiet, timeout_seconds)
+        small(url, path, quiet, timeout_seconds)
     assert {file: file.read_bytes() for file in path.parent.glob("*")} == before
     return str(caught.value).removeprefix(f"could not download {url} to {path}: ")
 
@@ -117,7 +128,7 @@ def refusal(url: str, path: Path, timeout_seconds: float = 5.0) -> str:
 @pytest.mark.parametrize("place", ["/good", "/redirect"])
 def test_a_file_arrives_whole_and_progress_is_told(url: str, place: str, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    fetch(url + place, tmp_path / "a.txt", SHA, len(BODY), lambda *now: told.append(now))
+    small(url + place, tmp_path / "a.txt", lambda *now: told.append(now))
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_bytes() == BODY
     assert told == sorted(told)
@@ -188,7 +199,7 @@ def test_a_url_that_is_none_is_said(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_said_before_asking(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
-    assert refusal("http://127.0.0.1:1/", tmp_path / "data/a.txt") == "Not a directory"
+    assert refusal("http://127.0.0.1:1/", tmp_path / "data/a.txt") == "File exists"
 
 
 def test_ctrl_c_leaves_nothing_behind(url: str, tmp_path: Path) -> None:
@@ -196,7 +207,7 @@ def test_ctrl_c_leaves_nothing_behind(url: str, tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fetch(f"{url}/good", tmp_path / "a.txt", SHA, len(BODY), interrupt)
+        small(f"{url}/good", tmp_path / "a.txt", interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -210,7 +221,8 @@ WHOLE = [*range(0, len(BODY), 40_000)]
 
 
 def large(url: str, path: Path, sha256: str = SHA, size: int = len(BODY)) -> str:
-    return fetch_large(Remote(url, size, sha256), path, quiet, 5.0, lambda seconds: None)
+    remote = Remote(url, size, sha256)
+    return fetch(remote, path, quiet, timeout_seconds=5.0, pause=lambda seconds: None)
 
 
 def refused(url: str, path: Path, sha256: str = SHA, size: int = len(BODY)) -> str:
@@ -234,7 +246,7 @@ def test_ctrl_c_keeps_what_came_and_the_next_call_goes_on(url: str, tmp_path: Pa
 
     remote = Remote(f"{url}/resume", len(BODY), SHA)
     with pytest.raises(KeyboardInterrupt):
-        fetch_large(remote, tmp_path / "a.txt", interrupt, 5.0, lambda seconds: None)
+        fetch(remote, tmp_path / "a.txt", interrupt, timeout_seconds=5.0)
     had = (tmp_path / ".a.txt.part").stat().st_size
     Server.asked.clear()
     large(f"{url}/resume", tmp_path / "a.txt")
@@ -259,21 +271,23 @@ def test_a_part_that_is_too_long_is_begun_anew(url: str, tmp_path: Path) -> None
 
 def test_without_a_version_nothing_is_put_together(url: str, tmp_path: Path) -> None:
     reason = refused(f"{url}/resume-untagged", tmp_path / "a.txt")
-    assert reason == "the connection broke off"
+    assert reason == f"it ended after 40000 of {len(BODY)} bytes"
     assert set(Server.asked) == {0}
 
 
 def test_a_line_that_brings_nothing_is_given_up(url: str, tmp_path: Path) -> None:
     pauses: list[float] = []
     with pytest.raises(DataError, match="Remote end closed connection without response"):
-        fetch_large(Remote(f"{url}/dropped"), tmp_path / "a.txt", quiet, 5.0, pauses.append)
+        fetch(Remote(f"{url}/dropped"), tmp_path / "a.txt", quiet, pause=pauses.append)
     assert pauses == [2.0, 4.0, 8.0, 16.0]
 
 
 def test_a_length_that_is_a_lie_is_seen(url: str, tmp_path: Path) -> None:
     said = f"it is longer than the {len(BODY)} bytes it should have"
     assert refused(f"{url}/long", tmp_path / "a.txt") == said
-    assert refused(f"{url}/half", tmp_path / "b.txt", "", 0) == "the connection broke off"
+    assert refused(f"{url}/half", tmp_path / "b.txt", "", 0) == (
+        f"it ended after 1000 of {len(BODY)} bytes"
+    )
     wrong = sha256(BODY).hexdigest()
     assert refused(f"{url}/good", tmp_path / "c.txt", "0" * 64, 0) == (
         f"its SHA-256 is {wrong}, not {'0' * 64}"

@@ -63,8 +63,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no token file: 0 bytes, and each id takes two"),
-        (b"abc", "is no token file: 3 bytes"),
+        (b"", "is not a token file: 0 bytes, and each id takes two"),
+        (b"abc", "is not a token file: 3 bytes"),
         (np.array([20240520, 1, 9], "<i4").tobytes(), "cut off or damaged: its header names 9 tok"),
         (np.array([20240520, 2, 9], "<i4").tobytes(), "has version 2 of llm.c's format; 1 can be"),
     ],

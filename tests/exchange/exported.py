@@ -14,12 +14,8 @@ from mlx_randygpt.progress import Progress
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.state import Array, Params, TrainState
-from mlx_randygpt.tokenizers.chars import (
-    CharTokenizer,
-    FixedCharTokenizer,
-    Tokenizer,
-    tokenizer_from_json,
-)
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 2, "block_size": 250}  # 64: a group of 4-bit weights

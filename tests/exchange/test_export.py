@@ -23,7 +23,7 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.export import build_files, export
 from mlx_randygpt.exchange.exporters.card import card, licences
 from mlx_randygpt.exchange.exporters.tokenizer import token_names, tokenizer_json
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
 
 Make = Callable[..., Checkpoint]
 KINDS = ("char", "bpe", "wordpiece")

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_randygpt.tokenizers.chars import CharTokenizer, Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 TEXT = "héllo, wörld 😀\n→ ok"
 

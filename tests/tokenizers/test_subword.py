@@ -9,7 +9,7 @@ import pytest
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.files import sample_corpus_path
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS, MIN_VOCAB_SIZE, SubwordTokenizer, spelling
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -50,7 +50,7 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     from mlx_randygpt.cli.training.text import ProgressBar
     from mlx_randygpt.data import corpora
     from mlx_randygpt.data.corpora import SHELF, gutenberg_url
-    from mlx_randygpt.data.download import fetch_large
+    from mlx_randygpt.data.download import fetch as fetch_file
 
     corpus = corpora.find_corpus(name)
     if book and corpus.remote is not None:
@@ -68,7 +68,7 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     with ProgressBar() as bar:
 
         def download(remote: Remote, path: Path) -> None:
-            digest = fetch_large(
+            digest = fetch_file(
                 remote, path, lambda done, size: bar(f"Downloading {path.name}", done, size)
             )
             if not remote.sha256:

@@ -23,7 +23,7 @@ from mlx_randygpt.cli.output import print_json
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.state import Array
-    from mlx_randygpt.tokenizers.chars import Tokenizer
+    from mlx_randygpt.tokenizers import Tokenizer
     from mlx_randygpt.training.evaluation import Score
 
 

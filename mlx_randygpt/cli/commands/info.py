@@ -130,7 +130,7 @@ def _perplexity(loss: float) -> float:
 
 
 def _tokenizer(saved: Checkpoint) -> str:
-    from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+    from mlx_randygpt.tokenizers import tokenizer_from_json
 
     tokenizer = tokenizer_from_json(saved.tokenizer)
     first = tokenizer.decode(range(min(N_CHARACTERS, tokenizer.vocab_size)))

@@ -37,6 +37,7 @@ def command(
     from mlx_randygpt.analysis.metrics import read_samples
     from mlx_randygpt.cli.training import text as texts
     from mlx_randygpt.config import ConfigError
+    from mlx_randygpt.files import write
 
     path, saved, tokenizer = read(checkpoint)
     if text == "":
@@ -50,7 +51,7 @@ def command(
         samples = read_samples(path.with_name("samples.jsonl"))
         html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens, samples)
     try:
-        output.write_text(html, encoding="utf-8", errors="replace")
+        write(output, html.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
     click.echo(f"✓ Saved {output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,15 +49,17 @@ def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -
 
 
 def _write(output: Path, records: list[RunRecord], span: float) -> None:
+    from mlx_randygpt import files
     from mlx_randygpt.analysis.charts import page, svg, write_png
     from mlx_randygpt.analysis.metrics import MetricsError
 
     try:
         if output.suffix == ".png":
-            write_png(output, records, span)
+            write_png(picture := BytesIO(), records, span)
+            files.write(output, picture.getvalue())
             return
-        picture = page(records, span) if output.suffix == ".html" else svg(records, span)
-        output.write_text(picture, encoding="utf-8")
+        text = page(records, span) if output.suffix == ".html" else svg(records, span)
+        files.write(output, text.encode())
     except OSError as error:
         raise MetricsError(f"{output} cannot be written: {error.strerror}") from error
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.sampling.generate import Generated
 if TYPE_CHECKING:
     from mlx_randygpt.sampling.generate import Generated
-    from mlx_randygpt.tokenizers.chars import Tokenizer
+    from mlx_randygpt.tokenizers import Tokenizer
 
 
 MAX_STREAMS = 4096  # at once; more would only fill the memory

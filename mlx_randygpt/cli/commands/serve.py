@@ -24,7 +24,7 @@ from mlx_randygpt.config import UserError, missing
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.serve import ServedModel
-    from mlx_randygpt.tokenizers.chars import Tokenizer
+    from mlx_randygpt.tokenizers import Tokenizer
 
 N_POINTS = 1000  # of a loss curve that is shown
 GRACE_SECONDS = 5  # for texts that are being written when the server is told to stop

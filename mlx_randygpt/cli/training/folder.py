@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from mlx_randygpt import files
 from mlx_randygpt.checkpoint import (
     BEST,
     NEWEST,
@@ -52,8 +53,7 @@ class RunFolder:
         parts = (self.path / LOCK, self.path, *self.path.parents)
         self._made = [part for part in parts if not part.exists()]
         self._lock = lock_folder(self.path)
-        for left in self.path.glob(".*.tmp"):  # of a process that died while it wrote
-            left.unlink(missing_ok=True)
+        files.sweep(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,7 +154,7 @@ class RunFolder:
             for old in self.checkpoints() if fresh else ():
                 if old.name != NEWEST:
                     old.unlink()
-            (self.path / "config.toml").write_text(config_toml, encoding="utf-8", errors="replace")
+            files.write(self.path / "config.toml", config_toml.encode("utf-8", "replace"))
             self._logs = [LogFile(self.path / name, fresh) for name in LOGS]
         except OSError as error:
             raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error

@@ -47,7 +47,7 @@ from mlx_randygpt.progress import Progress
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.run_summary import RunInfo
 from mlx_randygpt.state import TrainState
-from mlx_randygpt.tokenizers.chars import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SaveLog
 
@@ -124,7 +124,9 @@ def prepare(
     """The run, its first state, the data line and what the user should be told."""
     tokenizer, corpus = _corpus(job, saved)
     model, config = _settings(job, saved, tokenizer, len(corpus.train))
-    config = _resolved(job, config, backend_name, corpus, team)
+    config = _resolved(job, config, backend_name, team)
+    if not config.prompt:
+        config = replace(config, prompt=_default_prompt(corpus, tokenizer))
     config, passes = fit_micro_batch(job.given, model, config, backend_name)
     check_length(corpus, model.block_size)
     lost = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(config.prompt))
@@ -264,9 +266,7 @@ def _settings(
     return settings.apply_rules(given, model, config, n_tokens)
 
 
-def _resolved(
-    job: TrainRequest, config: TrainConfig, backend_name: str, corpus: Corpus, team: Team
-) -> TrainConfig:
+def _resolved(job: TrainRequest, config: TrainConfig, backend_name: str, team: Team) -> TrainConfig:
     """Defaults that depend on machine and text, written down so that a resume keeps them."""
     if backend_name == "numpy":
         if config.dtype != "float32":
@@ -276,6 +276,9 @@ def _resolved(
         cores = available_cores()
         asked = job.given.get("threads", 0) * team.n_beside or min(config.threads, cores)
         config = replace(config, threads=asked or cores)  # of the machine, shared by ranks on it
-    if not config.prompt:
-        config = replace(config, prompt="ROMEO:" if corpus.has_romeo else "\n")
     return config
+
+
+def _default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Return ROMEO: if it is near the beginning of the text, else a newline."""
+    return "ROMEO:" if "ROMEO:" in tokenizer.decode(corpus.tokens[: 1 << 20]) else "\n"

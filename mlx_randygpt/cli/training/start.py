@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlx_randygpt.checkpoint import Checkpoint, CheckpointError, kept_name, load_checkpoint
+from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, kept_name, load_checkpoint
 from mlx_randygpt.cli.loading import without_adapters
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.folder import RunFolder
@@ -18,7 +18,8 @@ from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.settings import ResumeError, resolve_resume
-from mlx_randygpt.tokenizers.chars import CharTokenizer, Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.schedule import decay_start
 
 
@@ -30,6 +31,8 @@ def starting_point(
     if not job.resuming and not job.overwrite:
         folder.refuse_if_used()
     source = job.resume or job.init_from
+    if source is not None and source.is_dir():
+        raise CheckpointError(f"{source} is a folder; name the file, such as {source / NEWEST}")
     saved = load_checkpoint(source) if source else None
     saved = without_adapters(saved) if saved and job.init_from else saved
     if job.resume and job.resume.resolve().parent != job.out.resolve():

@@ -18,7 +18,7 @@ from mlx_randygpt.data.download import fetch_tiny_shakespeare
 from mlx_randygpt.data.files import default_source, find_files
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 N_SHOWN = 5  # kinds of unknown characters named in a message
 READING = ("encoding", "text_field")  # options that make other text of the same files

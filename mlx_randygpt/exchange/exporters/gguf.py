@@ -16,7 +16,7 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.exporters.gpt2 import with_biases
 from mlx_randygpt.exchange.exporters.tokenizer import token_names
 from mlx_randygpt.model import GPT2_NORM_EPS
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
 
 GGUF = "model.gguf"
 OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}

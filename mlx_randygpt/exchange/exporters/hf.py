@@ -15,7 +15,7 @@ import safetensors.numpy
 from mlx_randygpt import backends
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange.exporters.tokenizer import as_json, tokenizer_files
-from mlx_randygpt.tokenizers.chars import NO_TOKEN, tokenizer_from_json
+from mlx_randygpt.tokenizers import NO_TOKEN, tokenizer_from_json
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 

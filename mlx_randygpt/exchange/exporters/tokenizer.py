@@ -12,13 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.tokenizers.chars import (
-    NO_TOKEN,
-    CharTokenizer,
-    FixedCharTokenizer,
-    Tokenizer,
-    tokenizer_from_json,
-)
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 
 CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
 ANY_CHARACTER = r"[\s\S]"

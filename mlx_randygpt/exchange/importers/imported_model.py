@@ -16,7 +16,7 @@ from mlx_randygpt.progress import Progress
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 from mlx_randygpt.settings import MODEL_SIZES
 from mlx_randygpt.state import Params, TrainState
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mlx_randygpt.exchange.importers.tensors import LazyTensor, as_float32
 from mlx_randygpt.exchange.importers.torch_file import TorchFile
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
 from mlx_randygpt.settings import MODEL_SIZES
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 CHECKPOINT, META = "ckpt.pt", "meta.pkl"
 COMPILED = "_orig_mod."  # prefix of all names after torch.compile

@@ -22,7 +22,8 @@ from mlx_randygpt.exchange.importers.tensors import params_of, read_json, refuse
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.settings import MODEL_SIZES
-from mlx_randygpt.tokenizers.chars import CharTokenizer, Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 MODEL_TYPE = "mlxgpt"
 

@@ -36,7 +36,7 @@ from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.recipes import PRESETS, RECIPES
 from mlx_randygpt.settings import MODEL_SIZES
 from mlx_randygpt.state import Params
-from mlx_randygpt.tokenizers.chars import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
 
 LETTERS = b"RGPT"
 VERSIONS = (b"RGPT0001", b"RGPT0002", b"RGPT0003")

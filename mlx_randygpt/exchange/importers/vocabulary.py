@@ -15,7 +15,8 @@ from typing import Any
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
-from mlx_randygpt.tokenizers.chars import FixedCharTokenizer, Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.tokenizers.chars import FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # looked for in a folder, in this order

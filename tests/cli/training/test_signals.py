@@ -27,8 +27,9 @@ LONG = ["--iters", "1000000"]
 class Process:
     """`mlxgpt train` in a folder of its own, with its output line by line."""
 
-    def __init__(self, folder: Path, data: Path, *words: str) -> None:
-        command = [sys.executable, "-m", "mlx_randygpt", "train", "--plain", "--data", str(data)]
+    def __init__(self, folder: Path, data: Path, *words: str, program: str = "") -> None:
+        module = ["-c", program] if program else ["-m", "mlx_randygpt"]
+        command = [sys.executable, *module, "train", "--plain", "--data", str(data)]
         self.out = folder / "out"
         self.process = subprocess.Popen(
             [*command, "--out", str(self.out), "--eval-every=5", "--batch-size=64", *SIZES, *words],
@@ -65,8 +66,11 @@ def start(text: str, tmp_path: Path) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
     (tmp_path / "text.txt").write_text(text)
 
-    def begin(*words: str, folder: str = "run", data: Path | None = None) -> Process:
-        started.append(Process(tmp_path / folder, data or tmp_path / "text.txt", *words))
+    def begin(
+        *words: str, folder: str = "run", data: Path | None = None, program: str = ""
+    ) -> Process:
+        source = data or tmp_path / "text.txt"
+        started.append(Process(tmp_path / folder, source, *words, program=program))
         return started[-1]
 
     yield begin
@@ -101,11 +105,27 @@ def test_one_signal_finishes_the_step_saves_both_files_and_leaves(
     assert f"Go on with: {resume}" in rest
 
 
-def test_a_second_signal_while_saving_leaves_at_once_and_spares_the_file(start: Start) -> None:
-    run = start(*LONG, "--backend", "numpy")
+BLOCKING = """
+import os
+from mlx_randygpt import files
+from mlx_randygpt.cli import main
+flush = files.flush
+def wait(descriptor):
+    if os.path.exists({fifo!r}):
+        open({fifo!r}, "wb")
+    flush(descriptor)
+files.flush = wait
+main()
+"""
+
+
+def test_a_second_signal_while_saving_leaves_at_once_and_spares_the_file(
+    start: Start, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "blocked"
+    run = start(*LONG, "--backend", "numpy", program=BLOCKING.format(fifo=str(blocked)))
     run.until("eval 10 |")
-    blocked = run.out / f".{NEWEST}.{run.process.pid}.tmp"
-    os.mkfifo(blocked)  # what the writer opens next, and waits for somebody to read from
+    os.mkfifo(blocked)  # the writer opens it at its next flush, and waits for a reader
     before = (run.out / NEWEST).read_bytes()
     run.send(signal.SIGINT)
     run.until("Interrupted at iteration ")

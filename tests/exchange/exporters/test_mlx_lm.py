@@ -20,7 +20,7 @@ from exported import greedy, make, streamed, windows
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange.export import export
 from mlx_randygpt.state import Array
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 mlx_lm = pytest.importorskip("mlx_lm", exc_type=ImportError)

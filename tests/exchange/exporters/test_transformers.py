@@ -14,7 +14,7 @@ from exported import ODD, greedy, make, streamed, windows
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange.export import export
 from mlx_randygpt.state import Array
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers.vocabulary import table_of_text, tokenizer_at
-from mlx_randygpt.tokenizers.chars import tokenizer_from_json
+from mlx_randygpt.tokenizers import tokenizer_from_json
 
 pytest.importorskip("tokenizers")
 
