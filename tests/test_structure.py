@@ -19,7 +19,7 @@ SHIPPED = ROOT / "exchange" / "shipped"  # copied into exports; never imported h
 LAYERS = (  # lowest first; a module imports from its own layer and from those before it
     "words", "recipes", "config", "state", "model", "progress", "files", "settings", "backends",
     "tokenizers", "checkpoint", "data", "sampling", "training", "planning", "analysis",
-    "check", "screen", "exchange", "serve", "cli", "__main__", "",
+    "check", "screen", "exchange", "serve", "api", "cli", "__main__", "",
 )  # fmt: skip
 MAY_IMPORT = {  # third parties, and the modules that name them
     "mlx": ("backends.mlx.", "backends.ranks.ring"),
