@@ -152,7 +152,7 @@ def random_tokens(model: ModelConfig) -> Array:
 
 def steps(backend: Any, train: TrainConfig, tokens: Array, n: int) -> None:
     """Optimizer steps as the loop takes them: a loss is read when the next step is under way."""
-    block_size, pending = backend._config.block_size, None
+    block_size, pending = backend._forward.config.block_size, None
     for _ in range(n):
         batches = step_batches(train, tokens, block_size, backend.step)
         lr = step_rate(train, backend.step)
@@ -164,11 +164,11 @@ def steps(backend: Any, train: TrainConfig, tokens: Array, n: int) -> None:
 
 def profile(backend: MLXBackend, train: TrainConfig, tokens: Array) -> dict[str, float]:
     """Milliseconds of the pieces of a step, each alone, compiled as the step is, waited for."""
-    model, weights = backend._config, backend._weights
-    compiled = mx.compile if backend._on_gpu else (lambda f: f)
+    model, weights = backend._forward.config, backend._weights
+    compiled = mx.compile if backend._forward.on_gpu else (lambda f: f)
     batch = sample_batch(tokens, train.batch_size, model.block_size, 1, 0)
-    windows = backend._windows(batch)
-    few = backend._windows(replace(batch, starts=batch.starts[:1], block_size=8))
+    windows = backend._forward.windows(batch)
+    few = backend._forward.windows(replace(batch, starts=batch.starts[:1], block_size=8))
     forward, both = compiled(backend._mean_loss), backend._training_grads
     _, grads = both(weights, *windows, None)
     now = rates(train, 0, 1e-3)
@@ -190,7 +190,7 @@ def alone(
     backend: MLXBackend, b: int, y: mx.array, compiled: Callable[[Any], Any]
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Attention of all layers, and head with loss, forward and backward, on random arrays."""
-    model, dtype = backend._config, backend._dtype
+    model, dtype = backend._forward.config, backend._forward.dtype
     shape = (b, model.n_head, model.block_size, model.head_size)
     q, k, v = (mx.random.normal(shape, dtype) for _ in range(3))  # (B, H, T, D)
     x = mx.random.normal((b, model.block_size, model.n_embd), dtype)  # (B, T, C)

@@ -209,7 +209,7 @@ def one_mlx(case: dict[str, Any]) -> None:
     windows = np.random.default_rng(0).integers(0, 67, (batch_size, model.block_size + 1))
     backend = MLXBackend(model, train, TrainState(0, initial_params(model, 1), {}))
     if by == "nn.utils":
-        backend._model.around = nn.utils.checkpoint
+        backend._forward.model.wrap = nn.utils.checkpoint
     batch = Batch.of(windows)
     times = [timed(lambda: backend.train_step([batch], 1e-3).loss) for _ in range(2)]
     planned = mlx_step(model, train, train.micro_batch or batch_size, 1)

@@ -230,10 +230,3 @@ def _adapters(config: ModelConfig, weight: Parameter, std: float) -> Iterator[Pa
             std=own_std,
             adapts=weight.name,
         )
-
-
-def muon_parts(name: str) -> int:
-    """Return how many stacked matrices Muon sees in this weight (until backends/mlx has moved)."""
-    if not (name.startswith("h.") and ".c_" in name and name.endswith("weight")):
-        return 0
-    return 3 if name.endswith("c_attn.weight") else 1

@@ -51,22 +51,7 @@ def make_backend(
     """
     name = choose(name)[0]
     require_features(name, adapters=model.lora_rank > 0, ranks=group.size > 1)
-    build = _backend_class(name)
-    if name == "mlx" and not hasattr(build, "features"):  # until backends/mlx takes a group
-        return _old_mlx(model, train, state, group)
-    backend: Backend = build(model, train, state, group=group)
-    return backend
-
-
-def _old_mlx(model: ModelConfig, train: TrainConfig, state: TrainState, group: Any) -> Backend:
-    ranks = import_module("mlx_randygpt.backends.mlx.ranks")
-    adapters = import_module("mlx_randygpt.backends.mlx.adapters")
-    if group.size > 1:
-        kind: Any = ranks.MLXLoraRank if model.lora_rank else ranks.MLXRank
-        rank: Backend = kind(group, model, train, state)
-        return rank
-    kind = adapters.MLXLora if model.lora_rank else _backend_class("mlx")
-    backend: Backend = kind(model, train, state)
+    backend: Backend = _backend_class(name)(model, train, state, group=group)
     return backend
 
 
@@ -85,18 +70,13 @@ def make_scorer(
     if name != "mlx":
         raise BackendError(f"the backend {name} has no quantised weights; mlx does")
     module = import_module("mlx_randygpt.backends.mlx.quantized")
-    if not hasattr(module, "QuantizedScorer"):  # until backends/mlx has it
-        state, train = TrainState(0, params, {}), TrainConfig(dtype="float32")
-        return module.QuantizedMLX(model, train, state, bits)  # type: ignore[no-any-return]
     scorer: Scorer = module.QuantizedScorer(model, params, bits)
     return scorer
 
 
 def require_features(name: str, *, adapters: bool = False, ranks: bool = False) -> None:
     """Raise ConfigError or RankError unless this backend trains adapters, or on several ranks."""
-    features = getattr(
-        _backend_class(name), "features", ("adapters", "ranks") if name == "mlx" else ()
-    )
+    features = getattr(_backend_class(name), "features", ())
     if adapters and "adapters" not in features:
         raise ConfigError(f"the backend {name} has no --lora-rank; mlx and numpy do")
     if ranks and "ranks" not in features:

@@ -29,7 +29,7 @@ def build(
     tiny_train: Callable[..., TrainConfig],
     lively: Callable[..., Params],
 ) -> Callable[..., Backend]:
-    """(kind, backend="numpy", dropout=0.1, **train) -> a backend of three layers."""
+    """Return (kind, backend="numpy", dropout=0.1, **train) -> a backend of three layers."""
 
     def make(kind: str, backend: str = "numpy", dropout: float = 0.1, **train: Any) -> Backend:
         recipe = "classic" if kind == "gpt2" else kind
@@ -46,14 +46,14 @@ def batch(rows: int, seed: int = 0) -> Batch:
 
 
 def after(backend: Backend, n_steps: int, rows: int = 6) -> tuple[float, float]:
-    """Loss and gradient norm of the last of some steps, each of two micro-batches."""
+    """Return loss and gradient norm of the last of `n_steps`, each of two micro-batches."""
     batches = [batch(rows, seed) for seed in range(2)]
     result = [backend.train_step(batches, 0.01) for _ in range(n_steps)][-1]
     return result.loss, result.grad_norm
 
 
 def difference(a: Params, b: Params) -> float:
-    """The largest ‖a − b‖ / ‖b‖ of a tensor; those that are all but zero count less."""
+    """Return the largest ‖a − b‖ / ‖b‖ of a tensor; tensors near zero count less."""
     assert a.keys() == b.keys()
     return max(float(np.linalg.norm(a[n] - b[n]) / (np.linalg.norm(b[n]) + 1e-3)) for n in a)
 
@@ -63,11 +63,11 @@ def difference(a: Params, b: Params) -> float:
 def test_numpy_recomputes_to_the_bit(
     build: Callable[..., Backend], kind: str, dropout: float
 ) -> None:
-    plain, again = (
-        build(kind, dropout=dropout, checkpoint_activations=wanted) for wanted in (False, True)
+    plain, recomputing = (
+        build(kind, dropout=dropout, checkpoint_activations=on) for on in (False, True)
     )
-    assert after(again, 3) == after(plain, 3)
-    assert difference(again.state().params, plain.state().params) == 0
+    assert after(recomputing, 3) == after(plain, 3)
+    assert difference(recomputing.state().params, plain.state().params) == 0
 
 
 def test_numpy_keeps_the_activations_of_one_layer(build: Callable[..., Backend]) -> None:
@@ -83,7 +83,7 @@ def test_numpy_keeps_the_activations_of_one_layer(build: Callable[..., Backend])
 def test_mlx_takes_the_same_steps(
     build: Callable[..., Backend], kind: str, change: dict[str, Any]
 ) -> None:
-    """After the first step AdamW's first moments are the gradients, dropout and all."""
+    """After one step AdamW's first moments are the gradients, including dropout."""
     pytest.importorskip("mlx.core", exc_type=ImportError)
     plain, other = (build(kind, "mlx", optimizer="adamw", **c) for c in ({}, change))
     losses, norms = zip(*(after(backend, 1) for backend in (plain, other)), strict=True)
@@ -111,11 +111,13 @@ def test_mlx_checkpoints_without_changing_gradients(
 def test_a_compiled_step_draws_dropout_again_and_keeps_none(
     build: Callable[..., Backend], kind: str, tmp_path: Path
 ) -> None:
-    """A compiler that took both drawings for one would hold every mask until the backward pass.
-    Fused kernels are compiled when they run, and nothing runs here."""
+    """A compiler that took both drawings for one would keep every mask until the backward pass.
+
+    Fused kernels are compiled when they run, and nothing runs here.
+    """
     mx = pytest.importorskip("mlx.core", exc_type=ImportError)
     backend: Any = build(kind, "mlx", checkpoint_activations=True)
-    x, n_places = mx.zeros((2, 16), mx.int32), 2 * backend._config.n_layer
+    x, n_places = mx.zeros((2, 16), mx.int32), 2 * backend._forward.config.n_layer
     step = mx.compile(backend._value_and_grad)
     loss, grads = step(backend._weights, x, x, mx.zeros((n_places, 2, 2), mx.uint32))
     mx.export_to_dot(str(tmp_path / "step.dot"), loss, *grads.values())
@@ -123,7 +125,7 @@ def test_a_compiled_step_draws_dropout_again_and_keeps_none(
 
 
 def test_a_pass_draws_dropout_as_the_whole_batch() -> None:
-    """By sequence: a part of the batch that knows its first row gets the same keys."""
+    """Keys belong to sequences: a part of the batch gets those of its rows."""
     mx = pytest.importorskip("mlx.core", exc_type=ImportError)
     from mlx_randygpt.backends.mlx.model import drop
 

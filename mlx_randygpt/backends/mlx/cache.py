@@ -1,8 +1,8 @@
 """Keys and values of the last S = block_size positions, in a ring per layer and row, in MLX.
 
-Position p lives in slot p % S. Rotary keys are stored already turned, so where in the ring they
-lie is of no account. Every token is read with the same shapes, whatever came before, so that MLX
-compiles its pass once. Knows nothing of the model beyond the sizes of its heads.
+Position p lives in slot p % S. Keys are stored after their rotation, so their order in the ring
+does not matter. Every token is read with the same shapes, whatever came before, so that MLX
+compiles its pass once.
 
 Legend: B streams, C n_embd, H heads, D head size, S slots, T new tokens.
 """
@@ -16,12 +16,13 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-Layer = list[mx.array]  # keys and values (B, H, S, D), and what attention and MLP read last
+Layer = list[mx.array]  # keys and values (B, H, S, D), then the last inputs of attention and MLP
 
 
 class MLXCache:
-    """What L layers keep: keys and values, (B, H, S, D) each, and under token shift what attention
-    and MLP read of the position before, (B, 1, C/2) each."""
+    """The cache of all layers: keys and values, (B, H, S, D) each, and for the token shift the
+    inputs of attention and MLP at the position before, (B, 1, C/2) each.
+    """
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:
         b, h, _, d = shape
@@ -36,28 +37,30 @@ class MLXCache:
             attention[rows], mlp[rows] = 0, 0
 
     def move(self, source: int, target: int) -> None:
-        """Let row `target` hold what row `source` does."""
+        """Copy row `source` to row `target`."""
         for layer in self.layers:
             for array in layer:
                 array[target] = array[source]
         self.lengths[target] = self.lengths[source]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these streams, in this order; a row may be named twice or not at all."""
+        """Keep these rows, in this order; a row can be repeated or left out."""
         assert all(0 <= row < len(self.lengths) for row in rows), "MLX checks no bounds"
         at = mx.array(rows)
         self.layers = [[array[at] for array in layer] for layer in self.layers]
         self.lengths = self.lengths[list(rows)]
 
     def read(self, rows: slice) -> list[Layer]:
-        """What these rows hold."""
+        """Return the arrays of these rows, layer by layer."""
         if self._are_all(rows):
             return self.layers
         return [[array[rows] for array in layer] for layer in self.layers]
 
     def write(self, rows: slice, layers: list[Layer], t: int) -> None:
-        """Let these rows hold this, T tokens more. All of them give the old arrays away, so that
-        MLX writes where they stood."""
+        """Replace the arrays of these rows after T more tokens.
+
+        If they are all rows, the old arrays are released, so that MLX can write in their place.
+        """
         self.lengths[rows] += t
         if self._are_all(rows):
             self.layers = layers
@@ -71,8 +74,10 @@ class MLXCache:
 
 
 class LayerPass:
-    """One layer's rows while T tokens pass through it, as `mlx_model.GPT` asks for them: one
-    token after rows of any `lengths` (B,), or T > 1 into empty ones."""
+    """One layer's rows while T tokens pass through it, with the interface that `model.GPT` needs.
+
+    T is 1 after rows of any `lengths` (B,), or more for empty rows.
+    """
 
     def __init__(self, layer: Layer, lengths: mx.array, t: int) -> None:
         self._keys, self._values, *self.last = layer
@@ -80,12 +85,12 @@ class LayerPass:
         self.offset = lengths if t == 1 else 0
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Store k and v (B, H, T, D); what the new queries read, behind `mask`."""
+        """Store k and v (B, H, T, D); return the keys and values to attend to."""
         self._keys, self._values = self._put(self._keys, k), self._put(self._values, v)
         return (self._keys, self._values) if k.shape[2] == 1 else (k, v)
 
     def layer(self) -> Layer:
-        """What the layer holds afterwards."""
+        """Return the layer's arrays after the pass."""
         return [self._keys, self._values, *(x[:, -1:] for x in self.last)]
 
     def _put(self, ring: mx.array, new: mx.array) -> mx.array:
@@ -94,9 +99,9 @@ class LayerPass:
         return mx.concatenate([new, ring[:, :, new.shape[2] :]], axis=2)
 
 
-def mask(layers: list[Layer], lengths: mx.array, t: int) -> Any:
-    """Which slots the queries of T new tokens see, for the attention."""
+def attention_mask(layers: list[Layer], lengths: mx.array, t: int) -> Any:
+    """Return the mask of the slots that the queries of T new tokens attend to."""
     if t > 1:
         return "causal"
     slots = mx.arange(layers[0][0].shape[2])
-    return (slots <= lengths[:, None])[:, None, None]  # (B, 1, 1, S); all where the ring is full
+    return (slots <= lengths[:, None])[:, None, None]  # (B, 1, 1, S); all if the ring is full

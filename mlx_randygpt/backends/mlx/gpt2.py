@@ -1,6 +1,6 @@
 """GPT-2 in MLX: LayerNorm, GELU, biases and a head that is the embedding, around our attention.
 
-What a cache stores, how dropout is drawn and where it stands are as in mlx_model.
+Caches and dropout work as in `model`.
 
 Legend: B batch, T time, C n_embd, F = 4C, V vocab.
 """
@@ -8,37 +8,37 @@ Legend: B batch, T time, C n_embd, F = 4C, V vocab.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_randygpt.backends.mlx.model import GPT, Attention, Embedding, ModelArgs, drop
+from mlx_randygpt.backends.mlx.model import GPT, Attention, Embedding, ModelArgs, drop, plain_rows
 from mlx_randygpt.model import GPT2_NORM_EPS
 
 
 @dataclass(frozen=True)
 class GPT2Args(ModelArgs):
-    """And what GPT-2 has besides."""
+    """Adds what only GPT-2 has."""
 
     activation: str = "gelu_tanh"  # | "gelu", the exact one
     bias: bool = True
 
 
 def gelu(h: mx.array) -> mx.array:
-    """h Φ(h), Φ the normal distribution. MLX's own is compiled, which takes long on a CPU."""
+    """Return h Φ(h), Φ the normal distribution; MLX's own is compiled, which is slow on a CPU."""
     return h * (1 + mx.erf(h * 2**-0.5)) * 0.5
 
 
 def gelu_tanh(h: mx.array) -> mx.array:
-    """The same by GPT-2's approximation, ½h(1 + tanh(√(2/π)(h + 0.044715h³)))."""
+    """Return GPT-2's approximation of GELU, ½h(1 + tanh(√(2/π)(h + 0.044715h³)))."""
     return 0.5 * h * (1 + mx.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h * h * h)))
 
 
 class GPT2Attention(Attention):
-    """Ours, with biases."""
+    """Attention with biases."""
 
     def __init__(self, args: GPT2Args) -> None:
         super().__init__(args)
@@ -76,19 +76,27 @@ class GPT2Block(nn.Module):  # type: ignore[misc]
 
 
 class GPT2(GPT):
-    """What `mlx_model.GPT` promises, of this architecture."""
+    """A GPT with GPT-2's modules: the same calls, other weights."""
 
-    def __init__(self, args: GPT2Args) -> None:
+    def __init__(
+        self,
+        args: GPT2Args,
+        *,
+        gather: Callable[[mx.array, mx.array], mx.array] = plain_rows,
+        wrap: Callable[[Any], Callable[..., mx.array]] | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # other modules under the same names
         self.args = args
-        self.wte = Embedding(args.vocab_size, args.n_embd)
+        self.wrap = wrap
+        self.wte = Embedding(args.vocab_size, args.n_embd, gather)
         self.wpe = nn.Embedding(args.block_size, args.n_embd)
         self.h = [GPT2Block(args) for _ in range(args.n_layer)]
         self.ln_f = nn.LayerNorm(args.n_embd, GPT2_NORM_EPS, bias=args.bias)
 
-    def final(self, x: mx.array) -> mx.array:
+    def normalize_final(self, x: mx.array) -> mx.array:
+        """Apply the last LayerNorm, (B, T, C)."""
         return self.ln_f(x)
 
     def lm_head(self, x: mx.array) -> mx.array:
-        """Logits (…, V) of features (…, C), by the embedding."""
+        """Return the logits (…, V) of features (…, C), by the embedding."""
         return self.wte.as_linear(x)

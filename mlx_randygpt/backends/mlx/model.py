@@ -1,14 +1,13 @@
 """The GPT in MLX: modules named as the published weights, and the forward pass.
 
-Imports nothing but MLX and the standard library, so that an export can ship this file as it is.
-Knows nothing of losses, optimizers or files; what a cache stores is the cache's business.
+Imports only MLX and the standard library, so that an export can ship this file as it is.
 
-Legend: B batch, T time, C n_embd, H heads, D = C/H, F = 4C, V vocab, L layers, S keys seen.
+Legend: B batch, T time, C n_embd, H heads, D = C/H, F = 4C, V vocab, L layers, S keys in view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,12 @@ import mlx.nn as nn
 
 EPS = 1e-5  # of every RMSNorm
 ROPE_BASE = 10000.0
-FEW_ROWS = 1024  # of an embedding; for more, its product would cost as much as the head's
+MAX_ONE_HOT_ROWS = 1024  # of an embedding; with more, the product would cost as much as the head
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """What decides the shape of the model; the fields of ModelConfig that a forward pass needs."""
+    """The fields of ModelConfig that a forward pass needs."""
 
     vocab_size: int
     block_size: int
@@ -37,13 +36,16 @@ class ModelArgs:
 
 
 def rms(x: mx.array) -> mx.array:
-    """x / sqrt(mean(x²) + EPS) over the last axis, without a gain."""
+    """Return x / sqrt(mean(x²) + EPS) over the last axis, without a gain."""
     return mx.fast.rms_norm(x, None, EPS)
 
 
 def drop(x: mx.array, p: float, keys: mx.array | None) -> mx.array:
-    """Inverted dropout: zero with probability p, the rest times 1/(1-p); one key (2,) for each
-    sequence of x (B, T, C), so that a part of a batch draws as the whole; no keys, no dropout."""
+    """Apply inverted dropout to x (B, T, C): zero with probability p, the rest times 1/(1-p).
+
+    Each sequence has a key of its own, (2,), so that a part of a batch draws the same as the whole.
+    Without keys there is no dropout.
+    """
     if keys is None or p == 0:
         return x
     kept = mx.vmap(lambda key: mx.random.bernoulli(1 - p, x.shape[1:], key))(keys)  # (B, T, C)
@@ -51,9 +53,11 @@ def drop(x: mx.array, p: float, keys: mx.array | None) -> mx.array:
 
 
 def shift(x: mx.array, cache: Any, slot: int) -> mx.array:
-    """Token shift (arXiv 2305.13048): the first half of x (B, T, C) is that of the position
-    before. Before the first comes zero, or what the cache kept in this slot; it gets all that is
-    read, to keep the last of it."""
+    """Replace the first half of x (B, T, C) by that of the position before (arXiv 2305.13048).
+
+    Before the first position come zeros, or what the cache kept in this slot. The cache gets the
+    first half of all positions, and keeps the last.
+    """
     half = x.shape[-1] // 2
     before = None if cache is None else cache.last[slot]
     if before is None:
@@ -64,22 +68,37 @@ def shift(x: mx.array, cache: Any, slot: int) -> mx.array:
     return mx.concatenate([before, x[:, :, half:]], axis=-1)
 
 
-class Embedding(nn.Embedding):  # type: ignore[misc]
-    """MLX's values, with another gradient: that of a frequent id is a sum over thousands of
-    positions, of which bfloat16 loses most, and a GPU adds them in any order. A product adds in
-    float32 and in one order."""
+def plain_rows(table: mx.array, ids: mx.array) -> mx.array:
+    """Return `table[ids]`, (B, T, C) of (V, C)."""
+    return table[ids]
 
-    rows: Any = staticmethod(lambda table, ids: table[ids])  # of many rows; see mlx_wide
+
+class Embedding(nn.Embedding):  # type: ignore[misc]
+    """An embedding with a more precise gradient than MLX's.
+
+    The gradient of a frequent id is a sum over thousands of positions, of which bfloat16 loses
+    most, and a GPU adds them in any order. A product with one-hot rows adds in float32 and in one
+    order. `gather` looks up the rows of a table that is too wide for that.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        width: int,
+        gather: Callable[[mx.array, mx.array], mx.array] = plain_rows,
+    ) -> None:
+        super().__init__(n_rows, width)
+        self.gather = gather
 
     def __call__(self, ids: mx.array) -> mx.array:
         table = self.weight  # (V, C)
         if ids.shape[-1] == 1:  # decoding
             return table[ids]
-        if len(table) > FEW_ROWS:
-            return self.rows(table.astype(mx.float32), ids).astype(table.dtype)  # (B, T, C)
-        hot = (ids[..., None] == mx.arange(len(table))).astype(table.dtype)  # (B, T, V)
-        product = hot @ table  # (B, T, C)
-        return mx.stop_gradient(table[ids] - product) + product  # TF32 rounds products
+        if len(table) > MAX_ONE_HOT_ROWS:
+            return self.gather(table.astype(mx.float32), ids).astype(table.dtype)  # (B, T, C)
+        one_hot = (ids[..., None] == mx.arange(len(table))).astype(table.dtype)  # (B, T, V)
+        product = one_hot @ table  # (B, T, C)
+        return mx.stop_gradient(table[ids] - product) + product  # TF32 would round the rows
 
 
 class Attention(nn.Module):  # type: ignore[misc]
@@ -108,9 +127,9 @@ class Attention(nn.Module):  # type: ignore[misc]
         return self.c_proj(y.transpose(0, 2, 1, 3).reshape(b, t, c))  # (B, T, C)
 
     def rotate(self, x: mx.array, cache: Any) -> mx.array:
-        """Rotary positions (arXiv 2104.09864), interleaved pairs, counted from the cache's end."""
+        """Apply rotary positions (arXiv 2104.09864) to interleaved pairs, after the cache's."""
         offset = 0 if cache is None else cache.offset
-        even = x.shape[-1] // 2 * 2  # of an odd head the last value stays
+        even = x.shape[-1] // 2 * 2  # an odd head keeps its last value
         return mx.fast.rope(x, even, traditional=True, base=ROPE_BASE, scale=1.0, offset=offset)
 
 
@@ -132,34 +151,41 @@ class Block(nn.Module):  # type: ignore[misc]
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.dropout = args.dropout
-        self.shifted = args.token_shift
+        self.token_shift = args.token_shift
         self.attn = Attention(args)
         self.mlp = MLP(args)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
-        x = x + drop(self.attn(self.read(x, cache, 0), mask, cache), self.dropout, keys[0])
-        return x + drop(self.mlp(self.read(x, cache, 1)), self.dropout, keys[1])
+        x = x + drop(self.attn(self.branch_input(x, cache, 0), mask, cache), self.dropout, keys[0])
+        return x + drop(self.mlp(self.branch_input(x, cache, 1)), self.dropout, keys[1])
 
-    def read(self, x: mx.array, cache: Any, slot: int) -> mx.array:
-        """What attention (slot 0) or MLP (slot 1) reads of the residual stream, (B, T, C)."""
-        return shift(rms(x), cache, slot) if self.shifted else rms(x)
+    def branch_input(self, x: mx.array, cache: Any, slot: int) -> mx.array:
+        """Return the input of attention (slot 0) or MLP (slot 1), (B, T, C)."""
+        return shift(rms(x), cache, slot) if self.token_shift else rms(x)
 
 
 class GPT(nn.Module):  # type: ignore[misc]
-    """Token ids (B, T) int32 to logits (B, T, V), in the type of the weights.
+    """A function from token ids (B, T) int32 to logits (B, T, V), in the type of the weights.
 
     `cache` has one object per layer with `offset` (positions seen: an int, or an array (B,)),
-    `update_and_fetch(k, v)` and, for the token shift, a list `last` of two; `mask` then says which
-    of its S keys each query sees: "causal", None for all, or booleans (T, S). `keys` (2L, B,
+    `update_and_fetch(k, v)` and, for the token shift, a list `last` of two. `mask` then selects the
+    keys that each query attends to: "causal", None for all S, or booleans (T, S). `keys` (2L, B,
     2), one for each place and sequence, switch dropout on and decide it.
+
+    `wrap` turns a block into the function that is called in its place if there is no cache.
     """
 
-    around: Any = None  # what a block is wrapped in where there is no cache
-
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(
+        self,
+        args: ModelArgs,
+        *,
+        gather: Callable[[mx.array, mx.array], mx.array] = plain_rows,
+        wrap: Callable[[Any], Callable[..., mx.array]] | None = None,
+    ) -> None:
         super().__init__()
         self.args = args
-        self.wte = Embedding(args.vocab_size, args.n_embd)
+        self.wrap = wrap
+        self.wte = Embedding(args.vocab_size, args.n_embd, gather)
         if args.position == "learned":
             self.wpe = nn.Embedding(args.block_size, args.n_embd)
         self.h = [Block(args) for _ in range(args.n_layer)]
@@ -181,22 +207,22 @@ class GPT(nn.Module):  # type: ignore[misc]
         mask: Any = "causal",
         keys: mx.array | None = None,
     ) -> mx.array:
-        """What the head reads, (B, T, C); decoding needs the head at the last position only."""
+        """Return the input of the head, (B, T, C); decoding needs it at the last position only."""
         x = self.wte(tokens)  # (B, T, C)
         if self.args.position == "learned":
             x = x + self.wpe(self.positions(tokens.shape[1], cache))
         caches = cache or [None] * len(self.h)
         places = [None] * (2 * len(self.h)) if keys is None else keys
         for i, block in enumerate(self.h):
-            run = self.around(block) if self.around and cache is None else block
+            run = self.wrap(block) if self.wrap and cache is None else block
             x = run(x, mask, caches[i], places[2 * i : 2 * i + 2])
-        return self.final(x)
+        return self.normalize_final(x)
 
-    def final(self, x: mx.array) -> mx.array:
-        """What the head reads of the residual stream."""
+    def normalize_final(self, x: mx.array) -> mx.array:
+        """Apply the last norm to the residual stream, (B, T, C)."""
         return rms(x) if self.args.final_norm else x
 
     def positions(self, t: int, cache: Sequence[Any] | None) -> mx.array:
-        """Rows of wpe, (T,) or (B, T); held inside the table, for MLX checks no bounds."""
+        """Return rows of wpe, (T,) or (B, T), clipped to the table because MLX checks no bounds."""
         offset = mx.array(cache[0].offset if cache else 0)
         return mx.minimum(offset[..., None] + mx.arange(t), self.args.block_size - 1)

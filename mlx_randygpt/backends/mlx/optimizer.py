@@ -1,17 +1,19 @@
 """One optimizer step in MLX over flat dicts of weights: clipping, AdamW, Muon.
 
 Pure functions from old arrays to new ones, so that a whole step compiles and a failed one
-changes nothing. Knows nothing of the model beyond the names of its weights.
+changes nothing. `muon` maps the names of the weights that Muon updates to their P; AdamW updates
+the others.
 
 Legend: weights are (out, in); P matrices stacked in one weight, R rows, K columns of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 
 from mlx_randygpt.config import TrainConfig
-from mlx_randygpt.model import muon_parts
 
 Weights = dict[str, mx.array]
 Moments = dict[str, Weights]
@@ -20,25 +22,29 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def uses_muon(name: str, optimizer: str) -> bool:
-    """Whether Muon updates this weight; AdamW does the others."""
-    return optimizer == "muon" and muon_parts(name) > 0
-
-
 def rates(train: TrainConfig, step: int, lr: float) -> mx.array:
-    """What changes with each step, as one array (3,), so that nothing is traced again:
-    lr and the bias corrections 1 - beta^t of both moments, t = step + 1."""
+    """Return lr and the bias corrections 1 - beta^t of both moments, t = step + 1, (3,).
+
+    They change with each step; in an array they cause no new trace.
+    """
     return mx.array([lr, 1 - train.beta1 ** (step + 1), 1 - train.beta2 ** (step + 1)])
 
 
 def update(
-    train: TrainConfig, weights: Weights, moments: Moments, grads: Weights, rates: mx.array
+    train: TrainConfig,
+    muon: Mapping[str, int],
+    weights: Weights,
+    moments: Moments,
+    grads: Weights,
+    rates: mx.array,
 ) -> tuple[Weights, Moments, mx.array]:
-    """New weights, new moments and the norm of the gradient before clipping; where that is not
-    finite, the old weights and moments."""
+    """Return new weights, new moments and the norm of the gradient before clipping.
+
+    If the norm is not finite, these are the old weights and moments.
+    """
     grads, norm = clip(grads, train.grad_clip)
-    matrices = {name: w for name, w in weights.items() if uses_muon(name, train.optimizer)}
-    new, m = muon(train, matrices, moments["m"], grads, rates[0])
+    matrices = {name: w for name, w in weights.items() if name in muon}
+    new, m = muon_step(train, muon, matrices, moments["m"], grads, rates[0])
     v = {}
     lr = rates[0] * (train.adamw_lr_ratio if train.optimizer == "muon" else 1.0)
     for name in (name for name in weights if name not in matrices):
@@ -46,17 +52,17 @@ def update(
         new[name], m[name], v[name] = adamw(train, *old, grads[name], lr, rates[1:])
     finite = mx.isfinite(norm)
 
-    def chosen(old: Weights, new: Weights) -> Weights:
+    def accepted(old: Weights, new: Weights) -> Weights:
         return {name: mx.where(finite, new[name], old[name]) for name in old}
 
-    moved = {"m": chosen(moments["m"], m), "v": chosen(moments["v"], v)}
-    return chosen(weights, new), moved, norm
+    new_moments = {"m": accepted(moments["m"], m), "v": accepted(moments["v"], v)}
+    return accepted(weights, new), new_moments, norm
 
 
-def clip(grads: Weights, largest: float) -> tuple[Weights, mx.array]:
-    """Gradients scaled down to a global norm of `largest` (0: as they are), and their norm."""
+def clip(grads: Weights, max_norm: float) -> tuple[Weights, mx.array]:
+    """Scale gradients down to a global norm of `max_norm` (0: no limit); return their old norm."""
     norm = mx.sqrt(sum(mx.square(g).sum() for g in grads.values()))
-    scale = mx.minimum(1.0, (largest or float("inf")) / (norm + 1e-6))
+    scale = mx.minimum(1.0, (max_norm or float("inf")) / (norm + 1e-6))
     return {name: g * scale for name, g in grads.items()}, norm
 
 
@@ -69,7 +75,10 @@ def adamw(
     lr: mx.array,
     corrections: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """New (w, m, v) of one weight; decay is decoupled and for matrices only (arXiv 1711.05101)."""
+    """Return new (w, m, v) of one weight.
+
+    Decay is decoupled (arXiv 1711.05101) and applies to matrices only.
+    """
     m = train.beta1 * m + (1 - train.beta1) * g
     v = train.beta2 * v + (1 - train.beta2) * mx.square(g)
     change = (m / corrections[0]) / (mx.sqrt(v / corrections[1]) + train.adam_eps)
@@ -77,45 +86,54 @@ def adamw(
     return w - lr * (change + decay * w), m, v
 
 
-def muon(
-    train: TrainConfig, weights: Weights, m: Weights, grads: Weights, lr: mx.array
+def muon_step(
+    train: TrainConfig,
+    muon: Mapping[str, int],
+    weights: Weights,
+    m: Weights,
+    grads: Weights,
+    lr: mx.array,
 ) -> tuple[Weights, Weights]:
-    """New weights and momenta of these: w -= lr (sqrt(max(1, R/K)) ortho(u) + decay w), with u
-    the Nesterov momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """Return new weights and momenta: w -= lr (sqrt(max(1, R/K)) ortho(u) + decay w).
+
+    u is the Nesterov momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """
     mu, dtype = train.momentum, getattr(mx, train.dtype)
     m = {name: mu * m[name] + (1 - mu) * grads[name] for name in weights}
     nesterov = {name: (1 - mu) * grads[name] + mu * m[name] for name in weights}
-    ortho = orthogonalize(nesterov, dtype)
+    ortho = orthogonalize(nesterov, muon, dtype)
     new = {}
     for name, w in weights.items():
-        rows = w.shape[0] // muon_parts(name)
+        rows = w.shape[0] // muon[name]
         change = max(1.0, rows / w.shape[1]) ** 0.5 * ortho[name]
         new[name] = w - lr * (change + train.weight_decay * w)
     return new, m
 
 
-def orthogonalize(updates: Weights, dtype: mx.Dtype) -> Weights:
-    """Each stacked matrix with its singular values near 1, by products in `dtype`; one batch per
-    shape, over all layers."""
+def orthogonalize(updates: Weights, stacked: Mapping[str, int], dtype: mx.Dtype) -> Weights:
+    """Bring the singular values of each stacked matrix near 1, by products in `dtype`.
+
+    Matrices of one shape make one batch, over all layers.
+    """
     groups: dict[tuple[int, int], Weights] = {}
     for name, u in updates.items():
-        x = u.reshape(muon_parts(name), -1, u.shape[1])  # (P, R, K)
+        x = u.reshape(stacked[name], -1, u.shape[1])  # (P, R, K)
         x = x.swapaxes(1, 2) if x.shape[1] > x.shape[2] else x  # R <= K from here
         groups.setdefault(x.shape[1:], {})[name] = x
     ortho = {}
     for group in groups.values():
-        stacked = newton_schulz(mx.concatenate(list(group.values())), dtype)  # (sum of P, R, K)
+        batch = newton_schulz(mx.concatenate(list(group.values())), dtype)  # (sum of P, R, K)
         at = 0
         for name, x in group.items():
-            y = stacked[at : at + len(x)]  # (P, R, K)
+            y = batch[at : at + len(x)]  # (P, R, K)
             at += len(x)
-            flipped = updates[name].shape[1] != y.shape[2]
-            ortho[name] = (y.swapaxes(1, 2) if flipped else y).reshape(updates[name].shape)
+            transposed = updates[name].shape[1] != y.shape[2]
+            ortho[name] = (y.swapaxes(1, 2) if transposed else y).reshape(updates[name].shape)
     return ortho
 
 
 def newton_schulz(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Matrices (N, R, K), R <= K, to about U V^T of their singular value decompositions."""
+    """Map matrices (N, R, K), R <= K, to about U V^T of their singular value decompositions."""
     a, b, c = NEWTON_SCHULZ
     frobenius = mx.sqrt(mx.square(x).sum(axis=(1, 2), keepdims=True))  # (N, 1, 1)
     x = (x / (frobenius + 1e-7)).astype(dtype)

@@ -1,87 +1,81 @@
-"""A trained model with its matrices in 8 or 4 bits: it writes and is scored, and trains no more.
+"""A trained model with its matrices in 8 or 4 bits, for generation and evaluation only.
 
-Numbers of a row share a scale and an offset in groups of 64 or 32 (float32, affine, as
-`mx.quantize` makes them); products are those of `mx.quantized_matmul`. Knows nothing of files.
+The values of a row share a scale and an offset in groups of 64 or 32 (float32, affine, as
+`mx.quantize` makes them); products are those of `mx.quantized_matmul`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_randygpt.backends.base import BackendError
-from mlx_randygpt.backends.mlx.backend import MLXBackend
-from mlx_randygpt.backends.mlx.model import FEW_ROWS
-from mlx_randygpt.backends.mlx.optimizer import Weights
-from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.state import Batch, TrainState
+from mlx_randygpt.backends.base import ALL, BackendError
+from mlx_randygpt.backends.mlx.backend import memory_bytes, probe
+from mlx_randygpt.backends.mlx.cache import MLXCache
+from mlx_randygpt.backends.mlx.forward import Forward
+from mlx_randygpt.backends.mlx.model import MAX_ONE_HOT_ROWS
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.state import Array, Batch, Params
 
-GROUPS = (64, 32)  # 128 loses a third more at 4 bits and saves a tenth: docs/numerics.md
+GROUP_SIZES = (64, 32)  # 128 loses a third more at 4 bits and saves a tenth: docs/numerics.md
 BITS = (8, 4)
 
 
-class QuantizedMLX(MLXBackend):
-    """An MLX backend for `loss` and `logits`, all in float32 but for the matrices: those of the
-    blocks, the head, and an embedding of more than FEW_ROWS tokens."""
+class QuantizedScorer:
+    """A base.Scorer that computes in float32, from quantised matrices.
 
-    def __init__(
-        self, model: ModelConfig, train: TrainConfig, state: TrainState, bits: int
-    ) -> None:
+    Quantised are those of the blocks, the head, and an embedding of more than MAX_ONE_HOT_ROWS
+    tokens. The float weights are not kept.
+    """
+
+    name = "mlx"
+
+    def __init__(self, model: ModelConfig, params: Params, bits: int) -> None:
         assert bits in BITS
+        assert not model.lora_rank, "adapters are merged before"
+        device = probe()
+        self.device = device.description
         self._bits = bits
-        super().__init__(model, train, state)
-
-    def restore(self, state: TrainState) -> None:
-        """Take these weights; the float ones are not kept."""
-        super().restore(state)
-        super()._bind(self._weights)
-        self._weights, self._moments = {}, {"m": {}, "v": {}}
-        nn.quantize(self._model, class_predicate=self._how)
-        mx.eval(self._model.parameters())
+        self._forward = Forward(model, on_gpu=device.has_gpu)
+        self._forward.bind({name: mx.array(weight) for name, weight in params.items()})
+        nn.quantize(self._forward.model, class_predicate=self._group_size_and_bits)
+        mx.eval(self._forward.model.parameters())
         mx.clear_cache()
+        self._mean_loss = self._forward.compile(self._forward.mean_loss)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> NoReturn:
-        """Refused."""
-        raise BackendError("quantised weights are not trained; leave --quantize out")
+    def loss(self, batch: Batch) -> float:
+        """Return the mean cross-entropy in nats over the targets that count."""
+        return float(self._mean_loss(None, *self._forward.windows(batch), None))
 
-    def loss_and_grads(self, batch: Batch) -> NoReturn:
-        """Refused."""
-        raise BackendError("quantised weights have no gradients; leave --quantize out")
+    def new_cache(self, batch_size: int) -> MLXCache:
+        """Return a cache with `batch_size` empty rows."""
+        return self._forward.new_cache(batch_size)
 
-    def state(self) -> TrainState:
-        """The weights that it computes with, in float32."""
-        weights = dict(tree_flatten(self._model.parameters()))
-        for path, layer in self._model.named_modules():
-            if "scales" in layer:
-                scales, biases = weights.pop(f"{path}.scales"), weights.pop(f"{path}.biases")
-                packed = weights[f"{path}.weight"]
-                weights[f"{path}.weight"] = mx.dequantize(
-                    packed, scales, biases, layer.group_size, layer.bits
-                )
-        return TrainState(self.step, {name: np.array(w) for name, w in weights.items()}, {})
+    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+        """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32."""
+        return self._forward.logits(None, tokens, cache, rows)
+
+    def memory_bytes(self) -> int:
+        """Return the peak so far of the device's memory; on a CPU, of the process."""
+        return memory_bytes(on_gpu=self._forward.on_gpu)
 
     def weight_bytes(self) -> int:
-        """What the weights take, scales and offsets included."""
-        return sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
+        """Return the size of the weights, scales and offsets included."""
+        return sum(array.nbytes for _, array in tree_flatten(self._forward.model.parameters()))
 
-    def _bind(self, weights: Weights) -> None:
-        """The model holds its weights."""
-
-    def _how(self, path: str, layer: Any) -> bool | dict[str, int]:
-        """Whether and in which groups this layer is quantised."""
-        matrix = isinstance(layer, nn.Linear)
-        if not matrix and not (isinstance(layer, nn.Embedding) and len(layer.weight) > FEW_ROWS):
+    def _group_size_and_bits(self, path: str, layer: Any) -> bool | dict[str, int]:
+        """Return how this layer is quantised, or False."""
+        is_wide = isinstance(layer, nn.Embedding) and len(layer.weight) > MAX_ONE_HOT_ROWS
+        if not (isinstance(layer, nn.Linear) or is_wide):
             return False
         width = layer.weight.shape[1]
-        group = next((size for size in GROUPS if width % size == 0), None)
-        if group is None:
+        group_size = next((size for size in GROUP_SIZES if width % size == 0), None)
+        if group_size is None:
             raise BackendError(
-                f"--quantize takes numbers in groups of {' or '.join(map(str, GROUPS))}, and "
-                f"{path} has rows of {width}; it needs a model whose n_embd 32 divides"
+                f"--quantize stores values in groups of {' or '.join(map(str, GROUP_SIZES))}, and "
+                f"{path} has rows of {width}; it needs a model whose n_embd is divisible by 32"
             )
-        return {"group_size": group, "bits": self._bits}
+        return {"group_size": group_size, "bits": self._bits}

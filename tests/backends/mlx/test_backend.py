@@ -22,9 +22,10 @@ from mlx.utils import tree_flatten
 
 from mlx_randygpt.backends import choose, mlx_device
 from mlx_randygpt.backends.base import BackendError
-from mlx_randygpt.backends.mlx import backend as mlx_backend
+from mlx_randygpt.backends.mlx import forward as mlx_forward
 from mlx_randygpt.backends.mlx import model as mlx_model
 from mlx_randygpt.backends.mlx.backend import MLXBackend
+from mlx_randygpt.backends.mlx.forward import Forward
 from mlx_randygpt.backends.mlx.optimizer import newton_schulz, update
 from mlx_randygpt.check import recipe_of
 from mlx_randygpt.config import ARCHS, ModelConfig, TrainConfig
@@ -50,7 +51,7 @@ def train_config(recipe: str, **changes: Any) -> TrainConfig:
 
 
 def lively(config: ModelConfig) -> Params:
-    """Weights at which every part of the model matters: no zeros, logits of order 1."""
+    """Return weights at which every part of the model matters: no zeros, logits of order 1."""
     scaled = replace(config, zero_init=False, init_scale=0.2 * config.n_embd**0.5)
     return initial_params(scaled, seed=1)
 
@@ -66,7 +67,7 @@ def tokens(*shape: int, seed: int = 0) -> Any:
 
 
 def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
-    """The loss of base.Backend in float64, token by token and head by head."""
+    """Return the loss of base.Backend in float64, token by token and head by head."""
 
     def rms(x: Any) -> Any:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
@@ -76,7 +77,7 @@ def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
         before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
         return np.where(np.arange(2 * half) < half, before, x) if config.token_shift else x
 
-    def turned(x: Any, position: int) -> Any:
+    def rotated(x: Any, position: int) -> Any:
         pairs = x[0::2] + 1j * x[1::2]  # (D/2,)
         pairs = pairs * np.exp(1j * position * 10000.0 ** (-np.arange(len(pairs)) / len(pairs)))
         return np.stack([pairs.real, pairs.imag], -1).reshape(-1)
@@ -88,7 +89,7 @@ def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
             q, k, v = qkv[:, 0, h], qkv[:, 1, h], qkv[:, 2, h]  # (T, D)
             q, k = (rms(q), rms(k)) if config.qk_norm else (q, k)
             if config.position == "rope":
-                q, k = (np.array([turned(row, t) for t, row in enumerate(z)]) for z in (q, k))
+                q, k = (np.array([rotated(row, t) for t, row in enumerate(z)]) for z in (q, k))
             for t in range(len(x)):
                 att = np.exp(k[: t + 1] @ q[t] / np.sqrt(config.head_size))  # (t+1,)
                 y[t, h] = att @ v[: t + 1] / att.sum()
@@ -112,7 +113,7 @@ def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
 @each_model
 def test_the_model_has_the_published_names_and_shapes(recipe: str) -> None:
     shapes = {name: w.shape for name, w in lively(model_config(recipe)).items()}
-    model = backend(recipe)._model
+    model = backend(recipe)._forward.model
     assert {name: w.shape for name, w in tree_flatten(model.parameters())} == shapes
 
 
@@ -139,17 +140,17 @@ def test_gradient_equals_finite_differences_along_a_direction(recipe: str) -> No
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
 def test_windows_gathered_on_the_device_equal_the_batch(dtype: Any, monkeypatch: Any) -> None:
     batch = Batch(tokens(50).astype(dtype), np.array([0, 7, 34, 40, 49]), T)
-    for limit in (mlx_backend.RESIDENT_TOKENS, 10):  # resident, then gathered on the host
-        monkeypatch.setattr(mlx_backend, "RESIDENT_TOKENS", limit)
-        x, y = backend("modern")._windows(batch)
+    for limit in (mlx_forward.MAX_RESIDENT_TOKENS, 10):  # resident, then gathered on the host
+        monkeypatch.setattr(mlx_forward, "MAX_RESIDENT_TOKENS", limit)
+        x, y = backend("modern")._forward.windows(batch)
         assert x.dtype == y.dtype == mx.int32
         assert np.array_equal(x, batch.x())
         assert np.array_equal(y, batch.y())
 
 
-@pytest.mark.parametrize("limit", [mlx_backend.RESIDENT_TOKENS, 10])
+@pytest.mark.parametrize("limit", [mlx_forward.MAX_RESIDENT_TOKENS, 10])
 def test_a_mapped_file_is_the_array_it_holds(tmp_path: Any, monkeypatch: Any, limit: int) -> None:
-    monkeypatch.setattr(mlx_backend, "RESIDENT_TOKENS", limit)
+    monkeypatch.setattr(mlx_forward, "MAX_RESIDENT_TOKENS", limit)
     tokens(90).astype(np.uint16).tofile(tmp_path / "tokens")
     mapped = np.memmap(tmp_path / "tokens", np.uint16, "r")[:80]
     for step in range(3):
@@ -162,7 +163,9 @@ def test_few_token_arrays_stay_resident() -> None:
     batches = [Batch.of(tokens(1, T + 1, seed=seed)) for seed in range(6)]
     for batch in [batches[0], *batches, batches[3]]:
         b.loss(batch)
-    assert [id(known) for known, _ in b._splits] == [id(batches[i].tokens) for i in (2, 4, 5, 3)]
+    assert [id(split) for split, _ in b._forward._splits] == [
+        id(batches[i].tokens) for i in (2, 4, 5, 3)
+    ]
 
 
 def test_targets_past_the_end_do_not_count() -> None:
@@ -174,8 +177,8 @@ def test_targets_past_the_end_do_not_count() -> None:
 @each_model
 def test_cached_decoding_equals_the_full_forward(recipe: str) -> None:
     b, ids = backend(recipe), tokens(2, T)
-    b._bind(b._weights)
-    full = np.array(b._model(mx.array(ids)))  # (B, T, V)
+    b._forward.bind(b._weights)
+    full = np.array(b._forward.model(mx.array(ids)))  # (B, T, V)
     cache = b.new_cache(2)
     for start, end in [(0, 5), (5, 6), (6, 13), (13, 14)]:
         logits = b.logits(ids[:, start:end], cache)
@@ -214,15 +217,15 @@ def test_select_reorders_and_repeats_streams(recipe: str) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_token_is_traced_once_and_gives_the_same_logits() -> None:
-    """As on a GPU; the window slides and the rows differ in length. Measured: 2e-7 of them."""
+    """As on a GPU; the window slides and the rows differ in length. Measured: 2e-7, relative."""
     plain, ids = backend("modern", n_layer=1), tokens(2, T + 6)
     compiled, traced = backend("modern", n_layer=1), []
 
-    def advanced(*given: Any) -> Any:
-        traced.append(given)
-        return MLXBackend._advanced(compiled, *given)
+    def advance(*inputs: Any) -> Any:
+        traced.append(inputs)
+        return Forward.advance(compiled._forward, *inputs)
 
-    compiled._token = mx.compile(advanced)
+    compiled._forward._advance_token = mx.compile(advance)
     for b in (plain, compiled):
         b.train_step([Batch.of(tokens(2, T + 1))], 1e-3)  # new weights are no new trace
     caches = plain.new_cache(2), compiled.new_cache(2)
@@ -235,7 +238,7 @@ def test_a_compiled_token_is_traced_once_and_gives_the_same_logits() -> None:
             for b, cache in zip((plain, compiled), caches, strict=True)
         )
         np.testing.assert_allclose(got, expected, atol=2e-6 * abs(expected).max())
-        compiled.step += 1  # nor is anything else that changes
+        compiled.step += 1  # which causes no trace either
     assert len(traced) == 1
 
 
@@ -267,11 +270,11 @@ def test_two_half_batches_make_the_step_of_one_whole(recipe: str) -> None:
         np.testing.assert_allclose(got[name], m, atol=5e-6 * abs(m).max())  # measured: 6e-7
 
 
-@pytest.mark.parametrize("few_rows", [mlx_model.FEW_ROWS, 0])
+@pytest.mark.parametrize("max_rows", [mlx_model.MAX_ONE_HOT_ROWS, 0])
 def test_bfloat16_adds_up_the_gradient_of_the_embedding_in_float32(
-    few_rows: int, monkeypatch: pytest.MonkeyPatch
+    max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_model, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(mlx_model, "MAX_ONE_HOT_ROWS", max_rows)
     batch = Batch.of(tokens(1024, T + 1) % 3)  # 5,000 positions of each id that occurs
     half = backend("modern", train_config("modern", dtype="bfloat16"), n_layer=1)
     full = backend("modern", n_layer=1)
@@ -280,11 +283,11 @@ def test_bfloat16_adds_up_the_gradient_of_the_embedding_in_float32(
     assert error < 0.1  # measured: 0.012; added up in bfloat16, 0.62
 
 
-@pytest.mark.parametrize("few_rows", [mlx_model.FEW_ROWS, 0])
+@pytest.mark.parametrize("max_rows", [mlx_model.MAX_ONE_HOT_ROWS, 0])
 def test_the_embedding_gives_its_rows_to_the_bit(
-    few_rows: int, monkeypatch: pytest.MonkeyPatch
+    max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_model, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(mlx_model, "MAX_ONE_HOT_ROWS", max_rows)
     table = mlx_model.Embedding(V, 8)
     ids = mx.array(tokens(3, T))
     assert np.array_equal(table(ids), np.array(table.weight)[np.array(ids)])
@@ -292,7 +295,7 @@ def test_the_embedding_gives_its_rows_to_the_bit(
 
 @pytest.fixture
 def on_the_cpu() -> Iterator[None]:
-    """It has one order for each sum; what a GPU does, benchmarks/gpu.py says."""
+    """Compute on the CPU, which sums in one order; benchmarks/gpu.py measures a GPU."""
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -320,10 +323,10 @@ def test_resume_is_bit_exact(recipe: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [{}, {"dtype": "bfloat16", "checkpoint_activations": True}])
-def test_a_compiled_step_is_traced_once_and_is_the_plain_one(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "checkpoint_activations": True}])
+def test_a_compiled_step_is_traced_once_and_is_the_plain_one(options: dict[str, Any]) -> None:
     """As on a GPU; dropout, rates and batches change. Measured: the same bits."""
-    train = train_config("modern", **given)
+    train = train_config("modern", **options)
     plain, compiled = (backend("modern", train, n_layer=1, dropout=0.1) for _ in range(2))
     traced = []
 
@@ -332,7 +335,7 @@ def test_a_compiled_step_is_traced_once_and_is_the_plain_one(given: dict[str, An
         return compiled._value_and_grad(*arrays)
 
     compiled._training_grads = mx.compile(grads)
-    compiled._update = mx.compile(partial(update, train))
+    compiled._update = mx.compile(partial(update, train, compiled._muon))
     for i in range(3):
         batches = [Batch.of(tokens(4, T + 1, seed=seed)) for seed in (i, 10 + i)]
         results = [b.train_step(batches, 1e-2 / (i + 1)) for b in (compiled, plain)]
@@ -345,9 +348,9 @@ def test_a_compiled_step_is_traced_once_and_is_the_plain_one(given: dict[str, An
 def test_dropout_differs_by_step_and_micro_batch_and_spares_evaluation() -> None:
     b = backend("modern", dropout=0.5)
     batch = Batch.of(tokens(4, T + 1))
-    losses = [b._part(batch, index, batch.n_targets())[0].item() for index in (0, 1, 0)]
+    losses = [b._weighted_grads(batch, index, batch.n_targets())[0].item() for index in (0, 1, 0)]
     b.step += 1
-    assert len({*losses, b._part(batch, 0, batch.n_targets())[0].item()}) == 3
+    assert len({*losses, b._weighted_grads(batch, 0, batch.n_targets())[0].item()}) == 3
     assert b.loss(batch) == backend("modern").loss(batch)
 
 
@@ -386,10 +389,10 @@ def test_newton_schulz_keeps_singular_vectors(dtype: str) -> None:
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     expected = (u * s[:, None]) @ vt[:, :8]
-    found = newton_schulz(mx.array(x), getattr(mx, dtype))
-    assert found.dtype == getattr(mx, dtype)
+    got = newton_schulz(mx.array(x), getattr(mx, dtype))
+    assert got.dtype == getattr(mx, dtype)
     atol = {"float32": 1e-5, "bfloat16": 0.1}[dtype]  # measured: 1e-6, 0.04
-    np.testing.assert_allclose(found.astype(mx.float32), expected, atol=atol)
+    np.testing.assert_allclose(got.astype(mx.float32), expected, atol=atol)
 
 
 @each_model
@@ -407,7 +410,7 @@ def test_bfloat16_moves_float32_weights_and_stays_near_float32(recipe: str) -> N
 
 
 def test_a_build_for_a_gpu_that_finds_none_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA without a device, or a Mac that shows no Metal: MLX then names a GPU all the same."""
+    """CUDA without a device, or a Mac without Metal: MLX still reports a GPU."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "is_available", lambda device: False)
     assert choose("auto") == ("numpy", mlx_device()[1])

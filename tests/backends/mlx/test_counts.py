@@ -1,6 +1,6 @@
-"""What one step calls, and how often: more calls than the committed table has make it slower.
+"""The calls of one step, compared with the committed table: more calls make it slower.
 
-After a change that is meant, `python benchmarks/roofline.py --counts` writes the table anew.
+After an intended change, `python benchmarks/roofline.py --counts` rewrites the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_a_step_calls_what_the_table_says(roofline) -> None:  # type: ignore[no-
 
 
 def test_the_products_of_a_step_are_those_of_the_model(roofline) -> None:  # type: ignore[no-untyped-def]
-    """Six FLOP for each weight and token: three products of each matrix, the embedding's none."""
+    """Six FLOP for each weight and token: three products per matrix, none for the embedding."""
     model = roofline.sized("small", "modern")
     step = roofline.stepper(model, 4)
     flop = sum(values[1] for values in roofline.recorded(step).values())

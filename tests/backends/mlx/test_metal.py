@@ -1,7 +1,7 @@
-"""Nothing in the MLX path that Metal lacks: the operations of a step and of decoding, recorded.
+"""The MLX path uses nothing that Metal lacks: the operations of a step and of decoding, recorded.
 
-MLX names what a graph is made of before it runs, so this holds on a machine without Metal. There
-the fused operations (norm, rotation, attention) take the place of what they are made of here.
+MLX lists the operations of a graph before it runs, so this needs no Metal. On Metal the fused
+operations (norm, rotation, attention) replace the operations that they consist of here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FILES = sorted((Path(mlx_randygpt.__file__).parent / "backends" / "mlx").glob("[
 FORBIDDEN = {"float64", "complex64", "double", "linalg", "cpu", "qr", "svd", "inv", "cholesky"}
 FORBIDDEN |= {"eig", "eigh", "lu", "solve", "pinv"}
 TYPES = {mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int32, mx.int64, mx.float32, mx.bfloat16}
-# Every operation that training and decoding use. To add one, see that it has a kernel there:
+# Every operation that training and decoding use. Add one only if Metal has a kernel for it.
 HAVE_KERNELS = {
     # unary, binary and ternary .metal files: one thread an element
     "Add", "AsType", "Cos", "Cosh", "Divide", "Equal", "Erf", "Exp", "Greater", "GreaterEqual",
@@ -51,7 +51,7 @@ HAVE_KERNELS = {
 
 @pytest.fixture(autouse=True)
 def on_the_cpu() -> Iterator[None]:
-    """Where every operation is one that can be written down."""
+    """Compute on the CPU, where every operation can be recorded."""
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -59,7 +59,7 @@ def on_the_cpu() -> Iterator[None]:
 
 
 class Recorded:
-    """What `run` makes of the arrays: names of operations, and the types that pass by."""
+    """The operations of `run` on these arrays: their names and the types of their values."""
 
     def __init__(self, run: Callable[..., Any], arrays: list[mx.array]) -> None:
         parts: list[dict[str, Any]] = []
@@ -68,13 +68,11 @@ class Recorded:
         ends = [end for part in operations for end in (*part["inputs"], *part["outputs"])]
         self.operations = {part["name"] for part in operations}
         self.types = {dtype for _, _, dtype in ends}
-        self.scattered = {
-            dtype for part in operations if part["name"].startswith("Scatter")
-            for _, _, dtype in part["outputs"]
-        }  # fmt: skip
+        scatters = [part for part in operations if part["name"].startswith("Scatter")]
+        self.scattered = {dtype for part in scatters for _, _, dtype in part["outputs"]}
 
     def lacking(self) -> set[Any]:
-        """What Metal does not have of it; it adds to no value of eight bytes."""
+        """Return the operations and types that Metal lacks; it cannot scatter-add eight bytes."""
         wide = {dtype for dtype in self.scattered if dtype.size == 8}
         return (self.operations - HAVE_KERNELS) | (self.types - TYPES) | wide
 
@@ -90,50 +88,56 @@ def backend(recipe: str, tiny_model: Any, tiny_train: Any, **train: Any) -> MLXB
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_step_uses_what_metal_has(
-    recipe: str, dtype: str, optimizer: str,
-    tiny_model: Callable[..., ModelConfig], tiny_train: Callable[..., TrainConfig],
-) -> None:  # fmt: skip
+    recipe: str,
+    dtype: str,
+    optimizer: str,
+    tiny_model: Callable[..., ModelConfig],
+    tiny_train: Callable[..., TrainConfig],
+) -> None:
     b = backend(recipe, tiny_model, tiny_train, dtype=dtype, optimizer=optimizer)
     names, batch = list(b._weights), Batch.of(np.zeros((2, 17), np.int64))
-    keys = mx.zeros((2 * b._config.n_layer, 2, 2), mx.uint32)  # places, sequences
+    keys = mx.zeros((2 * b._forward.config.n_layer, 2, 2), mx.uint32)  # places, sequences
 
     def step(*weights: mx.array) -> list[mx.array]:
         old = dict(zip(names, weights, strict=True))
-        loss, grads = b._value_and_grad(old, *b._windows(batch), keys)
-        new, moments, norm = update(b._train, old, b._moments, grads, rates(b._train, 0, 1e-3))
+        loss, grads = b._value_and_grad(old, *b._forward.windows(batch), keys)
+        now = rates(b._train, 0, 1e-3)
+        new, moments, norm = update(b._train, b._muon, old, b._moments, grads, now)
         return [loss, norm, *new.values(), *(m for kind in moments.values() for m in kind.values())]
 
-    found = Recorded(step, list(b._weights.values()))
-    assert {"Matmul", "ScatterAxis", "RandomBits"} < found.operations
-    assert (mx.bfloat16 in found.types) is (dtype == "bfloat16")
-    assert found.lacking() == set()
+    recorded = Recorded(step, list(b._weights.values()))
+    assert {"Matmul", "ScatterAxis", "RandomBits"} < recorded.operations
+    assert (mx.bfloat16 in recorded.types) is (dtype == "bfloat16")
+    assert recorded.lacking() == set()
 
 
 def test_the_gradient_of_a_wide_embedding_uses_what_metal_has() -> None:
-    found = Recorded(lambda x, ids: [gradient(ids, x, 9)], [mx.ones((8, 4)), mx.arange(8)])
-    assert {"ArgSort", "Scatter"} < found.operations
-    assert found.lacking() == set()
+    recorded = Recorded(lambda x, ids: [gradient(ids, x, 9)], [mx.ones((8, 4)), mx.arange(8)])
+    assert {"ArgSort", "Scatter"} < recorded.operations
+    assert recorded.lacking() == set()
 
 
 @pytest.mark.parametrize("recipe", MODELS)
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 3]])
 def test_decoding_uses_what_metal_has(
-    recipe: str, lengths: list[int],
-    tiny_model: Callable[..., ModelConfig], tiny_train: Callable[..., TrainConfig],
-) -> None:  # fmt: skip
+    recipe: str,
+    lengths: list[int],
+    tiny_model: Callable[..., ModelConfig],
+    tiny_train: Callable[..., TrainConfig],
+) -> None:
     b = backend(recipe, tiny_model, tiny_train)
     names, empty = list(b._weights), b.new_cache(2).layers
     ids, none = mx.zeros((2, 4), mx.int32), mx.zeros(2, mx.int32)
 
     def read(*weights: mx.array) -> list[mx.array]:
         whole = dict(zip(names, weights, strict=True))
-        prompt, layers = b._advanced(whole, ids, none, empty)
-        token, layers = b._advanced(whole, ids[:, :1], mx.array(lengths), layers)
+        prompt, layers = b._forward.advance(whole, ids, none, empty)
+        token, layers = b._forward.advance(whole, ids[:, :1], mx.array(lengths), layers)
         return [prompt, token, *(array for layer in layers for array in layer)]
 
-    found = Recorded(read, list(b._weights.values()))
-    assert {"Matmul", "Softmax", "ScatterAxis"} < found.operations
-    assert found.lacking() == set()
+    recorded = Recorded(read, list(b._weights.values()))
+    assert {"Matmul", "Softmax", "ScatterAxis"} < recorded.operations
+    assert recorded.lacking() == set()
 
 
 def test_the_recorder_sees_what_metal_lacks() -> None:
@@ -145,9 +149,9 @@ def test_the_recorder_sees_what_metal_lacks() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_the_source_names_nothing_that_metal_lacks(file: Path) -> None:
-    """Of MLX's names; what is NumPy's, on the host, may have any type."""
+def test_the_source_uses_nothing_that_metal_lacks(file: Path) -> None:
+    """Only MLX's names count; NumPy, on the host, can use any type."""
     attributes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
-    named = {n.attr for n in attributes if ast.unparse(n.value).split(".")[0] in ("mx", "nn")}
-    assert named
-    assert not named & FORBIDDEN
+    names = {n.attr for n in attributes if ast.unparse(n.value).split(".")[0] in ("mx", "nn")}
+    assert names
+    assert not names & FORBIDDEN

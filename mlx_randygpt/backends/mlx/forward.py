@@ -1,0 +1,139 @@
+"""The forward pass on MLX's default device: mean loss, cached decoding, tokens on the device.
+
+Training and quantised weights share it. It owns the modules, but no weights: every method takes
+those to compute with, or None for those that the modules hold.
+
+Legend: B batch, T time, C n_embd, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_randygpt.backends.base import ALL, check_decoding, check_ids
+from mlx_randygpt.backends.mlx.cache import Layer, LayerPass, MLXCache, attention_mask
+from mlx_randygpt.backends.mlx.embedding import gather_rows
+from mlx_randygpt.backends.mlx.gpt2 import GPT2, GPT2Args
+from mlx_randygpt.backends.mlx.model import GPT, ModelArgs
+from mlx_randygpt.backends.mlx.optimizer import Weights
+from mlx_randygpt.backends.mlx.recompute import recompute
+from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.state import IGNORED, Array, Batch
+
+MAX_RESIDENT_SPLITS = 4  # token arrays on the device: train, validation and two to spare
+MAX_RESIDENT_TOKENS = 2**26  # longer arrays are gathered on the host while the device is busy
+
+
+class Forward:
+    """A model without dropout keys or gradients of its own: loss and logits of given weights."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        on_gpu: bool,
+        dtype: mx.Dtype = mx.float32,
+        recomputes: bool = False,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype  # of the loss; decoding is float32
+        self.on_gpu = on_gpu
+        self.model = build_modules(config, recomputes=recomputes)
+        self._splits: list[tuple[Array, mx.array]] = []  # the latest last
+        self._advance_token = self.compile(self.advance)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function on a GPU; on a CPU that costs 30 s and gains nothing."""
+        compiled: Callable[..., Any] = mx.compile(function) if self.on_gpu else function
+        return compiled
+
+    def bind(self, weights: Weights | None) -> None:
+        """Make the model compute with these weights; nothing relies on those bound before."""
+        if weights is not None:
+            self.model.update(tree_unflatten(list(weights.items())))
+
+    def mean_loss(self, weights: Weights | None, x: mx.array, y: mx.array, keys: Any) -> mx.array:
+        """Return the mean cross-entropy over the targets that count, summed in float32."""
+        if weights is not None:
+            self.bind({name: w.astype(self.dtype) for name, w in weights.items()})
+        logits = self.model(x, keys=keys)  # (B, T, V)
+        if not self.on_gpu:  # the GPU's kernel sums in float32 whatever type it reads
+            logits = logits.astype(mx.float32)
+        counts = y != IGNORED  # (B, T)
+        losses = mx.fast.cross_entropy(logits, mx.where(counts, y, 0))  # (B, T)
+        return mx.where(counts, losses, 0).sum() / mx.maximum(counts.sum(), 1)
+
+    def new_cache(self, batch_size: int) -> MLXCache:
+        """Return a cache with `batch_size` empty rows."""
+        c = self.config
+        return MLXCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.head_size))
+
+    def logits(
+        self, weights: Weights | None, tokens: Array, cache: MLXCache, rows: slice = ALL
+    ) -> Array:
+        """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
+
+        Empty rows take up to block_size tokens at once, others take them one by one.
+        """
+        check_decoding(self.config, tokens, cache.lengths[rows])
+        empty = not cache.lengths[rows].any()
+        for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
+            inputs = mx.array(part.astype(np.int32)), mx.array(cache.lengths[rows].astype(np.int32))
+            advance = self._advance_token if part.shape[1] == 1 else self.advance
+            logits, layers = advance(weights, *inputs, cache.read(rows))
+            cache.write(rows, layers, part.shape[1])
+            del layers  # the cache owns them now
+            mx.eval(logits, cache.layers)
+        return np.array(logits)
+
+    def advance(
+        self, weights: Weights | None, ids: mx.array, lengths: mx.array, layers: list[Layer]
+    ) -> tuple[mx.array, list[Layer]]:
+        """Return the logits (B, V) after ids (B, T), and what the rows hold then.
+
+        The rows have these lengths (B,); either T = 1 or all rows are empty.
+        """
+        self.bind(weights)
+        passes = [LayerPass(layer, lengths, ids.shape[1]) for layer in layers]
+        mask = attention_mask(layers, lengths, ids.shape[1])
+        x = self.model.features(ids, passes, mask)  # (B, T, C)
+        return self.model.lm_head(x[:, -1]), [each.layer() for each in passes]
+
+    def windows(self, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Gather inputs and targets, (B, T) int32, equal to batch.x() and batch.y()."""
+        n = len(batch.tokens)
+        if n > MAX_RESIDENT_TOKENS:
+            x, y = batch.x(), batch.y()
+            check_ids(x, self.config.vocab_size)
+            check_ids(y, self.config.vocab_size, lowest=IGNORED)
+            return mx.array(x), mx.array(y)
+        tokens = self._resident(batch.tokens)
+        starts = mx.array(batch.starts.astype(np.int32))  # (B,)
+        at = starts[:, None] + mx.arange(batch.block_size)  # (B, T)
+        x = tokens[mx.minimum(at, n - 1)].astype(mx.int32)
+        y = tokens[mx.minimum(at + 1, n - 1)].astype(mx.int32)
+        return x, mx.where(at + 1 < n, y, IGNORED)
+
+    def _resident(self, tokens: Array) -> mx.array:
+        """Return the device's copy of this very array, checked and made when it is first seen."""
+        for index, (split, resident) in enumerate(self._splits):
+            if split is tokens:
+                self._splits.append(self._splits.pop(index))
+                return resident
+        check_ids(tokens, self.config.vocab_size)
+        self._splits = [*self._splits[1 - MAX_RESIDENT_SPLITS :], (tokens, mx.array(tokens))]
+        return self._splits[-1][1]
+
+
+def build_modules(config: ModelConfig, *, recomputes: bool = False) -> GPT:
+    """Build the modules of this architecture, whose blocks run again for their gradients or not."""
+    model: type[GPT] = GPT2 if config.is_gpt2 else GPT
+    args: type[ModelArgs] = GPT2Args if config.is_gpt2 else ModelArgs
+    values = {field.name: getattr(config, field.name) for field in fields(args)}
+    return model(args(**values), gather=gather_rows, wrap=recompute if recomputes else None)
