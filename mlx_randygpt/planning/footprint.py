@@ -91,8 +91,8 @@ def micro_batch(
     most = largest_batch(lambda sequences: needs(sequences) <= room)
     if most == 0:
         raise ConfigError(
-            f"one sequence needs {needs(1) / 1e9:.1f} GB, only {room / 1e9:.1f} GB are "
-            "available; try --checkpoint-activations, --dtype bfloat16, a smaller --block-size or model"
+            f"one sequence needs {needs(1) / 1e9:.1f} GB, only {room / 1e9:.1f} GB are available; "
+            "try --checkpoint-activations, --dtype bfloat16, a smaller --block-size or model"
         )
     return 0 if most >= train.batch_size else most
 
