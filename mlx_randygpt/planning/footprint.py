@@ -15,7 +15,7 @@ from mlx_randygpt.backends.numpy.backend import CHUNK_TOKENS
 from mlx_randygpt.backends.numpy.model import chunk_shapes
 from mlx_randygpt.backends.numpy.optimizer import STACK
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
-from mlx_randygpt.model import parameter_count, parameter_shapes, parameters
+from mlx_randygpt.model import parameter_count, parameters
 from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS
 
 FLOAT = 4  # bytes

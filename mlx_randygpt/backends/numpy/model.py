@@ -35,7 +35,7 @@ def flat_views(config: ModelConfig, dtype: type) -> tuple[Array, Params]:
     return flat, {name: p.reshape(shapes[name]) for name, p in zip(shapes, pieces, strict=True)}
 
 
-def copied(groups: list[Params]) -> list[Params]:
+def copy_to_float32(groups: list[Params]) -> list[Params]:
     """Copy all arrays into one float32 vector and return views of it in the same groups.
 
     Large memory pages cost a fraction of many small ones.
