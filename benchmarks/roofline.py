@@ -101,7 +101,7 @@ def stepper(model: ModelConfig, n_rows: int) -> Callable[[], None]:
     """One chunk forward and backward, its gradients added to what is there."""
     random = np.random.default_rng(0)
     weights = initial_params(model, 1)
-    chunk = Chunk(model, n_rows, model.block_size, np.float32, *flat_views(model, np.float32))
+    chunk = Chunk(model, n_rows, model.block_size, *flat_views(model, np.float32))
     windows = random.integers(0, VOCAB, (n_rows, model.block_size + 1)).astype(np.int32)
     x, y = windows[:, :-1].copy(), windows[:, 1:].reshape(-1).copy()
 

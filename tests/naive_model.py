@@ -22,8 +22,8 @@ def rms(x: Array) -> Array:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
 
 
-def turn(x: Array, t: int) -> Array:
-    """One head's vector (D,) turned by its position."""
+def rotate(x: Array, t: int) -> Array:
+    """Rotate one head's vector (D,) by its position."""
     d = len(x)
     matrix = np.zeros((d, d))
     for j in range(0, d, 2):
@@ -33,22 +33,22 @@ def turn(x: Array, t: int) -> Array:
     return matrix @ x
 
 
-def shifted(x: Array, config: ModelConfig) -> Array:
-    """Rows (T', C) whose first half is that of the row before, if the model does so."""
+def shift(x: Array, config: ModelConfig) -> Array:
+    """Return rows (T', C) with the first half of the row before, if the model shifts."""
     if not config.token_shift:
         return x
     half = x.shape[1] // 2
     return np.array([[*(x[t - 1] if t else 0 * x[0])[:half], *x[t][half:]] for t in range(len(x))])
 
 
-def normed(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
-    """What a branch reads of x (T', C)."""
+def branch_input(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
+    """Return the input of a branch for the residual stream x (T', C)."""
     if config.arch == "gpt":
-        return shifted(rms(x), config)
+        return shift(rms(x), config)
     return rms(x - x.mean(-1, keepdims=True)) * w[name] + w.get(f"{name}.bias", 0)
 
 
-def activated(config: ModelConfig, h: Array) -> Array:
+def activate(config: ModelConfig, h: Array) -> Array:
     if config.activation == "relu2":
         return np.maximum(h, 0) ** 2
     if config.activation == "gelu":
@@ -57,11 +57,17 @@ def activated(config: ModelConfig, h: Array) -> Array:
 
 
 def naive_logits(
-    w: Params, config: ModelConfig, tokens: Array, window: int = T,
+    w: Params,
+    config: ModelConfig,
+    tokens: Array,
+    window: int = T,
     shares: dict[tuple[int, int, int], Array] | None = None,
-) -> Array:  # fmt: skip
-    """Logits (T', V) of one sequence; every query sees the last `window` keys up to its own.
-    `shares` is filled with the attention of (layer, head, query)."""
+) -> Array:
+    """Return the logits (T', V) of one sequence.
+
+    Every query sees the last `window` keys up to its own. `shares` is filled with the attention
+    of (layer, head, query).
+    """
     w = {name.removesuffix(".weight"): a.astype(np.float64) for name, a in w.items()}
     n, h, d = len(tokens), config.n_head, config.head_size
     x = w["wte"][tokens] + (w["wpe"][:n] if config.position == "learned" else 0)
@@ -70,13 +76,13 @@ def naive_logits(
         return x @ w[name].T + w.get(f"{name}.bias", 0)
 
     for i in range(config.n_layer):
-        qkv = times(f"h.{i}.attn.c_attn", normed(w, f"h.{i}.ln_1", config, x))
+        qkv = times(f"h.{i}.attn.c_attn", branch_input(w, f"h.{i}.ln_1", config, x))
         qkv = qkv.reshape(n, 3, h, d)
         if config.qk_norm:
             qkv[:, :2] = rms(qkv[:, :2])
         if config.position == "rope":
             for t, part, head in np.ndindex(n, 2, h):
-                qkv[t, part, head] = turn(qkv[t, part, head], t)
+                qkv[t, part, head] = rotate(qkv[t, part, head], t)
         y = np.zeros((n, h, d))
         for t, head in np.ndindex(n, h):
             seen = slice(max(0, t - window + 1), t + 1)
@@ -85,10 +91,10 @@ def naive_logits(
             if shares is not None:
                 shares[i, head, t] = e / e.sum()
         x = x + times(f"h.{i}.attn.c_proj", y.reshape(n, -1))
-        hidden = times(f"h.{i}.mlp.c_fc", normed(w, f"h.{i}.ln_2", config, x))
-        x = x + times(f"h.{i}.mlp.c_proj", activated(config, hidden))
+        hidden = times(f"h.{i}.mlp.c_fc", branch_input(w, f"h.{i}.ln_2", config, x))
+        x = x + times(f"h.{i}.mlp.c_proj", activate(config, hidden))
     if config.final_norm:
-        x = normed(w, "ln_f", replace(config, token_shift=False), x)
+        x = branch_input(w, "ln_f", replace(config, token_shift=False), x)
     return x @ w.get("lm_head", w["wte"]).T
 
 
@@ -96,6 +102,6 @@ def naive_loss(w: Params, config: ModelConfig, batch: Batch) -> float:
     nats = []
     for x, y in zip(batch.x(), batch.y(), strict=True):
         logits = naive_logits(w, config, x)
-        surprise = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, y[:, None], 1)[:, 0]
-        nats += list(surprise[y != IGNORED])
+        nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, y[:, None], 1)[:, 0]
+        nats += list(nll[y != IGNORED])
     return float(np.mean(nats))

@@ -1,4 +1,4 @@
-"""The page of `mlxgpt inspect`: numbers of `insight` as JSON inside `inspect.html`."""
+"""The page of `mlxgpt inspect`: the numbers of `insight` as JSON inside `inspect.html`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mlx_randygpt.model import parameter_count
 from mlx_randygpt.state import Array
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
-MAX_TOKENS = 256  # of a large vocabulary: those of the text that occur most
-MAX_SAMPLES = 12  # of a run
-MAPS_BYTES = 3 << 20  # of all attention maps together, a byte a probability
+MAX_TOKENS = 256  # compared; of a larger vocabulary the most frequent ones
+MAX_SAMPLES = 12  # shown of a run
+MAX_MAPS_BYTES = 3 << 20  # all attention maps together, one byte a probability
 MARK = "/*DATA*/null"
 
 
@@ -32,53 +32,58 @@ def page(
     max_tokens: int,
     samples: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The whole page. `text` is whose attention it shows, else the beginning of `val`; `samples`
-    are rows of step, prompt and text."""
+    """Return the page as HTML.
+
+    It shows the attention of `text`, by default of the beginning of `val`; `samples` are rows of
+    step, prompt and text.
+    """
     if len(val) < 2:
-        raise DataError(f"{len(val)} tokens of validation text are too few; give more --data")
+        raise DataError(
+            f"the validation text has {len(val)} tokens, at least 2 are needed; use more --data"
+        )
     config, w = saved.model, saved.state.params
     labels = insight.token_texts(tokenizer)
-    found = insight.losses(w, config, val, max_tokens)
-    framed = tokenizer.eos != NO_TOKEN  # else its BOS is a token like others
-    ids = tokenizer.encode(text) if text else val[(val != tokenizer.bos) | (not framed)]
-    longest = int((MAPS_BYTES / (config.n_layer * config.n_head)) ** 0.5)
-    ids = ids[: max(1, min(config.block_size, longest))]
+    scored = insight.losses(w, config, val, max_tokens)
+    has_bos = tokenizer.eos != NO_TOKEN  # without EOS, BOS is an ordinary token
+    ids = tokenizer.encode(text) if text else val[(val != tokenizer.bos) | (not has_bos)]
+    max_length = int((MAX_MAPS_BYTES / (config.n_layer * config.n_head)) ** 0.5)
+    ids = ids[: max(1, min(config.block_size, max_length))]
     logits, maps = insight.forward(w, config, ids[None])
-    common = _common(val, tokenizer)
+    common = _common_tokens(val, tokenizer)
     values: dict[str, Any] = {
-        "facts": _facts(name, saved, found),
+        "facts": _facts(name, saved, scored),
         "labels": [labels[i] for i in common],
         "near": insight.neighbours(w["wte.weight"], common),
         "plane": insight.plane(w["wte.weight"], common),
         "text": [labels[i] for i in ids],
         "layers": config.n_layer,
         "heads": config.n_head,
-        "maps": [_bytes(p) for layer in maps for p in layer[0]],
+        "maps": [_encode_map(p) for layer in maps for p in layer[0]],
         "next": [[[labels[i], p] for i, p in row] for row in insight.candidates(logits[0])],
-        "positions": insight.by_position(found),
-        "classes": insight.by_class(found, labels),
-        "passages": insight.passages(found, labels),
-        "samples": _chosen(samples),
+        "positions": insight.by_position(scored),
+        "classes": insight.by_class(scored, labels),
+        "passages": insight.passages(scored, labels),
+        "samples": _select_samples(samples),
     }
     content = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("inspect.html").read_text(encoding="utf-8")
     return template.replace(MARK, content)
 
 
-def _facts(name: str, saved: Checkpoint, found: insight.Losses) -> list[tuple[str, str]]:
+def _facts(name: str, saved: Checkpoint, scored: insight.Losses) -> list[tuple[str, str]]:
     m = saved.model
     size = f"{m.n_layer} layers × {m.n_head} heads × {m.n_embd}, context {m.block_size}"
-    n = int(np.isfinite(found.nats).sum())
+    n = int(np.isfinite(scored.nats).sum())
     return [
         ("checkpoint", name),
         ("model", f"{parameter_count(m):,} parameters, {size}, {saved.train.recipe} recipe"),
         ("step", f"{saved.state.step:,}"),
-        ("loss here", f"{np.nanmean(found.nats):.4f} nats per token over {n:,} validation tokens"),
+        ("loss here", f"{np.nanmean(scored.nats):.4f} nats per token over {n:,} validation tokens"),
     ]
 
 
-def _common(val: Array, tokenizer: Tokenizer) -> list[int]:
-    """The tokens to compare: all of a small vocabulary, else the most frequent; by id."""
+def _common_tokens(val: Array, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of the tokens to compare, at most the `MAX_TOKENS` most frequent ones."""
     counts = np.bincount(val, minlength=tokenizer.vocab_size)
     if tokenizer.eos != NO_TOKEN:
         counts[[tokenizer.bos, tokenizer.eos]] = 0
@@ -86,12 +91,13 @@ def _common(val: Array, tokenizer: Tokenizer) -> list[int]:
     return sorted(int(i) for i in order if counts[i])
 
 
-def _chosen(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first, the last and some between, closer at the beginning, where most changes."""
+def _select_samples(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first, the last and some samples between, closer at the beginning."""
     n = len(samples)
     at = np.geomspace(1, n, MAX_SAMPLES) if n > MAX_SAMPLES else np.arange(1, n + 1)
     return [samples[i - 1] for i in dict.fromkeys(at.round().astype(int).tolist())]
 
 
-def _bytes(p: Array) -> str:
+def _encode_map(p: Array) -> str:
+    """Return probabilities as bytes in base64."""
     return base64.b64encode((p * 255).round().astype(np.uint8).tobytes()).decode()

@@ -1,8 +1,7 @@
-"""The memory of training by kind, counted from the settings: what each backend allocates.
+"""The memory of training by kind, computed from the settings.
 
-Pure functions of numbers; nothing is allocated here. NumPy is counted array by array, as
-numpy_model and numpy_backend make them. MLX is lazy, so there it is what the backward pass holds on
-to, and docs/scaling.md says how far that was compared.
+Nothing is allocated here. For NumPy it sums the arrays that the backend allocates. MLX is lazy:
+for it the arrays are counted that the backward pass keeps; docs/scaling.md has measurements.
 
 Legend: B sequences, T time, C n_embd, H heads, D = C/H, V vocab, N = B·T, P parameters.
 """
@@ -13,17 +12,17 @@ from collections.abc import Callable
 from math import prod
 
 from mlx_randygpt.backends.numpy.backend import CHUNK_TOKENS
-from mlx_randygpt.backends.numpy.model import ATTENTION, LOGITS
+from mlx_randygpt.backends.numpy.model import chunk_shapes
 from mlx_randygpt.backends.numpy.optimizer import STACK
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
-from mlx_randygpt.model import parameter_count, parameter_shapes, parameters
-from mlx_randygpt.training.loop import EVAL_BATCH_TOKENS
+from mlx_randygpt.model import parameter_count, parameters
+from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS
 
 FLOAT = 4  # bytes
-ON_HOST = ("program", "saving")  # kinds that a GPU with its own memory leaves to the machine's
+ON_HOST = ("program", "saving")  # kinds in the machine's memory if the GPU has its own
 Bytes = dict[str, int]  # by kind
 
-KINDS = {  # and what each is, in words
+KINDS = {  # with a description for tables
     "program": "Python and its libraries",
     "weights": "float32, and cast copies",
     "gradients": "before the update",
@@ -37,26 +36,32 @@ KINDS = {  # and what each is, in words
 
 
 def footprint(
-    backend: str, model: ModelConfig, train: TrainConfig, sequences: int, threads: int,
+    backend: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    sequences: int,
+    threads: int,
     program: int = 0,
-) -> Bytes:  # fmt: skip
-    """Bytes by kind at the peak of `mlxgpt train` with `sequences` a micro-batch on this device;
-    `program` is what the process holds before it."""
+) -> Bytes:
+    """Return bytes by kind at the peak of `mlxgpt train` with `sequences` in a micro-batch.
+
+    `program` is the memory of the process before training.
+    """
     n = parameter_count(model)
-    parts = numpy_step if backend == "numpy" else mlx_step
-    found = parts(model, train, sequences, threads)
-    kept = FLOAT * (2 * n + adamw_count(model, train))  # weights and moments, as a file has them
-    return {"program": program, **found, "saving": 4 * kept}
+    step = numpy_step if backend == "numpy" else mlx_step
+    file_bytes = FLOAT * (2 * n + adamw_count(model, train))  # weights and moments
+    step_bytes = step(model, train, sequences, threads)
+    return {"program": program, **step_bytes, "saving": 4 * file_bytes}
 
 
 def adamw_count(model: ModelConfig, train: TrainConfig) -> int:
-    """Weights that AdamW updates: all, or those that Muon leaves to it."""
+    """Return how many weights AdamW updates: all, or those that Muon does not."""
     weights = parameters(model)
     return sum(w.size for w in weights if train.optimizer == "adamw" or not w.is_block_matrix)
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
-    """The most sequences for which `fits` holds, 0 for none; what fits, fits with fewer too."""
+    """Return the most sequences for which `fits` is true, or 0; fewer sequences must fit too."""
     low, high = 0, LIMITS["batch_size"]
     while low < high:
         middle = (low + high + 1) // 2
@@ -64,16 +69,19 @@ def largest_batch(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def on_device(found: Bytes, unified: bool) -> Bytes:
-    """The kinds that lie in a device's memory; of a GPU that has its own, not all do."""
-    return {kind: n for kind, n in found.items() if unified or kind not in ON_HOST}
+def on_device(by_kind: Bytes, unified: bool) -> Bytes:
+    """Return the kinds in the device's memory; a GPU with its own memory does not hold them all."""
+    return {kind: n for kind, n in by_kind.items() if unified or kind not in ON_HOST}
 
 
 def micro_batch(
     backend: str, model: ModelConfig, train: TrainConfig, room: int, unified: bool = True
 ) -> int:
-    """Sequences of a pass so that a step fits into `room` bytes; 0 is the whole micro-batch, and
-    all that NumPy knows. ConfigError where not even one sequence fits."""
+    """Return the sequences per pass so that a step fits into `room` bytes; 0 is the whole batch.
+
+    NumPy always gets 0: its chunks have a bounded size. Raises ConfigError if not even one
+    sequence fits.
+    """
     if backend == "numpy":
         return 0
 
@@ -83,65 +91,63 @@ def micro_batch(
     most = largest_batch(lambda sequences: needs(sequences) <= room)
     if most == 0:
         raise ConfigError(
-            f"one sequence takes {needs(1) / 1e9:.1f} GB, and there are {room / 1e9:.1f} GB; try "
-            "--checkpoint-activations, --dtype bfloat16, a smaller --block-size or model"
+            f"one sequence needs {needs(1) / 1e9:.1f} GB, only {room / 1e9:.1f} GB are available; "
+            "try --checkpoint-activations, --dtype bfloat16, a smaller --block-size or model"
         )
     return 0 if most >= train.batch_size else most
 
 
-# NumPy: every array of a chunk, one chunk a thread.
+# NumPy: the arrays of one chunk per thread
 
 
 def numpy_step(model: ModelConfig, train: TrainConfig, sequences: int, threads: int) -> Bytes:
-    """Bytes by kind of a NumpyBackend whose batches, those of evaluations too, have been through
-    all its threads."""
+    """Return bytes by kind of a NumpyBackend after training and evaluation on all its threads."""
     n = parameter_count(model)
     rows = chunk_rows(model, max(sequences, EVAL_BATCH_TOKENS // model.block_size), threads)
     chunk = chunk_numbers(model, rows, train.checkpoint_activations)
-    found = {kind: FLOAT * threads * count for kind, count in chunk.items()}
-    found["working"] += (
-        FLOAT * threads * (passing_numbers(model, rows) + muon_numbers(model, train, threads))
-    )
+    chunk["working"] += temporary_numbers(model, rows) + muon_numbers(model, train, threads)
     return {
-        "weights": FLOAT * n, "gradients": FLOAT * n * threads, "moments": 2 * FLOAT * n, **found,
-    }  # fmt: skip
+        "weights": FLOAT * n,
+        "gradients": FLOAT * n * threads,
+        "moments": 2 * FLOAT * n,
+        **{kind: FLOAT * threads * count for kind, count in chunk.items()},
+    }
 
 
 def chunk_rows(model: ModelConfig, sequences: int, threads: int) -> int:
-    """Sequences of a chunk, as NumpyBackend cuts a batch."""
+    """Return how many sequences NumpyBackend puts into a chunk."""
     return max(1, min(CHUNK_TOKENS // model.block_size, -(-sequences // threads)))
 
 
 def chunk_numbers(model: ModelConfig, rows: int, recompute: bool) -> dict[str, int]:
-    """Numbers in the arrays of numpy_model.Chunk by kind, without its gradients."""
-    t, c, h, v = model.block_size, model.n_embd, model.n_head, model.vocab_size
-    n = rows * t
-    apart = model.token_shift or model.is_gpt2  # what is read is not the norm itself
-    streams = 10 + (2 if apart else 0) + (2 if model.dropout else 0)  # of (N, C)
-    few = max(1, min(rows, ATTENTION // (h * t * t)))
-    phases = 2 * 2 * t * 2 * h * (model.head_size // 2)  # both ways, complex
-    largest = max(prod(shape) for shape in parameter_shapes(model).values())
-    scratch = (4 + 1 + model.is_gpt2 + 4 + 3 + (1 if model.dropout else 0)) * n * c + n
-    layers = 1 if recompute else model.n_layer
-    inputs = n * c * (model.n_layer - 1) if recompute else 0
-    return {
-        "activations": layers * (streams * n * c + 2 * n + 2 * h * n) + inputs,
-        "attention": layers * rows * h * t * t,
-        "logits": max(1, min(n, LOGITS // v)) * v,
-        "working": scratch + few * h * t * (t + model.head_size) + phases + largest,
-    }
+    """Return how many numbers the arrays of a `Chunk` hold, by kind; gradients do not count."""
+    counts = dict.fromkeys(("activations", "attention", "logits", "working"), 0)
+    for name, shape in chunk_shapes(model, rows, model.block_size, recompute).items():
+        if name.endswith(".probs"):
+            kind = "attention"
+        elif name.startswith("h."):
+            kind = "activations"
+        else:
+            kind = "logits" if name == "logits" else "working"
+        counts[kind] += prod(shape)
+    return counts
 
 
-def passing_numbers(model: ModelConfig, rows: int) -> int:
-    """The most that NumPy itself allocates for a moment inside a pass: the factors of query and
-    key norms, spread over (N, 2C), or four arrays (N, F) of GELU's slope."""
+def temporary_numbers(model: ModelConfig, rows: int) -> int:
+    """Return the most numbers that NumPy itself allocates for a moment inside a pass.
+
+    These are the factors of query and key norms repeated to (N, 2C), or four arrays (N, F) of
+    GELU's slope.
+    """
     streams = 16 if model.is_gpt2 else 2 if model.qk_norm else 1
     return streams * rows * model.block_size * model.n_embd
 
 
 def muon_numbers(model: ModelConfig, train: TrainConfig, threads: int) -> int:
-    """Numbers in the largest stack of matrices that a thread orthogonalises: itself, its copy and
-    a spare one, and two squares of the shorter side."""
+    """Return the numbers needed for the largest stack of matrices that a thread orthogonalises.
+
+    These are the stack, its copy and a spare one, and two squares of the shorter side.
+    """
     if train.optimizer != "muon":
         return 0
     most = 0
@@ -152,35 +158,38 @@ def muon_numbers(model: ModelConfig, train: TrainConfig, threads: int) -> int:
 
 
 def muon_shapes(model: ModelConfig) -> dict[tuple[int, int], int]:
-    """How many matrices of each shape Muon turns."""
-    found: dict[tuple[int, int], int] = {}
+    """Return how many matrices of each shape Muon orthogonalises."""
+    counts: dict[tuple[int, int], int] = {}
     for weight in filter(lambda weight: weight.is_block_matrix, parameters(model)):
         matrix = (weight.shape[0] // weight.stacked, weight.shape[1])
-        found[matrix] = found.get(matrix, 0) + weight.stacked
-    return found
+        counts[matrix] = counts.get(matrix, 0) + weight.stacked
+    return counts
 
 
-# MLX: what the graph of a step keeps alive.
+# MLX: the arrays that the graph of a step keeps alive
 
 STREAMS = 20  # (N, C) arrays that a layer's backward pass reads; 4 more with query and key norms
 
 
 def mlx_step(model: ModelConfig, train: TrainConfig, sequences: int, threads: int) -> Bytes:
-    """Bytes by kind of one MLX step. The update is functional: old and new weights and moments
-    stand side by side, and Muon turns all matrices of a shape in one stack."""
-    n, few = parameter_count(model), adamw_count(model, train)
+    """Return bytes by kind of one MLX step.
+
+    The update is functional: old and new weights and moments are in memory together, and Muon
+    orthogonalises all matrices of a shape in one stack.
+    """
+    n, n_adamw = parameter_count(model), adamw_count(model, train)
     tokens, half = sequences * model.block_size, train.dtype == "bfloat16"
     width = 2 if half else FLOAT
     streams = STREAMS + 4 * model.qk_norm + 2 * model.token_shift + 2 * (model.dropout > 0)
     layers = 1 if train.checkpoint_activations else model.n_layer
     inputs = model.n_layer if train.checkpoint_activations else 0
-    stacked = 4 * (n - few)
+    stacked = 4 * (n - n_adamw)
     return {
         "weights": (FLOAT + 2 * half) * n,
         "gradients": 2 * FLOAT * n,
-        "moments": FLOAT * (n + few),
+        "moments": FLOAT * (n + n_adamw),
         "activations": width * (layers * streams + inputs) * tokens * model.n_embd,
         "attention": width * layers * tokens * model.n_head * model.block_size,
         "logits": 3 * FLOAT * tokens * model.vocab_size,
-        "working": FLOAT * (2 * n + few + stacked),
+        "working": FLOAT * (2 * n + n_adamw + stacked),
     }

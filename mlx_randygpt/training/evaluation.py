@@ -11,6 +11,7 @@ from mlx_randygpt.data.windows import eval_batches
 from mlx_randygpt.state import IGNORED, Array
 from mlx_randygpt.training.reports import perplexity
 
+EVAL_BATCH_TOKENS = 4096  # minimum tokens in one batch of an evaluation
 OVERFIT_EVALUATIONS = 3  # evaluations without a new best that count as overfitting if
 OVERFIT_GAP = 0.05  # the validation loss also exceeds the training loss by this much (nats)
 

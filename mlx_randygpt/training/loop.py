@@ -22,14 +22,13 @@ from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.state import Array, Batch, TrainState
 from mlx_randygpt.tokenizers import Tokenizer
-from mlx_randygpt.training.evaluation import evaluate, overfitting
+from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS, evaluate, overfitting
 from mlx_randygpt.training.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
 from mlx_randygpt.training.saving import Folder, Saver
 from mlx_randygpt.training.schedule import is_due, learning_rate
 
 MAX_SKIPS = 10  # consecutive steps that `--on-nan skip` skips before it stops the run
 MAX_ROLLBACKS = 3  # per run; each halves the learning rate
-EVAL_BATCH_TOKENS = 4096  # minimum tokens in one batch of an evaluation
 EVAL_TOKENS = 1 << 17  # validation tokens per evaluation; `mlxgpt eval` reads the whole split
 
 Pending = tuple[int, float, int, StepResult]  # step, rate, bytes of its targets, result

@@ -1,4 +1,4 @@
-"""The attention that the page shows, against the naive model, a query and a head at a time."""
+"""Attention maps against the naive model, one query and head at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_randygpt.state import Params, rng
 
 
 @pytest.mark.parametrize("recipe", ["classic", "modern"])
-def test_each_row_is_what_the_query_attends_to(
+def test_maps_are_those_of_the_naive_model(
     recipe: str, tiny_model: Callable[..., ModelConfig], lively: Callable[..., Params]
 ) -> None:
     model = tiny_model(recipe, n_layer=3)

@@ -1,4 +1,4 @@
-"""GPT-2's architecture: its published counts, its operations, and what they are in each backend."""
+"""GPT-2's architecture: its published counts, its operations, and both backends."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ KINDS = [(a, b) for a in ("gelu_tanh", "gelu") for b in (True, False)]
 
 @pytest.mark.parametrize(
     ("preset", "count"),
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
-     ("gpt2-xl", 1_557_611_200)],
-)  # fmt: skip
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
 def test_sizes_are_those_of_the_published_models(preset: str, count: int) -> None:
     sizes = asdict(PRESETS[preset])
     del sizes["batch_size"]
@@ -33,33 +37,43 @@ def test_sizes_are_those_of_the_published_models(preset: str, count: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"position": "rope"}, {"qk_norm": True}, {"final_norm": False},
-              {"token_shift": True}, {"activation": "relu2"}],
-)  # fmt: skip
-def test_what_gpt2_has_not_is_refused(wrong: dict[str, Any]) -> None:
+    "wrong",
+    [
+        {"position": "rope"},
+        {"qk_norm": True},
+        {"final_norm": False},
+        {"token_shift": True},
+        {"activation": "relu2"},
+    ],
+)
+def test_options_that_gpt2_does_not_have_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ModelConfig(67, **(ARCHS["gpt2"] | wrong))
 
 
-@pytest.mark.parametrize("ours", [{"bias": True}, {"activation": "gelu"}, {"arch": "llama"}])
-def test_our_model_has_none_of_it(ours: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(ours))):
-        ModelConfig(67, **ours)
+@pytest.mark.parametrize("option", [{"bias": True}, {"activation": "gelu"}, {"arch": "llama"}])
+def test_options_of_gpt2_alone_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        ModelConfig(67, **option)
 
 
 def test_gelu_is_that_of_the_error_function() -> None:
     h = np.linspace(-12, 12, 20_001)
-    exact, found = np.array([x * 0.5 * math.erfc(-x / math.sqrt(2)) for x in h]), np.empty_like(h)
-    ops.gelu(h, found)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-13)  # measured: 9e-15
+    exact, gelu = np.array([x * 0.5 * math.erfc(-x / math.sqrt(2)) for x in h]), np.empty_like(h)
+    ops.gelu(h, gelu)
+    np.testing.assert_allclose(gelu, exact, rtol=0, atol=1e-13)  # measured: 9e-15
     single = np.empty_like(h, np.float32)
     ops.gelu(h.astype(np.float32), single)
     np.testing.assert_allclose(single, exact, rtol=1e-6, atol=2e-6)  # measured: 8e-7 of 12
 
 
-@pytest.mark.parametrize(("forward", "backward"), [
-    (ops.gelu, ops.gelu_backward), (ops.gelu_tanh, ops.gelu_tanh_backward),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (ops.gelu, ops.gelu_backward),
+        (ops.gelu_tanh, ops.gelu_tanh_backward),
+    ],
+)
 def test_slopes_of_activations(forward: Callable[..., None], backward: Callable[..., None]) -> None:
     h, slope = np.linspace(-9, 9, 1001), np.ones(1001)
     above, below = np.empty_like(h), np.empty_like(h)
@@ -85,17 +99,17 @@ def small(activation: str, bias: bool) -> ModelConfig:
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 def test_every_gradient_is_proven(activation: str, bias: bool) -> None:
     model = small(activation, bias)
-    found = list(finite_differences(model, scaled_up(model, 1), 1))
-    assert {f.tensor for f in found} == set(initial_params(model, 1))
-    assert not [f for f in found if not f.holds]  # measured: 1.3e-7 of 5e-6
+    checks = list(finite_differences(model, scaled_up(model, 1), 1))
+    assert {c.tensor for c in checks} == set(initial_params(model, 1))
+    assert not [c for c in checks if not c.holds]  # measured: 1.3e-7 of 5e-6
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 def test_mlx_computes_the_same(activation: str, bias: bool) -> None:
     pytest.importorskip("mlx.core", exc_type=ImportError)
     model = small(activation, bias)
-    found = list(cross_check(model, scaled_up(model, 1), 1, "mlx"))
-    assert not [f for f in found if not f.holds]  # measured: 7.2e-7 of 1e-5
+    checks = list(cross_check(model, scaled_up(model, 1), 1, "mlx"))
+    assert not [c for c in checks if not c.holds]  # measured: 7.2e-7 of 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -79,7 +79,7 @@ def test_auto_where_nothing_fits_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(devices, "here", lambda backend: replace(BOX, memory=1000))
     done = call("--iters=1", "--backend", "mlx", "--micro-batch", "auto")
     assert done.exit_code == 1
-    assert "Error: one sequence takes 0.0 GB, and there are 0.0 GB" in done.output
+    assert "Error: one sequence needs 0.0 GB, only 0.0 GB are available" in done.output
 
 
 @pytest.mark.parametrize(("word", "kept"), [("auto", 0), ("2", 2)])

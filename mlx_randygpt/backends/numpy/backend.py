@@ -18,8 +18,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
-from mlx_randygpt.backends.numpy.decode import Advance, Decoder, NumpyCache, advance
-from mlx_randygpt.backends.numpy.model import Chunk, recomputing
+from mlx_randygpt.backends.numpy.decode import Decoder, NumpyCache
+from mlx_randygpt.backends.numpy.model import Chunk
 from mlx_randygpt.backends.numpy.trained import Adapters, AllWeights, Threads, Weights
 from mlx_randygpt.backends.ranks.group import SINGLE, Group, resync
 from mlx_randygpt.config import ModelConfig, TrainConfig
@@ -56,16 +56,13 @@ class NumpyBackend:
         )
         self._threads = Threads(pool, n_threads)
         self._chunks: list[Chunk] = []
-        self._chunk, advance = architecture(model.arch)
-        if train.checkpoint_activations:
-            self._chunk = recomputing(self._chunk)
         whole = Weights.zeros(self.model, dtype)
         self._grads = Weights.zeros(self.model, dtype)
         self.params = whole.views
         self.trained = (Adapters if model.lora_rank else AllWeights)(
             model, train, whole, self._grads
         )
-        self._decoder = Decoder(self.model, advance, whole.flat, self.params, pool, n_threads)
+        self._decoder = Decoder(self.model, whole.flat, self.params, pool, n_threads)
         self.restore(state)
 
     def restore(self, state: TrainState) -> None:
@@ -172,9 +169,10 @@ class NumpyBackend:
         first = self._chunks[0] if self._chunks else None
         if first and first.rows >= rows and first.block_size >= block_size:
             return
+        recompute = self.train.checkpoint_activations
         others = [Weights.zeros(self.model, self.dtype) for _ in range(self._threads.n - 1)]
         self._chunks = [
-            self._chunk(self.model, rows, block_size, self.dtype, grads.flat, grads.views)
+            Chunk(self.model, rows, block_size, grads.flat, grads.views, recompute=recompute)
             for grads in (self._grads, *others)
         ]
 
@@ -189,15 +187,6 @@ class NumpyBackend:
 
         list(self._threads.pool.map(add, self._threads.slices(0, len(total))))
         self._group.sum(total)
-
-
-def architecture(arch: str) -> tuple[type[Chunk], Advance]:
-    """Return the chunk that trains and the function that decodes this architecture."""
-    if arch == "gpt":
-        return Chunk, advance
-    from mlx_randygpt.backends.numpy import gpt2
-
-    return gpt2.GPT2Chunk, gpt2.advance
 
 
 def available_cores() -> int:

@@ -1,9 +1,9 @@
-"""The forward pass of one new token for each of some streams, as one compiled function.
+"""The forward pass of one new token of each of some sequences, as one compiled function.
 
-The arithmetic is that of numpy_cache without its hundreds of calls, which take longer than the
-products of a small model. Needs numba (the extra `fast`); without it numpy_cache does the same.
+The arithmetic is that of `decode` without its hundreds of calls, which take longer than the
+products of a small model. Needs numba (the extra `fast`); without it `decode` computes the same.
 
-Legend: B streams, C n_embd, H heads, D = C/H, V vocab, L layers, W = block_size.
+Legend: B sequences, C n_embd, H heads, D = C/H, V vocab, L layers, W = block_size.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import parameters
 from mlx_randygpt.state import Array
 
-ROWS = 16  # streams worked on at a time: their activations stay in a core's first cache
+ROWS = 16  # sequences computed at a time: their activations stay in a core's L1 cache
 compiled = njit(nogil=True, cache=True, fastmath=True)
 
 
 @lru_cache(maxsize=8)
 def weight_starts(config: ModelConfig) -> Array:
-    """Return where each weight begins in the flat vector: wte, wpe (wte again if there is none),
-    the four matrices of each layer, lm_head; (4L + 3,)."""
+    """Return where each weight begins in the flat vector, (4L + 3,).
+
+    The order is wte, wpe (wte again if there is none), four matrices of each layer, lm_head.
+    """
     weights = parameters(config)
     ends = np.cumsum([weight.size for weight in weights])
     starts = {w.name: end - w.size for w, end in zip(weights, ends, strict=True)}
@@ -36,27 +38,49 @@ def weight_starts(config: ModelConfig) -> Array:
 
 
 def logits(config: ModelConfig, flat: Array, tokens: Array, cache: Any, rows: slice) -> Array:
-    """Append tokens (B, T) to the rows of a NumpyCache one by one; float32 logits (B, V)."""
+    """Append tokens (B, T) to the rows of a NumpyCache one by one; return float32 logits (B, V)."""
     out: Array = np.empty((len(tokens), config.vocab_size), flat.dtype)
     for column in tokens.T:
         advance(
-            flat, weight_starts(config), config.position == "learned", config.position == "rope",
-            config.qk_norm, config.token_shift, config.final_norm, np.array(column, np.int64),
-            cache.lengths, cache.k, cache.v, cache.last, rows.start, out,
-        )  # fmt: skip
+            flat,
+            weight_starts(config),
+            config.position == "learned",
+            config.position == "rope",
+            config.qk_norm,
+            config.token_shift,
+            config.final_norm,
+            np.array(column, np.int64),
+            cache.lengths,
+            cache.k,
+            cache.v,
+            cache.last,
+            rows.start,
+            out,
+        )
     return out.astype(np.float32, copy=False)
 
 
 @compiled
 def advance(
-    flat: Array, starts: Array, learned: bool, rotary: bool, qk_norm: bool, shifted: bool,
-    final_norm: bool, tokens: Array, lengths: Array, keys: Array, values: Array, last: Array,
-    start_row: int, logits: Array,
-) -> None:  # fmt: skip
+    flat: Array,
+    starts: Array,
+    learned: bool,
+    rotary: bool,
+    qk_norm: bool,
+    shifted: bool,
+    final_norm: bool,
+    tokens: Array,
+    lengths: Array,
+    keys: Array,
+    values: Array,
+    last: Array,
+    start_row: int,
+    logits: Array,
+) -> None:
     """Append tokens (B,) to the B rows of a cache from `start_row` on; write their logits (B, V).
 
-    flat holds the weights, beginning where `weight_starts` says. lengths (rows,), keys and values
-    (L, rows, H, D, W) and last (L, 2, rows, C/2) are the whole cache.
+    flat holds the weights, which begin at the `starts` of `weight_starts`. lengths (rows,), keys
+    and values (L, rows, H, D, W) and last (L, 2, rows, C/2) are the whole cache.
     """
     n_layer, _, n_head, d, size = keys.shape
     c, vocab = n_head * d, logits.shape[1]
@@ -83,32 +107,40 @@ def advance(
             start = starts[5 + 4 * i]
             mlp_proj = flat[start : start + 4 * c * c].reshape(c, 4 * c)
             for b in range(n):
-                _read(x[b], last[i, 0, row + b], shifted, inputs[b])
-            _product(inputs, c_attn, qkv, False)
+                _branch_input(x[b], last[i, 0, row + b], shifted, inputs[b])
+            _linear(inputs, c_attn, qkv, False)
             for b in range(n):
                 _attend(
-                    qkv[b], keys[i, row + b], values[i, row + b], lengths[row + b], qk_norm, rotary,
-                    scores, inputs[b],
-                )  # fmt: skip
-            _product(inputs, attn_proj, x, True)
+                    qkv[b],
+                    keys[i, row + b],
+                    values[i, row + b],
+                    lengths[row + b],
+                    qk_norm,
+                    rotary,
+                    scores,
+                    inputs[b],
+                )
+            _linear(inputs, attn_proj, x, True)
             for b in range(n):
-                _read(x[b], last[i, 1, row + b], shifted, inputs[b])
-            _product(inputs, c_fc, h, False)
+                _branch_input(x[b], last[i, 1, row + b], shifted, inputs[b])
+            _linear(inputs, c_fc, h, False)
             for b in range(n):
                 for j in range(4 * c):
                     h[b, j] = max(h[b, j], h.dtype.type(0)) ** 2
-            _product(h, mlp_proj, x, True)
+            _linear(h, mlp_proj, x, True)
         for b in range(n):
             lengths[row + b] += 1
             if final_norm:
                 _norm(x[b])
-        _product(x, lm_head, logits[first : first + n], False)
+        _linear(x, lm_head, logits[first : first + n], False)
 
 
 @compiled
-def _product(x: Array, w: Array, out: Array, adding: bool) -> None:
-    """out (B, M) = x (B, K) wᵀ, or is added to; w (M, K). Four streams at a time share what is
-    read of w."""
+def _linear(x: Array, w: Array, out: Array, adding: bool) -> None:
+    """Compute out (B, M) = x (B, K) wᵀ, or add that to out; w (M, K).
+
+    Four sequences at a time share each row of w that is loaded.
+    """
     n, k = x.shape
     whole = n - n % 4
     for o in range(len(w)):
@@ -136,7 +168,7 @@ def _product(x: Array, w: Array, out: Array, adding: bool) -> None:
 
 @compiled
 def _norm(x: Array) -> None:
-    """x · (mean(x²) + eps)^-½, in place; (C,) or (D,)."""
+    """Compute x · (mean(x²) + eps)^-½ in place; (C,) or (D,)."""
     total = x.dtype.type(0)
     for i in range(len(x)):
         total += x[i] * x[i]
@@ -146,9 +178,11 @@ def _norm(x: Array) -> None:
 
 
 @compiled
-def _read(x: Array, last: Array, shifted: bool, out: Array) -> None:
-    """What a branch reads of x (C,): its norm, if shifted with the first half of the token
-    before, which `last` (C/2,) keeps."""
+def _branch_input(x: Array, last: Array, shifted: bool, out: Array) -> None:
+    """Write the norm of x (C,), if shifted with the first half of the token before.
+
+    `last` (C/2,) holds that half, and is updated.
+    """
     out[:] = x
     _norm(out)
     if shifted:
@@ -158,24 +192,33 @@ def _read(x: Array, last: Array, shifted: bool, out: Array) -> None:
 
 @compiled
 def _attend(
-    qkv: Array, keys: Array, values: Array, position: int, qk_norm: bool, rotary: bool,
-    scores: Array, y: Array,
-) -> None:  # fmt: skip
-    """One stream's attention in one layer: qkv (3C,) to y (C,), over keys and values (H, D, W),
-    where the new ones take their slot; scores (W,) is scratch."""
+    qkv: Array,
+    keys: Array,
+    values: Array,
+    position: int,
+    qk_norm: bool,
+    rotary: bool,
+    scores: Array,
+    y: Array,
+) -> None:
+    """Compute one sequence's attention in one layer: qkv (3C,) to y (C,).
+
+    The new key and value are written to their slot of keys and values (H, D, W); scores (W,) is
+    scratch.
+    """
     n_head, d, size = keys.shape
     slot, seen = position % size, min(position + 1, size)
-    turns = np.empty((d // 2 if rotary else 0, 2), qkv.dtype)
-    for j in range(len(turns)):
-        angle = position * ROPE_BASE ** (-j / len(turns))
-        turns[j, 0], turns[j, 1] = np.cos(angle), np.sin(angle)
+    rotations = np.empty((d // 2 if rotary else 0, 2), qkv.dtype)
+    for j in range(len(rotations)):
+        angle = position * ROPE_BASE ** (-j / len(rotations))
+        rotations[j, 0], rotations[j, 1] = np.cos(angle), np.sin(angle)
     for h in range(n_head):
         q, k = qkv[h * d : (h + 1) * d], qkv[(n_head + h) * d : (n_head + h + 1) * d]
         if qk_norm:
             _norm(q)
             _norm(k)
-        _rotate(q, turns)
-        _rotate(k, turns)
+        _rotate(q, rotations)
+        _rotate(k, rotations)
         keys[h, :, slot] = k
         values[h, :, slot] = qkv[(2 * n_head + h) * d : (2 * n_head + h + 1) * d]
         _scores(q, keys[h], seen, scores)
@@ -192,8 +235,10 @@ def _attend(
 
 @compiled
 def _scores(q: Array, keys: Array, seen: int, scores: Array) -> None:
-    """q · k / √D for the first `seen` keys (D, W); four channels at a time share what is read
-    and written of the scores."""
+    """Compute q · k / √D for the first `seen` keys (D, W).
+
+    Four channels at a time share one load and store of each score.
+    """
     d = len(q)
     scale = scores.dtype.type(d**-0.5)
     whole = d - d % 4
@@ -209,9 +254,9 @@ def _scores(q: Array, keys: Array, seen: int, scores: Array) -> None:
 
 
 @compiled
-def _rotate(x: Array, turns: Array) -> None:
-    """Each pair of x (D,) turned by its (cosine, sine), turns (D/2, 2)."""
-    for j in range(len(turns)):
+def _rotate(x: Array, rotations: Array) -> None:
+    """Rotate each pair of x (D,) by its angle; rotations (D/2, 2) holds cosines and sines."""
+    for j in range(len(rotations)):
         a, b = x[2 * j], x[2 * j + 1]
-        x[2 * j] = a * turns[j, 0] - b * turns[j, 1]
-        x[2 * j + 1] = a * turns[j, 1] + b * turns[j, 0]
+        x[2 * j] = a * rotations[j, 0] - b * rotations[j, 1]
+        x[2 * j + 1] = a * rotations[j, 1] + b * rotations[j, 0]

@@ -18,7 +18,7 @@ from math import prod
 import numpy as np
 
 from mlx_randygpt.backends.numpy import optimizer
-from mlx_randygpt.backends.numpy.model import copied, flat_views
+from mlx_randygpt.backends.numpy.model import copy_to_float32, flat_views
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.model import (
     Parameter,
@@ -108,7 +108,7 @@ class AllWeights:
     def state(self, step: int) -> TrainState:
         """Return a copy in float32 of weights and moments; Muon's matrices have no second one."""
         v = {p.name: self._v.views[p.name] for p in self._parameters if not self._uses_muon(p)}
-        params, m, v = copied([self.params, self._m.views, v])
+        params, m, v = copy_to_float32([self.params, self._m.views, v])
         return TrainState(step, params, {"m": m, "v": v})
 
     def _uses_muon(self, parameter: Parameter) -> bool:

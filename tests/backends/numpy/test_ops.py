@@ -29,13 +29,13 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def slopes(f: Callable[[Array], float], x: Array) -> Array:
-    """df/dx by central differences, number by number."""
+    """Return df/dx by central differences, number by number."""
     result = np.empty_like(x)
     for i in np.ndindex(x.shape):
-        there, back = x.copy(), x.copy()
-        there[i] += EPS
-        back[i] -= EPS
-        result[i] = (f(there) - f(back)) / (2 * EPS)
+        above, below = x.copy(), x.copy()
+        above[i] += EPS
+        below[i] -= EPS
+        result[i] = (f(above) - f(below)) / (2 * EPS)
     return result
 
 
@@ -72,15 +72,15 @@ def test_rms_norm_backward() -> None:
     assert close(dy, expected, FINITE)
 
 
-def turned(x: Array, positions: Array, head: int = D) -> Array:
+def rotated(x: Array, positions: Array, head: int = D) -> Array:
     x = x.copy()
     ops.rotate(x, ops.rope_phases(positions, head, x.shape[-1] // head, np.float64))
     return x
 
 
-def test_rotate_turns_pair_j_by_t_times_omega_j() -> None:
+def test_rotate_moves_pair_j_by_t_times_omega_j() -> None:
     x, positions = normal(B, T, C), np.array([0, 1, 2, 7, 1000])
-    got = turned(x, positions)
+    got = rotated(x, positions)
     for b, t, pair in np.ndindex(B, T, C // 2):
         angle = positions[t] * 10000.0 ** (-2 * (pair % (D // 2)) / D)
         (x0, x1), c, s = x[b, t, 2 * pair : 2 * pair + 2], np.cos(angle), np.sin(angle)
@@ -88,19 +88,19 @@ def test_rotate_turns_pair_j_by_t_times_omega_j() -> None:
         assert close(got[b, t, 2 * pair : 2 * pair + 2], expected, EXACT)
 
 
-def test_of_an_odd_head_the_last_value_stays() -> None:
+def test_rotate_leaves_the_last_value_of_an_odd_head() -> None:
     x, positions = normal(1, T, 2 * 5), np.arange(T)  # two heads of five
-    got = turned(x, positions, head=5)
+    got = rotated(x, positions, head=5)
     assert np.array_equal(got[:, :, [4, 9]], x[:, :, [4, 9]])
     pairs = [0, 1, 2, 3, 5, 6, 7, 8]
-    assert close(got[:, :, pairs], turned(x[:, :, pairs], positions), EXACT)
+    assert close(got[:, :, pairs], rotated(x[:, :, pairs], positions), EXACT)
 
 
 def test_rotated_products_depend_on_the_distance_alone() -> None:
     q, k = normal(1, 1, D), normal(1, 1, D, seed=1)
 
     def product(at_q: int, at_k: int) -> float:
-        return float((turned(q, np.array([at_q])) * turned(k, np.array([at_k]))).sum())
+        return float((rotated(q, np.array([at_q])) * rotated(k, np.array([at_k]))).sum())
 
     assert product(9, 4) == pytest.approx(product(105, 100), rel=1e-14)
     assert product(9, 4) != pytest.approx(product(9, 5), rel=1e-3)
@@ -110,7 +110,7 @@ def test_rotation_backward_is_the_conjugate_rotation() -> None:
     x, toward, positions = normal(1, T, C), normal(1, T, C, seed=1), np.arange(T)
     dx = toward.copy()
     ops.rotate(dx, ops.rope_phases(positions, D, H, np.float64).conj())
-    expected = slopes(lambda at: float((turned(at, positions) * toward).sum()), x)
+    expected = slopes(lambda at: float((rotated(at, positions) * toward).sum()), x)
     assert close(dx, expected, FINITE)
 
 
@@ -136,7 +136,7 @@ def test_causal_softmax_sees_the_past_and_itself(bounded: bool, size: float) -> 
 
 def attended(qkv: Array, bounded: bool = False) -> tuple[Array, Array]:
     p, y, qt = np.zeros((B, H, T, T)), np.empty((B, T, C)), np.empty((1, H, D, T))
-    ops.attention(qkv, H, bounded, qt, p, y)
+    ops.attention(qkv, qt, p, y, qk_norm=bounded)
     return y, p
 
 
@@ -163,7 +163,7 @@ def test_attention_backward(bounded: bool) -> None:
     y, p = attended(qkv, bounded)
     dqkv = np.empty_like(qkv)
     dyt, ds = np.empty((1, H, D, T)), np.empty((1, H, T, T))
-    ops.attention_backward(toward, y, qkv, p, H, dyt, ds, dqkv)
+    ops.attention_backward(toward, y, qkv, p, dyt, ds, dqkv)
     expected = slopes(lambda at: float((attended(at, bounded)[0] * toward).sum()), qkv)
     assert close(dqkv, expected, FINITE)
 
@@ -190,16 +190,16 @@ def test_relu_squared_and_its_backward() -> None:
 TARGETS = np.array([3, 0, IGNORED, 6, 6, IGNORED])
 
 
-def surprise(logits: Array) -> float:
-    """Σ −log p(target), with sums of exponentials and no tricks."""
+def naive_nll(logits: Array) -> float:
+    """Return Σ −log p(target) from plain sums of exponentials."""
     counted = [(row, t) for row, t in zip(logits, TARGETS, strict=True) if t != IGNORED]
     return sum(float(np.log(np.exp(row).sum()) - row[t]) for row, t in counted)
 
 
-def test_cross_entropy_counts_what_is_not_ignored() -> None:
+def test_cross_entropy_skips_ignored_targets() -> None:
     logits = normal(6, 7)
     p = logits.copy()
-    assert ops.cross_entropy(p, TARGETS) == pytest.approx(surprise(logits), rel=1e-14)
+    assert ops.cross_entropy(p, TARGETS) == pytest.approx(naive_nll(logits), rel=1e-14)
     assert close(p, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), EXACT)
 
 
@@ -215,11 +215,11 @@ def test_cross_entropy_backward() -> None:
     dlogits = logits.copy()
     ops.cross_entropy(dlogits, TARGETS)
     ops.cross_entropy_backward(dlogits, TARGETS, 0.25)
-    assert close(dlogits, slopes(lambda at: 0.25 * surprise(at), logits), FINITE)
+    assert close(dlogits, slopes(lambda at: 0.25 * naive_nll(at), logits), FINITE)
     assert not dlogits[TARGETS == IGNORED].any()
 
 
-def test_embedding_backward_adds_up_what_each_token_got() -> None:
+def test_embedding_backward_sums_the_gradients_of_each_token() -> None:
     tokens, dx = np.array([4, 1, 4, 0, 1, 4]), normal(6, C)
     dwte = normal(6, C, seed=1)
     expected = dwte.copy()
