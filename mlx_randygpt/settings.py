@@ -1,4 +1,4 @@
-"""From options to configurations: recipe, preset, rules from sizes and text, what a resume can change.
+"""From options to configurations: recipe, preset, rules, and what a resumed run can change.
 
 `resolve` is for Python: the same rules as the command line, with its options as keywords.
 """
@@ -31,7 +31,7 @@ DROPOUT = 0.1
 FINE_RATE = 1e-3  # AdamW's for a trained model, up to a width of FINE_WIDTH
 ADAPTER_RATE = 1e-2  # AdamW's for adapters
 FINE_WIDTH = 128
-TEXT_SIZES = (  # parameters; bytes of text: the least that helps, a good size, the most that helps
+TEXT_SIZES = (  # parameters; bytes of text: least useful, good, most useful
     (0.11e6, 10e3, 50e3, 500e3),
     (1.2e6, 100e3, 500e3, 2e6),
     (4.8e6, 500e3, 2e6, 10e6),
@@ -159,9 +159,7 @@ def resolve_resume(options: Options, model: ModelConfig, train: TrainConfig) -> 
     return replace(model, dropout=dropout), replace(train, **changes)
 
 
-def apply_rules(
-    options: Options, model: ModelConfig, train: TrainConfig, n_tokens: int
-) -> Configs:
+def apply_rules(options: Options, model: ModelConfig, train: TrainConfig, n_tokens: int) -> Configs:
     """Return the configurations with what follows from sizes and text, unless `options` say it."""
     if "warmup" not in options:
         train = replace(train, warmup=warmup_steps(train.warmup, train.iters))
@@ -223,8 +221,8 @@ def text_advice(model: ModelConfig, n_bytes: int) -> str:
     _, least, better, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
     if n_bytes < least:
         return (
-            f"Short text: {format_bytes(n_bytes)} for {n:,} parameters (at least {format_bytes(least)}, "
-            f"better {format_bytes(better)}). Use more text or a smaller --preset."
+            f"Short text: {format_bytes(n_bytes)} for {n:,} parameters (at least "
+            f"{format_bytes(least)}, better {format_bytes(better)}). Use more text or a smaller --preset."
         )
     if n_bytes > most:
         return (

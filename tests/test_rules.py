@@ -90,10 +90,18 @@ def test_what_is_given_wins() -> None:
 @pytest.mark.parametrize(
     ("n_embd", "n_bytes", "said"),
     [
-        (64, 9_000, "Short text: 9 kB for 105,216 parameters (at least 10 kB, better 50 kB). Use more text"),
+        (
+            64,
+            9_000,
+            "Short text: 9 kB for 105,216 parameters (at least 10 kB, better 50 kB). Use more text",
+        ),
         (64, 10_000, ""),
         (64, 500_000, ""),
-        (64, 1_115_394, "Long text: 1.12 MB for 105,216 parameters (at most about 500 kB is of use)"),
+        (
+            64,
+            1_115_394,
+            "Long text: 1.12 MB for 105,216 parameters (at most about 500 kB is of use)",
+        ),
         (256, 400_000, "Short text: 400 kB for 4,746,240 parameters (at least 500 kB"),
         (256, 10_000_000, ""),
     ],

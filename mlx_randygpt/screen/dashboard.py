@@ -66,7 +66,7 @@ class Dashboard:
         self._draw()
 
     def release_terminal(self) -> None:
-        """Leave the alternate screen without drawing, for a signal handler that is about to exit."""
+        """Leave the alternate screen without drawing, for a signal handler about to exit."""
         os.write(self._console.file.fileno(), b"\x1b[?1049l\x1b[?25h")
 
     def reclaim_terminal(self) -> None:

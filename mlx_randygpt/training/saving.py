@@ -109,7 +109,7 @@ class CheckpointWriter:
             self._finished.append(save_log(path, checkpoint, error))
 
     def _next(self) -> tuple[Path, Checkpoint] | None:
-        """Return the next snapshot to write, or None when the writer is closed and all were tried."""
+        """Return the next snapshot to write, or None if closed and all were tried."""
         with self._changed:
             while not self._waiting:
                 if self._closing and (self._last_try or not self._failed):

@@ -1,4 +1,4 @@
-"""The output folder of a run: one run at a time, followed if it is moved; its logs and checkpoints."""
+"""The output folder of a run: its lock, its place if it is moved, its logs and checkpoints."""
 
 from __future__ import annotations
 

@@ -143,7 +143,13 @@ class RankProcesses:
             if "MLX_RANK" in variables:
                 variables["MLX_HOSTFILE"] = str(hostfile)
         else:
-            command = ["ssh", "-o", "BatchMode=yes", host.name, remote_line(command, variables, ring)]
+            command = [
+                "ssh",
+                "-o",
+                "BatchMode=yes",
+                host.name,
+                remote_line(command, variables, ring),
+            ]
             variables = {}
         output = {} if rank == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(

@@ -224,5 +224,5 @@ def _conclude(session: Session, end: EndLog | None, saves: dict[str, SaveLog]) -
     if end is not None and end.reason == "stopped":
         click.echo(f"Go on with: {resume_line(request, session.run)}", file=session.console.file)
     elif end is not None:
-        click.echo(f"Generate text: {sample_line(request)}", file=session.console.file)
+        click.echo(f"Let it write: {sample_line(request)}", file=session.console.file)
     return team.exit_code

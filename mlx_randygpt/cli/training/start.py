@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Start:
     model: ModelConfig
     train: TrainConfig
     state: TrainState
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
     notes: tuple[str, ...] = ()
 
 
