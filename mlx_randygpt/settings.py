@@ -218,17 +218,14 @@ def text_advice(model: ModelConfig, n_bytes: int) -> str:
     The sizes are those that the ancestor projects recommend.
     """
     n = parameter_count(model)
-    _, least, better, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
+    _, least, good, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
+    subject = f"text: {format_bytes(n_bytes)} for {n:,} parameters"
     if n_bytes < least:
-        return (
-            f"Short text: {format_bytes(n_bytes)} for {n:,} parameters (at least "
-            f"{format_bytes(least)}, better {format_bytes(better)}). Use more text or a smaller --preset."
-        )
+        sizes = f"at least {format_bytes(least)}, better {format_bytes(good)}"
+        return f"Short {subject} ({sizes}). Use more text or a smaller --preset."
     if n_bytes > most:
-        return (
-            f"Long text: {format_bytes(n_bytes)} for {n:,} parameters (at most about "
-            f"{format_bytes(most)} is of use). A larger --preset learns more from it."
-        )
+        sizes = f"at most about {format_bytes(most)} is of use"
+        return f"Long {subject} ({sizes}). A larger --preset learns more from it."
     return ""
 
 
