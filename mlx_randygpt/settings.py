@@ -1,4 +1,7 @@
-"""From options to settings: what was given, over the checkpoint's own, over recipe and preset."""
+"""From options to configurations: recipe, preset, rules, and what a resumed run can change.
+
+`resolve` is for Python: the same rules as the command line, with its options as keywords.
+"""
 
 from __future__ import annotations
 
@@ -7,140 +10,28 @@ import math
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from mlx_randygpt import settings
 from mlx_randygpt.config import ARCHS, ConfigError, ModelConfig, TrainConfig, UserError
 from mlx_randygpt.model import parameter_count, trained_count
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
+from mlx_randygpt.words import format_bytes
+
+Options = dict[str, Any]  # by the names of the command line, with "_" for "-"
+Configs = tuple[ModelConfig, TrainConfig]
 
 MODEL_SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets")
-PLATEAU_PATIENCE = 5  # evaluations, where --schedule plateau comes without --patience
+TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
+PLATEAU_PATIENCE = 5  # evaluations, for --schedule plateau without --patience
 
-
-class ResumeError(UserError, ValueError):
-    """A setting that a resumed run cannot change."""
-
-
-def resolve_new(
-    given: dict[str, Any], vocab_size: int, n_tokens: int = 0
-) -> tuple[ModelConfig, TrainConfig]:
-    """The settings of a new run on `n_tokens` training tokens (0: not known): what was given,
-    over recipe and preset, over the rules that follow from sizes."""
-    recipe = RECIPES[given.get("recipe", "modern")]
-    preset = asdict(PRESETS[given.get("preset", DEFAULT_PRESET)])
-    batch_size = preset.pop("batch_size")
-    sizes = {name: given.get(name, preset[name]) for name in MODEL_SIZES}
-    defaults = TrainConfig.__dataclass_fields__
-    chosen = {"batch_size": batch_size, **recipe["train"]}
-    if given.get("optimizer", chosen["optimizer"]) != chosen["optimizer"]:
-        chosen |= _rates_of(given["optimizer"])
-    if "lr" in given and given["lr"] < chosen["min_lr"]:
-        chosen["min_lr"] = 0.1 * given["lr"]
-    if given.get("schedule") == "plateau":
-        chosen["patience"] = PLATEAU_PATIENCE
-    chosen |= {name: value for name, value in given.items() if name in defaults}
-    switches = recipe["model"] | ARCHS[given.get("arch", "gpt")]
-    model = ModelConfig(vocab_size=vocab_size, **switches, **sizes)
-    return apply_rules(given, model, TrainConfig(**chosen), n_tokens)
-
-
-def fine_tuning_options(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """What was given, the recipe among it, and how a trained model or its adapters are trained
-    where it was not; ConfigError for adapters under Muon, whose steps are for whole matrices."""
-    chosen = RECIPES[given["recipe"]]["train"]
-    if model.lora_rank:
-        if given.get("optimizer", "adamw") != "adamw":
-            raise ConfigError(
-                f"optimizer={given['optimizer']} does not go with lora_rank={model.lora_rank}; "
-                "adapters are trained by adamw: leave --optimizer out"
-            )
-        chosen = {"optimizer": "adamw", "min_lr": 0.0, "weight_decay": 0.0}
-        given = chosen | given
-    if given.get("optimizer", chosen["optimizer"]) == "adamw":
-        given = {"lr": settings.fine_tuning_rate(model)} | given
-    return given
-
-
-def apply_rules(
-    given: dict[str, Any], model: ModelConfig, train: TrainConfig, n_tokens: int
-) -> tuple[ModelConfig, TrainConfig]:
-    """The settings with what follows from sizes and text where it was not given."""
-    if "warmup" not in given:
-        train = replace(train, warmup=settings.warmup_steps(train.warmup, train.iters))
-    if "weight_decay" not in given:
-        train = replace(train, weight_decay=settings.weight_decay(model, train, n_tokens))
-    dropout = given.get("dropout", settings.dropout(model, train, n_tokens))
-    return replace(model, dropout=dropout), train
-
-
-def resolve_resume(
-    given: dict[str, Any], model: ModelConfig, train: TrainConfig
-) -> tuple[ModelConfig, TrainConfig]:
-    """The checkpoint's own settings with what was given on top; ResumeError where it can't be."""
-    wanted = dict(given)
-    if "preset" in given:
-        preset = asdict(PRESETS[given["preset"]])
-        wanted = {name: preset[name] for name in MODEL_SIZES} | wanted
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        if wanted.get(name, getattr(model, name)) != getattr(model, name):
-            raise ResumeError(
-                f"Checkpoint {name} {getattr(model, name)} != model {name} {wanted[name]}; "
-                "a run goes on with its own architecture: leave the option out, or start anew "
-                "with another --out"
-            )
-    if given.get("arch", model.arch) != model.arch:
-        raise ResumeError(
-            f"Checkpoint arch {model.arch} != arch {given['arch']}; leave the option out"
-        )
-    for name in LORA_FIELDS:
-        if given.get(name, getattr(model, name)) != getattr(model, name):
-            raise ResumeError(
-                f"Checkpoint {name} {getattr(model, name)} != {name} {given[name]}; leave "
-                "the option out, or start anew with --init-from and another --out"
-            )
-    for name in ("recipe", "optimizer"):
-        if given.get(name, getattr(train, name)) != getattr(train, name):
-            raise ResumeError(
-                f"Checkpoint {name} {getattr(train, name)} != {name} {given[name]}; "
-                f"its weights go with its own {name}: leave the option out"
-            )
-    known = {field.name for field in fields(TrainConfig)}
-    changes = {name: value for name, value in given.items() if name in known}
-    if given.get("schedule") == "plateau" and not train.patience:
-        changes.setdefault("patience", PLATEAU_PATIENCE)
-    dropout = given.get("dropout", model.dropout)
-    return replace(model, dropout=dropout), replace(train, **changes)
-
-
-def to_toml(values: dict[str, Any]) -> str:
-    """Flat `key = value` lines that `--config` reads back."""
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
-
-
-def _toml(value: Any) -> str:
-    """JSON is TOML but for two spellings: pairs of surrogates, and DEL as it is."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _rates_of(optimizer: str) -> dict[str, Any]:
-    """The rates of the recipe that uses this optimizer."""
-    names = ("optimizer", "lr", "min_lr", "weight_decay", "beta1", "beta2")
-    found = next(r["train"] for r in RECIPES.values() if r["train"]["optimizer"] == optimizer)
-    return {name: found[name] for name in names}
-
-
-MEMORY_PASSES = 0.5  # of the text, over which Muon's weights forget
-MAX_FORGOTTEN = 0.05  # of a weight in one step at the full rate
-MUON_RATE = 0.02  # the full rate; at a lower --lr weights are written and forgotten more slowly
+MEMORY_PASSES = 0.5  # of the text, after which Muon's weights have faded by 1/e
+MAX_FORGOTTEN = 0.05  # share of a weight that one step at the full rate can remove
+MUON_RATE = 0.02  # the full rate; at a lower --lr, weights are written and forgotten more slowly
 DROPOUT_FROM = 100.0  # passes × parameters per training token
 DROPOUT = 0.1
-FINE_RATE = 1e-3  # AdamW's on a trained model, up to a width of FINE_WIDTH
-ADAPTER_RATE = 1e-2  # the same on adapters
+FINE_RATE = 1e-3  # AdamW's for a trained model, up to a width of FINE_WIDTH
+ADAPTER_RATE = 1e-2  # AdamW's for adapters
 FINE_WIDTH = 128
-
-
-# Parameters, and bytes of text: the least that helps, what is better, and what it takes in.
-TEXT_SIZES = (
+TEXT_SIZES = (  # parameters; bytes of text: least useful, good, most useful
     (0.11e6, 10e3, 50e3, 500e3),
     (1.2e6, 100e3, 500e3, 2e6),
     (4.8e6, 500e3, 2e6, 10e6),
@@ -148,62 +39,212 @@ TEXT_SIZES = (
 )
 
 
+class ResumeError(UserError, ValueError):
+    """A setting that a resumed run cannot change."""
+
+
+def resolve(vocab_size: int, n_tokens: int = 0, **options: Any) -> Configs:
+    """Return the configurations of a new run by the rules of `mlxgpt train`.
+
+    `options` are those of the command line: `recipe`, `preset`, `arch`, the sizes, `dropout`, and
+    every field of TrainConfig. Warmup, dropout and Muon's weight decay follow from the sizes and
+    from `n_tokens`, the number of training tokens (0: unknown), unless they are given.
+
+        model, train = resolve(tokenizer.vocab_size, len(corpus.train), preset="mini", iters=500)
+
+    Raises ConfigError for an unknown option or an invalid value.
+    """
+    valid = ("arch", *MODEL_SIZES, "dropout", *TRAIN_FIELDS)
+    if unknown := [name for name in options if name not in valid]:
+        raise ConfigError(f"{unknown[0]} is not an option; it must be one of {', '.join(valid)}")
+    for name, choices in (("recipe", RECIPES), ("preset", PRESETS), ("arch", ARCHS)):
+        if options.get(name, next(iter(choices))) not in choices:
+            value = options[name]
+            raise ConfigError(f"{name}={value!r} is unknown; it is one of {', '.join(choices)}")
+    return resolve_new(options, vocab_size, n_tokens)
+
+
+def resolve_new(options: Options, vocab_size: int, n_tokens: int = 0) -> Configs:
+    """Return the configurations of a new run: `options` over the recipe, preset and rules.
+
+    Options that are not settings of a model or a run are ignored. `n_tokens` is the number of
+    training tokens (0: unknown).
+    """
+    recipe = RECIPES[options.get("recipe", "modern")]
+    preset = asdict(PRESETS[options.get("preset", DEFAULT_PRESET)])
+    batch_size = preset.pop("batch_size")
+    sizes = {name: options.get(name, preset[name]) for name in MODEL_SIZES}
+    train = {"batch_size": batch_size, **recipe["train"]}
+    if options.get("optimizer", train["optimizer"]) != train["optimizer"]:
+        train |= _rates_of(options["optimizer"])
+    if "lr" in options and options["lr"] < train["min_lr"]:
+        train["min_lr"] = 0.1 * options["lr"]
+    if options.get("schedule") == "plateau":
+        train["patience"] = PLATEAU_PATIENCE
+    train |= {name: value for name, value in options.items() if name in TRAIN_FIELDS}
+    switches = recipe["model"] | ARCHS[options.get("arch", "gpt")]
+    model = ModelConfig(vocab_size=vocab_size, **switches, **sizes)
+    return apply_rules(options, model, TrainConfig(**train), n_tokens)
+
+
+def resolve_fine_tuning(
+    options: Options, model: ModelConfig, train: TrainConfig, n_tokens: int
+) -> Configs:
+    """Return the configurations for training the weights of a model further, as a new run.
+
+    `model` and `train` are those of its checkpoint: the architecture stays, the recipe is the
+    default. Raises ResumeError for other sizes.
+    """
+    architecture = (*MODEL_SIZES, "arch", "preset", "recipe")
+    resolve_resume({n: options[n] for n in architecture if n in options}, model, train)
+    model = replace(model, **{name: options[name] for name in LORA_FIELDS if name in options})
+    recipe = {"recipe": train.recipe, "preset": train.preset}
+    options = fine_tuning_options(recipe | options, model)
+    _, train = resolve_new(options, model.vocab_size)
+    return apply_rules(options, model, train, n_tokens)
+
+
+def fine_tuning_options(options: Options, model: ModelConfig) -> Options:
+    """Return `options` (with a recipe) with the defaults for training a trained model or adapters.
+
+    Raises ConfigError for adapters under Muon, whose steps are for whole matrices.
+    """
+    optimizer = options.get("optimizer", RECIPES[options["recipe"]]["train"]["optimizer"])
+    if model.lora_rank:
+        if options.get("optimizer", "adamw") != "adamw":
+            raise ConfigError(
+                f"optimizer={optimizer} does not work with lora_rank={model.lora_rank}; "
+                "adapters are trained by adamw: omit --optimizer"
+            )
+        optimizer = "adamw"
+        options = {"optimizer": "adamw", "min_lr": 0.0, "weight_decay": 0.0} | options
+    if optimizer == "adamw":
+        options = {"lr": fine_tuning_rate(model)} | options
+    return options
+
+
+def resolve_resume(options: Options, model: ModelConfig, train: TrainConfig) -> Configs:
+    """Return the checkpoint's own configurations with `options` on top.
+
+    Raises ResumeError for an option that would need other weights.
+    """
+    preset = asdict(PRESETS[options["preset"]]) if "preset" in options else {}
+    for name in MODEL_SIZES:
+        size, new = getattr(model, name), options.get(name, preset.get(name))
+        if new not in (None, size):
+            raise ResumeError(
+                f"Checkpoint {name} {size} != model {name} {new}; a run keeps its architecture: "
+                "omit the option, or start a new run with another --out"
+            )
+    if options.get("arch", model.arch) != model.arch:
+        raise ResumeError(
+            f"Checkpoint arch {model.arch} != arch {options['arch']}; omit the option"
+        )
+    for name in LORA_FIELDS:
+        if options.get(name, getattr(model, name)) != getattr(model, name):
+            raise ResumeError(
+                f"Checkpoint {name} {getattr(model, name)} != {name} {options[name]}; omit "
+                "the option, or start a new run with --init-from and another --out"
+            )
+    for name in ("recipe", "optimizer"):
+        if options.get(name, getattr(train, name)) != getattr(train, name):
+            raise ResumeError(
+                f"Checkpoint {name} {getattr(train, name)} != {name} {options[name]}; "
+                f"its weights need its own {name}: omit the option"
+            )
+    changes = {name: value for name, value in options.items() if name in TRAIN_FIELDS}
+    if options.get("schedule") == "plateau" and not train.patience:
+        changes.setdefault("patience", PLATEAU_PATIENCE)
+    dropout = options.get("dropout", model.dropout)
+    return replace(model, dropout=dropout), replace(train, **changes)
+
+
+def apply_rules(options: Options, model: ModelConfig, train: TrainConfig, n_tokens: int) -> Configs:
+    """Return the configurations with what follows from sizes and text, unless `options` say it."""
+    if "warmup" not in options:
+        train = replace(train, warmup=warmup_steps(train.warmup, train.iters))
+    if "weight_decay" not in options:
+        train = replace(train, weight_decay=choose_weight_decay(model, train, n_tokens))
+    dropout = options["dropout"] if "dropout" in options else choose_dropout(model, train, n_tokens)
+    return replace(model, dropout=dropout), train
+
+
 def warmup_steps(longest: int, iters: int) -> int:
-    """Steps of warmup: the recipe's, but at most a tenth of the run."""
+    """Return the steps of warmup: the recipe's, but at most a tenth of the run."""
     return min(longest, iters // 10)
 
 
-def passes(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
-    """How often the run reads each of its `n_tokens` training tokens."""
+def count_passes(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
+    """Return how often the run reads each of its `n_tokens` training tokens."""
     return train.iters / _steps_per_pass(model, train, n_tokens)
 
 
-def weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
-    """Muon's decoupled decay, per unit of rate: what a step wrote fades by 1/e in MEMORY_PASSES
-    of the text (after Wang & Aitchison 2024, arXiv:2405.13698), so that the shorter the text,
-    the less of it is learned by heart. AdamW keeps the recipe's; 0 tokens are not known yet."""
+def choose_weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
+    """Return Muon's decoupled decay per unit of learning rate; AdamW keeps the recipe's.
+
+    What a step wrote fades by 1/e in MEMORY_PASSES of the text (after Wang & Aitchison 2024,
+    arXiv:2405.13698): the shorter the text, the less of it is memorised. With 0 tokens (unknown)
+    the recipe's decay stays.
+    """
     if train.optimizer != "muon" or n_tokens == 0:
         return train.weight_decay
     per_step = 1 / (MEMORY_PASSES * _steps_per_pass(model, train, n_tokens))
     return float(f"{min(per_step, MAX_FORGOTTEN) / MUON_RATE:.2g}")
 
 
+def choose_dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
+    """Return the dropout for `n_tokens` training tokens (0: unknown).
+
+    It is 0 unless the model reads a text that is short for its size very often.
+    """
+    if n_tokens == 0:
+        return 0.0
+    strain = count_passes(model, train, n_tokens) * trained_count(model) / n_tokens
+    return DROPOUT if strain > DROPOUT_FROM else 0.0
+
+
 def fine_tuning_rate(model: ModelConfig) -> float:
-    """AdamW's rate on a trained model; a wider one takes less (after Yang et al. 2022,
-    arXiv:2203.03466). Muon keeps the recipe's."""
+    """Return AdamW's learning rate for a trained model; a wider one needs a lower rate.
+
+    After Yang et al. 2022, arXiv:2203.03466. Muon keeps the recipe's rate.
+    """
     rate = ADAPTER_RATE if model.lora_rank else FINE_RATE
     return float(f"{rate * min(1.0, FINE_WIDTH / model.n_embd):.2g}")
 
 
-def dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
-    """Dropout for a text of `n_tokens` training tokens, which may not be known yet (0): none
-    until a model reads a text that is short for its size very often."""
-    if n_tokens == 0:
-        return 0.0
-    strain = passes(model, train, n_tokens) * trained_count(model) / n_tokens
-    return DROPOUT if strain > DROPOUT_FROM else 0.0
-
-
 def text_advice(model: ModelConfig, n_bytes: int) -> str:
-    """One line where a text is too short or too long for the model, by the table of the project's
-    forerunners; else ""."""
+    """Return one line if a text is too short or too long for the model, else "".
+
+    The sizes are those that the ancestor projects recommend.
+    """
     n = parameter_count(model)
-    _, least, better, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
+    _, least, good, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
+    subject = f"text: {format_bytes(n_bytes)} for {n:,} parameters"
     if n_bytes < least:
-        return (
-            f"Short text: {_bytes(n_bytes)} for {n:,} parameters, which ask for {_bytes(least)} at "
-            f"least and better {_bytes(better)}; more text or a smaller --preset learns better."
-        )
+        sizes = f"at least {format_bytes(least)}, better {format_bytes(good)}"
+        return f"Short {subject} ({sizes}). Use more text or a smaller --preset."
     if n_bytes > most:
-        return (
-            f"Long text: {_bytes(n_bytes)} for {n:,} parameters, which take in about "
-            f"{_bytes(most)}; a larger --preset makes more of it."
-        )
+        sizes = f"at most about {format_bytes(most)} is of use"
+        return f"Long {subject} ({sizes}). A larger --preset learns more from it."
     return ""
 
 
-def _bytes(n: float) -> str:
-    return f"{n / 1e6:,.3g} MB" if n >= 1e6 else f"{n / 1e3:,.3g} kB"
+def to_toml(values: dict[str, Any]) -> str:
+    """Return flat `key = value` lines that `--config` reads back."""
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+
+
+def _toml(value: Any) -> str:
+    """Return a TOML value; JSON differs only in surrogate pairs and in DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _rates_of(optimizer: str) -> Options:
+    """Return the rates of the recipe that uses this optimizer."""
+    names = ("optimizer", "lr", "min_lr", "weight_decay", "beta1", "beta2")
+    recipes = (recipe["train"] for recipe in RECIPES.values())
+    recipe = next(recipe for recipe in recipes if recipe["optimizer"] == optimizer)
+    return {name: recipe[name] for name in names}
 
 
 def _steps_per_pass(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:

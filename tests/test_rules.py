@@ -27,7 +27,7 @@ def test_warmup_is_at_most_a_tenth_of_the_run() -> None:
 def test_passes_count_how_often_a_token_is_read(tiny_model: Model) -> None:
     model = tiny_model("modern", block_size=10)
     train = TrainConfig(iters=30, batch_size=5, grad_accum=2)
-    assert settings.passes(model, train, 1000) == pytest.approx(3)
+    assert settings.count_passes(model, train, 1000) == pytest.approx(3)
 
 
 def test_decay_makes_weights_forget_in_half_a_pass() -> None:
@@ -90,11 +90,19 @@ def test_what_is_given_wins() -> None:
 @pytest.mark.parametrize(
     ("n_embd", "n_bytes", "said"),
     [
-        (64, 9_000, "Short text: 9 kB for 105,216 parameters, which ask for 10 kB at least"),
+        (
+            64,
+            9_000,
+            "Short text: 9 kB for 105,216 parameters (at least 10 kB, better 50 kB). Use more text",
+        ),
         (64, 10_000, ""),
         (64, 500_000, ""),
-        (64, 1_115_394, "Long text: 1.12 MB for 105,216 parameters, which take in about 500 kB"),
-        (256, 400_000, "Short text: 400 kB for 4,746,240 parameters, which ask for 500 kB"),
+        (
+            64,
+            1_115_394,
+            "Long text: 1.12 MB for 105,216 parameters (at most about 500 kB is of use)",
+        ),
+        (256, 400_000, "Short text: 400 kB for 4,746,240 parameters (at least 500 kB"),
         (256, 10_000_000, ""),
     ],
 )

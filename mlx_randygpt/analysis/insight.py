@@ -163,12 +163,12 @@ def plane(wte: Array, ids: Sequence[int]) -> list[list[float]]:
     return [[float(x) for x in row] for row in flat / max(float(np.abs(flat).max()), 1e-12)]
 
 
-def candidates(logits: Array) -> Iterator[list[tuple[int, float]]]:
-    """Yield the likeliest next tokens and their probabilities at each position of logits (T, V)."""
+def candidates(logits: Array, n: int = N_NEXT) -> Iterator[list[tuple[int, float]]]:
+    """Yield the `n` likeliest tokens and their probabilities at each position of logits (T, V)."""
     for row in logits.astype(np.float64):
         p = np.exp(row - row.max())
         p /= p.sum()
-        yield [(int(i), float(p[i])) for i in np.argsort(-p, kind="stable")[:N_NEXT]]
+        yield [(int(i), float(p[i])) for i in np.argsort(-p, kind="stable")[:n]]
 
 
 def token_texts(tokenizer: Tokenizer) -> list[str]:

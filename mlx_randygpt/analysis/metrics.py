@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from mlx_randygpt.checkpoint import to_strict_json
 from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Array
+from mlx_randygpt.training.reports import EvalLog, Report, StepLog
 
 NAMES = (
     "loss",
@@ -38,13 +40,24 @@ PLACES = (
 HABITS = ("eval_every", "sample_every", "save_every", "log_every", "keep_every", "on_nan")
 N_BUCKETS = 2048  # per series; more than a picture has columns
 BLOCK = 1 << 18  # bytes parsed at a time: they stay in a core's cache
-_ROW = re.compile(
+_ROW = re.compile(  # a row of `metrics_row`, with floats to nine places
     rb'\{"step": (\d{1,15}), "loss": (\d+\.\d{1,9})\d*, '
     rb'(?:"bits_per_byte": [^,]+, )?"lr": (\d[\d.e-]*), '
     rb'"grad_norm": (\d+\.\d{1,9})\d*, "tokens": \d+, "tokens_per_second": (\d{1,15})\.\d'
-)  # as `mlxgpt train` writes it; a block with any other line is parsed as JSON
+)  # a block with any other line is parsed as JSON
 _KINDS = (int, float, float, float, int)  # types of its groups; an int parses in half the time
 _EVALUATION = b'"val_loss"'
+
+
+def metrics_row(report: Report, log_every: int) -> dict[str, Any]:
+    """Return the row of metrics.jsonl for a report, or {} if it has none; `_ROW` parses it."""
+    if isinstance(report, StepLog) and report.step % log_every == 0:
+        names = "step loss bits_per_byte lr grad_norm tokens tokens_per_second seconds"
+    elif isinstance(report, EvalLog):
+        names = "step val_loss perplexity bits_per_byte seconds"
+    else:
+        return {}
+    return {name: to_strict_json(getattr(report, name)) for name in names.split()}
 
 
 class MetricsError(UserError, ValueError):

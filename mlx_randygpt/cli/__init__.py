@@ -7,13 +7,13 @@ answer without numpy, mlx or rich.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import Any
 
 import click
 
 from mlx_randygpt import __version__
+from mlx_randygpt.cli.signals import end_on_ctrl_c
 
 # name -> (module of cli.commands, line for --help)
 COMMANDS = {
@@ -84,8 +84,7 @@ def group() -> None:
 
 def main() -> None:
     """The entry point `mlxgpt`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, until a command has begun
+    end_on_ctrl_c()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: a checkpoint would be opened under its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from typing import Any
 
 import click
 
 from mlx_randygpt.cli.config_file import _config_option
+from mlx_randygpt.cli.signals import raise_on_ctrl_c
 from mlx_randygpt.config import UserError
 
 _DEBUG = "mlx_randygpt.debug"
@@ -28,7 +26,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _interruptible():
+            with raise_on_ctrl_c():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
@@ -39,18 +37,6 @@ class Command(click.Command):
             if ctx.meta.get(_DEBUG):
                 raise
             raise click.ClickException(_one_line(error)) from error
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt while a command runs; before and after, it ends the process."""
-    old = signal.getsignal(signal.SIGINT)
-    if old == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def _debug_option() -> click.Option:

@@ -26,6 +26,7 @@ from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 
 TRAIN_SHARE = 0.9
+PROMPT_TOKENS = 1 << 20  # tokens at the beginning of a text that decide the default prompt
 MAX_IN_MEMORY_BYTES = 1 << 24  # bytes of files that are read into memory
 Array = NDArray[Any]
 Progress = Callable[[str, int, int], None]  # activity, bytes so far, total bytes
@@ -56,6 +57,16 @@ class Corpus:
     def val(self) -> Array:
         """The tokens after `train`; a view."""
         return self.tokens[self._n_train() :]
+
+    def provenance(self, reading: Reading, *, respect_documents: bool = False) -> dict[str, Any]:
+        """Return the `data` of a checkpoint: where the text came from and how it was read."""
+        return {
+            "paths": [str(Path(name).resolve()) for name in self.names],
+            "characters": self.characters,
+            "sha256": self.sha256,
+            **asdict(reading),
+            "respect_documents": respect_documents,
+        }
 
     def _n_train(self) -> int:
         return _split(len(self.tokens)) if self.n_train is None else self.n_train
@@ -212,6 +223,15 @@ def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
     documents = (Piece(text, True, True) for text in texts.values())
     tokens = np.concatenate([*blocks(documents, tokenizer, stats)])
     return Corpus(tuple(texts), tokens, np.array(stats.starts), **_facts(stats))
+
+
+def default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Return a prompt for the samples that the text contains.
+
+    It is "ROMEO:" if that occurs near the beginning, else a newline, else the first character.
+    """
+    text = tokenizer.decode(corpus.tokens[:PROMPT_TOKENS])
+    return "ROMEO:" if "ROMEO:" in text else "\n" if "\n" in text else text[:1] or "\n"
 
 
 def check_length(corpus: Corpus, block_size: int) -> None:

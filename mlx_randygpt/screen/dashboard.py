@@ -65,12 +65,12 @@ class Dashboard:
         self._tally.add_event(text, clean(text))
         self._draw()
 
-    def restore(self) -> None:
-        """Gives the terminal back without drawing: for a signal handler about to leave for good."""
+    def release_terminal(self) -> None:
+        """Leave the alternate screen without drawing, for a signal handler about to exit."""
         os.write(self._console.file.fileno(), b"\x1b[?1049l\x1b[?25h")
 
-    def take(self) -> None:
-        """Has the terminal again after `restore`; the next report draws all of it."""
+    def reclaim_terminal(self) -> None:
+        """Enter the alternate screen after `release_terminal`; the next report draws all of it."""
         os.write(self._console.file.fileno(), b"\x1b[?1049h\x1b[?25l")
 
     def _draw(self) -> None:

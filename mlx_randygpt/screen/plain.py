@@ -74,11 +74,11 @@ class PlainLog:
         self._print_step()
         self._print(text)
 
-    def restore(self) -> None:
-        """Nothing to give back."""
+    def release_terminal(self) -> None:
+        """No terminal to release."""
 
-    def take(self) -> None:
-        """Nor to take again."""
+    def reclaim_terminal(self) -> None:
+        """No terminal to reclaim."""
 
     def _print_step(self) -> None:
         if self._unprinted:

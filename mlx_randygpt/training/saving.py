@@ -1,6 +1,6 @@
 """When checkpoints are written, and the thread that writes them so that no step waits for a disk.
 
-It is handed NumPy copies and never touches a device; what became of each is asked for later.
+The thread gets NumPy copies and never touches a device; results are collected with `finished()`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from os import PathLike
 from pathlib import Path
 
 from mlx_randygpt.checkpoint import (
@@ -25,20 +24,27 @@ from mlx_randygpt.training.reports import SaveLog
 from mlx_randygpt.training.schedule import decay_start, is_due
 
 RETRY_SECONDS = 10.0
-Folder = PathLike[str]  # asked for each file: a folder may be moved meanwhile
+# A callable is called for every file, since the folder can move during a run.
+Folder = str | Path | Callable[[], Path]
 
 
 def save_log(path: Path, checkpoint: Checkpoint, error: str = "") -> SaveLog:
-    """What the run tells of a file; `error` is empty where it is safe on the disk."""
+    """Return the report of a file; `error` is empty if the file is safe on the disk."""
     best, loss = path.name == BEST, checkpoint.progress.best_loss
-    return SaveLog(checkpoint.state.step, str(path), best, loss if best else math.nan, error)
+    return SaveLog(
+        step=checkpoint.state.step,
+        path=str(path),
+        best=best,
+        loss=loss if best else math.nan,
+        error=error,
+    )
 
 
 class CheckpointWriter:
-    """Writes snapshots on its own thread. Of several for one path only the newest is written.
+    """A thread that writes snapshots; of several for one path it writes only the newest.
 
-    What fails stays in memory and is tried again every `retry_seconds` and when the writer is
-    closed; the first failure of a path is told, and the last.
+    A snapshot that could not be written stays in memory and is tried again every `retry_seconds`
+    and in `close`. The first failure of a path is reported, and the last.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class CheckpointWriter:
         self._save, self._retry_seconds = save, retry_seconds
         self._waiting: dict[Path, Checkpoint] = {}
         self._failed: dict[Path, Checkpoint] = {}
-        self._told: set[Path] = set()  # whose failure is known
+        self._reported: set[Path] = set()  # whose failure was reported
         self._last_try = self._closing = False
         self._finished: list[SaveLog] = []
         self._changed = threading.Condition()
@@ -57,20 +63,20 @@ class CheckpointWriter:
         self._thread.start()
 
     def submit(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Have this snapshot written soon; returns at once."""
+        """Queue a snapshot for writing; does not block."""
         with self._changed:
-            self._waiting.pop(path, None)  # behind what is older than this snapshot
+            self._waiting.pop(path, None)  # its turn comes after older snapshots
             self._waiting[path] = checkpoint
             self._changed.notify()
 
     def finished(self) -> list[SaveLog]:
-        """What was written, or failed, since the last call."""
+        """Return reports of the writes that succeeded or failed since the last call."""
         with self._changed:
             done, self._finished = self._finished, []
         return done
 
     def close(self) -> list[SaveLog]:
-        """Wait until nothing is left to write, end the thread, return what `finished` would."""
+        """Write everything that is queued, end the thread and return the last reports."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -78,32 +84,32 @@ class CheckpointWriter:
         return self.finished()
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            self._write(*job)
-            del job  # a copy of all weights and moments, which is not kept until the next
+        while (item := self._next()) is not None:
+            self._write(*item)
+            del item  # free the copy of all weights and moments
 
     def _write(self, path: Path, checkpoint: Checkpoint) -> None:
         error = ""
         try:
             self._save(path, checkpoint)
-        except Exception as failure:  # the run goes on; the screen and the exit code tell
+        except Exception as failure:  # the run continues; screen and exit code report it
             error = str(failure)
         with self._changed:
-            self._note(path, checkpoint, error)
+            self._report(path, checkpoint, error)
 
-    def _note(self, path: Path, checkpoint: Checkpoint, error: str) -> None:
-        known = path in self._told and not self._last_try
+    def _report(self, path: Path, checkpoint: Checkpoint, error: str) -> None:
+        is_repeated = path in self._reported and not self._last_try
         if error:
             self._failed[path] = checkpoint
-            self._told.add(path)
+            self._reported.add(path)
         else:
             self._failed.pop(path, None)
-            self._told.discard(path)
-        if not (error and known):
+            self._reported.discard(path)
+        if not (error and is_repeated):
             self._finished.append(save_log(path, checkpoint, error))
 
     def _next(self) -> tuple[Path, Checkpoint] | None:
-        """The next snapshot to write; None when the writer is closed and all was tried."""
+        """Return the next snapshot to write, or None if closed and all were tried."""
         with self._changed:
             while not self._waiting:
                 if self._closing and (self._last_try or not self._failed):
@@ -117,19 +123,19 @@ class CheckpointWriter:
 
 
 class Saver:
-    """When the state of a run goes to the disk, and under which name."""
+    """Decides when the state of a run is saved, and under which name."""
 
     def __init__(self, config: TrainConfig, out: Folder | None, clock: Callable[[], float]) -> None:
-        self._config, self._out, self._clock = config, out, clock
+        self._config, self._out, self._clock = config, out, clock  # out None: save nothing
         self._writer = CheckpointWriter() if out is not None else None
         self._saved_at = clock()
 
     def due(self, step: int) -> bool:
-        """Whether `save_due` would save."""
+        """Return whether `save_due` would save."""
         return self._keep_due(step) or self._save_due(step)
 
     def save_due(self, step: int, snapshot: Callable[[], Checkpoint]) -> None:
-        """Have written what is due at this step: a milestone, the newest, or nothing."""
+        """Queue what is due at this step: a kept checkpoint, the newest, both or nothing."""
         if self._keep_due(step):
             self.save(kept_name(step), snapshot)
         if self._save_due(step):
@@ -137,31 +143,39 @@ class Saver:
             self._saved_at = self._clock()
 
     def save(self, name: str, snapshot: Callable[[], Checkpoint]) -> None:
-        """Have a snapshot written soon."""
-        if self._writer is not None and self._out is not None:
-            self._writer.submit(Path(self._out) / name, snapshot())
+        """Queue a snapshot under this name; does not block."""
+        if self._writer is not None:
+            self._writer.submit(self._locate() / name, snapshot())
 
     def finished(self) -> list[SaveLog]:
-        """What was written, or failed, since the last call."""
+        """Return reports of the writes that succeeded or failed since the last call."""
         return self._writer.finished() if self._writer else []
 
     def finish(self, snapshot: Callable[[], Checkpoint]) -> list[SaveLog]:
-        """Write the last state, wait for all, and tell of both files: the best one too, which
-        may have been safe for long and is read again."""
+        """Write the last state, wait for all writes and return reports of the newest and best file.
+
+        The best one may have been written long ago; it is read again.
+        """
         self.save(NEWEST, snapshot)
         logs = sorted(self.close(), key=lambda log: log.best)
         if self._out is None or any(log.best for log in logs):
             return logs
-        if (best := Path(self._out) / BEST).exists():
+        if (best := self._locate() / BEST).exists():
             try:
                 logs.append(save_log(best, load_checkpoint(best, weights_only=True)))
             except CheckpointError as error:
-                logs.append(SaveLog(0, str(best), True, math.nan, str(error)))
+                logs.append(
+                    SaveLog(step=0, path=str(best), best=True, loss=math.nan, error=str(error))
+                )
         return logs
 
     def close(self) -> list[SaveLog]:
-        """Wait until nothing is left to write; what `finished` would return."""
+        """Write everything that is queued and return the last reports."""
         return self._writer.close() if self._writer else []
+
+    def _locate(self) -> Path:
+        assert self._out is not None, "only a run with a folder saves"
+        return Path(self._out() if callable(self._out) else self._out)
 
     def _keep_due(self, step: int) -> bool:
         config = self._config

@@ -14,11 +14,11 @@ from mlx_randygpt.analysis import metrics
 from mlx_randygpt.analysis.metrics import (
     MetricsError,
     differing_settings,
+    metrics_row,
     read_run,
     read_samples,
     smooth,
 )
-from mlx_randygpt.cli.training.folder import metrics_row
 from mlx_randygpt.training.reports import EvalLog, StepLog
 
 

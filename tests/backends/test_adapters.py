@@ -327,7 +327,7 @@ def test_a_run_goes_on_with_its_own_rank(trained: Path) -> None:
     ("words", "code", "said"),
     [
         (["--lora-rank", 2], 2, "give it with --init-from"),
-        (["--lora-alpha", 2.0], 2, "go with --lora-rank"),
+        (["--lora-alpha", 2.0], 2, "need --lora-rank"),
         (["--lora-rank", 2, "--optimizer", "muon"], 1, "adapters are trained by adamw"),
         (["--lora-rank", 99], 1, "lora_rank=99 is too large; it must be at most 32"),
     ],

@@ -51,8 +51,12 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{NEW} --dtype=float16", 2, "'float16' is not one of 'float32', 'bfloat16'"),
     (f"{NEW} --plain=yes", 2, "Option '--plain' does not take a value"),
     (f"{NEW} --json", 2, "No such option '--json'"),
-    (f"{NEW} --resume --overwrite", 2, "--resume goes with neither --overwrite nor --init-from"),
-    (f"{NEW} --resume --init-from={FILE}", 2, "--resume goes with neither"),
+    (
+        f"{NEW} --resume --overwrite",
+        2,
+        "--resume cannot be combined with --overwrite or --init-from",
+    ),
+    (f"{NEW} --resume --init-from={FILE}", 2, "--resume cannot be combined"),
     # train: settings that do not fit
     (f"{NEW} --iters=0", 1, "iters=0 is too small; it must be at least 1"),
     (f"{NEW} --iters=-5", 1, "iters=-5 is too small; it must be at least 1"),
@@ -272,7 +276,7 @@ BAD_CONFIG: list[tuple[bytes, int, str]] = [
     (b'data = ["text.txt", 1]', 2, "it should be str"),
     (b'preset = "huge"', 2, "'huge' is not one of 'mini', 'tiny'"),
     (b"resume = 7", 2, "resume = 7: it should be str or bool"),
-    (b'resume = true\ninit_from = "cut"', 2, "--resume goes with neither"),
+    (b'resume = true\ninit_from = "cut"', 2, "--resume cannot be combined"),
     (b"iters = 0", 1, "iters=0 is too small; it must be at least 1"),
     (b"lr = inf", 1, "lr=inf is not a finite number of at least 0"),
 ]

@@ -157,7 +157,7 @@ def test_a_config_file_that_does_not_fit_is_code_2(content: str, reason: str) ->
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "already holds a checkpoint (checkpoint.safetensors); --resume goes on with it"),
+        ([], "already holds a checkpoint (checkpoint.safetensors); --resume continues that run"),
         (["--resume", "--n-embd=16"], "Checkpoint n_embd 8 != model n_embd 16"),
         (["--resume", "--preset=tiny"], "Checkpoint n_layer 1 != model n_layer 2"),
         (["--resume", "--recipe=classic"], "Checkpoint recipe modern != recipe classic"),

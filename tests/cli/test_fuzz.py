@@ -44,7 +44,8 @@ from mlx_randygpt.checkpoint import (
 )
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.commands.train import command
-from mlx_randygpt.cli.training import request, run
+from mlx_randygpt.cli.training import run
+from mlx_randygpt.cli.training.request import TrainRequest
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig, parse_interval
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import encode_corpus
@@ -722,8 +723,8 @@ toml_files = st.dictionaries(toml_keys, toml_values, max_size=4).map(
 def trains_nothing() -> Iterator[None]:
     """`mlxgpt train` ends where its settings are known."""
 
-    def resolve(asked: request.TrainRequest) -> int:
-        resolve_new(asked.given, 29)
+    def resolve(request: TrainRequest) -> int:
+        resolve_new(request.options, 29)
         return 0
 
     with pytest.MonkeyPatch.context() as patch:

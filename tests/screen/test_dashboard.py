@@ -260,7 +260,7 @@ def test_an_early_stop_is_named_in_the_outcome() -> None:
 
 def test_restore_leaves_the_other_screen_without_drawing(tmp_path: Path) -> None:
     with (tmp_path / "tty").open("w") as file:
-        Dashboard(INFO, Console(file=file), Now()).restore()
+        Dashboard(INFO, Console(file=file), Now()).release_terminal()
     assert (tmp_path / "tty").read_bytes() == b"\x1b[?1049l\x1b[?25h"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from mlx_randygpt.cli.options import (
     quantize_option,
     sampling_options,
 )
+from mlx_randygpt.cli.signals import CtrlC
 
 if TYPE_CHECKING:
     from mlx_randygpt.sampling.chat import Conversation
@@ -66,7 +66,7 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
             if line.strip() == "/quit":
                 break
             _respond(talk, line, ctrl_c)
-            if ctrl_c.asked and not at_terminal:
+            if ctrl_c.pressed and not at_terminal:
                 raise KeyboardInterrupt
 
 
@@ -82,8 +82,8 @@ def _respond(talk: Conversation, line: str, ctrl_c: CtrlC) -> None:
         return
     if lost := unknown_line(talk.tokenizer.unknown(line)):
         click.echo(lost, err=True)
-    ctrl_c.asked = False
-    _stream(talk.answer(line, lambda: ctrl_c.asked))
+    ctrl_c.pressed = False
+    _stream(talk.answer(line, lambda: ctrl_c.pressed))
 
 
 def _replay(talk: Conversation, path: Path, ctrl_c: CtrlC) -> None:
@@ -91,8 +91,8 @@ def _replay(talk: Conversation, path: Path, ctrl_c: CtrlC) -> None:
 
     for turn in load_turns(path):
         click.echo(turn.prompt, nl=False)
-        _stream(talk.replay(turn, lambda: ctrl_c.asked))
-        if ctrl_c.asked:
+        _stream(talk.replay(turn, lambda: ctrl_c.pressed))
+        if ctrl_c.pressed:
             return
         if talk.turns[-1].text != turn.text:
             click.echo("The answer differs from the one that was saved: another model?", err=True)
@@ -121,35 +121,6 @@ def _lines(prompt: str, ctrl_c: CtrlC) -> Iterator[str]:
         except EOFError:
             click.echo(err=True, nl=bool(prompt))
             return
-
-
-class CtrlC:
-    """Owns Ctrl-C while it lasts: it interrupts the typing of a line, and otherwise only asks."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._interrupts = False
-
-    def __enter__(self) -> CtrlC:
-        self._old = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._old)
-
-    @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """In here it is a KeyboardInterrupt."""
-        self._interrupts = True
-        try:
-            yield
-        finally:
-            self._interrupts = False
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.asked = True
-        if self._interrupts:
-            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

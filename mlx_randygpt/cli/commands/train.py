@@ -1,4 +1,4 @@
-"""`mlxgpt train`: settings, text and backend together, then reports to the screen."""
+"""`mlxgpt train`: the options of a training run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 
 
 @click.command("train", cls=Command)
-@click.option(
-    "--iters", type=int, help="Steps to reach, a target and not an addition.  [default: 1000]"
-)
+@click.option("--iters", type=int, help="Step to train to; on resume, the total.  [default: 1000]")
 @click.option(
     "--data",
     multiple=True,
-    help="Text, source, .jsonl, .parquet, .gz, .zst, train.bin, a directory or a glob; may be "
-    "given several times.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a sample]",
+    help="Text, source code, .jsonl, .parquet, .gz, .zst, train.bin, a folder or a glob; "
+    "repeatable.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a bundled sample]",
 )
 @tokenizer_options
 @reading_options
@@ -48,50 +46,58 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
     is_flag=False,
     flag_value=RESUME_NEWEST,
     metavar="[PATH]",
-    help="Go on from the checkpoint of the highest step in --out, or from a file.",
+    help="Resume from the newest checkpoint in --out, or from a file.",
 )
-@click.option("--overwrite", is_flag=True, help="Start anew in a folder that holds a run.")
+@click.option("--overwrite", is_flag=True, help="Start a new run in a folder that holds one.")
 @click.option(
     "--init-from",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Start from another model's weights at step 0 (fine-tuning).",
+    help="Fine-tuning: start at step 0 from the weights of this checkpoint.",
 )
-@click.option("--lora-rank", type=int, help="Train adapters of this rank (with --init-from).")
-@click.option("--lora-alpha", type=float, help="Their scale, times the rank.  [default: 16]")
+@click.option(
+    "--lora-rank", type=int, help="Fine-tune with LoRA adapters of this rank (with --init-from)."
+)
+@click.option(
+    "--lora-alpha", type=float, help="Scale of the adapters, times the rank.  [default: 16]"
+)
 @click.option(
     "--lora-targets",
     metavar="NAMES",
-    help="c_attn, c_proj, c_fc with commas between.  [default: all]",
+    help="Matrices with adapters: c_attn, c_proj, c_fc, separated by commas.  [default: all]",
 )
 @model_options()
 @click.option("--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]")
 @click.option("--grad-accum", type=int, help="Micro-batches per step.  [default: 1]")
 @memory_options
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer.  [default: recipe]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]")
-@click.option("--min-lr", type=float, help="Where the decay ends.  [default: recipe]")
-@click.option("--weight-decay", type=float, help="Decoupled, on matrices.  [default: rule]")
 @click.option(
-    "--grad-clip", type=float, help="Largest gradient norm, 0 for none.  [default: recipe]"
+    "--min-lr", type=float, help="Learning rate at the end of the decay.  [default: recipe]"
 )
-@click.option("--schedule", type=click.Choice(SCHEDULES), help="[default: recipe]")
+@click.option(
+    "--weight-decay", type=float, help="Decoupled weight decay, on matrices.  [default: rule]"
+)
+@click.option("--grad-clip", type=float, help="Maximum gradient norm; 0 is off.  [default: 1]")
+@click.option(
+    "--schedule", type=click.Choice(SCHEDULES), help="Learning rate schedule.  [default: recipe]"
+)
 @click.option("--warmup", type=int, help="Steps of linear warmup.  [default: rule]")
 @click.option(
     "--patience",
     type=int,
-    help="Evaluations without a new best before plateau halves "
-    "the rate (at most 3 times), then early stop.  [default: off]",
+    help="Evaluations without a new best before early stopping; with --schedule plateau, before "
+    "the learning rate is halved (at most 3 times).  [default: off]",
 )
-@click.option("--eval-every", type=int, help="Steps.  [default: 250]")
-@click.option("--sample-every", type=int, help="Steps.  [default: 500]")
-@click.option("--save-every", help="Steps (1000) or a time (60s, 5m).  [default: 60s]")
-@click.option("--log-every", type=int, help="Steps per line of metrics.jsonl.  [default: 1]")
+@click.option("--eval-every", type=int, help="Steps between evaluations.  [default: 250]")
+@click.option("--sample-every", type=int, help="Steps between samples.  [default: 500]")
+@click.option("--save-every", help="Steps (1000) or time (60s, 5m) between saves.  [default: 60s]")
+@click.option("--log-every", type=int, help="Steps between lines of metrics.jsonl.  [default: 1]")
 @click.option(
     "--log",
     multiple=True,
     type=click.Choice(["tensorboard", "wandb", "trackio"]),
-    help="Log there too; may be given several times.",
+    help="Also log to this library; repeatable.",
 )
 @click.option(
     "--keep-every",
@@ -101,23 +107,23 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
 @click.option(
     "--on-nan",
     type=click.Choice(ON_NAN),
-    help="Where loss or gradient are not finite: stop; skip the step; go back to what was saved "
-    "last, at half the rate.  [default: stop]",
+    help="If loss or gradient is not finite: stop; skip the step; or roll back to the last save, "
+    "at half the learning rate.  [default: stop]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     help="Compute type on a GPU; weights and moments stay float32.  [default: float32]",
 )
-@click.option("--threads", type=int, help="NumPy backend.  [default: all cores]")
+@click.option("--threads", type=int, help="Threads of the NumPy backend.  [default: all cores]")
 @click.option(
     "--rank-timeout",
     type=float,
-    help="Several ranks: seconds of silence after which one is lost.  [default: 20]",
+    help="With several ranks: seconds of silence after which a rank is lost.  [default: 20]",
 )
-@click.option("--seed", type=int, help="Everything random follows from it.  [default: 1337]")
+@click.option("--seed", type=int, help="Random seed.  [default: 1337]")
 @click.option(
-    "--prompt", help="For the samples.  [default: ROMEO: if the text has it, else a newline]"
+    "--prompt", help="Prompt of the samples.  [default: ROMEO: if the text has it, else a newline]"
 )
 @backend_option
 @click.option("--plain", is_flag=True, help="Plain lines instead of the live screen.")
@@ -131,25 +137,26 @@ def command(
     plain: bool,
     **options: Any,
 ) -> None:
-    """Train a model on your text. Resumes exactly; --iters is a target."""
-    from mlx_randygpt.cli.training.request import TrainRequest
+    """Train a model on your text. Ctrl-C saves and stops; --resume continues exactly."""
+    from mlx_randygpt.cli.training.request import DEFAULT_OUT, TrainRequest
     from mlx_randygpt.cli.training.run import train_command
 
     if resume and (overwrite or init_from):
-        raise click.UsageError("--resume goes with neither --overwrite nor --init-from")
+        raise click.UsageError("--resume cannot be combined with --overwrite or --init-from")
     if options["lora_rank"] and not (init_from or resume):
-        raise click.UsageError("--lora-rank adapts a trained model: give it with --init-from")
+        raise click.UsageError("--lora-rank needs a trained model: give it with --init-from")
     if (options["lora_alpha"] or options["lora_targets"]) and not (options["lora_rank"] or resume):
-        raise click.UsageError("--lora-alpha and --lora-targets go with --lora-rank")
-    resumed = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
-    raise SystemExit(
-        train_command(
-            TrainRequest(
-                given=given_options(options),
-                data=data, backend=backend, plain=plain, overwrite=overwrite,
-                out=out or (resumed.parent if resumed else Path("checkpoints")),
-                resume=resumed,
-                resume_newest=resume == RESUME_NEWEST, init_from=init_from,
-            )
-        )
-    )  # fmt: skip
+        raise click.UsageError("--lora-alpha and --lora-targets need --lora-rank")
+    resume_path = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
+    request = TrainRequest(
+        options=given_options(options),
+        data=data,
+        out=out or (resume_path.parent if resume_path else DEFAULT_OUT),
+        backend=backend,
+        plain=plain,
+        overwrite=overwrite,
+        resume=resume_path,
+        resume_newest=resume == RESUME_NEWEST,
+        init_from=init_from,
+    )
+    raise SystemExit(train_command(request))

@@ -1,4 +1,4 @@
-"""The output folder of a run: one writer at a time, metrics, samples and config.toml."""
+"""The output folder of a run: its lock, its place if it is moved, its logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from mlx_randygpt import files
+from mlx_randygpt.analysis.metrics import metrics_row
 from mlx_randygpt.checkpoint import (
     BEST,
     NEWEST,
@@ -19,14 +21,15 @@ from mlx_randygpt.checkpoint import (
     CheckpointError,
     load_checkpoint,
     peek_step,
-    to_strict_json,
 )
 from mlx_randygpt.config import UserError
-from mlx_randygpt.training.reports import EvalLog, Report, SampleLog, StepLog
+from mlx_randygpt.training.reports import EvalLog, Report, SampleLog
 
 FLUSH_SECONDS = 1.0
+MAX_LINE = 1 << 20  # bytes; a line of metrics has about 200, a sample rarely 4,000
 LOCK = ".lock"
 LOGS = ("metrics.jsonl", "samples.jsonl")
+LOG_NAMES = " and ".join(LOGS)
 
 
 class FolderError(UserError, OSError):
@@ -34,50 +37,48 @@ class FolderError(UserError, OSError):
 
 
 class FolderInUse(FolderError):
-    """A folder that another run holds."""
+    """An output folder that another run has locked."""
 
 
 class RunFolder:
-    """Context manager that holds the folder's lock, which dies with its process. As a path it is
-    where the folder is by then: one that was moved is followed, one that is gone made again."""
+    """Context manager that locks an output folder; the lock ends with the process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problem = ""  # why the lines of metrics and samples wait
-        self.news: list[str] = []  # what became of the folder, not yet told
-        self._flushed_at = time.monotonic()
-        self._config_toml: str | None = None  # None: no run has begun here
-        self._logs: list[LogFile] = []  # metrics and samples
+        self.news: list[str] = []  # messages about the folder that were not shown yet
+        self.logs = RunLogs(self.news.append)
+        self._config_toml: str | None = None  # None until a run has begun here
 
     def __enter__(self) -> RunFolder:
         parts = (self.path / LOCK, self.path, *self.path.parents)
-        self._made = [part for part in parts if not part.exists()]
+        self._created = [part for part in parts if not part.exists()]
         self._lock = lock_folder(self.path)
         files.sweep(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_logs()
+        self.logs.close()
         with contextlib.suppress(OSError):
             self._lock.truncate(0)
-            if self._config_toml is None:  # refused: as if it had never been asked for
-                for made in self._made:
-                    made.unlink() if made.name == LOCK else made.rmdir()
+            if self._config_toml is None:  # refused: leave no trace
+                for path in self._created:
+                    path.unlink() if path.name == LOCK else path.rmdir()
         self._lock.close()
 
-    def __fspath__(self) -> str:
+    def locate(self) -> Path:
+        """Return where the folder is now: follow it if it was moved, restore it if removed."""
         old = self.path
         if not is_at(self._lock, old / LOCK):
-            if now := whereabouts(self._lock):
-                self.path = now.parent
-                self.news.append(f"{old} was moved; this run goes on in {self.path}.")
+            if lock_path := current_path(self._lock):
+                self.path = lock_path.parent
+                self.news.append(f"{old} was moved; this run continues in {self.path}.")
             else:
-                with contextlib.suppress(FolderError):  # who saves will say why, and try again
-                    self._make_again()
-        return str(self.path)
+                with contextlib.suppress(FolderError):  # saving reports the reason and tries again
+                    self._recreate()
+        return self.path
 
-    def _make_again(self) -> None:
-        """The folder was removed; it may be another run's by now, then take one beside it."""
+    def _recreate(self) -> None:
+        """Create the folder again, or one beside it if another run has the name by now."""
         old = self.path
         try:
             lock = lock_folder(old)
@@ -86,84 +87,46 @@ class RunFolder:
             lock = lock_folder(self.path)
         self._lock.close()
         self._lock = lock
-        self.news.append(f"{old} was removed; this run goes on in {self.path}, made anew.")
+        self.news.append(f"{old} was removed; this run continues in {self.path}, created again.")
         if self._config_toml is not None:
-            self._close_logs()
+            self.logs.close()
             self.begin(self._config_toml, fresh=False)
 
-    def _close_logs(self) -> None:
-        for log in self._logs:
-            log.close()
-
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints here: checkpoint.safetensors, then the others, the latest first."""
-        found = self.path.glob("checkpoint*.safetensors")
-        return sorted(found, key=lambda path: (path.name != NEWEST, -path.stat().st_mtime))
-
-    def refuse_if_used(
-        self,
-        advice: str = "--resume goes on with it, --overwrite starts anew, --out DIR goes elsewhere",
-    ) -> None:
-        """FolderError where a run would write over another's checkpoints."""
-        if found := self.checkpoints():
-            raise FolderError(f"{self.path} already holds a checkpoint ({found[0].name}); {advice}")
-
-    def newest(self) -> tuple[Checkpoint, list[str]]:
-        """What a bare --resume means: the valid checkpoint of the highest step, and a line for
-        each file that was skipped because it is damaged."""
-        if not (found := self.checkpoints()):
-            raise CheckpointError(no_checkpoint(self.path))
-        steps, skipped = dict[Path, int](), list[str]()
-        for path in found:
-            try:
-                steps[path] = peek_step(path)
-            except CheckpointError as error:
-                skipped.append(f"Skipped: {error}")
-        for path in sorted(steps, key=lambda path: self._rank(path, steps), reverse=True):
-            try:
-                return load_checkpoint(path), skipped
-            except CheckpointError as error:
-                skipped.append(f"Skipped: {error}")
-        every = "; ".join(line.removeprefix("Skipped: ") for line in skipped)
-        raise CheckpointError(f"no checkpoint in {self.path} can be read: {every}")
-
-    def _rank(self, path: Path, steps: dict[Path, int]) -> tuple[bool, bool, int]:
-        """checkpoint.safetensors first, unless another is both further and written after it, as
-        a kill between two saves leaves them; else the furthest."""
-        newest = self.path / NEWEST
-        if newest not in steps:
-            return False, False, steps[path]
-        later = path.stat().st_mtime_ns > newest.stat().st_mtime_ns
-        return later and steps[path] > steps[newest], path == newest, steps[path]
-
-    def keep_best(self, step: int) -> str:
-        """A run goes on from `step`: where the best checkpoint is from further on, keep it under
-        another name; one line that says so, or ""."""
-        best = self.path / BEST
-        if not best.exists() or (at := peek_step(best)) <= step:
-            return ""
-        kept = best.with_name(f"checkpoint_best-{at}.safetensors")
-        best.rename(kept)
-        return f"The best checkpoint was from step {at}, further on; it is kept as {kept}."
-
     def begin(self, config_toml: str, *, fresh: bool) -> None:
-        """Write config.toml, open metrics.jsonl and samples.jsonl; a fresh run empties these and
-        takes away another run's checkpoints, but for the newest, which its own first replaces."""
+        """Write config.toml and open the logs.
+
+        A fresh run empties the logs and removes another run's checkpoints, except the newest,
+        which its own first one replaces.
+        """
         self._config_toml = config_toml
         try:
-            for old in self.checkpoints() if fresh else ():
+            for old in list_checkpoints(self.path) if fresh else ():
                 if old.name != NEWEST:
                     old.unlink()
             files.write(self.path / "config.toml", config_toml.encode("utf-8", "replace"))
-            self._logs = [LogFile(self.path / name, fresh) for name in LOGS]
+            self.logs.open(self.path, fresh=fresh)
         except OSError as error:
             raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error
 
+
+class RunLogs:
+    """metrics.jsonl and samples.jsonl of a run; lines wait in memory while the disk is full."""
+
+    def __init__(self, note: Callable[[str], object]) -> None:
+        self._note = note
+        self._problem = ""  # why lines wait
+        self._flushed_at = time.monotonic()
+        self._files: list[LogFile] = []  # one for each of LOGS
+
+    def open(self, folder: Path, *, fresh: bool) -> None:
+        """Open both files; a fresh run empties them."""
+        self._files = [LogFile(folder / name, fresh) for name in LOGS]
+
     def record(self, report: Report, log_every: int) -> None:
-        """One line of metrics.jsonl or samples.jsonl, written within a second or so."""
-        metrics, samples = self._logs
-        if values := metrics_row(report, log_every):
-            metrics.add(values)
+        """Append the line of a report, if it has one; it is written within about a second."""
+        metrics, samples = self._files
+        if row := metrics_row(report, log_every):
+            metrics.add(row)
         if isinstance(report, SampleLog):
             samples.add(asdict(report))
         is_old = time.monotonic() - self._flushed_at > FLUSH_SECONDS
@@ -171,34 +134,165 @@ class RunFolder:
             self.flush()
 
     def flush(self) -> None:
-        """Write the lines that wait. That a disk refuses them is told of once, and its end too."""
-        self._flushed_at, before, self.problem = time.monotonic(), self.problem, ""
-        for log in self._logs:
+        """Write the waiting lines; report once that a disk refuses them, and once when it stops."""
+        self._flushed_at = time.monotonic()
+        before, self._problem = self._problem, ""
+        for file in self._files:
             try:
-                log.flush()
+                file.flush()
             except OSError as error:
-                self.problem = error.strerror or str(error)
-        names = " and ".join(LOGS)
-        if self.problem and not before:
-            self.news.append(f"{names} wait in memory: {self.problem}.")
-        elif before and not self.problem:
-            self.news.append(f"{names} are written again, with every line.")
+                self._problem = error.strerror or str(error)
+        if self._problem and not before:
+            self._note(f"{LOG_NAMES} wait in memory: {self._problem}.")
+        elif before and not self._problem:
+            self._note(f"{LOG_NAMES} are written again, with every line.")
 
     def unwritten(self) -> str:
-        """What metrics.jsonl and samples.jsonl lack at the end, for people; "" is nothing."""
-        lines = sum(map(len, self._logs))
-        return f"{lines} lines of {' and '.join(LOGS)} are lost: {self.problem}" if lines else ""
+        """Return a message about the lines that could not be written, or ""."""
+        n_lines = sum(map(len, self._files))
+        return f"{n_lines} lines of {LOG_NAMES} are lost: {self._problem}" if n_lines else ""
+
+    def close(self) -> None:
+        """Write what waits, if possible, and close the files."""
+        for file in self._files:
+            file.close()
+
+
+class LogFile:
+    """A file of JSON lines to append to; opening it raises OSError.
+
+    A fresh run empties it; a resumed one removes an incomplete last line.
+    """
+
+    def __init__(self, path: Path, fresh: bool) -> None:
+        if not fresh and path.exists():
+            _drop_torn_line(path)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        if fresh:
+            self._file.truncate(0)
+        self._waiting: list[str] = []
+
+    def __len__(self) -> int:
+        """Return the number of waiting lines."""
+        return len(self._waiting)
+
+    def add(self, values: object) -> None:
+        """Add a line for the next `flush`."""
+        self._waiting.append(json.dumps(values) + "\n")
+
+    def flush(self) -> None:
+        """Write the waiting lines; on OSError all of them stay waiting and none is in the file."""
+        content = memoryview("".join(self._waiting).encode())
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+            raise
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Write what waits, if possible, and close the file."""
+        with contextlib.suppress(OSError):
+            self.flush()
+        self._file.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Remove an incomplete last line left by a crash."""
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_LINE))
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
+# Checkpoints in a folder
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder: checkpoint.safetensors first, then the latest."""
+    paths = folder.glob("checkpoint*.safetensors")
+    return sorted(paths, key=lambda path: (path.name != NEWEST, -path.stat().st_mtime))
+
+
+def refuse_checkpoints(
+    folder: Path,
+    advice: str = "--resume continues that run, --overwrite replaces it, --out DIR uses another "
+    "folder",
+) -> None:
+    """Raise FolderError if a run would overwrite another one's checkpoints."""
+    if paths := list_checkpoints(folder):
+        raise FolderError(f"{folder} already holds a checkpoint ({paths[0].name}); {advice}")
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """Return the valid checkpoint of the highest step, and a line for each damaged file.
+
+    This is the checkpoint of a bare --resume. Raises CheckpointError if there is none.
+    """
+    paths = list_checkpoints(folder)
+    if not paths:
+        raise CheckpointError(no_checkpoint(folder))
+    steps, skipped = dict[Path, int](), list[str]()
+    for path in paths:
+        try:
+            steps[path] = peek_step(path)
+        except CheckpointError as error:
+            skipped.append(f"Skipped: {error}")
+    for path in sorted(steps, key=lambda path: _rank(path, steps), reverse=True):
+        try:
+            return load_checkpoint(path), skipped
+        except CheckpointError as error:
+            skipped.append(f"Skipped: {error}")
+    reasons = "; ".join(line.removeprefix("Skipped: ") for line in skipped)
+    raise CheckpointError(f"no checkpoint in {folder} can be read: {reasons}")
+
+
+def _rank(path: Path, steps: dict[Path, int]) -> tuple[bool, bool, int]:
+    """Return a sort key: checkpoint.safetensors is highest unless another is further and newer.
+
+    A kill between two saves can leave such a file. Without checkpoint.safetensors the furthest
+    is highest.
+    """
+    newest = path.with_name(NEWEST)
+    if newest not in steps:
+        return False, False, steps[path]
+    is_newer = path.stat().st_mtime_ns > newest.stat().st_mtime_ns
+    return is_newer and steps[path] > steps[newest], path == newest, steps[path]
+
+
+def set_best_aside(folder: Path, step: int) -> str:
+    """Rename the best checkpoint if it is from beyond `step`; return a line about it, or ""."""
+    best = folder / BEST
+    if not best.exists() or (best_step := peek_step(best)) <= step:
+        return ""
+    aside = best.with_name(f"checkpoint_best-{best_step}.safetensors")
+    best.rename(aside)
+    return f"The best checkpoint was from step {best_step}, further on; it is kept as {aside}."
+
+
+def no_checkpoint(folder: Path) -> str:
+    """Return the message of a --resume that finds nothing."""
+    return (
+        f"there is no checkpoint in {folder}; leave --resume out to start a new run, "
+        "or give --out the folder of the old one"
+    )
+
+
+# Locks
 
 
 def lock_folder(folder: Path) -> TextIO:
-    """The folder's lock file, held by this process; the folder is made where there is none."""
+    """Create the folder if needed, lock it and return its open lock file."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            is_file = folder.is_file()
-            reason = "it is a file, not a folder" if is_file else error.strerror
+            reason = "it is a file, not a folder" if folder.is_file() else error.strerror
             raise FolderError(
                 f"--out {folder} cannot be written: {reason}; give a folder that can"
             ) from error
@@ -216,8 +310,8 @@ def lock_folder(folder: Path) -> TextIO:
             ) from error
         if is_at(lock, folder / LOCK):
             break
-        lock.close()  # whoever held it has just taken it away
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        lock.close()  # its holder has just removed it
+    with contextlib.suppress(OSError):  # on a full disk the lock still holds
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -231,93 +325,21 @@ def _owner(lock: TextIO) -> str:
 
 
 def is_at(file: TextIO, path: Path) -> bool:
-    """Whether the open file is the one at `path`."""
+    """Return whether an open file is the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
 
 
-def whereabouts(file: TextIO) -> Path | None:
-    """Where an open file is by now; None where it is gone or the system does not tell."""
+def current_path(file: TextIO) -> Path | None:
+    """Return where an open file is now, or None if it was removed or the system does not know."""
     try:
         if macos := getattr(fcntl, "F_GETPATH", None):
-            told = fcntl.fcntl(file, macos, bytes(1024)).rstrip(b"\0")
+            raw = fcntl.fcntl(file, macos, bytes(1024)).rstrip(b"\0")
         else:
-            told = os.fsencode(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+            raw = os.fsencode(os.readlink(f"/proc/self/fd/{file.fileno()}"))
     except OSError:
         return None
-    path = Path(os.fsdecode(told))
+    path = Path(os.fsdecode(raw))
     return path if is_at(file, path) else None
-
-
-def no_checkpoint(folder: Path) -> str:
-    """The line for a --resume that finds nothing."""
-    return (
-        f"there is no checkpoint in {folder}; leave --resume out to start a new run, "
-        "or give --out the folder of the old one"
-    )
-
-
-def metrics_row(report: Report, log_every: int) -> dict[str, Any]:
-    """The row of metrics.jsonl that a report makes; {} where it makes none."""
-    if isinstance(report, StepLog) and report.step % log_every == 0:
-        names = "step loss bits_per_byte lr grad_norm tokens tokens_per_second seconds"
-    elif isinstance(report, EvalLog):
-        names = "step val_loss perplexity bits_per_byte seconds"
-    else:
-        return {}
-    return {name: to_strict_json(getattr(report, name)) for name in names.split()}
-
-
-MAX_LINE = 1 << 20  # bytes; a line of metrics has about 200, a sample rarely 4,000
-
-
-class LogFile:
-    """Lines at the end of a file, which is emptied for a fresh run, and loses a torn last line for
-    one that goes on. OSError where it cannot be opened."""
-
-    def __init__(self, path: Path, fresh: bool) -> None:
-        if not fresh and path.exists():
-            _drop_torn_line(path)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        if fresh:
-            self._file.truncate(0)
-        self._waiting: list[str] = []
-
-    def __len__(self) -> int:
-        """Lines that wait."""
-        return len(self._waiting)
-
-    def add(self, values: object) -> None:
-        """One line, which the next `flush` writes."""
-        self._waiting.append(json.dumps(values) + "\n")
-
-    def flush(self) -> None:
-        """Write the lines that wait; OSError leaves all of them waiting, and the file without
-        them."""
-        text = memoryview("".join(self._waiting).encode())
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            while text:
-                text = text[self._file.write(text) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(size)
-            raise
-        self._waiting.clear()
-
-    def close(self) -> None:
-        """Write what waits, if that is possible, and no more."""
-        with contextlib.suppress(OSError):
-            self.flush()
-        self._file.close()
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what a lost machine left of a last line."""
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - MAX_LINE))
-        tail = file.read()
-        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""The machines of a launch, by the hostfile that mlx.launch takes too."""
+"""The machines of a launch, from a hostfile in the format of mlx.launch."""
 
 from __future__ import annotations
 
@@ -18,49 +18,53 @@ class LaunchError(UserError):
 
 @dataclass(frozen=True)
 class Host:
-    """A machine for one rank: the name ssh knows it by, and its address in the ring."""
+    """A machine for one rank: its name for ssh, and its address in the ring."""
 
     name: str
     address: str
 
     @property
     def here(self) -> bool:
+        """Whether this is the machine of the launcher."""
         return self.name in HERE
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """The machines of a run, in the order of the ranks, and what goes into their environment."""
+    """The machines of a run, in the order of the ranks, and their environment variables."""
 
     hosts: list[Host]
     environment: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def read(path: Path) -> Hosts:
-        """A hostfile of mlx.launch: [{"ssh": …, "ips": [ip]}, …], or an object that holds such a
-        list as "hosts", with "envs" beside it."""
+        """Read a hostfile of mlx.launch.
+
+        It is a list, [{"ssh": name, "ips": [ip]}, …], or an object with such a list as "hosts" and
+        with variables as "envs".
+        """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise LaunchError(f"{path} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise LaunchError(f"{path} is not JSON: {error}") from error
-        around = content if isinstance(content, dict) else {"hosts": content}
-        if (backend := around.get("backend", "ring")) not in ("ring", "", "any"):
+        table = content if isinstance(content, dict) else {"hosts": content}
+        if (backend := table.get("backend", "ring")) not in ("ring", "", "any"):
             raise LaunchError(
-                f"{path} asks for the backend {backend!r}; mlxgpt launch starts the ring: give it "
-                "to mlx.launch, which starts all, with `-- python -m mlx_randygpt train …`"
+                f"{path} asks for the backend {backend!r}; mlxgpt launch only starts the ring. "
+                "Use mlx.launch for the others, with `-- python -m mlx_randygpt train …`"
             )
-        hosts = [_host(path, at) for at in _list(path, around.get("hosts"), "hosts")]
+        hosts = [_host(path, at) for at in _list(path, table.get("hosts"), "hosts")]
         if not hosts:
             raise LaunchError(f"{path} lists no hosts")
-        pairs = [str(at).partition("=") for at in _list(path, around.get("envs", []), "envs")]
+        pairs = [str(at).partition("=") for at in _list(path, table.get("envs", []), "envs")]
         return Hosts(hosts, {name: value for name, _, value in pairs})
 
 
-def _list(path: Path, value: object, what: str) -> list[Any]:
+def _list(path: Path, value: object, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise LaunchError(f'{path} has no list of {what}, such as [{{"ssh": "a", "ips": ["ip"]}}]')
+        raise LaunchError(f'{path} has no list of {name}, such as [{{"ssh": "a", "ips": ["ip"]}}]')
     return value
 
 

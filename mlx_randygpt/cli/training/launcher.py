@@ -1,8 +1,8 @@
-"""The processes of `mlxgpt launch`: started, listened to, sent signals, and never left behind.
+"""The processes of `mlxgpt launch`: start them, pass on output and signals, leave none behind.
 
-Each has a pipe as standard input that only ends when the launcher does, however that ends; a rank
-that sees it end saves and stops (ranks._hold). Rank 0 has the launcher's own output, the lines
-of the others are labelled.
+The standard input of each is a pipe that ends when the launcher does, however that ends; a rank
+that sees it end saves and stops (`team._hold`). Rank 0 has the launcher's own output; the lines of
+the others are labelled.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import IO, Any
 
 import click
 
+from mlx_randygpt.cli.signals import install, uninstall
 from mlx_randygpt.cli.training.hosts import Hosts
 from mlx_randygpt.cli.training.request import LAUNCH
-from mlx_randygpt.cli.training.signals import give_back, take
 from mlx_randygpt.cli.training.team import LIFELINE
 
-ORDERLY = (0, 129, 130, 143)  # all ranks end with these together, rank 0 once it has saved
+ORDERLY = (0, 129, 130, 143)  # exit codes with which all ranks end together, after saving
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 15.0  # for the others after one has failed; then SIGTERM, and as long again
-SECOND_SECONDS = 5.0  # after a second signal, which a rank obeys at once if it can
+GRACE_SECONDS = 15.0  # for the others after one has failed; SIGTERM follows, then SIGKILL
+SECOND_SIGNAL_SECONDS = 5.0  # after a second signal, which makes a rank exit at once
 
 
 class RankProcesses:
-    """Context manager of the processes; the signals that end programs are theirs while it lasts."""
+    """Context manager that runs the processes and forwards the stop signals to them."""
 
     def __init__(
         self, hosts: Hosts, starting_port: int, arguments: Sequence[str], launch: str
@@ -50,10 +50,10 @@ class RankProcesses:
         self._old: dict[int, Any] = {}
         self._n_signals = 0
         self._deadline = float("inf")
-        self._asked = False  # SIGTERM went to those that did not end by themselves
+        self._terminated = False  # those that did not end by themselves got SIGTERM
 
     def __enter__(self) -> RankProcesses:
-        self._old = take(self._forward)
+        self._old = install(self._forward)
         ring = json.dumps([[address] for address in self._addresses()])
         hostfile = Path(self._folder.name, "hosts.json")
         hostfile.write_text(ring)
@@ -71,46 +71,48 @@ class RankProcesses:
                 process.stdin.close()
         for reader in self._readers:
             reader.join()
-        give_back(self._old)
+        uninstall(self._old)
         self._folder.cleanup()
 
     def wait(self) -> int:
-        """Until all have ended; the exit code of the first that failed."""
-        first = 0
+        """Wait until all have ended; return the exit code of the first that failed."""
+        first_code = 0
         running = dict(enumerate(self._processes))
         while running:
             for rank, process in [*running.items()]:
                 if (code := process.poll()) is None:
                     continue
                 del running[rank]
-                first = first or (code if code >= 0 else 128 - code)
+                first_code = first_code or (code if code >= 0 else 128 - code)
                 if code not in ORDERLY:
-                    self._within(GRACE_SECONDS)
+                    self._shorten_deadline(GRACE_SECONDS)
                 if code < 0:
                     name = signal.Signals(-code).name
-                    click.echo(f"Rank {rank} was ended by {name}.", err=True)
+                    click.echo(f"Rank {rank} was killed by {name}.", err=True)
             if time.monotonic() > self._deadline:
                 self._end(running)
             time.sleep(POLL_SECONDS)
-        return first
+        return first_code
 
     def _end(self, running: dict[int, subprocess.Popen[bytes]]) -> None:
-        """Whoever has not ended by itself: SIGTERM, later SIGKILL."""
+        """Send SIGTERM to those that are still running, and SIGKILL the next time."""
         self._deadline = time.monotonic() + GRACE_SECONDS
         for process in running.values():
-            process.send_signal(signal.SIGKILL if self._asked else signal.SIGTERM)
-        self._asked = True
+            process.send_signal(signal.SIGKILL if self._terminated else signal.SIGTERM)
+        self._terminated = True
 
-    def _within(self, seconds: float) -> None:
+    def _shorten_deadline(self, seconds: float) -> None:
         self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """To every rank once; each has a process group of its own, so that Ctrl-C at a terminal
-        comes only from here. Through ssh it goes as a byte."""
+        """Send a signal to every rank; through ssh it travels as a byte.
+
+        Each rank has its own process group, so that Ctrl-C at a terminal reaches it only from here.
+        """
         self._n_signals += 1
         if self._n_signals > 1:
-            self._asked = True
-            self._within(SECOND_SECONDS)
+            self._terminated = True
+            self._shorten_deadline(SECOND_SIGNAL_SECONDS)
         for host, process in zip(self._hosts.hosts, self._processes, strict=False):
             if host.here:
                 process.send_signal(number)
@@ -120,32 +122,42 @@ class RankProcesses:
                 os.write(process.stdin.fileno(), bytes([number]))
 
     def _addresses(self) -> list[str]:
-        """Where each rank listens in the ring; free ports if all are on this machine."""
+        """Return where each rank listens in the ring; on one machine, choose free ports."""
         hosts = self._hosts.hosts
         if not all(host.here for host in hosts):
             ports = range(self._starting_port, self._starting_port + len(hosts))
             return [f"{h.address}:{port}" for h, port in zip(hosts, ports, strict=True)]
-        with contextlib.ExitStack() as open_ones:
-            found = [open_ones.enter_context(socket.socket()) for _ in hosts]
-            for one in found:
-                one.bind(("127.0.0.1", 0))
-            return [f"127.0.0.1:{one.getsockname()[1]}" for one in found]
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in hosts]
+            for bound in sockets:
+                bound.bind(("127.0.0.1", 0))
+            return [f"127.0.0.1:{bound.getsockname()[1]}" for bound in sockets]
 
     def _start(self, rank: int, ring: str, hostfile: Path) -> None:
         host = self._hosts.hosts[rank]
         command = [sys.executable, "-m", "mlx_randygpt", *self._arguments]
-        own = {**self._hosts.environment, LIFELINE: "0", LAUNCH: self._launch}
+        variables = {**self._hosts.environment, LIFELINE: "0", LAUNCH: self._launch}
         if len(self._hosts.hosts) > 1:
-            own["MLX_RANK"] = str(rank)
+            variables["MLX_RANK"] = str(rank)
         if host.here:
-            if "MLX_RANK" in own:
-                own["MLX_HOSTFILE"] = str(hostfile)
+            if "MLX_RANK" in variables:
+                variables["MLX_HOSTFILE"] = str(hostfile)
         else:
-            command = ["ssh", "-o", "BatchMode=yes", host.name, remote_line(command, own, ring)]
-            own = {}
+            command = [
+                "ssh",
+                "-o",
+                "BatchMode=yes",
+                host.name,
+                remote_line(command, variables, ring),
+            ]
+            variables = {}
         output = {} if rank == 0 else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env={**os.environ, **own}, process_group=0, **output
+            command,
+            stdin=subprocess.PIPE,
+            env={**os.environ, **variables},
+            process_group=0,
+            **output,
         )  # type: ignore[call-overload]
         self._processes.append(process)
         if rank:
@@ -155,8 +167,10 @@ class RankProcesses:
 
 
 def remote_line(command: Sequence[str], environment: dict[str, str], ring: str) -> str:
-    """What a shell on another machine runs: in the folder of the same name, with the ring in a
-    file of its own."""
+    """Return the shell command for another machine.
+
+    It runs in the folder of the same name and writes the ring to a temporary file there.
+    """
     names = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
     return (
         f"cd {shlex.quote(os.getcwd())} && ring=$(mktemp) && "
@@ -166,8 +180,10 @@ def remote_line(command: Sequence[str], environment: dict[str, str], ring: str) 
 
 
 def _label(rank: int, output: IO[bytes]) -> None:
-    """Pass the lines of a rank on to stderr, without the dozen in which MLX's ring tells that a
-    connection is gone: the rank itself says it in one."""
+    """Pass the lines of a rank on to stderr.
+
+    The dozen in which MLX's ring reports a lost connection are omitted: the rank prints its own.
+    """
     with output:
         for line in output:
             if line.startswith(b"[ring]"):

@@ -1,4 +1,4 @@
-"""What one call of `mlxgpt train` asks for, and in which words it is told and repeated."""
+"""One call of `mlxgpt train`, and the command lines and files that repeat or continue it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from mlx_randygpt.cli.training import text
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import parameter_count, trained_count
 from mlx_randygpt.training.loop import Run
+from mlx_randygpt.words import format_count
 
-LAUNCH = "MLXGPT_LAUNCH"  # how `mlxgpt launch` was called, to say how to go on
+LAUNCH = "MLXGPT_LAUNCH"  # how `mlxgpt launch` was called, for the command that resumes
+DEFAULT_OUT = Path("checkpoints")
+RECIPE_ONLY = ("adamw_lr_ratio", "beta1", "beta2", "adam_eps", "momentum")  # without options
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The options of one call; `given` holds only what the user set."""
+    """The options of one call; `options` holds only those that the user set."""
 
-    given: dict[str, Any]
+    options: dict[str, Any]
     data: tuple[str, ...]
     out: Path
     backend: str
@@ -31,36 +34,35 @@ class TrainRequest:
     resume: Path | None
     resume_newest: bool
     init_from: Path | None
-    tokenizer: dict[str, Any] | None = None  # that of rank 0, where this is another
+    tokenizer: dict[str, Any] | None = None  # rank 0's, for the other ranks of a new run
 
     @property
     def resuming(self) -> bool:
+        """Whether this continues a run, from its newest checkpoint or from a file."""
         return self.resume_newest or self.resume is not None
 
 
-def config_toml(job: TrainRequest, run: Run) -> str:
-    """Every resolved setting, as `--config` reads it back."""
+def config_toml(request: TrainRequest, run: Run) -> str:
+    """Return every resolved setting, as `--config` reads it back."""
     shared = ("arch", "n_layer", "n_head", "n_embd", "block_size", "dropout")
+    lora = settings.LORA_FIELDS if run.model.lora_rank else ()
     values = {
         "data": run.data["paths"],
         **{name: run.data[name] for name in (*text.READING, "respect_documents")},
-        **text.tokenizer_options(run.tokenizer, job.given),
-        "out": str(job.out),
-        "backend": job.backend,
-        **{name: getattr(run.model, name) for name in shared},
-        **{name: getattr(run.model, name) for name in settings.LORA_FIELDS if run.model.lora_rank},
+        **text.tokenizer_options(run.tokenizer, request.options),
+        "out": str(request.out),
+        "backend": request.backend,
+        **{name: getattr(run.model, name) for name in (*shared, *lora)},
     }
-    options = asdict(run.train)
-    for name in ("adamw_lr_ratio", "beta1", "beta2", "adam_eps", "momentum"):  # recipe, no options
-        del options[name]
-    return settings.to_toml(values | options)
+    train = {name: value for name, value in asdict(run.train).items() if name not in RECIPE_ONLY}
+    return settings.to_toml(values | train)
 
 
 def describe_model(model: ModelConfig) -> str:
-    """The model line of the screen."""
-    size = _count(parameter_count(model))
+    """Return the model line of the screen."""
+    size = format_count(parameter_count(model))
     if model.lora_rank:
-        size = f"{_count(trained_count(model))} trained of {size}"
+        size = f"{format_count(trained_count(model))} trained of {size}"
     layers = f"{model.n_layer} layer{'s' if model.n_layer > 1 else ''}"
     return (
         f"{'GPT-2, ' if model.is_gpt2 else ''}{size} parameters, "
@@ -68,12 +70,8 @@ def describe_model(model: ModelConfig) -> str:
     )
 
 
-def _count(n: int) -> str:
-    return f"{n:,}" if n < 1e6 else f"{n / 1e6:.2f} M" if n < 10e6 else f"{n / 1e6:.1f} M"
-
-
-def resume_line(job: TrainRequest, run: Run) -> str:
-    """The command that goes on with this run."""
+def resume_line(request: TrainRequest, run: Run) -> str:
+    """Return the command that resumes this run."""
     words = [
         *shlex.split(os.environ.get(LAUNCH, "mlxgpt")),
         "train",
@@ -81,28 +79,28 @@ def resume_line(job: TrainRequest, run: Run) -> str:
         str(run.train.iters),
         "--resume",
     ]
-    words += ["--out", str(job.out)] if str(job.out) != "checkpoints" else []
-    words += [word for name in job.given.get("log", ()) for word in ("--log", name)]
-    words += ["--backend", job.backend] if job.backend != "auto" else []
+    words += ["--out", str(request.out)] if request.out != DEFAULT_OUT else []
+    words += [word for name in request.options.get("log", ()) for word in ("--log", name)]
+    words += ["--backend", request.backend] if request.backend != "auto" else []
     return shlex.join(words)
 
 
-def kept_line(job: TrainRequest, run: Run) -> str:
-    """What the disk holds of a run that could not go on, and the command that does."""
-    newest = job.out / NEWEST
-    kept = f"Saved last: {newest} (iter {peek_step(newest)}). " if newest.exists() else ""
-    return f"{kept}Go on with: {resume_line(job, run)}"
+def recovery_line(request: TrainRequest, run: Run) -> str:
+    """Return which state of a failed run is on the disk, and the command that resumes it."""
+    newest = request.out / NEWEST
+    saved = f"Saved last: {newest} (iter {peek_step(newest)}). " if newest.exists() else ""
+    return f"{saved}Go on with: {resume_line(request, run)}"
 
 
-def sample_line(job: TrainRequest) -> str:
-    """The command that samples from this run's best checkpoint."""
+def sample_line(request: TrainRequest) -> str:
+    """Return the command that samples from this run's best checkpoint."""
     words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
-    if str(job.out) != "checkpoints":
-        best = job.out / BEST
-        words += ["--checkpoint", str(best if best.exists() else job.out / NEWEST)]
+    if request.out != DEFAULT_OUT:
+        best = request.out / BEST
+        words += ["--checkpoint", str(best if best.exists() else request.out / NEWEST)]
     return shlex.join(words)
 
 
-def interval(save_every: str) -> str:
-    """`60s`, `1000 steps`."""
+def describe_interval(save_every: str) -> str:
+    """Return `60s` or `1000 steps`."""
     return save_every if not save_every.isdigit() else f"{save_every} steps"

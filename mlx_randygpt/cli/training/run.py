@@ -1,284 +1,228 @@
-"""What `mlxgpt train` does once its options are read: settings, text, backend, loop, exit code."""
+"""`mlxgpt train` once its options are read: start the run, show it, and return the exit code."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
 import numpy as np
+from rich.console import Console
 
-from mlx_randygpt import settings
 from mlx_randygpt.backends import choose
-from mlx_randygpt.backends.base import Backend, BackendError
-from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint, CheckpointError
+from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError
 from mlx_randygpt.cli.loading import describe_backend
-from mlx_randygpt.cli.options import fit_micro_batch
+from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
-from mlx_randygpt.cli.training.folder import RunFolder, no_checkpoint
+from mlx_randygpt.cli.training.agreement import (
+    agreed_values,
+    checkpoint_without_arrays,
+    start_message,
+)
+from mlx_randygpt.cli.training.folder import RunFolder, no_checkpoint, set_best_aside
 from mlx_randygpt.cli.training.loggers import Loggers
 from mlx_randygpt.cli.training.request import (
     TrainRequest,
     config_toml,
+    describe_interval,
     describe_model,
-    interval,
-    kept_line,
+    recovery_line,
     resume_line,
     sample_line,
 )
-from mlx_randygpt.cli.training.signals import StopSignals
-from mlx_randygpt.cli.training.start import changes, same_tokenizer, same_vocabulary, starting_point
-from mlx_randygpt.cli.training.team import (
-    RANK_TIMEOUT,
-    Team,
-    agreed_values,
-    checkpoint_without_arrays,
-    compute,
-    start_message,
+from mlx_randygpt.cli.training.start import (
+    Machine,
+    documents_note,
+    load_source,
+    make_run,
+    start_run,
 )
+from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
-from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.data import DataError
-from mlx_randygpt.data.corpus import Corpus, check_length
-from mlx_randygpt.data.windows import Documents
-from mlx_randygpt.model import add_adapters, initial_params
-from mlx_randygpt.progress import Progress
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.run_summary import RunInfo
-from mlx_randygpt.state import TrainState
-from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SaveLog
 
 
-def train_command(job: TrainRequest) -> int:
-    """Train as asked; the exit code."""
+@dataclass(frozen=True)
+class Session:
+    """A run that is about to train, and everything that shows, records or stops it."""
+
+    request: TrainRequest
+    run: Run
+    backend: Backend
+    folder: RunFolder
+    console: Console
+    view: GuardedView
+    loggers: Loggers
+    signals: StopSignals
+    team: Team
+    notes: tuple[str, ...] = ()
+
+    @property
+    def located_request(self) -> TrainRequest:
+        """The request with the folder where it is now."""
+        return replace(self.request, out=self.folder.path)
+
+
+def train_command(request: TrainRequest) -> int:
+    """Train as requested and return the exit code."""
     overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-    timeout = job.given.get("rank_timeout", RANK_TIMEOUT)
+    timeout = request.options.get("rank_timeout", RANK_TIMEOUT)
     with StopSignals() as signals, Team(timeout) as team, overflow_is_checked:
         if team.rank > 0:
-            return run_follower(job, team, signals)
-        if job.resume_newest and not job.out.is_dir():
-            raise CheckpointError(no_checkpoint(job.out))
-        with RunFolder(job.out) as folder:
-            return run_leader(job, team, folder, signals)
+            return run_follower(request, team, signals)
+        if request.resume_newest and not request.out.is_dir():
+            raise CheckpointError(no_checkpoint(request.out))
+        with RunFolder(request.out) as folder:
+            return run_leader(request, team, folder, signals)
 
 
-def run_leader(job: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals) -> int:
-    """The run as rank 0, or the only one, goes through it: with files and a screen."""
+def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals) -> int:
+    """Run as rank 0, or as the only rank: write the files and show the screen."""
     with team.leading():
-        if (found := starting_point(job, folder)) is None:
+        source = load_source(request, folder)
+        if source.finished:
+            for line in (*source.skipped, source.finished):
+                click.echo(line)
             team.group.broadcast(None)
             return 0
-        saved, skipped = found
-        name, why = choose(job.backend)
-        run, state, description, notes = prepare(job, saved, name, team)
-        team.check(name, run.train)
-        start = start_message(saved, run)
-    team.group.broadcast(start)
-    team.agree(agreed_values(run, name))
-    backend = team.backend(name, run.model, run.train, state)
-    loggers = Loggers(job.given.get("log", ()), notes.append)
-    loggers.begin(job.out, asdict(run.model) | asdict(run.train))
-    kept = folder.keep_best(state.step) if job.resume else ""  # nothing can be refused now
-    folder.begin(config_toml(job, run), fresh=not job.resuming)
+        saved, skipped = source.checkpoint, source.skipped
+        backend_name, reason = choose(request.backend)
+        start = start_run(request, saved, Machine(backend_name, team.n_beside))
+        run = make_run(request, start, saved.data if saved and request.resuming else {})
+        team.check(backend_name, run.train)
+        message = start_message(saved, run)
+    team.group.broadcast(message)
+    team.agree(agreed_values(run, backend_name))
+    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    notes = [*start.notes, *filter(None, [documents_note(run)])]
     info = RunInfo(
         model=describe_model(run.model),
-        data=description,
-        backend=describe_backend(backend, why) + team.described,
+        data=text.describe(start.corpus, run.tokenizer),
+        backend=describe_backend(backend, reason) + team.suffix,
         recipe=run.train.recipe,
-        saves=f"{job.out / NEWEST}, every {interval(run.train.save_every)}",
-        out=str(job.out),
+        saves=f"{request.out / NEWEST}, every {describe_interval(run.train.save_every)}",
+        out=str(request.out),
         iters=run.train.iters,
-        start_step=state.step,
+        start_step=backend.step,
     )
-    del saved, state, found  # the backend has its own copy
-    notes[:0] = [*skipped, *([kept] if kept else [])]
+    del source, saved, start  # the backend has its own copy of the state
+    loggers = Loggers(request.options.get("log", ()), notes.append)
+    loggers.begin(request.out, asdict(run.model) | asdict(run.train))
+    # From here on nothing is refused, so files of the folder can change.
+    moved = set_best_aside(folder.path, backend.step) if request.resume else ""
+    folder.begin(config_toml(request, run), fresh=not request.resuming)
+    notes[:0] = [*skipped, *filter(None, [moved])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
-    return show_run(job, run, backend, info, folder, signals, notes, loggers, team)
-
-
-def run_follower(job: TrainRequest, team: Team, signals: StopSignals) -> int:
-    """The run as every other rank goes through it: steps, and nothing else."""
-    start = team.group.broadcast(None)
-    if not isinstance(start, dict):
-        return int(start or 0)  # rank 0 has said why
-    saved = checkpoint_without_arrays(start["checkpoint"]) if start["checkpoint"] else None
-    data = job.data or tuple(start["paths"])
-    name, _ = choose(job.backend)
-    job = replace(job, data=data, tokenizer=start["tokenizer"])
-    run, state, _, _ = prepare(job, saved, name, team)
-    team.agree(agreed_values(run, name))
-    backend = team.backend(name, run.model, run.train, state)
-    team.group.requested_exit_code = lambda: signals.exit_code
-    signals.defer(lambda: None)
-    del saved, state  # the backend has its own copy
-    return compute(run, backend, team)
-
-
-def prepare(
-    job: TrainRequest, saved: Checkpoint | None, backend_name: str, team: Team
-) -> tuple[Run, TrainState, str, list[str]]:
-    """The run, its first state, the data line and what the user should be told."""
-    tokenizer, corpus = _corpus(job, saved)
-    model, config = _settings(job, saved, tokenizer, len(corpus.train))
-    config = _resolved(job, config, backend_name, team)
-    if not config.prompt:
-        config = replace(config, prompt=_default_prompt(corpus, tokenizer))
-    config, passes = fit_micro_batch(job.given, model, config, backend_name)
-    check_length(corpus, model.block_size)
-    lost = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(config.prompt))
-    notes = [line for line in (*lost, passes) if line]
-    state, progress = TrainState(0, {}, {}), Progress()
-    if saved and job.resuming:
-        state, progress = saved.state, saved.progress
-        notes += changes(saved, model, config, corpus, backend_name)
-    elif saved:
-        state = TrainState(0, add_adapters(model, saved.state.params, config.seed), {})
-    else:
-        state = TrainState(0, initial_params(model, config.seed), {})
-    if not job.resuming and "dropout" not in job.given and model.dropout:
-        n_passes = settings.passes(model, config, len(corpus.train))
-        notes.append(
-            f"Dropout {model.dropout:g}: the text is read {n_passes:.0f} times and short for a "
-            "model of this size; --dropout 0 turns it off."
+    console, plain = choose_console(request.plain)
+    return show_run(
+        Session(
+            request=request,
+            run=run,
+            backend=backend,
+            folder=folder,
+            console=console,
+            view=GuardedView(make_view(info, console, plain)),
+            loggers=loggers,
+            signals=signals,
+            team=team,
+            notes=tuple(notes),
         )
-    if saved is None and (advice := text.advice(corpus, model)):
-        notes.append(advice)
-    remembered = saved.data if saved and job.resuming else {}
-    whole = bool(job.given.get("respect_documents", remembered.get("respect_documents", False)))
-    n_train, size = len(corpus.train), model.block_size
-    documents = Documents.within(corpus.starts, n_train, size) if whole else None
-    if documents and documents.n_left_out:
-        notes.append(
-            f"{documents.n_left_out:,} of {len(documents.first):,} documents are left out: shorter "
-            f"than a context of {size} and the token after it."
-        )
-    data = text.provenance(corpus, text.reading(job.given, remembered), whole)
-    run = Run(
-        model, config, tokenizer, corpus.train, corpus.val, data, progress, documents
-    )  # fmt: skip
-    return run, state, text.describe(corpus, tokenizer), notes
+    )
 
 
-def show_run(
-    job: TrainRequest, run: Run, backend: Backend, info: RunInfo, folder: RunFolder,
-    signals: StopSignals,
-    notes: list[str], loggers: Loggers, team: Team,
-) -> int:  # fmt: skip
-    """Show every report, record it, and say at the end what can be done next."""
-    console, plain = choose_console(job.plain)
-    saves: dict[str, SaveLog] = {}  # the latest of each file
-    end: EndLog | None = None
-    with GuardedView(make_view(info, console, plain)) as view, contextlib.closing(loggers):
-        loggers.note = view.note
-        signals.defer(view.restore, view.take)
-        team.begin(
-            lambda: signals.exit_code or int(view.lost),
-            view.restore,
-            lambda: kept_line(replace(job, out=folder.path), run),
+def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int:
+    """Run as another rank: compute only."""
+    message = team.group.broadcast(None)
+    if not isinstance(message, dict):
+        return int(message or 0)  # rank 0 has printed the reason
+    saved = checkpoint_without_arrays(message["checkpoint"]) if message["checkpoint"] else None
+    data = request.data or tuple(message["paths"])
+    request = replace(request, data=data, tokenizer=message["tokenizer"])
+    backend_name, _ = choose(request.backend)
+    start = start_run(request, saved, Machine(backend_name, team.n_beside))
+    run = make_run(request, start, saved.data if saved and request.resuming else {})
+    team.agree(agreed_values(run, backend_name))
+    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    del saved, start  # the backend has its own copy of the state
+    team.start_watch(lambda: signals.exit_code)
+    signals.defer()
+    try:
+        for report in train(run, backend, None, team.group.should_stop):
+            if isinstance(report, EndLog):
+                break
+    except TrainingDiverged:
+        return 1  # on every rank alike; rank 0 prints the reason
+    team.finish()
+    return team.exit_code
+
+
+def show_run(session: Session) -> int:
+    """Train, show and record every report, and print how to continue; return the exit code."""
+    saves: dict[str, SaveLog] = {}  # the latest report of each file
+    with session.view as view, contextlib.closing(session.loggers):
+        session.loggers.note = view.note
+        session.signals.defer(view.release_terminal, view.reclaim_terminal)
+        session.team.start_watch(
+            lambda: session.signals.exit_code or int(view.lost),
+            view.release_terminal,
+            lambda: recovery_line(session.located_request, session.run),
         )
-        for note in notes:
+        for note in session.notes:
             view.note(note)
         try:
-            for report in train(run, backend, folder, team.group.should_stop):
-                while folder.news:
-                    view.note(folder.news.pop(0))
-                folder.record(report, run.train.log_every)
-                loggers.record(report, run.train.log_every)
-                if isinstance(report, EndLog):
-                    end = report
-                    team.part()
-                    if end.reason == "stopped":
-                        view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
-                if isinstance(report, SaveLog):
-                    saves[Path(report.path).name] = report
-                view.show(report)
+            end = _show_reports(session, saves)
         except TrainingDiverged as error:
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
-        folder.flush()
-        for line in filter(None, (*folder.news, folder.unwritten())):
+        logs = session.folder.logs
+        logs.flush()
+        for line in filter(None, (*session.folder.news, logs.unwritten())):
             view.note(line)
-    job = replace(job, out=folder.path)  # it may have been moved
+    return _conclude(session, end, saves)
+
+
+def _show_reports(session: Session, saves: dict[str, SaveLog]) -> EndLog | None:
+    """Train and pass on every report; collect those of files in `saves`."""
+    run, view, folder, team = session.run, session.view, session.folder, session.team
+    end: EndLog | None = None
+    for report in train(run, session.backend, folder.locate, team.group.should_stop):
+        while folder.news:
+            view.note(folder.news.pop(0))
+        folder.logs.record(report, run.train.log_every)
+        session.loggers.record(report, run.train.log_every)
+        if isinstance(report, EndLog):
+            end = report
+            team.finish()
+            if end.reason == "stopped":
+                view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
+        if isinstance(report, SaveLog):
+            saves[Path(report.path).name] = report
+        view.show(report)
+    return end
+
+
+def _conclude(session: Session, end: EndLog | None, saves: dict[str, SaveLog]) -> int:
+    """Print how to continue, or raise CheckpointError if the last state is not on the disk."""
+    request, view, team = session.located_request, session.view, session.team
     for save in sorted(saves.values(), key=lambda save: save.best):
         if save.error:
             name = Path(save.path).name
-            what = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
-            raise CheckpointError(f"{what} is not on the disk: {save.error}")
-    if view.lost:  # nobody is there to read: a closed pipe or terminal, a full disk
+            label = {NEWEST: "the last state", BEST: "the best state"}.get(name, name)
+            raise CheckpointError(f"{label} is not on the disk: {save.error}")
+    if view.lost:  # a closed pipe or terminal, or a full disk
         with contextlib.suppress(OSError):
-            why = f"the output cannot be written ({view.why}), so the run has stopped"
-            click.echo(f"Error: {why}. {kept_line(job, run)}", err=True)
+            reason = f"the output cannot be written ({view.reason}), so the run has stopped"
+            click.echo(f"Error: {reason}. {recovery_line(request, session.run)}", err=True)
         return team.exit_code or 1
     if end is not None and end.reason == "stopped":
-        click.echo(f"Go on with: {resume_line(job, run)}", file=console.file)
+        click.echo(f"Go on with: {resume_line(request, session.run)}", file=session.console.file)
     elif end is not None:
-        click.echo(f"Let it write: {sample_line(job)}", file=console.file)
+        click.echo(f"Let it write: {sample_line(request)}", file=session.console.file)
     return team.exit_code
-
-
-def _corpus(job: TrainRequest, saved: Checkpoint | None) -> tuple[Tokenizer, Corpus]:
-    """The text, and the tokenizer: the checkpoint's own, or what the options ask for."""
-    remembered = saved.data if saved and job.resuming else {}
-    how = text.reading(job.given, remembered)
-    if saved is None:
-        known = (
-            tokenizer_from_json(job.tokenizer)
-            if job.tokenizer
-            else text.requested_tokenizer(job.given)
-        )
-        return text.load(text.files_of(job.data), how, known)
-    tokenizer = tokenizer_from_json(saved.tokenizer)
-    same_tokenizer(tokenizer, job.given)
-    if not job.resuming:
-        return text.load(text.files_of(job.data), how, tokenizer)
-    try:
-        files = text.files_of(job.data or saved.data["paths"])
-        _, corpus = text.load(files, how, tokenizer)
-    except DataError as error:
-        if job.data:
-            raise
-        raise DataError(f"the text of this checkpoint: {error}; give it with --data") from error
-    if corpus.sha256 != saved.data.get("sha256"):
-        same_vocabulary(tokenizer, files, how)
-    return tokenizer, corpus
-
-
-def _settings(
-    job: TrainRequest, saved: Checkpoint | None, tokenizer: Tokenizer, n_tokens: int
-) -> tuple[ModelConfig, TrainConfig]:
-    if saved is None:
-        return settings.resolve_new(job.given, tokenizer.vocab_size, n_tokens)
-    if job.resuming:
-        return settings.resolve_resume(job.given, saved.model, saved.train)
-    decided = (*settings.MODEL_SIZES, "arch", "preset", "recipe")
-    sizes = {name: value for name, value in job.given.items() if name in decided}
-    model, _ = settings.resolve_resume(sizes, saved.model, saved.train)
-    adapters = {name: job.given[name] for name in settings.LORA_FIELDS if name in job.given}
-    model = replace(model, **adapters)
-    recipe = {"recipe": saved.train.recipe, "preset": saved.train.preset}
-    given = settings.fine_tuning_options(recipe | job.given, model)
-    _, config = settings.resolve_new(given, tokenizer.vocab_size)
-    return settings.apply_rules(given, model, config, n_tokens)
-
-
-def _resolved(job: TrainRequest, config: TrainConfig, backend_name: str, team: Team) -> TrainConfig:
-    """Defaults that depend on machine and text, written down so that a resume keeps them."""
-    if backend_name == "numpy":
-        if config.dtype != "float32":
-            raise BackendError(f"--dtype {config.dtype} needs MLX; the NumPy backend is float32")
-        from mlx_randygpt.backends.numpy.backend import available_cores
-
-        cores = available_cores()
-        asked = job.given.get("threads", 0) * team.n_beside or min(config.threads, cores)
-        config = replace(config, threads=asked or cores)  # of the machine, shared by ranks on it
-    return config
-
-
-def _default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """Return ROMEO: if it is near the beginning of the text, else a newline."""
-    return "ROMEO:" if "ROMEO:" in tokenizer.decode(corpus.tokens[: 1 << 20]) else "\n"

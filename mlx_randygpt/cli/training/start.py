@@ -1,84 +1,302 @@
-"""What resuming asks: from where, is it the same run still, and what makes it another one."""
+"""How a run starts: `new`, `resume` or `fine_tune`, each of which returns one `Start`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
+from mlx_randygpt import settings
+from mlx_randygpt.backends.base import BackendError
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, kept_name, load_checkpoint
 from mlx_randygpt.cli.loading import without_adapters
+from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
-from mlx_randygpt.cli.training.folder import RunFolder
+from mlx_randygpt.cli.training.folder import RunFolder, newest_checkpoint, refuse_checkpoints
 from mlx_randygpt.cli.training.request import TrainRequest
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.data.corpus import Corpus
+from mlx_randygpt.data import DataError
+from mlx_randygpt.data.corpus import Corpus, check_length, default_prompt
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
-from mlx_randygpt.settings import ResumeError, resolve_resume
-from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.data.windows import Documents
+from mlx_randygpt.model import add_adapters, initial_params
+from mlx_randygpt.progress import Progress
+from mlx_randygpt.settings import ResumeError
+from mlx_randygpt.state import TrainState
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.loop import Run
 from mlx_randygpt.training.schedule import decay_start
 
 
-def starting_point(
-    job: TrainRequest, folder: RunFolder
-) -> tuple[Checkpoint | None, list[str]] | None:
-    """The checkpoint to start from, if there is one, and lines about those passed over; None where
-    nothing is left to train, which is said."""
-    if not job.resuming and not job.overwrite:
-        folder.refuse_if_used()
-    source = job.resume or job.init_from
-    if source is not None and source.is_dir():
-        raise CheckpointError(f"{source} is a folder; name the file, such as {source / NEWEST}")
-    saved = load_checkpoint(source) if source else None
-    saved = without_adapters(saved) if saved and job.init_from else saved
-    if job.resume and job.resume.resolve().parent != job.out.resolve():
-        folder.refuse_if_used(f"to go on with {job.resume}, give --out another folder")
-    saved, skipped = folder.newest() if job.resume_newest else (saved, [])
-    if saved is None or not job.resuming:
-        return saved, skipped
-    _, config = resolve_resume(job.given, saved.model, saved.train)
-    done = saved.progress.eval_step >= config.iters  # else a stop has cut it off
-    if saved.state.step > config.iters or (saved.state.step == config.iters and done):
-        for line in skipped:
-            click.echo(line)
-        click.echo(
-            f"Already at iteration {saved.state.step} (target {config.iters}). Nothing to train."
-        )
-        return None
-    if saved.progress.plateau.exhausted(config.patience):
-        click.echo(
-            f"Stopped early at iteration {saved.state.step}: {config.patience} evaluations "
-            f"without a new best. --patience 0, or a larger one, goes on."
-        )
-        return None
-    return (before_decay(saved, config.iters, job.out) if job.resume_newest else saved), skipped
+@dataclass(frozen=True)
+class Machine:
+    """What decides the defaults that depend on the machine."""
+
+    backend: str
+    n_ranks: int = 1  # that share its cores
 
 
-def same_tokenizer(tokenizer: Tokenizer, given: Mapping[str, Any]) -> None:
-    """ResumeError where the options ask for another tokenizer than the checkpoint's."""
+@dataclass(frozen=True)
+class Start:
+    """Everything a run starts from, and notes for the user."""
+
+    tokenizer: Tokenizer
+    corpus: Corpus
+    model: ModelConfig
+    train: TrainConfig
+    state: TrainState
+    progress: Progress = field(default_factory=Progress)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a run starts from."""
+
+    checkpoint: Checkpoint | None  # None: a new run
+    skipped: tuple[str, ...] = ()  # a line for each damaged file
+    finished: str = ""  # why nothing is left to train
+
+
+def load_source(request: TrainRequest, folder: RunFolder) -> Source:
+    """Load the checkpoint that the request names; raise if another run would be overwritten."""
+    if request.resume_newest:
+        saved, skipped = newest_checkpoint(folder.path)
+        _, train = settings.resolve_resume(request.options, saved.model, saved.train)
+        if finished := finished_line(saved, train):
+            return Source(saved, tuple(skipped), finished)
+        return Source(checkpoint_before_decay(saved, train.iters, folder.path), tuple(skipped))
+    if request.resume:
+        saved = _load_file(request.resume)
+        if request.resume.resolve().parent != request.out.resolve():
+            advice = f"to continue from {request.resume}, give --out another folder"
+            refuse_checkpoints(folder.path, advice)
+        _, train = settings.resolve_resume(request.options, saved.model, saved.train)
+        return Source(saved, finished=finished_line(saved, train))
+    if not request.overwrite:
+        refuse_checkpoints(folder.path)
+    if request.init_from:
+        return Source(without_adapters(_load_file(request.init_from)))
+    return Source(None)
+
+
+def _load_file(path: Path) -> Checkpoint:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name the file, such as {path / NEWEST}")
+    return load_checkpoint(path)
+
+
+def start_run(request: TrainRequest, saved: Checkpoint | None, machine: Machine) -> Start:
+    """Start the run that the request asks for, from its checkpoint if there is one."""
+    if saved is None:
+        return new(request, machine)
+    return (resume if request.resuming else fine_tune)(request, saved, machine)
+
+
+def new(request: TrainRequest, machine: Machine) -> Start:
+    """Start a run with initial weights and, unless the request has one, a new tokenizer."""
+    options = request.options
+    tokenizer = tokenizer_from_json(request.tokenizer) if request.tokenizer else None
+    tokenizer, corpus = text.load(
+        text.files_of(request.data),
+        text.reading(options),
+        tokenizer or text.requested_tokenizer(options),
+    )
+    model, train = settings.resolve_new(options, tokenizer.vocab_size, len(corpus.train))
+    train, notes = complete(request, (model, train), machine, tokenizer, corpus)
+    notes += [dropout_note(options, model, train, corpus), text.advice(corpus, model)]
+    return Start(
+        tokenizer=tokenizer,
+        corpus=corpus,
+        model=model,
+        train=train,
+        state=TrainState(0, initial_params(model, train.seed), {}),
+        notes=tuple(filter(None, notes)),
+    )
+
+
+def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
+    """Start a run at step 0 with the weights and the tokenizer of a checkpoint."""
+    options = request.options
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    check_tokenizer(tokenizer, options)
+    files, how = text.files_of(request.data), text.reading(options)
+    _, corpus = text.load(files, how, tokenizer)
+    n_tokens = len(corpus.train)
+    model, train = settings.resolve_fine_tuning(options, saved.model, saved.train, n_tokens)
+    train, notes = complete(request, (model, train), machine, tokenizer, corpus)
+    notes.append(dropout_note(options, model, train, corpus))
+    return Start(
+        tokenizer=tokenizer,
+        corpus=corpus,
+        model=model,
+        train=train,
+        state=TrainState(0, add_adapters(model, saved.state.params, train.seed), {}),
+        notes=tuple(filter(None, notes)),
+    )
+
+
+def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
+    """Start where a checkpoint ended; with the same text, the run is the undisturbed one."""
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    check_tokenizer(tokenizer, request.options)
+    how = text.reading(request.options, saved.data)
+    try:
+        files = text.files_of(request.data or saved.data["paths"])
+        _, corpus = text.load(files, how, tokenizer)
+    except DataError as error:
+        if request.data:
+            raise
+        raise DataError(f"the text of this checkpoint: {error}; give it with --data") from error
+    if corpus.sha256 != saved.data.get("sha256"):
+        check_vocabulary(tokenizer, files, how)
+    model, train = settings.resolve_resume(request.options, saved.model, saved.train)
+    train, notes = complete(request, (model, train), machine, tokenizer, corpus)
+    notes += describe_changes(saved, model, train, corpus, machine.backend)
+    return Start(
+        tokenizer=tokenizer,
+        corpus=corpus,
+        model=model,
+        train=train,
+        state=saved.state,
+        progress=saved.progress,
+        notes=tuple(filter(None, notes)),
+    )
+
+
+def make_run(request: TrainRequest, start: Start, remembered: Mapping[str, Any]) -> Run:
+    """Return the run of a start; `remembered` is the `data` of the run that is resumed, or {}."""
+    corpus, how = start.corpus, text.reading(request.options, remembered)
+    respect_documents = bool((dict(remembered) | request.options).get("respect_documents", False))
+    n_train, size = len(corpus.train), start.model.block_size
+    return Run(
+        model=start.model,
+        train=start.train,
+        tokenizer=start.tokenizer,
+        train_tokens=corpus.train,
+        val_tokens=corpus.val,
+        data=corpus.provenance(how, respect_documents=respect_documents),
+        progress=start.progress,
+        documents=Documents.within(corpus.starts, n_train, size) if respect_documents else None,
+    )
+
+
+def complete(
+    request: TrainRequest,
+    configs: settings.Configs,
+    machine: Machine,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+) -> tuple[TrainConfig, list[str]]:
+    """Return the training settings with the defaults that depend on machine and text, and notes.
+
+    They are stored in the checkpoint, so that a resumed run keeps them.
+    """
+    model, train = configs
+    if machine.backend == "numpy":
+        train = _choose_threads(request.options, train, machine)
+    if not train.prompt:
+        train = replace(train, prompt=default_prompt(corpus, tokenizer))
+    train, micro_batch_note = fit_micro_batch(request.options, model, train, machine.backend)
+    check_length(corpus, model.block_size)
+    dropped = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(train.prompt))
+    return train, [*dropped, micro_batch_note]
+
+
+def _choose_threads(
+    options: Mapping[str, Any], train: TrainConfig, machine: Machine
+) -> TrainConfig:
+    """Return the settings with the threads of this machine, which its ranks share."""
+    if train.dtype != "float32":
+        raise BackendError(f"--dtype {train.dtype} needs MLX; the NumPy backend is float32")
+    from mlx_randygpt.backends.numpy.backend import available_cores
+
+    cores = available_cores()
+    threads = options.get("threads", 0) * machine.n_ranks or min(train.threads, cores) or cores
+    return replace(train, threads=threads)
+
+
+def dropout_note(
+    options: Mapping[str, Any], model: ModelConfig, train: TrainConfig, corpus: Corpus
+) -> str:
+    """Return a line if the rule has turned dropout on, else ""."""
+    if "dropout" in options or not model.dropout:
+        return ""
+    n_passes = settings.count_passes(model, train, len(corpus.train))
+    return (
+        f"Dropout {model.dropout:g}: the text is read {n_passes:.0f} times and is short for a "
+        "model of this size; --dropout 0 turns it off."
+    )
+
+
+def documents_note(run: Run) -> str:
+    """Return a line about documents that are too short for a training window, or ""."""
+    if run.documents is None or not run.documents.n_left_out:
+        return ""
+    return (
+        f"{run.documents.n_left_out:,} of {len(run.documents.first):,} documents are left out: "
+        f"shorter than a context of {run.model.block_size} and the token after it."
+    )
+
+
+# What a resumed run is compared with
+
+
+def finished_line(saved: Checkpoint, train: TrainConfig) -> str:
+    """Return why nothing is left to train, or ""."""
+    step = saved.state.step
+    is_evaluated = saved.progress.eval_step >= train.iters  # else a signal cut it off
+    if step > train.iters or (step == train.iters and is_evaluated):
+        return f"Already at iteration {step} (target {train.iters}). Nothing to train."
+    if saved.progress.plateau.exhausted(train.patience):
+        return (
+            f"Stopped early at iteration {step}: {train.patience} evaluations "
+            "without a new best. A larger --patience, or --patience 0, continues."
+        )
+    return ""
+
+
+def checkpoint_before_decay(saved: Checkpoint, iters: int, folder: Path) -> Checkpoint:
+    """Return the checkpoint from which a trapezoid with a later target has to continue.
+
+    If the learning rate of `saved` has begun to decay, that is the latest kept checkpoint from
+    before the decay, if there is one; otherwise it is `saved`.
+    """
+    old = saved.train
+    start = decay_start(old.iters, old.warmup)
+    if old.schedule != "trapezoid" or iters <= old.iters or saved.state.step <= start:
+        return saved
+    paths = (folder / kept_name(step) for step in range(start, 0, -1))
+    path = next((path for path in paths if path.exists()), None)
+    return load_checkpoint(path) if path else saved
+
+
+def check_tokenizer(tokenizer: Tokenizer, options: Mapping[str, Any]) -> None:
+    """Raise ResumeError if the options ask for another tokenizer than the checkpoint's."""
     kind = tokenizer.to_json()["type"]
-    name, size = given.get("tokenizer"), given.get("vocab_size")
+    name, size = options.get("tokenizer"), options.get("vocab_size")
     if isinstance(tokenizer, CharTokenizer):
         size = size if size is not None and size < len(tokenizer.chars) else None  # a limit
     if name is not None and name != kind and choose_tokenizer(name, 0) != tokenizer:
         raise ResumeError(
-            f"Checkpoint tokenizer {kind} != tokenizer {name}; its weights go with its own "
-            "tokenizer: leave the option out"
+            f"Checkpoint tokenizer {kind} != tokenizer {name}; its weights need its own "
+            "tokenizer: omit the option"
         )
     if size is not None and size != tokenizer.vocab_size:
         raise ResumeError(
-            f"Checkpoint vocab_size {tokenizer.vocab_size} != vocab_size {size}; its weights go "
-            "with its own tokenizer: leave the option out"
+            f"Checkpoint vocab_size {tokenizer.vocab_size} != vocab_size {size}; its weights need "
+            "its own tokenizer: omit the option"
         )
 
 
-def same_vocabulary(tokenizer: Tokenizer, files: Sequence[Path], how: Reading) -> None:
-    """CheckpointError where the text's characters are not the checkpoint's; subwords spell any
-    text."""
+def check_vocabulary(tokenizer: Tokenizer, files: Sequence[Path], how: Reading) -> None:
+    """Raise CheckpointError if the text has other characters than the checkpoint's vocabulary.
+
+    Subword tokenizers encode any text.
+    """
     if not isinstance(tokenizer, CharTokenizer):
         return
     with text.ProgressBar() as bar:
@@ -94,45 +312,34 @@ def same_vocabulary(tokenizer: Tokenizer, files: Sequence[Path], how: Reading) -
     raise CheckpointError(f"the checkpoint's characters are not those of this text; {hint}")
 
 
-def changes(
-    saved: Checkpoint, model: ModelConfig, config: TrainConfig, corpus: Corpus, backend_name: str
+def describe_changes(
+    saved: Checkpoint, model: ModelConfig, train: TrainConfig, corpus: Corpus, backend: str
 ) -> list[str]:
-    """What makes the resumed run another one than the undisturbed would have been."""
+    """Return lines about what makes the resumed run differ from the undisturbed one."""
     lines = []
     if corpus.sha256 != saved.data.get("sha256"):
-        lines.append("The text has changed since the checkpoint was written; going on with it.")
-    if backend_name != saved.backend:
+        lines.append("The text has changed since the checkpoint was written; the run uses the new.")
+    if backend != saved.backend:
         lines.append(
-            f"Written by {saved.backend}, resumed on {backend_name}: equal up to rounding"
-            f"{' and what dropout draws' if model.dropout else ''}."
+            f"Written by {saved.backend}, resumed on {backend}: equal up to rounding"
+            f"{', except what dropout draws' if model.dropout else ''}."
         )
-    elif backend_name == "numpy" and config.threads != saved.train.threads:
+    elif backend == "numpy" and train.threads != saved.train.threads:
         lines.append(
-            f"{config.threads} threads instead of {saved.train.threads}: equal up to rounding."
+            f"{train.threads} threads instead of {saved.train.threads}: equal up to rounding."
         )
-    if config.iters != saved.train.iters:
-        lines += _moved_target(saved, config)
+    if train.iters != saved.train.iters:
+        lines += _describe_target(saved, train)
     return lines
 
 
-def before_decay(saved: Checkpoint, iters: int, folder: Path) -> Checkpoint:
-    """Of a run whose trapezoid has begun to decay and is to go further: the latest kept
-    checkpoint from before the decay, if there is one; else `saved`."""
-    old = saved.train
-    start = decay_start(old.iters, old.warmup)
-    if old.schedule != "trapezoid" or iters <= old.iters or saved.state.step <= start:
-        return saved
-    kept = [path for step in range(start, 0, -1) if (path := folder / kept_name(step)).exists()]
-    return load_checkpoint(kept[0]) if kept else saved
-
-
-def _moved_target(saved: Checkpoint, config: TrainConfig) -> list[str]:
+def _describe_target(saved: Checkpoint, train: TrainConfig) -> list[str]:
     step, old = saved.state.step, saved.train
-    moved = f"The target moved from {old.iters} to {config.iters}"
-    if config.schedule in ("constant", "plateau"):
+    moved = f"The target moved from {old.iters} to {train.iters}"
+    if train.schedule in ("constant", "plateau"):
         return []
-    if config.schedule != "trapezoid":
-        return [f"{moved}: the {config.schedule} decay now ends there."]
+    if train.schedule != "trapezoid":
+        return [f"{moved}: the {train.schedule} decay now ends there."]
     if step <= decay_start(old.iters, old.warmup):
         return [f"{moved}: going on from step {step}, where the decay had not begun."]
     return [

@@ -1,12 +1,11 @@
-"""One run on several ranks: how they come together, what rank 0 decides for all, and what is said
-where one is lost. Only rank 0 writes and draws; the others compute and stay silent.
+"""One run on several ranks: how they join, what they agree on, and how a lost rank is noticed.
+
+Only rank 0 writes and draws; the others compute and stay silent.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -14,82 +13,66 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
-from mlx_randygpt import __version__
 from mlx_randygpt.backends import make_backend, require_features
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.backends.ranks.group import Group, RankError, SingleRank, is_ranked, ring_hosts
 from mlx_randygpt.backends.ranks.heartbeat import Heartbeat, own_addresses
-from mlx_randygpt.checkpoint import (
-    Checkpoint,
-    dataclass_from_json,
-    header_facts,
-    header_of,
-    progress_from_json,
-    to_strict_json,
-)
+from mlx_randygpt.cli.training.agreement import digest_arrays, digest_json
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
-from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import TrainState
-from mlx_randygpt.training.loop import Run, TrainingDiverged, train
-from mlx_randygpt.training.reports import EndLog
 
-LIFELINE = "MLXGPT_LIFELINE"  # number of the open file that ends when the launcher does
-RANK_TIMEOUT = 20.0  # seconds of silence
+LIFELINE = "MLXGPT_LIFELINE"  # number of an open file that ends when the launcher does
+RANK_TIMEOUT = 20.0  # seconds of silence after which a rank is lost
 WAITING_NOTE_SECONDS = 10
 JOIN_SECONDS = 600
-LEAVE_SECONDS = 5  # for a rank that another has left, to end by itself
+LEAVE_SECONDS = 5  # for a process to end by itself after another rank was lost
 
 
 class Team:
-    """Context manager of this process as one of the ranks of a run, or as the only one."""
+    """Context manager that makes this process one of the ranks of a run, or the only one."""
 
     def __init__(self, timeout: float) -> None:
         self.group: Group = SingleRank()
-        self._last_words: Callable[[], str] = lambda: ""
-        self._restore: Callable[[], None] = lambda: None
-        self._timeout = timeout
-        self._heartbeat: Heartbeat | None = None
-        self._over = False
         self.n_beside = 1  # ranks on the cores of this one, itself included
+        self._timeout = timeout
+        self._watch = Watch(timeout)
 
     @property
     def rank(self) -> int:
+        """The number of this rank; rank 0 leads."""
         return self.group.rank
 
     @property
-    def described(self) -> str:
-        """For the line about the backend."""
+    def suffix(self) -> str:
+        """The end of the line about the backend: `, 4 ranks`, or nothing."""
         return f", {self.group.size} ranks" if self.group.size > 1 else ""
 
     @property
     def exit_code(self) -> int:
-        """What the signals of this rank, or of any, have asked for."""
-        return (
-            self.group.requested_exit_code()
-            if self.group.size == 1
-            else self.group.agreed_exit_code
-        )
+        """The exit code that a signal to this rank, or to any, asks for; 0 if there was none."""
+        if self.group.size == 1:
+            return self.group.requested_exit_code()
+        return self.group.agreed_exit_code
 
     def __enter__(self) -> Team:
         if LIFELINE in os.environ:
-            number = int(os.environ[LIFELINE])
-            threading.Thread(target=_hold, args=(number,), daemon=True).start()
+            descriptor = int(os.environ[LIFELINE])
+            threading.Thread(target=_hold, args=(descriptor,), daemon=True).start()
         if is_ranked():
             if not 1 <= self._timeout <= 3600:
                 raise RankError(f"--rank-timeout {self._timeout:g} is not between 1 and 3600 s")
-            self.group = _joined()
+            self.group = _join()
         if self.group.size > 1:
-            self._begin_heartbeat()
-            on = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-            places = self.group.gather(digest([socket.gethostname(), uuid.getnode(), on]))
+            self._watch.connect(self.group)
+            cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+            places = self.group.gather(digest_json([socket.gethostname(), uuid.getnode(), cores]))
             self.n_beside = int((places == places[self.rank]).all(axis=1).sum())
         return self
 
@@ -100,49 +83,55 @@ class Team:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, UserError):
-            self._explain(error)
-        self.part(1 if error is not None else 0)
+            self._watch.explain(error)
+        self.finish(1 if error is not None else 0)
 
-    def part(self, code: int = 0) -> None:
-        """Nothing is summed from now on: the others may end."""
-        self._over = True
-        if self._heartbeat is not None:
-            self._heartbeat.leave(code)
-            self._heartbeat = None
+    def start_watch(
+        self,
+        stop_requested: Callable[[], int],
+        release_terminal: Callable[[], None] = lambda: None,
+        last_words: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Prepare for the training loop.
+
+        `stop_requested` returns the exit code this rank wants to stop with, or 0. If a rank is
+        lost, the terminal is released and `last_words` end the error message.
+        """
+        self.group.requested_exit_code = stop_requested
+        self._watch.release_terminal, self._watch.last_words = release_terminal, last_words
+
+    def finish(self, code: int = 0) -> None:
+        """Announce that training is over: no more collectives, other ranks may exit."""
+        self._watch.finish(code)
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
-        """What rank 0 does before it tells the others how to begin; where it fails, it tells them
-        that: they end with code 1 and need not say why."""
+        """Do in this block what rank 0 does before its start message.
+
+        If it fails, the other ranks are sent exit code 1, and only rank 0 prints the error.
+        """
         try:
             yield
         except Exception:
             self.group.broadcast(1)
             raise
 
-    def check(self, backend_name: str, config: TrainConfig) -> None:
-        """RankError where several ranks cannot train like this."""
+    def check(self, backend_name: str, train: TrainConfig) -> None:
+        """Raise RankError if several ranks cannot train with this backend and batch size."""
         if self.group.size == 1:
             return
         require_features(backend_name, ranks=True)
-        if config.batch_size < self.group.size:
+        if train.batch_size < self.group.size:
             raise RankError(
-                f"--batch-size {config.batch_size} is too small for {self.group.size} ranks; "
+                f"--batch-size {train.batch_size} is too small for {self.group.size} ranks; "
                 f"each needs a sequence, so give at least {self.group.size}, or fewer ranks"
             )
 
-    def begin(
-        self, asked: Callable[[], int], restore: Callable[[], None], last_words: Callable[[], str]
-    ) -> None:
-        """The loop is about to begin: who asks it to stop, who gives the terminal back, and what
-        is said where a rank is lost."""
-        self.group.requested_exit_code, self._restore, self._last_words = asked, restore, last_words
-
-    def agree(self, facts: dict[str, Any]) -> None:
-        """RankError where a rank has another value than rank 0 for one of these; a collective."""
-        digests = self.group.gather(np.concatenate([digest(fact) for fact in facts.values()]))
-        same = (digests == digests[0]).reshape(self.group.size, len(facts), -1).all(axis=2)
-        for name, ranks in zip(facts, same.T, strict=True):
+    def agree(self, values: dict[str, Any]) -> None:
+        """Raise RankError if a rank has another value than rank 0 for one of these (collective)."""
+        digests = self.group.gather(np.concatenate([digest_json(v) for v in values.values()]))
+        same = (digests == digests[0]).reshape(self.group.size, len(values), -1).all(axis=2)
+        for name, ranks in zip(values, same.T, strict=True):
             if not ranks.all():
                 other = ", ".join(map(str, np.flatnonzero(~ranks)))
                 raise RankError(
@@ -150,75 +139,82 @@ class Team:
                     "give every rank the same options, text and version"
                 )
 
-    def backend(
-        self, name: str, model: ModelConfig, config: TrainConfig, state: TrainState
+    def make_backend(
+        self, name: str, model: ModelConfig, train: TrainConfig, state: TrainState
     ) -> Backend:
-        """The backend; with several ranks, all of them begin with rank 0's state."""
+        """Return the backend; several ranks all begin with rank 0's state (collective)."""
         if self.group.size == 1:
-            return make_backend(name, model, config, state)
-        own = replace(config, threads=max(1, config.threads // self.n_beside))
-        made = make_backend(name, model, own, state, group=self.group)
-        held = made.state()
-        weights = [held.params, held.moments]
-        self.agree({"state after it was sent": [digest_of(weights), held.step]})
-        return made
+            return make_backend(name, model, train, state)
+        train = replace(train, threads=max(1, train.threads // self.n_beside))
+        backend = make_backend(name, model, train, state, group=self.group)
+        received = backend.state()
+        digest = digest_arrays([received.params, received.moments])
+        self.agree({"state after it was sent": [digest, received.step]})
+        return backend
 
-    def _begin_heartbeat(self) -> None:
-        group = self.group
-        beat = Heartbeat(group.rank, group.size, self._timeout, self._lost)
+
+class Watch:
+    """The heartbeat between the ranks, and what happens when one is lost."""
+
+    def __init__(self, timeout: float) -> None:
+        self.release_terminal: Callable[[], None] = lambda: None
+        self.last_words: Callable[[], str] = lambda: ""
+        self._timeout = timeout
+        self._heartbeat: Heartbeat | None = None
+        self._over = False
+
+    def connect(self, group: Group) -> None:
+        """Connect every rank with rank 0, beside the connections of the group (collective)."""
+        heartbeat = Heartbeat(group.rank, group.size, self._timeout, self._end)
         if group.rank == 0:
             ring = ring_hosts() or [[]]
-            group.broadcast([own_addresses(ring[0]), *beat.listen()])
-            reached = True
+            group.broadcast([own_addresses(ring[0]), *heartbeat.listen()])
+            connected = True
         else:
             addresses, port, token = group.broadcast(None)
-            reached = beat.connect(addresses, port, token)
-        heard = group.gather(np.array([int(reached)], np.int32))[:, 0]
-        self._heartbeat = beat
-        if group.rank == 0 and not heard.all():
-            ranks = ", ".join(map(str, np.flatnonzero(heard == 0)))
+            connected = heartbeat.connect(addresses, port, token)
+        connections = group.gather(np.array([int(connected)], np.int32))[:, 0]
+        self._heartbeat = heartbeat
+        if group.rank == 0 and not connections.all():
+            ranks = ", ".join(map(str, np.flatnonzero(connections == 0)))
             click.echo(
-                f"Rank {ranks} cannot reach rank 0 beside the ring (a firewall?): that one stands "
-                "still would not be noticed.",
+                f"Rank {ranks} has no heartbeat connection to rank 0 (firewall?). If it hangs, "
+                "the run will not notice.",
                 err=True,
             )
 
-    def _lost(self, why: str) -> None:
-        """From the heartbeat's thread: end this process if it does not end by itself, as it does
-        not while MLX waits for a rank that stands still."""
+    def finish(self, code: int) -> None:
+        """Tell the other ranks that this one ends with `code`, and stop watching."""
+        self._over = True
+        if self._heartbeat is not None:
+            self._heartbeat.leave(code)
+            self._heartbeat = None
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raise RankError in place of MLX's own error if a rank was lost."""
+        reason = self._heartbeat.why(self._timeout) if self._heartbeat else ""
+        if reason and not self._over:
+            message = self._message(reason)
+            self.finish(1)
+            raise RankError(message) from error
+
+    def _end(self, reason: str) -> None:
+        """End this process if it does not end by itself; called by the heartbeat's thread.
+
+        It does not while MLX waits for a rank that hangs.
+        """
         time.sleep(LEAVE_SECONDS)
         if not self._over:
             self._over = True
-            self._restore()
-            click.echo(f"Error: {self._sentence(why)}", err=True)
+            self.release_terminal()
+            click.echo(f"Error: {self._message(reason)}", err=True)
             os._exit(1)
 
-    def _explain(self, error: RuntimeError) -> None:
-        """RankError in place of MLX's own, where the heartbeat knows of a loss."""
-        why = self._heartbeat.why(self._timeout) if self._heartbeat else ""
-        if why and not self._over:
-            self._over = True
-            sentence = self._sentence(why)
-            self.part(1)
-            raise RankError(sentence) from error
-
-    def _sentence(self, why: str) -> str:
-        return ". ".join(filter(None, (why, self._last_words())))
+    def _message(self, reason: str) -> str:
+        return ". ".join(filter(None, (reason, self.last_words())))
 
 
-def compute(run: Run, backend: Backend, team: Team) -> int:
-    """Take part in the steps of a run that rank 0 shows and saves; the exit code."""
-    try:
-        for report in train(run, backend, None, team.group.should_stop):
-            if isinstance(report, EndLog):
-                break
-    except TrainingDiverged:
-        return 1  # on every rank alike; rank 0 says so
-    team.part()
-    return team.exit_code
-
-
-def _joined() -> Group:
+def _join() -> Group:
     try:
         from mlx_randygpt.backends.ranks.ring import join
     except ImportError as error:
@@ -228,81 +224,26 @@ def _joined() -> Group:
         ) from error
     noted = False
 
-    def waiting(seconds: float) -> None:
+    def wait(seconds: float) -> None:
         nonlocal noted
         if seconds > WAITING_NOTE_SECONDS and not noted:
             noted = True
-            click.echo(f"Rank {os.environ.get('MLX_RANK', '?')}: waiting for the others.", err=True)
+            rank = os.environ.get("MLX_RANK", "?")
+            click.echo(f"Rank {rank}: waiting for the other ranks.", err=True)
         if seconds > JOIN_SECONDS:
-            raise RankError(f"the other ranks did not come within {JOIN_SECONDS} s; start all")
+            raise RankError(f"the other ranks did not join within {JOIN_SECONDS} s; start all")
 
-    group = join(waiting)
+    group = join(wait)
     return group if group.size > 1 else SingleRank()
 
 
 def _hold(lifeline: int) -> None:
-    """Stop when the launcher is gone, however it ended: the run saves, and nothing is left over.
-    A byte from it is the number of a signal, for a rank on another machine."""
+    """Stop the run when the launcher is gone, however it ended.
+
+    A byte from the launcher is the number of a signal, for a rank on another machine.
+    """
     while content := os.read(lifeline, 1):
         os.kill(os.getpid(), content[0])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(JOIN_SECONDS)
     os._exit(143)
-
-
-def start_message(saved: Checkpoint | None, run: Run) -> dict[str, Any]:
-    """What the other ranks begin with, as rank 0 tells it; its arrays follow later."""
-    return {
-        "checkpoint": to_strict_json(header_of(saved)) if saved else None,
-        "paths": run.data["paths"],
-        "tokenizer": run.tokenizer.to_json(),
-    }
-
-
-def checkpoint_without_arrays(header: dict[str, Any]) -> Checkpoint:
-    """Rank 0's checkpoint from its header; the weights are first ones, of the right shapes."""
-    model, config = (
-        dataclass_from_json(ModelConfig, header["model"]),
-        dataclass_from_json(TrainConfig, header["train"]),
-    )
-    step, backend, data = header_facts(header)
-    state = TrainState(step, initial_params(model, config.seed), {})
-    reached = progress_from_json(header["progress"])
-    return Checkpoint(model, config, reached, header["tokenizer"], data, backend, state)
-
-
-def agreed_values(run: Run, backend_name: str) -> dict[str, Any]:
-    """What must be the same on every rank."""
-    return {
-        "version of mlx-randygpt": __version__,
-        "backend": backend_name,
-        "text": [run.data["sha256"], len(run.train_tokens), len(run.val_tokens)],
-        "tokenizer": run.tokenizer.to_json(),
-        "model": asdict(run.model),
-        "setting": asdict(replace(run.train, threads=0)),
-        "step of the checkpoint": to_strict_json(asdict(run.progress)),
-        "--respect-documents": run.documents is not None,
-    }
-
-
-def digest_of(values: Any) -> str:
-    """A digest of arrays in nested dicts."""
-    found = hashlib.sha256()
-
-    def read(value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            found.update(np.ascontiguousarray(value).data)
-            return
-        inner = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, part in sorted(inner):
-            found.update(f"\n{name}\n".encode())
-            read(part)
-
-    read(values)
-    return found.hexdigest()
-
-
-def digest(value: Any) -> NDArray[np.int32]:
-    """Eight numbers that stand for a value JSON can hold."""
-    text = json.dumps(value, sort_keys=True).encode()
-    return np.frombuffer(hashlib.sha256(text).digest(), np.int32)

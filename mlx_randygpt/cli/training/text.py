@@ -1,4 +1,4 @@
-"""The text of a run: found, read, and turned into tokens, with a line for what was lost."""
+"""The text of a run: find it, read it and turn it into tokens; lines about what was dropped."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer
 
 N_SHOWN = 5  # kinds of unknown characters named in a message
-READING = ("encoding", "text_field")  # options that make other text of the same files
+READING = ("encoding", "text_field")  # options that read other text from the same files
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:
-    """The files that paths name; without paths, what the search order of docs/cli.md finds."""
+    """Return the files that paths name; without paths, search as docs/cli.md describes."""
     if paths:
         return find_files(paths)
     files, note = default_source(Path(), download_shakespeare)
@@ -33,52 +33,56 @@ def files_of(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def requested_tokenizer(given: Mapping[str, Any]) -> Tokenizer | Vocabulary:
-    """The tokenizer that the options of a new run ask for."""
-    return choose_tokenizer(given.get("tokenizer", "char"), given.get("vocab_size", 0))
+def requested_tokenizer(options: Mapping[str, Any]) -> Tokenizer | Vocabulary:
+    """Return the tokenizer that the options of a new run ask for, or what learns it."""
+    return choose_tokenizer(options.get("tokenizer", "char"), options.get("vocab_size", 0))
 
 
-def tokenizer_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that ask for this tokenizer again."""
+def tokenizer_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that give this tokenizer again."""
     kind = tokenizer.to_json()["type"]
     learned = kind not in ("file", "table")
-    named = {"tokenizer": kind if learned else given.get("tokenizer")}
-    size = given.get("vocab_size") if kind == "char" else tokenizer.vocab_size
-    named |= {"vocab_size": size if learned else None}
-    return {name: value for name, value in named.items() if value is not None}
+    name = kind if learned else options.get("tokenizer")
+    size = options.get("vocab_size") if kind == "char" else tokenizer.vocab_size
+    values = {"tokenizer": name, "vocab_size": size if learned else None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def reading(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Reading:
-    """How files are read: what was given, over what the checkpoint's `data` remembers."""
-    values = {name: given.get(name) or (saved or {}).get(name) for name in READING}
+def reading(options: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Reading:
+    """Return how to read files: the options, over what the `data` of a checkpoint says."""
+    values = {name: options.get(name) or (saved or {}).get(name) for name in READING}
     return Reading(**{name: str(value) for name, value in values.items() if value})
 
 
 def load(
     files: Sequence[Path], how: Reading, tokenizer: Tokenizer | Vocabulary
 ) -> tuple[Tokenizer, Corpus]:
-    """The corpus of files, with a bar on stderr where that is a terminal and it takes a while."""
+    """Load the corpus of files, with a progress bar on stderr if that is a terminal."""
     with ProgressBar() as bar:
         return loader(how, bar).load(files, tokenizer)
 
 
 def loader(how: Reading, bar: ProgressBar) -> Loader:
-    """A loader on all cores, with the cache where the environment says."""
+    """Return a loader that uses all cores, and the cache folder of the environment."""
     from mlx_randygpt.backends.numpy.backend import available_cores
 
     return Loader(how, cache.place(), available_cores(), bar)
 
 
 class ProgressBar:
-    """What is being done and how far it is, on stderr where that is a terminal."""
+    """A progress bar on stderr, silent if that is not a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
         self._bar = Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
             transient=True,
-        )  # fmt: skip
+        )
         self._task: tuple[str, Any] = "", None
 
     def __enter__(self) -> ProgressBar:
@@ -88,16 +92,17 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, what: str, done: int, size: int) -> None:
+    def __call__(self, label: str, done: int, size: int) -> None:
+        """Show `done` of `size` bytes; a new label begins a new bar."""
         name, task = self._task
-        if what != name:
-            task = self._bar.add_task(what, total=size)
-            self._task = what, task
+        if label != name:
+            task = self._bar.add_task(label, total=size)
+            self._task = label, task
         self._bar.update(task, completed=done, total=size)
 
 
 def download_shakespeare(path: Path) -> None:
-    """Tiny Shakespeare as `path`, with a bar on stderr where that is a terminal."""
+    """Download tiny Shakespeare to `path`, with a progress bar."""
     with ProgressBar() as bar:
         fetch_tiny_shakespeare(
             path, lambda done, size: bar("Downloading tiny Shakespeare", done, size)
@@ -105,40 +110,32 @@ def download_shakespeare(path: Path) -> None:
 
 
 def unknown_line(counts: Mapping[str, int]) -> str:
-    """One line about the characters that are lost; "" where there are none."""
+    """Return one line about characters that were dropped, or ""."""
     if not counts:
         return ""
-    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    named = ", ".join(f"{character!r} × {n}" for character, n in most[:N_SHOWN])
-    more = f" and {len(most) - N_SHOWN} more kinds" if len(most) > N_SHOWN else ""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    names = ", ".join(f"{character!r} × {n}" for character, n in ordered[:N_SHOWN])
+    more = f" and {len(ordered) - N_SHOWN} more kinds" if len(ordered) > N_SHOWN else ""
     total = sum(counts.values())
-    what, are = ("characters", "are") if total > 1 else ("character", "is")
-    return f"{total:,} {what} {are} not in the vocabulary and {are} lost: {named}{more}"
+    if total == 1:
+        return f"1 character is not in the vocabulary and was dropped: {names}"
+    return f"{total:,} characters are not in the vocabulary and were dropped: {names}{more}"
 
 
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """The data line of the screen."""
+    """Return the data line of the screen."""
     names = corpus.names
-    what = Path(names[0]).name if len(names) == 1 else f"{len(names)} files"
+    source = Path(names[0]).name if len(names) == 1 else f"{len(names)} files"
     tokens = f"{len(corpus.tokens):,} tokens"
     amount = f"{corpus.characters:,} characters" if corpus.characters else tokens
     if corpus.characters and tokenizer.to_json()["type"] != "char":
         amount += f" in {tokens}"
-    return f"{what}: {amount}, vocabulary {tokenizer.vocab_size}"
+    return f"{source}: {amount}, vocabulary {tokenizer.vocab_size}"
 
 
 def advice(corpus: Corpus, model: ModelConfig) -> str:
-    """One line where the text is too short or too long for the model; "" too where its length is
-    not known, as of token files."""
+    """Return one line if the text is too short or too long for the model, else "".
+
+    The length of token files is unknown: for them the line is empty.
+    """
     return settings.text_advice(model, corpus.n_bytes) if corpus.n_bytes else ""
-
-
-def provenance(corpus: Corpus, how: Reading, respect_documents: bool) -> dict[str, Any]:
-    """What a checkpoint remembers of its text, and of how it became tokens."""
-    return {
-        "paths": [str(Path(name).resolve()) for name in corpus.names],
-        "characters": corpus.characters,
-        "sha256": corpus.sha256,
-        **{name: getattr(how, name) for name in READING},
-        "respect_documents": respect_documents,
-    }

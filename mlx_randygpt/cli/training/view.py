@@ -1,4 +1,4 @@
-"""Where a run is shown, and what happens when that goes away."""
+"""The screen of a run, and what happens when its terminal or pipe closes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mlx_randygpt.training.reports import Report
 
 
 def choose_console(plain: bool) -> tuple[Console, bool]:
-    """The live screen goes to stderr; plain lines go to a piped stdout, where they are wanted."""
+    """Return the console of a run, and whether to print plain lines on it.
+
+    The live screen goes to stderr. Plain lines go to stdout with --plain and if stdout is piped.
+    """
     out, err = Console(), Console(stderr=True)
     if plain or not out.file.isatty():
         return out, True
@@ -20,12 +23,11 @@ def choose_console(plain: bool) -> tuple[Console, bool]:
 
 
 class GuardedView:
-    """A view whose output may go away: then it falls silent and `lost` is true, so that the run
-    stops and saves."""
+    """A view that falls silent when its output closes; `lost` is then true, and the run stops."""
 
     def __init__(self, view: Dashboard | PlainLog) -> None:
         self._view, self.lost = view, False
-        self.why = ""  # it is lost
+        self.reason = ""  # why it is lost
 
     def __enter__(self) -> GuardedView:
         self._try(self._view.__enter__)
@@ -35,16 +37,20 @@ class GuardedView:
         self._try(lambda: self._view.__exit__(*error))
 
     def show(self, report: Report) -> None:
+        """Show a report."""
         self._try(lambda: self._view.show(report))
 
     def note(self, text: str) -> None:
+        """Show one line for the user."""
         self._try(lambda: self._view.note(text))
 
-    def restore(self) -> None:
-        self._try(self._view.restore)
+    def release_terminal(self) -> None:
+        """Release the terminal, for a signal handler."""
+        self._try(self._view.release_terminal)
 
-    def take(self) -> None:
-        self._try(self._view.take)
+    def reclaim_terminal(self) -> None:
+        """Reclaim the terminal after `release_terminal`."""
+        self._try(self._view.reclaim_terminal)
 
     def _try(self, call: Callable[[], object]) -> None:
         if self.lost:
@@ -52,4 +58,4 @@ class GuardedView:
         try:
             call()
         except OSError as error:
-            self.lost, self.why = True, error.strerror or str(error)
+            self.lost, self.reason = True, error.strerror or str(error)

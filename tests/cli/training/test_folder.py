@@ -53,8 +53,8 @@ def test_a_folder_that_is_moved_is_followed(tmp_path: Path) -> None:
     with RunFolder(old) as folder:
         folder.begin("", fresh=True)
         old.rename(new)
-        assert os.fspath(folder) == str(new)
-        assert folder.news == [f"{old} was moved; this run goes on in {new}."]
+        assert folder.locate() == new
+        assert folder.news == [f"{old} was moved; this run continues in {new}."]
         assert not old.exists()
 
 
@@ -63,8 +63,8 @@ def test_the_name_of_a_moved_folder_is_free_for_another_run(tmp_path: Path) -> N
     with RunFolder(old) as folder:
         old.rename(new)
         with RunFolder(old) as other:
-            assert os.fspath(folder) == str(new)
-            assert os.fspath(other) == str(old)
+            assert folder.locate() == new
+            assert other.locate() == old
         with pytest.raises(FolderInUse), RunFolder(new):
             pass
 
@@ -73,7 +73,7 @@ def test_a_removed_folder_is_made_again_and_is_still_one_runs_own(tmp_path: Path
     with RunFolder(tmp_path / "run") as folder:
         folder.begin("iters = 1\n", fresh=True)
         shutil.rmtree(folder.path)
-        assert os.fspath(folder) == str(tmp_path / "run")
+        assert folder.locate() == tmp_path / "run"
         assert (folder.path / "config.toml").exists()
         assert "was removed" in folder.news[0]
         with pytest.raises(FolderInUse), RunFolder(tmp_path / "run"):
@@ -84,7 +84,7 @@ def test_a_removed_folder_that_another_run_has_made_is_left_to_it(tmp_path: Path
     with RunFolder(tmp_path / "run") as folder:
         shutil.rmtree(folder.path)
         with RunFolder(tmp_path / "run"):
-            assert os.fspath(folder) == str(tmp_path / f"run-{os.getpid()}")
+            assert folder.locate() == tmp_path / f"run-{os.getpid()}"
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -72,15 +72,15 @@ def test_a_run_tells_once_that_lines_wait_and_once_that_they_are_written(tmp_pat
     report = SampleLog(step=1, text="so it goes", prompt="so")
     with RunFolder(tmp_path) as folder:
         folder.begin("", fresh=True)
-        samples = folder._logs[1]
+        samples = folder.logs._files[1]
         disk = samples._file = FullDisk(samples._file, 0)  # type: ignore[assignment]
         for _ in range(3):
-            folder.record(report, 1)
+            folder.logs.record(report, 1)
         told = "metrics.jsonl and samples.jsonl"
         assert folder.news == [f"{told} wait in memory: No space left on device."]
-        assert folder.unwritten() == f"3 lines of {told} are lost: No space left on device"
+        assert folder.logs.unwritten() == f"3 lines of {told} are lost: No space left on device"
         disk.room = 10_000
-        folder.record(report, 1)
+        folder.logs.record(report, 1)
         assert folder.news[1:] == [f"{told} are written again, with every line."]
-        assert folder.unwritten() == ""
+        assert folder.logs.unwritten() == ""
     assert len(lines(tmp_path / "samples.jsonl")) == 4

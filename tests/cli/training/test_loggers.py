@@ -107,5 +107,5 @@ def test_one_that_cannot_begin_leaves_the_old_run_alone(
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     Fake(fails_at=0).install("wandb", monkeypatch)
     done = train("--overwrite", "--log", "wandb")
-    assert (done.exit_code, "cannot begin: no account" in done.stderr) == (1, True)
+    assert (done.exit_code, "cannot start: no account" in done.stderr) == (1, True)
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before

@@ -188,7 +188,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
 
 LEAVING = """
 import os, signal, sys
-from mlx_randygpt.cli.training.signals import StopSignals
+from mlx_randygpt.cli.signals import StopSignals
 say = lambda word: print(word, flush=True)
 with StopSignals() as signals:
     signals.defer(lambda: say("left"), lambda: say("back"))
