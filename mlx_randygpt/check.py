@@ -1,6 +1,6 @@
-"""The checks of `mlxgpt check`: finite differences prove NumPy, NumPy proves MLX, and a short
-trajectory proves the optimizers.
+"""The checks of `mlxgpt check`.
 
+Finite differences prove NumPy, NumPy proves MLX, and a short trajectory proves the optimizers.
 Weights are larger than initial ones, and none is zero, so that no error hides in tiny activations.
 """
 

@@ -1,5 +1,4 @@
-"""The arrays that pass between the parts: the state of a run and a batch of token windows, and the
-random numbers of a (seed, purpose, index).
+"""The state of a run, batches of token windows, and the random numbers of a (seed, purpose, index).
 
 Legend: B batch, T time (block_size).
 """

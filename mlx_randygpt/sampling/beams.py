@@ -14,7 +14,7 @@ from mlx_randygpt.sampling.generate import Continuation, Generated, Streams, log
 from mlx_randygpt.tokenizers import Tokenizer
 
 
-def beam_search(
+def beam_search(  # noqa: PLR0913
     backend: Scorer,
     model: ModelConfig,
     tokenizer: Tokenizer,

@@ -176,7 +176,7 @@ def log_softmax(scores: Array) -> Array:
     return np.asarray(scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True)))
 
 
-def generate(
+def generate(  # noqa: PLR0913
     backend: Scorer,
     model: ModelConfig,
     tokenizer: Tokenizer,

@@ -170,8 +170,10 @@ class MLXBackend:
         return loss, grads
 
     def _weighted_grads(self, batch: Batch, index: int, total: int) -> tuple[mx.array, Weights]:
-        """Return loss and gradients of these sequences of micro-batch `index`, times their part
-        of `total` targets."""
+        """Return loss and gradients of these sequences, times their share of `total` targets.
+
+        `index` is the number of the micro-batch.
+        """
         keys = None
         if self._forward.config.dropout > 0:  # by place and sequence: the same for any split
             bits = rng(self._train.seed, "dropout", self.step, index).integers(2**32, size=2)

@@ -20,8 +20,9 @@ Layer = list[mx.array]  # keys and values (B, H, S, D), then the last inputs of 
 
 
 class MLXCache:
-    """The cache of all layers: keys and values, (B, H, S, D) each, and for the token shift the
-    inputs of attention and MLP at the position before, (B, 1, C/2) each.
+    """The cache of all layers: keys and values, (B, H, S, D) each.
+
+    The token shift adds the inputs of attention and MLP at the last position, (B, 1, C/2) each.
     """
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:

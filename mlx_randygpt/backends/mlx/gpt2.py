@@ -56,6 +56,7 @@ class GPT2MLP(nn.Module):  # type: ignore[misc]
         self.activation = gelu if args.activation == "gelu" else gelu_tanh
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Map (B, T, C) to (B, T, C)."""
         return self.c_proj(self.activation(self.c_fc(x)))  # (B, T, F) inside
 
 
@@ -71,6 +72,7 @@ class GPT2Block(nn.Module):  # type: ignore[misc]
         self.mlp = GPT2MLP(args)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
+        """Map (B, T, C) to (B, T, C); `keys` are the dropout keys of the two branches."""
         x = x + drop(self.attn(self.ln_1(x), mask, cache), self.dropout, keys[0])
         return x + drop(self.mlp(self.ln_2(x)), self.dropout, keys[1])
 

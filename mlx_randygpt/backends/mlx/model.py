@@ -91,6 +91,7 @@ class Embedding(nn.Embedding):  # type: ignore[misc]
         self.gather = gather
 
     def __call__(self, ids: mx.array) -> mx.array:
+        """Map ids (B, T) to rows of the table, (B, T, C)."""
         table = self.weight  # (V, C)
         if ids.shape[-1] == 1:  # decoding
             return table[ids]
@@ -113,6 +114,7 @@ class Attention(nn.Module):  # type: ignore[misc]
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=False)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        """Map (B, T, C) to (B, T, C), attending under `mask`."""
         b, t, c = x.shape
         d = c // self.n_head
         qkv = self.c_attn(x).reshape(b, t, 3, self.n_head, d)  # (B, T, 3, H, D)
@@ -142,6 +144,7 @@ class MLP(nn.Module):  # type: ignore[misc]
         self.c_proj = nn.Linear(4 * args.n_embd, args.n_embd, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Map (B, T, C) to (B, T, C)."""
         return self.c_proj(mx.square(nn.relu(self.c_fc(x))))  # (B, T, F) inside
 
 
@@ -156,6 +159,7 @@ class Block(nn.Module):  # type: ignore[misc]
         self.mlp = MLP(args)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
+        """Map (B, T, C) to (B, T, C); `keys` are the dropout keys of the two branches."""
         x = x + drop(self.attn(self.branch_input(x, cache, 0), mask, cache), self.dropout, keys[0])
         return x + drop(self.mlp(self.branch_input(x, cache, 1)), self.dropout, keys[1])
 

@@ -1,5 +1,6 @@
-"""A block of the MLX model that keeps only its input and runs again for its gradient (Chen et al.
-2016, arXiv:1604.06174).
+"""Recomputing activations: a block keeps only its input and runs again for its gradient.
+
+The method is that of Chen et al. 2016, arXiv:1604.06174.
 
 With MLX's own `nn.utils.checkpoint` the gradients of weights are evaluated after everything else,
 and the factors of those products are kept for all layers at once. Here the gradient that goes on to

@@ -61,7 +61,7 @@ def logits(config: ModelConfig, flat: Array, tokens: Array, cache: Any, rows: sl
 
 
 @compiled
-def advance(
+def advance(  # noqa: PLR0913
     flat: Array,
     starts: Array,
     learned: bool,
@@ -191,7 +191,7 @@ def _branch_input(x: Array, last: Array, shifted: bool, out: Array) -> None:
 
 
 @compiled
-def _attend(
+def _attend(  # noqa: PLR0913
     qkv: Array,
     keys: Array,
     values: Array,

@@ -115,8 +115,10 @@ class AllWeights:
         return self._train.optimizer == "muon" and parameter.is_block_matrix
 
     def _adamw_jobs(self, step: int, lr: float, threads: Threads) -> Iterator[Callable[[], None]]:
-        """Yield jobs on ranges of the flat vectors: neighbours that AdamW updates and that decay
-        alike are one range. Gains and biases do not decay."""
+        """Yield AdamW's jobs on ranges of the flat vectors.
+
+        Adjacent parameters with the same decay form one range. Gains and biases do not decay.
+        """
         train = self._train
         if train.optimizer == "muon":
             lr *= train.adamw_lr_ratio

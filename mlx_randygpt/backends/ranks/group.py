@@ -1,5 +1,4 @@
-"""The ranks that train one model together, seen from one of them: its share of a batch, and the
-collectives.
+"""The group of ranks that train one model together: shares of a batch, and collectives.
 
 `SingleRank` is the group of one process; `ring.RingGroup` connects several.
 """

@@ -1,6 +1,6 @@
-"""The heartbeat between the ranks of a run, on connections of its own: a rank that goes silent or
-ends without saying goodbye is lost, and all others are notified.
+"""The heartbeat between the ranks of a run, on connections of its own.
 
+A rank that goes silent or ends without saying goodbye is lost, and all others are notified.
 Rank 0 listens and the others connect to it; lines of text go both ways. The caller decides what a
 loss leads to. MLX's ring notices a closed connection but waits endlessly for a process that hangs
 or a cable that is unplugged, hence this module.
@@ -184,8 +184,10 @@ class Heartbeat:
 
 
 def own_addresses(ring: Sequence[str]) -> list[str]:
-    """Return the addresses at which other ranks can reach this one: its own in the ring, and those
-    of its host name."""
+    """Return the addresses at which other ranks can reach this one.
+
+    They are its own addresses in the ring and those of its host name.
+    """
     addresses = [address.rpartition(":")[0].strip("[]") for address in ring]
     with contextlib.suppress(OSError):
         infos = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
