@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from mlx_randygpt import settings
-from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
 
 Model = Callable[..., ModelConfig]
 SHAKESPEARE = 1_003_854  # training characters
@@ -114,3 +114,21 @@ def test_a_text_is_told_where_it_does_not_fit_the_model(
     advice = settings.text_advice(model, n_bytes)
     assert advice.startswith(said)
     assert bool(advice) == bool(said)
+
+
+def test_python_resolves_options_as_the_command_line_does() -> None:
+    options = {"preset": "tiny", "iters": 50, "n_embd": 32}
+    assert settings.resolve(68, 10_000, **options) == settings.resolve_new(options, 68, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"itres": 5}, "itres is not an option; it must be one of arch, n_layer"),
+        ({"preset": "huge"}, "preset='huge' is unknown; it is one of mini"),
+        ({"recipe": "old"}, "recipe='old' is unknown; it is one of classic, modern"),
+    ],
+)
+def test_python_gets_one_line_for_a_wrong_option(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings.resolve(68, **options)  # type: ignore[arg-type]

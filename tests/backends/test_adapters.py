@@ -318,7 +318,7 @@ def test_a_run_goes_on_with_its_own_rank(trained: Path) -> None:
     words = ["train", "--resume", "--out", trained / "fine", "--plain", "--iters", 7]
     wrong = call(*words, "--lora-rank", 3)
     assert wrong.exit_code == 1
-    assert wrong.stderr.startswith("Error: Checkpoint lora_rank 2 != lora_rank 3; leave the option")
+    assert wrong.stderr.startswith("Error: Checkpoint lora_rank 2 != lora_rank 3; omit the option")
     right = call(*words, "--config", trained / "fine" / "config.toml")
     assert right.exit_code == 0, right.output
 

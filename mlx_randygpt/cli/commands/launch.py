@@ -36,9 +36,9 @@ MAX_RANKS = 1024
 def command(
     n: int | None, hostfile: Path | None, starting_port: int, arguments: tuple[str, ...]
 ) -> None:
-    """Train one model on several ranks.
+    """Train one model on several ranks or machines.
 
-    For example: mlxgpt launch -n 4 -- train --data book.txt
+    Example: mlxgpt launch -n 4 -- train --data book.txt
 
     Each rank computes its share of every batch. --batch-size is the size of the whole batch, so
     the same command on any number of ranks is the same run.

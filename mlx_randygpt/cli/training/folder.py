@@ -103,7 +103,7 @@ class RunFolder:
             for old in list_checkpoints(self.path) if fresh else ():
                 if old.name != NEWEST:
                     old.unlink()
-            files.write(self.path / "config.toml", config_toml.encode("utf-8", "replace"))
+            (self.path / "config.toml").write_text(config_toml, encoding="utf-8", errors="replace")
             self.logs.open(self.path, fresh=fresh)
         except OSError as error:
             raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error

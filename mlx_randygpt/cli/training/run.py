@@ -93,7 +93,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         saved, skipped = source.checkpoint, source.skipped
         backend_name, reason = choose(request.backend)
         start = start_run(request, saved, Machine(backend_name, team.n_beside))
-        run = make_run(request, start, saved.data if saved and request.resuming else {})
+        run = make_run(request, start)
         team.check(backend_name, run.train)
         message = start_message(saved, run)
     team.group.broadcast(message)
@@ -146,7 +146,7 @@ def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int
     request = replace(request, data=data, tokenizer=message["tokenizer"])
     backend_name, _ = choose(request.backend)
     start = start_run(request, saved, Machine(backend_name, team.n_beside))
-    run = make_run(request, start, saved.data if saved and request.resuming else {})
+    run = make_run(request, start)
     team.agree(agreed_values(run, backend_name))
     backend = team.make_backend(backend_name, run.model, run.train, start.state)
     del saved, start  # the backend has its own copy of the state

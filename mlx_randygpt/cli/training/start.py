@@ -49,6 +49,7 @@ class Start:
     train: TrainConfig
     state: TrainState
     progress: Progress = field(default_factory=Progress)
+    data: dict[str, Any] = field(default_factory=dict)  # of the resumed checkpoint: how it read
     notes: tuple[str, ...] = ()
 
 
@@ -163,14 +164,15 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
         train=train,
         state=saved.state,
         progress=saved.progress,
+        data=saved.data,
         notes=tuple(filter(None, notes)),
     )
 
 
-def make_run(request: TrainRequest, start: Start, remembered: Mapping[str, Any]) -> Run:
-    """Return the run of a start; `remembered` is the `data` of the run that is resumed, or {}."""
-    corpus, how = start.corpus, text.reading(request.options, remembered)
-    respect_documents = bool((dict(remembered) | request.options).get("respect_documents", False))
+def make_run(request: TrainRequest, start: Start) -> Run:
+    """Return the run of a start, as the loop takes it."""
+    corpus, how = start.corpus, text.reading(request.options, start.data)
+    respect_documents = bool((start.data | request.options).get("respect_documents", False))
     n_train, size = len(corpus.train), start.model.block_size
     return Run(
         model=start.model,
