@@ -29,6 +29,8 @@ MAY_IMPORT = {  # third parties, and the modules that name them
     "rich": ("cli", "screen"),
     "starlette": ("serve", "cli.commands.serve"),
     "uvicorn": ("cli.commands.serve",),
+    "pydantic": ("serve.models", "serve.openapi", "cli.commands.serve"),
+    "prometheus_client": ("serve.metrics", "cli.commands.serve"),
     "gguf": ("exchange.exporters.gguf",),
     "threadpoolctl": ("cli", "backends."),
     "signal": ("cli",),

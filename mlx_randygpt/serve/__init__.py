@@ -1,8 +1,7 @@
-"""A trained model behind HTTP: the OpenAI API, the shape of the seeds, metrics, and a page.
+"""Serve a trained model over HTTP: the OpenAI API, the ancestor projects' API, metrics, a page.
 
-One thread owns the model (`engine`), and all requests are decoded together in one batch. The rest
-is asynchronous and never touches a weight. Needs the extra `serve`; knows neither the command line
-nor signals.
+One thread owns the model (`engine`) and decodes all requests in one batch. The rest is
+asynchronous and does not touch the weights. Needs the extra `serve`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ BODY_SECONDS = 30.0  # for a body to arrive
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that is served, and what may be told of it."""
+    """The served model and its public facts."""
 
     name: str
     model: ModelConfig
@@ -34,23 +33,22 @@ class ServedModel:
     fingerprint: str  # of the weights
     step: int
     prompt: str = ""  # of the run
-    curve: dict[str, list[tuple[float, float]]] = field(
-        default_factory=dict
-    )  # name -> (step, loss)
+    # name -> (step, loss)
+    curve: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is served; the defaults are the command's."""
+    """How the model is served; the defaults are the command's."""
 
-    api_key: str = ""  # empty asks for none
+    api_key: str = ""  # empty: no key needed
     defaults: SampleConfig = field(default_factory=SampleConfig)
-    seed: int | None = None  # of requests that name none; None draws one each time
-    loopback_only: bool = True  # then other Host names are refused: no page elsewhere can ask
+    seed: int | None = None  # of requests without one; None: draw one for each
+    loopback_only: bool = True  # refuse other Host names, against DNS rebinding
 
 
 class ApiError(Exception):
-    """An answer that is an error, as the OpenAI API words it."""
+    """An error response in the format of the OpenAI API."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -59,8 +57,9 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 403: "permission_error", 500: "server_error"}
-        kind = kinds.get(self.status, "invalid_request_error")
-        kind = "server_error" if self.status >= 500 else kind
-        named = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": named}
+        """Return the error object."""
+        kinds = {401: "authentication_error", 403: "permission_error"}
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = kinds.get(self.status, default)
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}

@@ -1,7 +1,7 @@
-"""The one thread that owns the model: it decodes all texts together, a token at a time.
+"""The one thread that owns the model: it decodes all texts in one batch, a token at a time.
 
-A text joins between two tokens, when its prompt has been read, and leaves when it ends or nobody
-waits for it any more. What a text reads and draws does not depend on who is beside it.
+A text joins the batch between two tokens and leaves it when it ends or is cancelled. Its result
+does not depend on the other texts in the batch.
 """
 
 from __future__ import annotations
@@ -22,35 +22,46 @@ from mlx_randygpt.state import Array
 
 
 class Full(UserError):
-    """More texts are waiting than may."""
+    """The queue is full."""
 
 
 class Request:
-    """One text that was asked for. The engine's thread writes it and lets `tell` be called, after
-    each token or at the end alone; `cancelled` may be set from anywhere. Whoever reads it looks at
-    `finished` first and at the text after."""
+    """One text in the engine.
 
-    def __init__(self, writer: Continuation, tell: Callable[[], None], *, each_token: bool) -> None:
-        self.writer, self.tell, self.each_token = writer, tell, each_token
+    The engine's thread extends `continuation`; `notify` is called after each token, or only at the
+    end. Any thread can set `cancelled`. Read `finished` before the text.
+    """
+
+    def __init__(
+        self, continuation: Continuation, notify: Callable[[], None], *, each_token: bool
+    ) -> None:
+        self.continuation, self.notify, self.each_token = continuation, notify, each_token
         self.cancelled = False
-        self.error: Exception | None = None  # of the engine; the text ends there
-        self.asked = time.perf_counter()
+        self.error: Exception | None = None  # of the engine; ends the text
+        self.created = time.perf_counter()
 
     @property
     def finished(self) -> bool:
-        return bool(self.writer.sample.finish_reason or self.error or self.cancelled)
+        """Whether the text has ended, failed, or was cancelled."""
+        return bool(self.continuation.sample.finish_reason or self.error or self.cancelled)
 
 
 class Engine:
-    """At most `n_streams` texts are decoded together, `n_waiting` more may wait."""
+    """Decode up to `n_streams` texts together and queue up to `n_waiting` more."""
 
     def __init__(
-        self, build: Callable[[], Scorer], model: ModelConfig, metrics: Metrics,
-        n_streams: int, n_waiting: int,
-    ) -> None:  # fmt: skip
+        self,
+        build: Callable[[], Scorer],
+        model: ModelConfig,
+        metrics: Metrics,
+        *,
+        n_streams: int,
+        n_waiting: int,
+    ) -> None:
         self._build, self._model, self._metrics = build, model, metrics
         self._n_streams, self._n_waiting = n_streams, n_waiting
-        self.deliver: Callable[[list[Request]], None] = lambda jobs: None  # called in the thread
+        # called in the engine's thread with the requests to notify
+        self.deliver: Callable[[list[Request]], None] = lambda requests: None
         self.backend_name = ""
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -60,22 +71,22 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Build the model in its thread; raises what goes wrong there."""
+        """Build the model in the engine's thread; raise what fails there."""
         self._thread.start()
         self._ready.wait()
         if self._error is not None:
             raise self._error
 
-    def submit(self, jobs: Sequence[Request]) -> None:
-        """Let these texts be written; Full where not all of them may wait."""
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; raise Full if there is no room for all of them."""
         with self._changed:
-            if len(self._waiting) + len(jobs) > self._n_waiting + self._n_streams:
-                raise Full(f"{len(self._waiting)} texts are waiting already; try again in a second")
-            self._waiting.extend(jobs)
+            if len(self._waiting) + len(requests) > self._n_waiting + self._n_streams:
+                raise Full(f"{len(self._waiting)} texts are already waiting; try again in a second")
+            self._waiting.extend(requests)
             self._changed.notify()
 
     def stop(self) -> None:
-        """End at once; texts that are not finished are cancelled."""
+        """Stop after the current token; cancel the texts that have not ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -91,86 +102,92 @@ class Engine:
             return
         finally:
             self._ready.set()
-        while (arrived := self._arrived(batch)) is not None:
-            everybody = [*batch.jobs, *arrived]
+        while (arrived := self._next_requests(batch)) is not None:
+            current = [*batch.requests, *arrived]
             try:
-                for told in batch.join(arrived, self._model.block_size):
-                    self.deliver(told)
+                for joined in batch.join(arrived, self._model.block_size):
+                    self.deliver(joined)
                 self.deliver(batch.step())
-            except Exception as error:  # the server goes on; whoever was in here learns of it
-                for job in everybody:
-                    job.error = job.error or (None if job.finished else error)
+            except Exception as error:  # keep serving; every request in this batch gets it
+                for request in current:
+                    request.error = request.error or (None if request.finished else error)
                 batch = RunningBatch(Streams(backend, self._model, self._n_streams), self._metrics)
-                self.deliver(everybody)
-        for job in [*batch.jobs, *self._waiting]:
-            job.cancelled = True
-        self.deliver([*batch.jobs, *self._waiting])
+                self.deliver(current)
+        for request in [*batch.requests, *self._waiting]:
+            request.cancelled = True
+        self.deliver([*batch.requests, *self._waiting])
 
-    def _arrived(self, batch: RunningBatch) -> list[Request] | None:
-        """Who may join now, waiting for somebody where nothing is being written; None: stop."""
+    def _next_requests(self, batch: RunningBatch) -> list[Request] | None:
+        """Return the requests to join now; wait for one if the batch is empty; None: stop."""
         with self._changed:
-            while not (self._waiting or batch.jobs or self._stopping):
+            while not (self._waiting or batch.requests or self._stopping):
                 self._changed.wait()
             if self._stopping:
                 return None
-            free = self._n_streams - len(batch.jobs)
+            free = self._n_streams - len(batch.requests)
             arrived = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._metrics.set("waiting", len(self._waiting))
         return arrived
 
 
 class RunningBatch:
-    """The texts that are being written, by rows of the streams."""
+    """The requests that are being decoded; request i is row i of the streams."""
 
     def __init__(self, streams: Streams, metrics: Metrics) -> None:
         self._streams, self._metrics = streams, metrics
-        self.jobs: list[Request] = []
-        self._tokens: list[int] = []  # the newest of each, not yet read
+        self.requests: list[Request] = []
+        self._tokens: list[int] = []  # the newest of each, not fed yet
 
     def join(self, arrived: list[Request], block_size: int) -> Iterator[list[Request]]:
-        """Read the prompts of new texts, short ones first, and write the first token of each; who
-        is to be told, as soon as that can be."""
+        """Feed new prompts, short ones first, and decode the first token of each.
+
+        Yields the requests to notify as soon as they are known.
+        """
         self._leave()
-        new = sorted((job for job in arrived if not job.finished), key=_n_read(block_size))
-        yield [job for job in arrived if job.finished]
-        for _, group in groupby(new, _n_read(block_size)):
-            read = list(group)
-            self._read(read, block_size)
-            yield [job for job in read if job.each_token or job.finished]
+        new = sorted(
+            (request for request in arrived if not request.finished), key=_prompt_length(block_size)
+        )
+        yield [request for request in arrived if request.finished]
+        for _, group in groupby(new, _prompt_length(block_size)):
+            same_length = list(group)
+            self._feed(same_length, block_size)
+            yield [request for request in same_length if request.each_token or request.finished]
 
     def step(self) -> list[Request]:
-        """One more token for everybody who is not finished; who is to be told of it."""
+        """Decode one token for every unfinished request; return those to notify."""
         self._leave()
-        if self.jobs:
-            self._write(self.jobs, self._streams.append(self._tokens), first=0)
-        told = [job for job in self.jobs if job.each_token or job.finished]
+        if self.requests:
+            self._write(self.requests, self._streams.append(self._tokens), first=0)
+        notified = [request for request in self.requests if request.each_token or request.finished]
         self._leave()
-        return told
+        return notified
 
-    def _read(self, jobs: list[Request], block_size: int) -> None:
-        """Prompts of one length, in one pass."""
-        prompts = np.array([job.writer.prompt[-block_size:] for job in jobs], np.int32)
-        self.jobs += jobs
+    def _feed(self, requests: list[Request], block_size: int) -> None:
+        """Feed prompts of one length in one forward pass."""
+        prompts = np.array(
+            [request.continuation.prompt[-block_size:] for request in requests], np.int32
+        )
+        self.requests += requests
         self._metrics.add("prompt_tokens_total", prompts.size)
-        self._metrics.set("streams", len(self.jobs))
-        self._write(jobs, self._streams.join(prompts), first=len(self.jobs) - len(jobs))
+        self._metrics.set("streams", len(self.requests))
+        self._write(requests, self._streams.join(prompts), first=len(self.requests) - len(requests))
         now = time.perf_counter()
-        for job in jobs:
-            self._metrics.observe("first_token_seconds", now - job.asked)
+        for request in requests:
+            self._metrics.observe("first_token_seconds", now - request.created)
 
-    def _write(self, jobs: list[Request], logits: Array, first: int) -> None:
-        self._tokens[first:] = extend([job.writer for job in jobs], logits)
-        self._metrics.add("generated_tokens_total", len(jobs))
+    def _write(self, requests: list[Request], logits: Array, first: int) -> None:
+        self._tokens[first:] = extend([request.continuation for request in requests], logits)
+        self._metrics.add("generated_tokens_total", len(requests))
 
     def _leave(self) -> None:
-        """Whoever is finished makes room; the last takes the row."""
-        for row in reversed(range(len(self.jobs))):
-            if self.jobs[row].finished:
+        """Remove finished requests; the last row moves into each gap."""
+        for row in reversed(range(len(self.requests))):
+            if self.requests[row].finished:
                 self._streams.leave(row)
-                self.jobs[row], self._tokens[row] = self.jobs[-1], self._tokens[-1]
-                del self.jobs[-1], self._tokens[-1]
-        self._metrics.set("streams", len(self.jobs))
+                self.requests[row], self._tokens[row] = self.requests[-1], self._tokens[-1]
+                del self.requests[-1], self._tokens[-1]
+        self._metrics.set("streams", len(self.requests))
 
 
-def _n_read(block_size: int) -> Callable[[Request], int]:
-    return lambda job: min(len(job.writer.prompt), block_size)
+def _prompt_length(block_size: int) -> Callable[[Request], int]:
+    return lambda request: min(len(request.continuation.prompt), block_size)

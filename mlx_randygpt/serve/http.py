@@ -1,6 +1,6 @@
-"""What every request passes: who may ask, how long a body may be, what is counted, what is sent.
+"""What all requests share: access checks, limits on bodies, metrics, headers, and event streams.
 
-Plain ASGI, so that an answer that streams goes out as it is made.
+Plain ASGI, so that streamed responses are sent as they are produced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = ("/", "/app.js", "/style.css", "/icon.svg", "/health", "/openapi.json")  # GET needs no key
+OPEN = ("/", "/app.js", "/style.css", "/icon.svg", "/health", "/openapi.json")  # GET without a key
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SECURITY = {
     "content-security-policy": (
@@ -41,19 +41,19 @@ SECURITY = {
 def json_response(
     body: object, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
-    """JSON in ASCII, so that half a character in a text cannot break it."""
+    """Return a JSON response in ASCII: a lone surrogate in a text cannot be UTF-8."""
     content = json.dumps(body, allow_nan=False).encode("ascii")
     return Response(content, status, headers, "application/json")
 
 
 def error_response(error: ApiError) -> Response:
-    """The error as an object of the OpenAI API."""
+    """Return the error as an error object of the OpenAI API."""
     headers = {503: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}
     return json_response(error.body(), error.status, headers.get(error.status))
 
 
 class Guard:
-    """In front of everything: refuses who may not ask, counts, adds the headers of safety."""
+    """ASGI middleware: authentication, host and origin checks, metrics, security headers."""
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, paths: set[str]) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -65,7 +65,7 @@ class Guard:
             return
         started, status = time.perf_counter(), 500
 
-        async def sending(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -76,9 +76,9 @@ class Guard:
 
         try:
             if (error := self._refusal(scope)) is not None:
-                await error_response(error)(scope, receive, sending)
+                await error_response(error)(scope, receive, send_with_headers)
             else:
-                await self._app(scope, receive, sending)
+                await self._app(scope, receive, send_with_headers)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.add("requests_total", path=path, status=str(status))
@@ -87,61 +87,65 @@ class Guard:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         if self._settings.loopback_only and _host(headers.get("host", "")) not in LOOPBACK:
-            return ApiError(403, "this server answers on localhost only; use --host for others")
+            return ApiError(
+                403, "this server accepts requests to localhost only; start it with --host"
+            )
         origin = headers.get("origin")
         if origin is not None and origin.split("://")[-1] != headers.get("host"):
-            return ApiError(403, "pages of other sites may not ask")
+            return ApiError(403, "cross-origin requests are not allowed")
         if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
             return None
         key = self._settings.api_key
-        given = headers.get("authorization", "")
-        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            what = "Incorrect API key provided" if given else "No API key was given"
-            message = f"{what}; send the header Authorization: Bearer KEY"
+        credentials = headers.get("authorization", "")
+        if key and not hmac.compare_digest(credentials.encode(), f"Bearer {key}".encode()):
+            problem = "Incorrect API key provided" if credentials else "No API key was provided"
+            message = f"{problem}; send the header Authorization: Bearer KEY"
             return ApiError(401, message, code="invalid_api_key")
         return None
 
 
 def _host(header: str) -> str:
-    """The name in a Host header, without the port."""
+    """Return the name in a Host header, without the port."""
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.rpartition(":")[0] if ":" in header else header
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body; ApiError 413 or 408 where it is too long, or too long in coming."""
+    """Return the whole body; raise ApiError 413 if it is too long, 408 if it takes too long."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
                 if len(body) > MAX_BODY_BYTES:
-                    raise ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+                    raise ApiError(
+                        413, f"the body is longer than {MAX_BODY_BYTES} bytes, the limit"
+                    )
     except TimeoutError:
-        raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s") from None
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
     return bytes(body)
 
 
-async def until_gone(receive: Receive, tell: Callable[[], None]) -> None:
-    """Call `tell` when the client has gone."""
+async def until_disconnect(receive: Receive, callback: Callable[[], None]) -> None:
+    """Call `callback` when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    tell()
+    callback()
 
 
 class EventStream(Response):
-    """Server-sent events as they are made; `gone` is called where the client leaves early."""
+    """Server-sent events as they are produced; `cancel` is called when the stream is over."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], gone: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], cancel: Callable[[], None]) -> None:
         super().__init__(None, headers={"cache-control": "no-store"})
         del self.headers["content-length"]
-        self._events, self._gone = events, gone
+        self._events, self._cancel = events, cancel
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(until_gone(receive, self._gone))
+        watch = asyncio.create_task(until_disconnect(receive, self._cancel))
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             await send(start)
@@ -150,9 +154,9 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watch.cancel()
-            self._gone()
+            self._cancel()
 
 
 def event(body: object) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return b"data: " + json.dumps(body, allow_nan=False).encode("ascii") + b"\n\n"

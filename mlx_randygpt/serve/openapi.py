@@ -1,129 +1,106 @@
-"""The server's OpenAPI description, made from the tables that requests are checked against."""
+"""The server's OpenAPI 3.1 description; requests come from the models that check them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pydantic.json_schema import models_json_schema
+
 from mlx_randygpt import __version__
-from mlx_randygpt.serve import ServedModel, schema
+from mlx_randygpt.serve import ServedModel
+from mlx_randygpt.serve.models import AttentionBody, Body, ChatBody, CompletionBody, PlainBody
 
-Body = dict[str, Any]
-ERROR: Body = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
-}
-USAGE: Body = {
-    "type": "object",
-    "properties": {
-        name: {"type": "integer"} for name in ("prompt_tokens", "completion_tokens", "total_tokens")
-    },
-    "required": ["prompt_tokens", "completion_tokens"],
-}
-MODEL: Body = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "string"}, "object": {"const": "model"}, "created": {"type": "integer"},
-        "owned_by": {"type": "string"}, "context_length": {"type": "integer"},
-    },
-    "required": ["id", "object", "created", "owned_by"],
-}  # fmt: skip
+Schema = dict[str, Any]
+TEXT: Schema = {"type": "string"}
+INTEGER: Schema = {"type": "integer"}
+BODIES = (CompletionBody, ChatBody, PlainBody, AttentionBody)
 
 
-def _texts(kind: str, text: Body) -> Body:
-    """An answer with choices."""
-    choice = {"index": {"type": "integer"}, "finish_reason": {"enum": ["stop", "length"]}, **text}
-    return _object(
-        id={"type": "string"}, object={"const": kind}, created={"type": "integer"},
-        model={"type": "string"}, seed={"type": "integer"}, usage=USAGE,
-        choices={"type": "array", "items": _object(**choice)},
-    )  # fmt: skip
-
-
-def _object(**properties: Body) -> Body:
+def _object(**properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _answers(body: Body, *errors: int, kind: str = "application/json") -> Body:
-    """200 and what may go wrong."""
-    answers = {"200": {"description": "done", "content": {kind: {"schema": body}}}}
-    for status in (401, 403, *errors):
-        content = {"application/json": {"schema": ERROR}}
-        answers[str(status)] = {"description": "an error", "content": content}
-    return answers
+def _array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
 
 
-def _post(summary: str, request: Body, answer: Body, *errors: int, streams: bool = False) -> Body:
-    answers = _answers(answer, 400, 404, 408, 413, 500, 503, *errors)
-    if streams:
-        answers["200"]["content"]["text/event-stream"] = {"schema": {}}  # data: JSON, [DONE] last
-    content = {"application/json": {"schema": request}}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": content},
-        "responses": answers,
+NULLABLE: Schema = {"type": ["string", "null"]}
+ERROR = _object(error=_object(message=TEXT, type=TEXT, param=NULLABLE, code=NULLABLE))
+USAGE = _object(prompt_tokens=INTEGER, completion_tokens=INTEGER)
+MODEL = _object(id=TEXT, object={"const": "model"}, created=INTEGER, owned_by=TEXT)
+
+
+def _operation(
+    summary: str, response: Schema, *errors: int, media_type: str = "application/json"
+) -> Schema:
+    responses: Schema = {
+        str(status): {"description": "error", "content": {"application/json": {"schema": ERROR}}}
+        for status in (401, 403, *errors)
     }
+    responses["200"] = {"description": "done", "content": {media_type: {"schema": response}}}
+    return {"summary": summary, "responses": responses}
 
 
-def _get(summary: str, answer: Body, *errors: int, kind: str = "application/json") -> Body:
-    return {"summary": summary, "responses": _answers(answer, *errors, kind=kind)}
+def _post(summary: str, body: type[Body], response: Schema) -> Schema:
+    reference = {"$ref": f"#/components/schemas/{body.__name__}"}
+    request = {"required": True, "content": {"application/json": {"schema": reference}}}
+    operation = _operation(summary, response, 400, 404, 408, 413, 500, 503)
+    return {"post": {**operation, "requestBody": request}}
 
 
-def description(served: ServedModel, has_key: bool) -> Body:
-    """OpenAPI 3.1."""
-    text: Body = {"type": "string"}
-    message = _object(role={"const": "assistant"}, content=text)
-    seed_answer = _object(text=text, model=text, usage=USAGE)
-    shares = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
-    attended = _object(tokens={"type": "array", "items": text}, weights=shares)
-    models = _object(object={"const": "list"}, data={"type": "array", "items": MODEL})
-    one = {
-        **_get("One model", MODEL, 404),
-        "parameters": [{"name": "name", "in": "path", "required": True, "schema": text}],
+def _generation(summary: str, body: type[Body], kind: str, **text: Schema) -> Schema:
+    choice = _object(index=INTEGER, finish_reason={"enum": ["stop", "length"]}, **text)
+    response = _object(
+        id=TEXT,
+        object={"const": kind},
+        created=INTEGER,
+        model=TEXT,
+        seed=INTEGER,
+        usage=USAGE,
+        choices=_array(choice),
+    )
+    operation = _post(summary, body, response)
+    operation["post"]["responses"]["200"]["content"]["text/event-stream"] = {"schema": {}}
+    return operation
+
+
+def describe(served: ServedModel, has_key: bool) -> Schema:
+    """Return the description of the server's paths; `has_key`: requests need an API key."""
+    message = _object(role={"const": "assistant"}, content=TEXT)
+    name = {"name": "name", "in": "path", "required": True, "schema": TEXT}
+    page = _operation("The page", TEXT, media_type="text/html")
+    weights = _array(_array({"type": "number"}))
+    health = _operation("Check that the server responds", _object(status={"const": "ok"}))
+    metrics = _operation("Metrics for Prometheus", TEXT, media_type="text/plain")
+    completion, chat = "text_completion", "chat.completion"
+    models = _object(object={"const": "list"}, data=_array(MODEL))
+    plain = _object(text=TEXT, model=TEXT, usage=USAGE)
+    attention = _object(tokens=_array(TEXT), weights=weights)
+    paths: dict[str, Schema] = {
+        "/": {"get": page, **_post("Continue a prompt", PlainBody, plain)},
+        "/v1/completions": _generation("Continue prompts", CompletionBody, completion, text=TEXT),
+        "/v1/chat/completions": _generation("Continue a chat", ChatBody, chat, message=message),
+        "/v1/models": {"get": _operation("List the model", models)},
+        "/v1/models/{name}": {
+            "get": {**_operation("Get one model", MODEL, 404), "parameters": [name]}
+        },
+        "/health": {"get": health},
+        "/metrics": {"get": metrics},
+        "/run": {"get": _operation("The model, its run, and the server's settings", {})},
+        "/attention": _post("Attention weights of one head", AttentionBody, attention),
     }
-    paths: dict[str, Body] = {
-        "/": {
-            "get": _get("The page", text, kind="text/html"),
-            "post": _post("A text, as the seeds ask for it", schema.SEED, seed_answer),
-        },
-        "/v1/completions": {
-            "post": _post(
-                "Texts that continue prompts", schema.COMPLETION,
-                _texts("text_completion", {"text": text}), streams=True,
-            )
-        },
-        "/v1/chat/completions": {
-            "post": _post(
-                "The next message of a plain transcript", schema.CHAT,
-                _texts("chat.completion", {"message": message}), streams=True,
-            )
-        },
-        "/v1/models": {"get": _get("The model", models)},
-        "/v1/models/{name}": {"get": one},
-        "/health": {"get": _get("Whether it answers", _object(status={"const": "ok"}, model=text))},
-        "/metrics": {"get": _get("Counts for Prometheus", text, kind="text/plain")},
-        "/run": {"get": _get("The model's run and the server's settings", {"type": "object"})},
-        "/attention": {"post": _post("What one head attends to", schema.ATTENTION, attended)},
-    }  # fmt: skip
-    found: Body = {
+    schemas = models_json_schema(
+        [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
+    )[1]["$defs"]
+    description: Schema = {
         "openapi": "3.1.0",
         "info": {"title": f"mlxgpt serve: {served.name}", "version": __version__},
         "paths": paths,
+        "components": {"schemas": schemas},
     }
     if has_key:
-        found["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-        found["security"] = [{"key": []}]
+        description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        description["security"] = [{"key": []}]
         for path in ("/", "/health"):
             paths[path]["get"]["security"] = []
-    return found
+    return description

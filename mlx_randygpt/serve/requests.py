@@ -1,11 +1,11 @@
-"""What a request asks for: settings, prompts as tokens, one writer for each text it wants.
+"""From a checked body to work for the engine: settings, prompts as tokens, one text per choice.
 
-Everything here is done before a text may wait for the engine; what does not fit is an ApiError.
+Everything that can be wrong with a request is an ApiError here, before a text joins the queue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,14 +13,22 @@ from mlx_randygpt.config import ConfigError
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation
 from mlx_randygpt.serve import MAX_CHOICES, MAX_TOKENS, ApiError, ServedModel, Settings
+from mlx_randygpt.serve.models import ChatBody, CompletionBody, PlainBody, SamplingBody
 
 ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 ENDS = ("\nUser:", "\nSystem:")  # where an answer ends
-INTEGERS = ("max_tokens", "top_k")
-NUMBERS = (
-    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+FILTERS = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
     "frequency_penalty",
-)  # fmt: skip
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -33,86 +41,105 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A request that may be carried out."""
+    """A valid request for texts."""
 
     prompts: list[Prompt]
-    n: int  # texts of each
     config: SampleConfig
+    n: int = 1  # texts of each prompt
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
     n_likely: int | None = None  # None: no log-probabilities
 
-    def writers(self, served: ServedModel) -> list[Continuation]:
-        """One for each text, prompt by prompt; each reads as it would alone."""
-        return [self._writer(prompt, i, served) for prompt in self.prompts for i in range(self.n)]
+    def continuations(self, served: ServedModel) -> list[Continuation]:
+        """Return one continuation for each text, prompt by prompt."""
+        return [self._begin(prompt, i, served) for prompt in self.prompts for i in range(self.n)]
 
-    def _writer(self, prompt: Prompt, index: int, served: ServedModel) -> Continuation:
-        read, forced = prompt.ids, list[int]()
-        if self.echo and self.n_likely is not None:  # the choices of the prompt are asked for
-            read, forced = read[:1], read[1:]
+    def usage(self, texts: Sequence[Continuation]) -> dict[str, int]:
+        """Return the token counts of the prompts and of these texts, as the OpenAI API has them."""
+        n_prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        n_text = sum(len(text.sample.ids) for text in texts)
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_text,
+            "total_tokens": n_prompt + n_text,
+        }
+
+    def _begin(self, prompt: Prompt, index: int, served: ServedModel) -> Continuation:
+        ids, forced = prompt.ids, list[int]()
+        if self.echo and self.n_likely is not None:  # score the prompt's tokens too
+            ids, forced = ids[:1], ids[1:]
         try:
-            writer = Continuation(served.tokenizer, read, self.config, index, self.n_likely, forced)
+            text = Continuation(served.tokenizer, ids, self.config, index, self.n_likely, forced)
         except ConfigError as error:
             raise ApiError(400, str(error), param="logit_bias") from error
         if self.config.max_tokens == 0 and not forced:
-            writer.sample.finish_reason = "length"
-        return writer
+            text.sample.finish_reason = "length"
+        return text
 
 
-def completion(
-    body: Mapping[str, Any], served: ServedModel, settings: Settings, drawn: int
+def read_completion(
+    body: CompletionBody, served: ServedModel, settings: Settings, drawn_seed: int
 ) -> GenerationRequest:
-    """`POST /v1/completions`; `drawn` is the seed where nobody names one."""
+    """Read `POST /v1/completions`; `drawn_seed` is used if neither request nor server has one."""
     _check_model(body, served)
-    prompts = [_prompt(given, served) for given in _prompts(body["prompt"])]
-    n = int(body.get("n") or 1)
+    prompts = [_prompt(prompt, served) for prompt in _list_prompts(body.prompt)]
+    n = body.n or 1
     if len(prompts) * n > MAX_CHOICES:
-        raise ApiError(
-            400, f"{len(prompts)} prompts times n={n} is more than {MAX_CHOICES} texts", param="n"
-        )
-    if (best_of := body.get("best_of")) is not None and best_of != n:
-        raise ApiError(400, f"best_of={best_of} is not n={n}; all texts are given", param="best_of")
-    if not body.get("truncate_prompt"):
+        message = f"{len(prompts)} prompts times n={n} is {len(prompts) * n} texts"
+        raise ApiError(400, f"{message}; at most {MAX_CHOICES} are possible", param="n")
+    if body.best_of is not None and body.best_of != n:
+        message = f"best_of={body.best_of} must equal n={n}: all texts are returned"
+        raise ApiError(400, message, param="best_of")
+    if not body.truncate_prompt:
         for prompt in prompts:
             _check_length(prompt, served)
-    logprobs = body.get("logprobs")
     return GenerationRequest(
-        prompts, n, _config(body, settings, drawn), *_streaming(body), bool(body.get("echo")),
-        None if logprobs is None else int(logprobs),
-    )  # fmt: skip
-
-
-def chat(
-    body: Mapping[str, Any], served: ServedModel, settings: Settings, drawn: int
-) -> GenerationRequest:
-    """`POST /v1/chat/completions`: the messages as a plain transcript."""
-    _check_model(body, served)
-    limit = body.get("max_completion_tokens")
-    body = {**body, "max_tokens": body.get("max_tokens") if limit is None else limit}
-    config = _config(body, settings, drawn)
-    config = replace(config, stop=(*config.stop, *ENDS))
-    if body.get("top_logprobs") is not None and not body.get("logprobs"):
-        raise ApiError(400, "top_logprobs is given without logprobs", param="top_logprobs")
-    n_likely = int(body.get("top_logprobs") or 0) if body.get("logprobs") else None
-    prompt = transcript([(m["role"], _content(m["content"])) for m in body["messages"]], served)
-    return GenerationRequest(
-        [prompt], int(body.get("n") or 1), config, *_streaming(body), n_likely=n_likely
+        prompts=prompts,
+        config=_config(body, settings, drawn_seed),
+        n=n,
+        stream=bool(body.stream),
+        include_usage=_include_usage(body),
+        echo=bool(body.echo),
+        n_likely=body.logprobs,
     )
 
 
-def seed_shape(
-    body: Mapping[str, Any], served: ServedModel, settings: Settings, drawn: int
+def read_chat(
+    body: ChatBody, served: ServedModel, settings: Settings, drawn_seed: int
 ) -> GenerationRequest:
-    """`POST /`: prompt, max_tokens and temperature, without any other filter."""
-    named = {"max_tokens": 2048, "temperature": 0.7, "top_p": 1.0, **body}
-    prompt = _prompt(body["prompt"], served)
-    return GenerationRequest([prompt], 1, _config(named, settings, drawn))
+    """Read `POST /v1/chat/completions`: the messages become a plain transcript."""
+    _check_model(body, served)
+    if body.max_completion_tokens is not None:
+        body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
+    config = _config(body, settings, drawn_seed)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+    messages = [(m.role, _join(m.content)) for m in body.messages]
+    return GenerationRequest(
+        prompts=[transcript(messages, served)],
+        config=replace(config, stop=(*config.stop, *ENDS)),
+        n=body.n or 1,
+        stream=bool(body.stream),
+        include_usage=_include_usage(body),
+        n_likely=body.top_logprobs or 0 if body.logprobs else None,
+    )
+
+
+def read_plain(
+    body: PlainBody, served: ServedModel, settings: Settings, drawn_seed: int
+) -> GenerationRequest:
+    """Read `POST /`: prompt, max_tokens, temperature and seed, with no other filter."""
+    sampling = SamplingBody(top_p=1.0, **body.model_dump(exclude={"prompt"}))
+    config = _config(sampling, settings, drawn_seed)
+    return GenerationRequest(prompts=[_prompt(body.prompt, served)], config=config)
 
 
 def transcript(messages: Sequence[tuple[str, str]], served: ServedModel) -> Prompt:
-    """`User: …` and `Assistant: …`, a line each, then `Assistant:`. Of a talk that is longer than
-    the context the oldest messages are left out; the last one has to fit."""
+    """Return messages as `User: …` and `Assistant: …` lines, followed by `Assistant:`.
+
+    The oldest messages are dropped until the rest fits into the context; the last must fit.
+    """
     lines = [f"{ROLES[role]}: {content}\n" for role, content in messages]
     for first in range(len(lines)):
         prompt = _prompt("".join(lines[first:]) + "Assistant:", served)
@@ -122,72 +149,71 @@ def transcript(messages: Sequence[tuple[str, str]], served: ServedModel) -> Prom
     return prompt
 
 
-def _prompts(given: Any) -> list[Any]:
-    """The four shapes of a prompt as a list of texts or token lists."""
-    if isinstance(given, str) or (isinstance(given[0], int | float)):
-        return [given]
-    return list(given)
+def check_name(name: str, served: ServedModel) -> None:
+    """Raise ApiError 404 unless `name` is the served model's."""
+    if name != served.name:
+        message = f"The model {name[:100]!r} does not exist; this server has {served.name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _prompt(given: Any, served: ServedModel) -> Prompt:
-    """Text or token ids as both; an empty text begins a document."""
+def _list_prompts(prompt: str | list[Any]) -> list[Any]:
+    """Return a prompt of any of the four forms as a list of texts or token lists."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def _prompt(prompt: str | list[int], served: ServedModel) -> Prompt:
+    """Return text or token ids as both; an empty text becomes BOS."""
     tokenizer = served.tokenizer
-    if isinstance(given, str):
-        return Prompt(given, tokenizer.encode(given).tolist() or [tokenizer.bos])
-    ids, most = [int(token) for token in given], tokenizer.vocab_size - 1
-    if max(ids) > most:
-        raise ApiError(400, f"token {max(ids)} is not known; ids are 0 to {most}", param="prompt")
-    return Prompt(tokenizer.decode(ids), ids)
+    if isinstance(prompt, str):
+        return Prompt(prompt, tokenizer.encode(prompt).tolist() or [tokenizer.bos])
+    last = tokenizer.vocab_size - 1
+    if max(prompt) > last:
+        message = f"prompt has token {max(prompt)}; token ids are 0 to {last}"
+        raise ApiError(400, message, param="prompt")
+    return Prompt(tokenizer.decode(prompt), prompt)
 
 
 def _check_length(prompt: Prompt, served: ServedModel) -> None:
     n, size = len(prompt.ids), served.model.block_size
     if n > size:
-        raise ApiError(
-            400,
+        message = (
             f"This model's context is {size} tokens, the prompt has {n}; shorten it"
-            " (completions: or send truncate_prompt, then its end is read)",
-            param="prompt", code="context_length_exceeded",
-        )  # fmt: skip
+            " (completions: or send truncate_prompt to use its end)"
+        )
+        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
 
 
-def _check_model(body: Mapping[str, Any], served: ServedModel) -> None:
-    name = body.get("model")
-    if name is not None and name != served.name:
-        raise ApiError(
-            404, f"The model {name[:100]!r} does not exist; this server has {served.name!r}",
-            param="model", code="model_not_found",
-        )  # fmt: skip
+def _check_model(body: SamplingBody, served: ServedModel) -> None:
+    if body.model is not None:
+        check_name(body.model, served)
 
 
-def _config(body: Mapping[str, Any], settings: Settings, drawn: int) -> SampleConfig:
-    """The server's own settings, with those of the request over them."""
-    given: dict[str, Any] = {}
-    given |= {name: float(body[name]) for name in NUMBERS if body.get(name) is not None}
-    given |= {name: int(body[name]) for name in INTEGERS if body.get(name) is not None}
-    seed = settings.seed if body.get("seed") is None else int(body["seed"])
-    given["seed"] = drawn if seed is None else seed
-    if (stop := body.get("stop")) is not None:
-        given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if (bias := body.get("logit_bias")) is not None:
-        given["logit_bias"] = tuple((_token_id(i), float(x)) for i, x in bias.items())
-    config = replace(settings.defaults, **given)
+def _config(body: SamplingBody, settings: Settings, drawn_seed: int) -> SampleConfig:
+    """Return the server's settings, overridden by those of the request."""
+    seed = drawn_seed if settings.seed is None else settings.seed
+    changes: dict[str, Any] = {"seed": seed}
+    changes |= {k: value for k in FILTERS if (value := getattr(body, k)) is not None}
+    if body.stop is not None:
+        changes["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    if body.logit_bias is not None:
+        changes["logit_bias"] = tuple((_token_id(k), x) for k, x in body.logit_bias.items())
+    config = replace(settings.defaults, **changes)
     return replace(config, max_tokens=min(config.max_tokens, MAX_TOKENS))
 
 
 def _token_id(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ApiError(400, f"logit_bias names {text[:40]!r}, not a token id", param="logit_bias")
+        message = f"logit_bias has the key {text[:40]!r}; keys must be token ids such as '17'"
+        raise ApiError(400, message, param="logit_bias")
     return int(text)
 
 
-def _streaming(body: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether to stream, and whether with usage at the end."""
-    stream, options = bool(body.get("stream")), body.get("stream_options")
-    if options is not None and not stream:
-        raise ApiError(400, "stream_options is given without stream", param="stream_options")
-    return stream, bool((options or {}).get("include_usage"))
+def _include_usage(body: SamplingBody) -> bool:
+    """Return whether a stream ends with its usage."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+    return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _content(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+def _join(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)

@@ -68,3 +68,9 @@ def tokenizer_from_json(data: object) -> Tokenizer:
     module, name = _CLASSES.get(str(kind), ("subword", "SubwordTokenizer"))
     tokenizer: Tokenizer = getattr(import_module(f"{__name__}.{module}"), name).from_json(data)
     return tokenizer
+
+
+def token_speller(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """Return a function from a token id to its text; BOS and EOS are `<bos>` and `<eos>`."""
+    names = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}
+    return lambda token: tokenizer.decode([token]) or names.get(token, "")

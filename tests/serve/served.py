@@ -37,10 +37,19 @@ class Host:
         run, self.metrics = self.run, Metrics()
         params = self.backend.state().params if self.keeps_params else {}
         served = ServedModel(
-            "tale", run.model, run.tokenizer, params, 1, "abc", 3, run.train.prompt, CURVE
+            name="tale",
+            model=run.model,
+            tokenizer=run.tokenizer,
+            params=params,
+            created=1,
+            fingerprint="abc",
+            step=3,
+            prompt=run.train.prompt,
+            curve=CURVE,
         )
         build = self.build or (lambda: self.backend)
-        self.engine = Engine(build, run.model, self.metrics, self.n_streams, self.n_waiting)
+        limits = {"n_streams": self.n_streams, "n_waiting": self.n_waiting}
+        self.engine = Engine(build, run.model, self.metrics, **limits)
         self.engine.start()
         self._listening = socket.create_server(("127.0.0.1", self.port), backlog=200)
         self.port = self._listening.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ import pytest
 
 pytest.importorskip("httpx")
 pytest.importorskip("openai")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("pydantic")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
@@ -327,7 +330,7 @@ def test_attention_rows_are_shares(host: Host) -> None:
     assert [len(row) for row in answer["weights"]] == [1, 2, 3, 4, 5, 6, 7]
     assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in answer["weights"])
     wrong = post(host, "/attention", {"text": "a", "layer": 2, "head": 0})
-    assert wrong.json()["error"]["message"] == "layer=2 is not there; it is 0 to 1"
+    assert wrong.json()["error"]["message"] == "layer=2 does not exist; use 0 to 1"
 
 
 def test_attention_wants_the_float_weights(lively_run: Any) -> None:
@@ -344,6 +347,7 @@ def test_metrics_are_what_prometheus_reads(host: Host) -> None:
     before = host.metrics.value("generated_tokens_total")
     post(host, "/v1/completions", {"prompt": "The", "max_tokens": 5, "n": 3, "temperature": 2})
     text = httpx.get(f"{host.url}/metrics").text
+    assert "_created" not in text
     families = {family.name: family for family in parser.text_string_to_metric_families(text)}
     tokens = families["mlxgpt_generated_tokens"].samples[0].value
     assert 3 <= tokens - before <= 15
@@ -371,6 +375,19 @@ def test_what_the_page_has_no_slider_for_is_told_as_options(lively_run: Any) -> 
         assert answer == host.text("The old", seed=3, **settings)
     finally:
         host.stop()
+
+
+def test_the_description_has_a_schema_for_every_body(host: Host) -> None:
+    description = httpx.get(f"{host.url}/openapi.json").json()
+    schemas = description["components"]["schemas"]
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(description)))
+    assert references <= set(schemas)
+    posts = [path for path, operations in description["paths"].items() if "post" in operations]
+    assert posts == ENDPOINTS
+    prompts = schemas["CompletionBody"]["properties"]["prompt"]["anyOf"]
+    assert [prompt["type"] for prompt in prompts] == ["string", "array", "array", "array"]
+    assert schemas["PlainBody"]["required"] == ["prompt"]
+    assert schemas["Message"]["additionalProperties"] is False
 
 
 # Clients that misbehave

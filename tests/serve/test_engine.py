@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("prometheus_client")
+
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation, generate
 from mlx_randygpt.serve.engine import Engine, Full, Request
@@ -25,14 +27,16 @@ class Host:
     def __init__(self, run: Any, backend: Any, n_streams: int = 4, n_waiting: int = 200) -> None:
         self.run, self.backend, self.metrics = run, backend, Metrics()
         build = lambda: backend  # noqa: E731
-        self.engine = Engine(build, run.model, self.metrics, n_streams, n_waiting)
+        self.engine = Engine(
+            build, run.model, self.metrics, n_streams=n_streams, n_waiting=n_waiting
+        )
         self.told = threading.Condition()
         self.engine.deliver = self.deliver
 
-    def deliver(self, jobs: list[Request]) -> None:
+    def deliver(self, requests: list[Request]) -> None:
         with self.told:
-            for job in jobs:
-                job.tell()
+            for job in requests:
+                job.notify()
             self.told.notify_all()
 
     def job(self, prompt: str, tell: Callable[[], None] = lambda: None, **config: Any) -> Request:
@@ -40,13 +44,13 @@ class Host:
         settings = SampleConfig(**{"max_tokens": 12} | config)
         return Request(Continuation(self.run.tokenizer, ids, settings), tell, each_token=True)
 
-    def wait(self, *jobs: Request) -> None:
+    def wait(self, *requests: Request) -> None:
         with self.told:
-            assert self.told.wait_for(lambda: all(job.finished for job in jobs), SECONDS)
+            assert self.told.wait_for(lambda: all(job.finished for job in requests), SECONDS)
 
     def alone(self, job: Request) -> str:
         """What the same settings write without an engine."""
-        w = job.writer
+        w = job.continuation
         *_, [sample] = generate(
             self.backend, self.run.model, self.run.tokenizer, w.prompt, w.config
         )
@@ -66,31 +70,37 @@ def test_texts_together_read_as_each_alone(host: Host) -> None:
     random = rng(2, "check")
     words = "The old red ship and a small grey bird over hill under moon"
     lengths = random.integers(1, 40, (30, 2)).tolist()
-    jobs = [
+    requests = [
         host.job(words[:n], seed=i, max_tokens=m, temperature=0.5 + i / 20, top_p=1.0)
         for i, (n, m) in enumerate(lengths)
     ]
-    host.engine.submit(jobs)
-    host.wait(*jobs)
+    host.engine.submit(requests)
+    host.wait(*requests)
     host.engine.stop()
-    assert [job.writer.sample.text for job in jobs] == [host.alone(job) for job in jobs]
+    assert [job.continuation.sample.text for job in requests] == [
+        host.alone(job) for job in requests
+    ]
     assert host.metrics.value("generated_tokens_total") == sum(
-        len(job.writer.sample.ids) for job in jobs
+        len(job.continuation.sample.ids) for job in requests
     )
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(host: Host) -> None:
     told: list[list[Request]] = []
 
-    def deliver(jobs: list[Request]) -> None:
-        told.append(jobs)
-        host.deliver(jobs)
+    def deliver(requests: list[Request]) -> None:
+        told.append(requests)
+        host.deliver(requests)
 
     host.engine.deliver = deliver
-    jobs = [host.job("The old red ship"[:n]) for n in (14, 3, 8, 3)]
-    host.engine.submit(jobs)
-    host.wait(*jobs)
-    assert [group for group in told if group][:3] == [[jobs[1], jobs[3]], [jobs[2]], [jobs[0]]]
+    requests = [host.job("The old red ship"[:n]) for n in (14, 3, 8, 3)]
+    host.engine.submit(requests)
+    host.wait(*requests)
+    assert [group for group in told if group][:3] == [
+        [requests[1], requests[3]],
+        [requests[2]],
+        [requests[0]],
+    ]
 
 
 def test_who_is_cancelled_makes_room_and_others_go_on(host: Host) -> None:
@@ -109,13 +119,13 @@ def test_who_is_cancelled_makes_room_and_others_go_on(host: Host) -> None:
     assert not endless[3].finished
     host.engine.stop()
     assert endless[3].finished
-    assert short.writer.sample.text == host.alone(short)
+    assert short.continuation.sample.text == host.alone(short)
 
 
 def test_more_than_may_wait_are_refused_together(make_run: MakeRun) -> None:
     host = Host(*make_run("modern"), n_streams=1, n_waiting=2)  # not started: nobody leaves
     host.engine.submit([host.job("a"), host.job("b")])
-    with pytest.raises(Full, match="2 texts are waiting already"):
+    with pytest.raises(Full, match="2 texts are already waiting"):
         host.engine.submit([host.job("c"), host.job("d")])
     host.engine.submit([host.job("c")])
 
@@ -142,7 +152,7 @@ def test_a_failing_step_is_told_and_the_next_text_is_written(
     host.engine.submit([lucky])
     host.wait(lucky)
     host.engine.stop()
-    assert lucky.writer.sample.text == host.alone(lucky)
+    assert lucky.continuation.sample.text == host.alone(lucky)
 
 
 def test_what_goes_wrong_in_building_is_raised_at_the_start(make_run: MakeRun) -> None:
@@ -152,7 +162,7 @@ def test_what_goes_wrong_in_building_is_raised_at_the_start(make_run: MakeRun) -
         raise MemoryError("too big")
 
     with pytest.raises(MemoryError, match="too big"):
-        Engine(build, run.model, Metrics(), 1, 1).start()
+        Engine(build, run.model, Metrics(), n_streams=1, n_waiting=1).start()
 
 
 def test_prompt_choices_are_those_of_a_full_pass(host: Host) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("pydantic")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 

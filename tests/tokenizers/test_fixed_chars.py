@@ -11,8 +11,7 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
-from mlx_randygpt.serve.responses import token_speller
-from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer, token_speller, tokenizer_from_json
 from mlx_randygpt.tokenizers.chars import FixedCharTokenizer
 from mlx_randygpt.training.loop import Run
 

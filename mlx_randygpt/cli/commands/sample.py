@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mlx_randygpt.cli.options import (
     sampling_options,
 )
 from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.tokenizers import token_speller
 
 if TYPE_CHECKING:
     from mlx_randygpt.sampling.filters import SampleConfig
@@ -205,12 +206,6 @@ VISIBLE = {"\n": "⏎\n", "\t": "⇥"}
 def shade(probability: float) -> str:
     """The style of a token that had this probability."""
     return next(style for most, style in SHADES if probability <= most + 1e-9)
-
-
-def token_speller(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """token id -> its text; the end of a text is `<eos>`."""
-    names = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}
-    return lambda token: tokenizer.decode([token]) or names.get(token, "")
 
 
 def show_choices(prompt: str, sample: Generated, tokenizer: Tokenizer) -> None:

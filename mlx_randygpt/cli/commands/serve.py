@@ -1,4 +1,4 @@
-"""`mlxgpt serve`: a trained model behind HTTP, until Ctrl-C or SIGTERM."""
+"""`mlxgpt serve`: serve a trained model over HTTP until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -26,67 +26,90 @@ if TYPE_CHECKING:
     from mlx_randygpt.serve import ServedModel
     from mlx_randygpt.tokenizers import Tokenizer
 
-N_POINTS = 1000  # of a loss curve that is shown
-GRACE_SECONDS = 5  # for texts that are being written when the server is told to stop
+N_POINTS = 1000  # of a loss curve on the page
+GRACE_SECONDS = 5  # for running texts when the server stops
 
 
 class ServeError(UserError, RuntimeError):
-    """The server cannot start; the message says why and what would make it start."""
+    """The server cannot start."""
 
 
 @click.command("serve", cls=Command)
 @checkpoint_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 is every network.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0: all networks.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
-@click.option("--api-key", default="", help="Ask for this key; MLXGPT_SERVE_API_KEY hides it.")
+@click.option(
+    "--api-key",
+    default="",
+    help="Require this key; MLXGPT_SERVE_API_KEY keeps it out of the process list.",
+)
 @click.option("--name", help="The model's name.  [default: the folder of the run]")
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 4096),
     default=64,
     show_default=True,
-    help="Texts decoded together at most.",
+    help="Texts decoded together, at most.",
 )
 @click.option(
     "--queue",
     type=click.IntRange(0, 100_000),
     default=256,
     show_default=True,
-    help="Texts that may wait; more are told to come again (503).",
+    help="Texts that can wait; more are refused with 503.",
 )
 @sampling_options
 @quantize_option
 @backend_option
 @click.pass_context
 def command(
-    ctx: click.Context, /, checkpoint: Path | None, host: str, port: int, api_key: str,
-    name: str | None, batch_size: int, queue: int, stop: tuple[str, ...],
-    logit_bias: tuple[str, ...], backend: str, quantize: int | None, **filters: Any,
-) -> None:  # fmt: skip
-    """Serve a trained model: the OpenAI API, and a page to write with it in the browser."""
+    ctx: click.Context,
+    /,
+    checkpoint: Path | None,
+    host: str,
+    port: int,
+    api_key: str,
+    name: str | None,
+    batch_size: int,
+    queue: int,
+    stop: tuple[str, ...],
+    logit_bias: tuple[str, ...],
+    backend: str,
+    quantize: int | None,
+    **filters: Any,
+) -> None:
+    """Serve a trained model: the OpenAI API, and a page in the browser."""
     from mlx_randygpt.sampling.filters import SampleConfig
 
-    SampleConfig(stop=stop, **filters)
+    SampleConfig(stop=stop, **filters)  # check the options before loading anything
+    _require_extra()
     from mlx_randygpt.serve import Settings
+    from mlx_randygpt.serve.api import Api
     from mlx_randygpt.serve.engine import Engine
     from mlx_randygpt.serve.metrics import Metrics
 
     path, saved, tokenizer = read(checkpoint)
     bias = biases(logit_bias, tokenizer)
-    given = ctx.get_parameter_source("seed")
+    seed_source = ctx.get_parameter_source("seed")
     settings = Settings(
         api_key=api_key,
         defaults=SampleConfig(stop=stop, logit_bias=bias, **filters),
-        seed=None if given is click.core.ParameterSource.DEFAULT else filters["seed"],
+        seed=None if seed_source is click.core.ParameterSource.DEFAULT else filters["seed"],
         loopback_only=host in ("localhost", "127.0.0.1", "::1"),
     )
-    served, metrics = _served(name, path, saved, tokenizer), Metrics()
-    _require_extra()
-    from mlx_randygpt.serve.api import Api
-
+    served, metrics = _describe_model(name, path, saved, tokenizer), Metrics()
     with _listen(host, port) as listening:
         engine = Engine(
-            lambda: build(saved, backend, quantize), saved.model, metrics, batch_size, queue
+            lambda: build(saved, backend, quantize),
+            saved.model,
+            metrics,
+            n_streams=batch_size,
+            n_waiting=queue,
         )
         engine.start()
         _serve(Api(served, settings, engine, metrics).app(), listening, host)
@@ -99,24 +122,31 @@ def _serve(app: Any, listening: socket.socket, host: str) -> None:
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=65,
-        server_header=False, ws="none", lifespan="on",
-    )  # fmt: skip
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=65,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+    )
     uvicorn.Server(config).run(sockets=[listening])
 
 
 def _require_extra() -> None:
     try:
+        import prometheus_client
+        import pydantic
         import starlette
         import uvicorn
 
-        del starlette, uvicorn
+        del prometheus_client, pydantic, starlette, uvicorn
     except ImportError as error:
         raise missing("`mlxgpt serve`", str(error.name), "serve") from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket there; ServeError where it is taken or may not be."""
+    """Return a listening socket; raise ServeError if the port is taken or not allowed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -130,26 +160,32 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _served(name: str | None, path: Path, saved: Checkpoint, tokenizer: Tokenizer) -> ServedModel:
-    """What is told of the model; its name is that of the run's folder or, in `checkpoints`,
-    of the folder around it."""
+def _describe_model(
+    name: str | None, path: Path, saved: Checkpoint, tokenizer: Tokenizer
+) -> ServedModel:
+    """Return the model's facts; its default name is the run folder's."""
     from mlx_randygpt.serve import ServedModel
 
     digest = hashlib.sha256()
     for weight in saved.state.params.values():
         digest.update(weight.tobytes())
     folders = path.resolve().parents
-    named = next((f.name for f in folders if f.name not in ("", "checkpoints")), "model")
+    folder = next((f.name for f in folders if f.name not in ("", "checkpoints")), "model")
     return ServedModel(
-        name or named, saved.model, tokenizer, saved.state.params,
-        int(path.stat().st_mtime), digest.hexdigest()[:12], saved.state.step,
-        saved.train.prompt,
-        _curve(path.parent / "metrics.jsonl"),
-    )  # fmt: skip
+        name=name or folder,
+        model=saved.model,
+        tokenizer=tokenizer,
+        params=saved.state.params,
+        created=int(path.stat().st_mtime),
+        fingerprint=digest.hexdigest()[:12],
+        step=saved.state.step,
+        prompt=saved.train.prompt,
+        curve=_read_curve(path.parent / "metrics.jsonl"),
+    )
 
 
-def _curve(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Losses of the run that made the model, at most N_POINTS of each; none without its file."""
+def _read_curve(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return the run's losses, at most N_POINTS of each; none if the file is missing."""
     from mlx_randygpt.screen.curve import Curve
 
     curves = {"loss": Curve(N_POINTS), "val_loss": Curve(N_POINTS)}

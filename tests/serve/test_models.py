@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 pytest.importorskip("hypothesis")
+pytest.importorskip("pydantic")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_randygpt.serve import ApiError, schema
+from mlx_randygpt.serve import ApiError
+from mlx_randygpt.serve.models import AttentionBody, ChatBody, CompletionBody, PlainBody, parse
 
 USER = {"role": "user", "content": "hi"}
 
@@ -27,7 +29,8 @@ USER = {"role": "user", "content": "hi"}
     ],
 )  # fmt: skip
 def test_what_the_api_allows_passes(body: dict[str, Any]) -> None:
-    assert schema.parse(json.dumps(body).encode(), schema.COMPLETION) == body
+    parsed = parse(json.dumps(body).encode(), CompletionBody)
+    assert parsed.model_dump(exclude_unset=True) == body
 
 
 @pytest.mark.parametrize(
@@ -37,21 +40,36 @@ def test_what_the_api_allows_passes(body: dict[str, Any]) -> None:
         ({"prompt": 3}, "prompt", "prompt is 3; it must be of type string"),
         ({"prompt": []}, "prompt", "prompt"),
         ({"prompt": ["a", 3]}, "prompt[1]", "prompt[1] is 3; it must be of type string"),
-        ({"prompt": [[]]}, "prompt[0]", "prompt[0] has 0 items; it must have 1 to"),
-        ({"prompt": [1, -1]}, "prompt[1]", "prompt[1] is -1; it must be from 0 to"),
+        ({"prompt": [[]]}, "prompt[0]", "prompt[0] has 0 items; it must have at least 1"),
+        ({"prompt": [1, -1]}, "prompt[1]", "prompt[1] is -1; it must be at least 0"),
+        ({"prompt": 3}, "prompt", "it must be of type string or array"),
+        ({"prompt": [1, 2, "a"]}, "prompt[2]", "prompt[2] is 'a'; it must be of type integer"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt[1][1]", "is 'a'; it must be of type integer"),
+        ({"prompt": "a", "stop": 5}, "stop", "it must be of type string or array or null"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "stop", "has 17 items; it must have at most 16"),
+        ({"prompt": "a", "top_k": 2**53}, "top_k", "it must be at most 9007199254740991"),
+        ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options.'x'", "not a known field"),
         ({"prompt": "a", "n": True}, "n", "n is True; it must be of type integer or null"),
         ({"prompt": "a", "n": 1.5}, "n", "n is 1.5; it must be of type integer or null"),
-        ({"prompt": "a", "temperature": -1}, "temperature", "it must be from 0 to 1000"),
-        ({"prompt": "a", "temprature": 1}, "'temprature'", "'temprature' is not known here"),
+        (
+            {"prompt": "a", "temperature": -1},
+            "temperature",
+            "temperature is -1; it must be at least 0",
+        ),
+        ({"prompt": "a", "temprature": 1}, "'temprature'", "'temprature' is not a known field"),
         ({"prompt": "a", "logit_bias": {"1": "x"}}, "logit_bias.'1'", "must be of type number"),
-        ({"prompt": "a", "stop": [""]}, "stop[0]", "stop[0] has 0 characters; it must have 1 to"),
+        (
+            {"prompt": "a", "stop": [""]},
+            "stop[0]",
+            "stop[0] has 0 characters; it must have at least 1",
+        ),
     ],
 )
 def test_a_complaint_names_place_value_and_what_would_be_right(
     body: dict[str, Any], param: str, message: str
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        schema.parse(json.dumps(body).encode(), schema.COMPLETION)
+        parse(json.dumps(body).encode(), CompletionBody)
     assert (caught.value.status, caught.value.param) == (400, param)
     assert message in caught.value.message
 
@@ -61,19 +79,27 @@ def test_a_complaint_names_place_value_and_what_would_be_right(
 )
 def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is"):
-        schema.parse(body, schema.COMPLETION)
+        parse(body, CompletionBody)
+
+
+def test_null_is_the_default_of_every_optional_field() -> None:
+    for model, body in ((CompletionBody, {"prompt": "a"}), (ChatBody, {"messages": [USER]})):
+        nulls = dict.fromkeys(set(model.model_fields) - set(body))
+        assert parse(json.dumps(nulls | body).encode(), model) == parse(
+            json.dumps(body).encode(), model
+        )
 
 
 def test_messages_are_checked_to_the_ground() -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
-    schema.check({"messages": [USER, parts]}, schema.CHAT, "")
+    parse(json.dumps({"messages": [USER, parts]}).encode(), ChatBody)
     for wrong, message in [
         ({"role": "user"}, "messages[1].content is missing"),
-        ({"role": "king", "content": "a"}, "messages[1].role is 'king'; it is one of system, "),
+        ({"role": "king", "content": "a"}, "messages[1].role is 'king'; it must be 'system', "),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[1].content[0]"),
     ]:
         with pytest.raises(ApiError) as caught:
-            schema.check({"messages": [USER, wrong]}, schema.CHAT, "")
+            parse(json.dumps({"messages": [USER, wrong]}).encode(), ChatBody)
         assert message in caught.value.message
 
 
@@ -89,9 +115,9 @@ named = st.sampled_from(["prompt", "messages", "n", "stop", "logit_bias", "seed"
 @settings(deadline=None)
 @given(st.dictionaries(named, json_values, max_size=4))
 def test_nothing_that_is_json_is_more_than_refused(body: dict[str, Any]) -> None:
-    for shape in (schema.COMPLETION, schema.CHAT, schema.SEED, schema.ATTENTION):
+    for shape in (CompletionBody, ChatBody, PlainBody, AttentionBody):
         try:
-            schema.parse(json.dumps(body).encode(), shape)
+            parse(json.dumps(body).encode(), shape)
         except ApiError as error:
             if error.status != 400:
                 raise

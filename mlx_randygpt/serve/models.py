@@ -1,0 +1,260 @@
+"""The bodies of requests as pydantic models, and the wording of their errors.
+
+The OpenAPI description is generated from the same models. Numbers and flags are strict ("3" is
+not 3), except that 3.0 is an integer: JSON has one type for both.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    Strict,
+    StrictBool,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from mlx_randygpt.serve import MAX_CHOICES, MAX_LOGPROBS, MAX_TOKENS, ApiError
+
+MAX_INTEGER = 2**53 - 1  # larger integers differ between JSON parsers
+WRONG_TYPE = "invalid_type"
+TYPES = {  # pydantic's type errors -> JSON's name of the type that would be right
+    "string_type": "string",
+    "int_type": "integer",
+    "float_type": "number",
+    "bool_type": "boolean",
+    "list_type": "array",
+    "dict_type": "object",
+    "model_type": "object",
+    "model_attributes_type": "object",
+    "none_required": "null",
+}
+
+
+def _to_int(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_string(value: object) -> object:
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "not a string")
+    return value
+
+
+# pydantic's own str refuses half of a surrogate pair, which JSON allows
+Text = Annotated[str, PlainValidator(_check_string), WithJsonSchema({"type": "string"})]
+Integer = Annotated[int, Strict(), BeforeValidator(_to_int)]
+Number = Annotated[float, Strict()]
+Token = Annotated[Integer, Field(ge=0, le=MAX_INTEGER)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+MaxTokens = Annotated[Integer, Field(ge=0, le=MAX_TOKENS)]
+Seed = Annotated[Integer, Field(ge=0, le=MAX_INTEGER)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Penalty = Annotated[Number, Field(ge=-100, le=100)]
+StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
+StopTexts = Annotated[list[StopText], Field(max_length=16, fail_fast=True)]
+
+
+class Body(BaseModel):
+    """An object without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(Body):
+    """`stream_options` of the OpenAI API."""
+
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None
+
+
+class SamplingBody(Body):
+    """The fields that completions and chat share. Null and absent mean the server's setting."""
+
+    model: Text | None = None
+    max_tokens: MaxTokens | None = None
+    temperature: Annotated[Number, Field(ge=0, le=1000)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[Integer, Field(ge=0, le=MAX_INTEGER)] | None = None
+    min_p: Share | None = None
+    typical_p: Share | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.001, le=1000)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[Text, Penalty], Field(max_length=1024)] | None = None
+    stop: StopText | StopTexts | None = None
+    seed: Seed | None = None
+    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    # fields of the OpenAI API that have no effect here
+    user: Text | None = None
+    store: StrictBool | None = None
+    metadata: dict[Text, Any] | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+
+
+class CompletionBody(SamplingBody):
+    """`POST /v1/completions`."""
+
+    prompt: Text | Texts | Tokens | TokenLists
+    echo: StrictBool | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    suffix: None = None
+    truncate_prompt: StrictBool | None = None
+
+
+class TextPart(Body):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Body):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
+    name: Text | None = None
+    refusal: None = None
+
+
+class ResponseFormat(Body):
+    """`response_format` of the OpenAI API; only text is supported."""
+
+    type: Literal["text"]
+
+
+class ChatBody(SamplingBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class PlainBody(Body):
+    """`POST /`, the API of the ancestor projects."""
+
+    prompt: Text
+    max_tokens: MaxTokens = 2048
+    temperature: Annotated[Number, Field(ge=0, le=1000)] = 0.7
+    seed: Seed | None = None
+
+
+class AttentionBody(Body):
+    """`POST /attention`."""
+
+    text: Text
+    layer: Annotated[Integer, Field(ge=0, le=999)]
+    head: Annotated[Integer, Field(ge=0, le=4095)]
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(content: bytes, model: type[B]) -> B:
+    """Return a request's body as its model; raise ApiError 400, which names field and value."""
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ApiError(400, f"the body is not valid JSON: {reason}") from error
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _api_error(error.errors(include_url=False), value, model) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _api_error(errors: list[ErrorDetails], body: Any, model: type[Body]) -> ApiError:
+    """Report one error of the first wrong field: of a union's, the one farthest into the value."""
+    errors = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    paths = [_path(error["loc"], body) for error in errors]
+
+    def rank(i: int) -> tuple[int, list[int], bool]:
+        indices = [part for part in paths[i] if isinstance(part, int)]
+        return len(paths[i]), indices, errors[i]["type"] not in TYPES
+
+    best = max(range(len(errors)), key=rank)
+    error, path = errors[best], paths[best]
+    at = _spell(path, error["type"] == "extra_forbidden")
+    if error["type"] not in TYPES:
+        return ApiError(400, f"{at or 'the body'} {_complaint(error)}", param=at or None)
+    types = [TYPES[error["type"]]]
+    if len(path) == min(map(len, paths)):  # the place of the union itself
+        types = [TYPES[e["type"]] for e in errors if e["type"] in TYPES]
+    field = model.model_fields.get(str(path[0])) if len(path) == 1 else None
+    if field is not None and not field.is_required() and field.default is None:
+        types.append("null")
+    shown, expected = reprlib.repr(error["input"]), " or ".join(dict.fromkeys(types))
+    message = f"{at or 'the body'} is {shown}; it must be of type {expected}"
+    return ApiError(400, message, param=at or None, code=WRONG_TYPE)
+
+
+def _complaint(error: ErrorDetails) -> str:
+    kind, value, limits = error["type"], error["input"], error.get("ctx", {})
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return "is not a known field"
+    if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
+        units: dict[type, str] = {str: "characters", dict: "entries", list: "items"}
+        unit = units[type(value)]
+        limit = limits.get("min_length", limits.get("max_length"))
+        side = "least" if "short" in kind else "most"
+        return f"has {len(value)} {unit}; it must have at {side} {limit}"
+    shown = reprlib.repr(value)
+    if kind == "greater_than_equal":
+        return f"is {shown}; it must be at least {limits['ge']:g}"
+    if kind == "less_than_equal":
+        return f"is {shown}; it must be at most {limits['le']:.17g}"
+    if kind == "literal_error":
+        return f"is {shown}; it must be {limits['expected']}"
+    return f"is {shown}: {error['msg']}"
+
+
+def _path(loc: tuple[int | str, ...], value: Any) -> list[int | str]:
+    """Return the keys and indices of a pydantic location, without the names of union members."""
+    path: list[int | str] = []
+    for i, part in enumerate(loc):
+        if isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        elif isinstance(value, dict) and isinstance(part, str):
+            if part not in value and i < len(loc) - 1:
+                continue
+            value = value.get(part)
+        else:
+            continue
+        path.append(part)
+    return path
+
+
+def _spell(path: list[int | str], last_is_foreign: bool) -> str:
+    """Spell a path as `messages[1].content`; names the client chose are quoted."""
+    spelled = ""
+    for i, part in enumerate(path):
+        foreign = (last_is_foreign and i == len(path) - 1) or path[:i] == ["logit_bias"]
+        name = reprlib.repr(part)[:40] if foreign else str(part)
+        spelled += f"[{part}]" if isinstance(part, int) else f".{name}" if spelled else name
+    return spelled

@@ -1,0 +1,87 @@
+"""Between the routes and the engine: submit the texts of a request, wait for or stream them.
+
+Everything here runs in the event loop; the engine's thread only reports that texts have grown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from starlette.requests import Request as HttpRequest
+
+from mlx_randygpt.sampling.generate import Continuation
+from mlx_randygpt.serve import ApiError, ServedModel
+from mlx_randygpt.serve.engine import Engine, Full, Request
+from mlx_randygpt.serve.http import EventStream, event, until_disconnect
+from mlx_randygpt.serve.metrics import Metrics
+from mlx_randygpt.serve.requests import GenerationRequest
+from mlx_randygpt.serve.responses import ResponseBuilder, StreamState
+
+
+class Submission:
+    """The texts of one HTTP request in the engine; ApiError 503 if its queue is full."""
+
+    def __init__(
+        self, generation: GenerationRequest, served: ServedModel, engine: Engine, metrics: Metrics
+    ) -> None:
+        self._metrics = metrics
+        self._changed = asyncio.Event()
+        self._requests = [
+            Request(text, self._changed.set, each_token=generation.stream)
+            for text in generation.continuations(served)
+        ]
+        try:
+            engine.submit([request for request in self._requests if not request.finished])
+        except Full as error:
+            metrics.add("refused_total", len(self._requests))
+            raise ApiError(503, str(error), code="overloaded") from error
+
+    async def wait(self, http_request: HttpRequest) -> list[Continuation]:
+        """Return all texts once they have ended; raise ApiError if one of them failed."""
+        watch = asyncio.create_task(until_disconnect(http_request.receive, self._cancel))
+        try:
+            while not all(request.finished for request in self._requests):
+                await self._changed.wait()
+                self._changed.clear()
+        finally:
+            watch.cancel()
+            self._cancel()
+        if errors := [r.error for r in self._requests if r.error is not None]:
+            raise ApiError(500, "the model failed; the request can be repeated") from errors[0]
+        if any(request.cancelled for request in self._requests):
+            raise ApiError(503, "the server is stopping", code="stopping")
+        return [request.continuation for request in self._requests]
+
+    def stream(self, builder: ResponseBuilder) -> EventStream:
+        """Return a response that sends the texts while they grow."""
+        return EventStream(_events(self._requests, self._changed, builder), self._cancel)
+
+    def _cancel(self) -> None:
+        """Cancel the texts that have not ended: the client does not wait any more."""
+        for request in self._requests:
+            if not request.finished:
+                request.cancelled = True
+                self._metrics.add("cancelled_total")
+        self._changed.set()
+
+
+async def _events(
+    requests: Sequence[Request], changed: asyncio.Event, builder: ResponseBuilder
+) -> AsyncIterator[bytes]:
+    """Yield the pieces of all texts as they grow, then the end as the OpenAI API has it."""
+    states = [StreamState(builder, i, r.continuation) for i, r in enumerate(requests)]
+    while not all(state.done for state in states):
+        changed.clear()
+        failed = any(request.error or request.cancelled for request in requests)
+        pieces = [piece for state in states if not state.done for piece in state.pieces()]
+        if pieces:
+            yield b"".join(map(event, pieces))
+        if failed:
+            yield event(ApiError(500, "the text could not be finished").body())
+            return
+        if not all(state.done for state in states):
+            await changed.wait()
+    if builder.generation.include_usage:
+        yield event(builder.closing([request.continuation for request in requests]))
+    yield b"data: [DONE]\n\n"
