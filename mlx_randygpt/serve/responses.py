@@ -120,7 +120,7 @@ class StreamState:
         self._begun = self.done = False
 
     def pieces(self) -> list[Body]:
-        """What is new since the last time."""
+        """Return the chunks with what is new since the last call."""
         sample = self._text.sample
         finish = sample.finish_reason or None  # read before the text: the engine sets it last
         n_choices, text = len(sample.choices), sample.text

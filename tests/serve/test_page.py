@@ -122,7 +122,7 @@ def test_attention_of_a_head_is_shown_for_the_chosen_token(page: Page) -> None:
     set_slider(page, "max_tokens", 12)
     write(page, "The", 3)
     page.locator("#attention summary").click()
-    expect(page.locator("#shares")).to_contain_text("looks at")
+    expect(page.locator("#shares")).to_contain_text("attends to")
     before = page.locator("#shares").inner_text()
     page.locator("#head").select_option("2")
     expect(page.locator("#shares")).not_to_have_text(before)
@@ -159,7 +159,7 @@ def test_two_tabs_write_side_by_side(page: Page, host: Host) -> None:
 def test_a_server_that_went_away_and_came_back_is_noticed(page: Page, host: Host) -> None:
     host.stop()
     page.locator("#write").click()
-    expect(page.locator("#status")).to_contain_text("The server is gone")
+    expect(page.locator("#status")).to_contain_text("The server does not respond")
     host.start()
     expect(page.locator("#status")).to_have_text("The server is back.", timeout=20_000)
     set_slider(page, "max_tokens", 20)

@@ -1,38 +1,39 @@
-// The page: asks the same API as everybody else, one stream at a time.
+// The page: a client of the same API as all others, with one stream at a time.
 
+const LOST = "the connection was lost before the end of the text";
 const $ = (id) => document.getElementById(id);
-const SHADES = [0.05, 0.2, 0.5, 0.8]; // where one shade ends and the next begins
-const SLIDERS = [ // setting, its name, least, most, step, option of the command
-  ["max_tokens", "Tokens at most", 1, 1000, 1, "--max-tokens"],
+const SHADES = [0.05, 0.2, 0.5, 0.8]; // upper limits of the shades, as probabilities
+const SLIDERS = [ // setting, label, minimum, maximum, step, command-line option
+  ["max_tokens", "Max tokens", 1, 1000, 1, "--max-tokens"],
   ["temperature", "Temperature", 0, 2, 0.05, "--temperature"],
   ["top_p", "Top-p", 0, 1, 0.01, "--top-p"],
   ["top_k", "Top-k (0: off)", 0, 100, 1, "--top-k"],
   ["min_p", "Min-p (0: off)", 0, 1, 0.01, "--min-p"],
-  ["typical_p", "Typical (1: off)", 0, 1, 0.01, "--typical-p"],
+  ["typical_p", "Typical-p (1: off)", 0, 1, 0.01, "--typical-p"],
   ["repetition_penalty", "Repetition penalty", 0.5, 2, 0.05, "--repetition-penalty"],
 ];
-let writing = null; // the AbortController of the stream at hand
-let model = null; // what /run tells
-let said = ""; // prompt and text, for what goes on from there
+let running = null; // the AbortController of the current stream
+let model = null; // the response of /run
+let written = ""; // prompt and text so far, which "Continue" continues
 
-async function ask(path, body, signal) {
+async function request(path, body, signal) {
   const headers = { "content-type": "application/json" };
   const key = sessionStorage.getItem("key");
   if (key) headers.authorization = `Bearer ${key}`;
   const init = body ? { method: "POST", headers, body: JSON.stringify(body), signal } : { headers, signal };
-  const answer = await fetch(path, init);
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => null);
-  $("key-row").hidden = answer.status !== 401;
-  throw new Error(told?.error?.message ?? `the server answered ${answer.status}`);
+  const response = await fetch(path, init);
+  if (response.ok) return response;
+  const details = await response.json().catch(() => null);
+  $("key-row").hidden = response.status !== 401;
+  throw new Error(details?.error?.message ?? `the server responded with status ${response.status}`);
 }
 
-async function* events(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("the server left in the middle of the text");
+    if (done) throw new Error(LOST);
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
@@ -53,64 +54,64 @@ function settings() {
 }
 
 async function write(prompt) {
-  if (writing) return;
+  if (running) return;
   if (!$("keep-seed").checked) newSeed();
-  const control = (writing = new AbortController());
+  const control = (running = new AbortController());
   const body = { prompt, ...settings(), stream: true, logprobs: 5, truncate_prompt: true };
   show(prompt, body);
-  busy(true);
+  setBusy(true);
   const started = performance.now();
   let n = 0, reason = "";
   try {
-    for await (const event of events(await ask("/v1/completions", body, control.signal))) {
+    for await (const event of events(await request("/v1/completions", body, control.signal))) {
       const [choice] = event.choices;
       if (!choice) continue;
       n += append(choice.logprobs, choice.text);
       reason = choice.finish_reason ?? "";
       const rate = Math.round(n / ((performance.now() - started) / 1000));
-      tell(`${n} tokens, ${rate}/s${reason === "stop" ? ", ended by itself" : ""}`);
+      showStatus(`${n} tokens, ${rate}/s${reason === "stop" ? ", ended on its own" : ""}`);
     }
   } catch (error) {
-    if (error.name === "AbortError") tell(`stopped after ${n} tokens`);
-    else failed(error);
+    if (error.name === "AbortError") showStatus(`stopped after ${n} tokens`);
+    else showError(error);
   } finally {
-    writing = null;
-    busy(false);
-    if ($("attention").open) attend();
+    running = null;
+    setBusy(false);
+    if ($("attention").open) showAttention();
   }
 }
 
 function show(prompt, body) {
-  said = prompt;
-  const given = document.createElement("span");
-  given.className = "given";
-  given.textContent = prompt;
-  $("text").replaceChildren(given);
+  written = prompt;
+  const span = document.createElement("span");
+  span.className = "given";
+  span.textContent = prompt;
+  $("text").replaceChildren(span);
   $("choice").textContent = "";
   $("command").textContent = command(prompt, body);
 }
 
 function append(logprobs, text) {
   const view = $("text");
-  const below = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
-  said += text;
-  let left = text; // a stop text is among the tokens and not in the text
+  const atBottom = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
+  written += text;
+  let left = text; // the tokens include a stop text, the text does not
   logprobs.tokens.forEach((token, i) => {
     const shown = left.startsWith(token) ? token : left;
     left = left.slice(shown.length);
     if (shown) view.append(tokenSpan(shown, logprobs.token_logprobs[i], logprobs.top_logprobs[i]));
   });
-  if (below) view.scrollTop = view.scrollHeight;
+  if (atBottom) view.scrollTop = view.scrollHeight;
   return logprobs.tokens.length;
 }
 
 function tokenSpan(token, logprob, likeliest) {
   const span = document.createElement("span");
   const p = Math.exp(logprob);
-  const shade = SHADES.findIndex((most) => p <= most);
+  const shade = SHADES.findIndex((limit) => p <= limit);
   span.className = `token t${shade < 0 ? SHADES.length : shade}${token === "\n" ? " line" : ""}`;
   span.textContent = token;
-  span.tell = () => {
+  span.describe = () => {
     const others = Object.entries(likeliest).filter(([other]) => other !== token);
     const listed = others.map(([other, q]) => `${quoted(other)} ${percent(Math.exp(q))}`);
     describe($("choice"), `${quoted(token)} ${percent(p)}`, ` instead of ${listed.join(" · ")}`);
@@ -118,64 +119,64 @@ function tokenSpan(token, logprob, likeliest) {
   return span;
 }
 
-// Choosing a token: by pointing, by touch, by the arrow keys
+// Selecting a token with the mouse, by touch, or with the arrow keys
 
-function choosable(view) {
+function makeSelectable(view) {
   let current = null;
-  const choose = (span) => {
-    if (!span?.tell) return;
+  const select = (span) => {
+    if (!span?.describe) return;
     current?.classList.remove("on");
     (current = span).classList.add("on");
-    span.tell();
+    span.describe();
   };
-  view.addEventListener("mouseover", (event) => choose(event.target));
-  view.addEventListener("click", (event) => choose(event.target));
+  view.addEventListener("mouseover", (event) => select(event.target));
+  view.addEventListener("click", (event) => select(event.target));
   view.addEventListener("keydown", (event) => {
     const spans = [...view.querySelectorAll(".token")];
     const at = spans.indexOf(current);
     const to = { ArrowRight: at + 1, ArrowLeft: at < 0 ? spans.length - 1 : at - 1, Home: 0, End: spans.length - 1 }[event.key];
     if (to === undefined || !spans[to]) return;
     event.preventDefault();
-    choose(spans[to]);
+    select(spans[to]);
     spans[to].scrollIntoView({ block: "nearest" });
   });
 }
 
 // Attention
 
-async function attend() {
-  if (!said) return;
-  const body = { text: said, layer: Number($("layer").value), head: Number($("head").value) };
+async function showAttention() {
+  if (!written) return;
+  const body = { text: written, layer: Number($("layer").value), head: Number($("head").value) };
   try {
-    const { tokens, weights } = await (await ask("/attention", body)).json();
+    const { tokens, weights } = await (await request("/attention", body)).json();
     const spans = tokens.map((token) => {
       const span = document.createElement("span");
       span.className = "token";
       span.textContent = token;
       return span;
     });
-    spans.forEach((span, i) => (span.tell = () => tintShares(spans, weights[i], i, tokens)));
+    spans.forEach((span, i) => (span.describe = () => tintShares(spans, weights[i], i, tokens)));
     $("map").replaceChildren(...spans);
-    spans.at(-1)?.tell();
+    spans.at(-1)?.describe();
   } catch (error) {
-    failed(error);
+    showError(error);
   }
 }
 
 function tintShares(spans, row, at, tokens) {
-  const most = Math.max(...row, 0.01);
+  const largest = Math.max(...row, 0.01);
   spans.forEach((span, j) => {
     span.classList.toggle("on", j === at);
-    span.style.background = j < row.length ? `rgba(var(--share), ${(0.75 * row[j]) / most})` : "";
+    span.style.background = j < row.length ? `rgba(var(--share), ${(0.75 * row[j]) / largest})` : "";
   });
   const best = row.map((share, j) => [share, j]).sort((a, b) => b[0] - a[0]).slice(0, 4);
   const listed = best.map(([share, j]) => `${quoted(tokens[j])} ${at - j ? `${at - j} back` : "itself"} ${percent(share)}`);
-  describe($("shares"), quoted(tokens[at]), ` looks at ${listed.join(" · ")}`);
+  describe($("shares"), quoted(tokens[at]), ` attends to ${listed.join(" · ")}`);
 }
 
 function drawCurve(curve) {
   const { loss = [], val_loss: val = [] } = curve;
-  if (!loss.length) return $("curve").replaceChildren("No metrics.jsonl beside the checkpoint.");
+  if (!loss.length) return $("curve").replaceChildren("There is no metrics.jsonl next to the checkpoint.");
   const [w, h, edge] = [$("curve").clientWidth || 640, 260, 40];
   const all = [...loss, ...val];
   const last = Math.max(...all.map(([step]) => step), 1);
@@ -221,27 +222,27 @@ function command(prompt, values) {
   return `mlxgpt sample --prompt ${word(prompt)}${named}${model.options} --seed ${values.seed}`;
 }
 
-function tell(text, wrong = false) {
+function showStatus(text, wrong = false) {
   $("status").textContent = text;
   $("status").classList.toggle("wrong", wrong);
 }
 
-function busy(on) {
+function setBusy(on) {
   $("write").disabled = on;
   $("stop").disabled = !on;
-  $("onward").disabled = on || !said;
-  if (on) tell("…");
+  $("onward").disabled = on || !written;
+  if (on) showStatus("…");
 }
 
-async function failed(error) {
-  const gone = error instanceof TypeError || /left in the middle/.test(error.message);
-  if (!gone) return tell(error.message, true);
-  tell("The server is gone; waiting for it.", true);
+async function showError(error) {
+  const gone = error instanceof TypeError || error.message === LOST;
+  if (!gone) return showStatus(error.message, true);
+  showStatus("The server does not respond; waiting for it.", true);
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, 1000));
-    if (await fetch("/health").then((a) => a.ok, () => false)) break;
+    if (await fetch("/health").then((response) => response.ok, () => false)) break;
   }
-  await begin().then(() => tell("The server is back."), failed);
+  await loadModel().then(() => showStatus("The server is back."), showError);
 }
 
 function build() {
@@ -256,21 +257,21 @@ function build() {
     $("sliders").append(line, slider);
   }
   $("write").onclick = () => write($("prompt").value);
-  $("onward").onclick = () => write(said);
-  $("stop").onclick = () => writing?.abort();
+  $("onward").onclick = () => write(written);
+  $("stop").onclick = () => running?.abort();
   $("dice").onclick = newSeed;
-  $("layer").onchange = $("head").onchange = attend;
-  $("attention").ontoggle = () => $("attention").open && attend();
-  $("key-row").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("key", $("key").value); begin().then(() => tell(""), failed); };
+  $("layer").onchange = $("head").onchange = showAttention;
+  $("attention").ontoggle = () => $("attention").open && showAttention();
+  $("key-row").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("key", $("key").value); loadModel().then(() => showStatus(""), showError); };
   $("run").ontoggle = () => drawCurve(model?.curve ?? {});
   $("settings").onsubmit = (event) => event.preventDefault();
   $("theme").onclick = toggleTheme;
   addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write($("prompt").value);
-    if (event.key === "Escape") writing?.abort();
+    if (event.key === "Escape") running?.abort();
   });
-  choosable($("text"));
-  choosable($("map"));
+  makeSelectable($("text"));
+  makeSelectable($("map"));
 }
 
 function toggleTheme() {
@@ -279,9 +280,9 @@ function toggleTheme() {
   localStorage.setItem("theme", (root.theme = dark ? "light" : "dark"));
 }
 
-async function begin() {
+async function loadModel() {
   const first = !model;
-  model = await (await ask("/run")).json();
+  model = await (await request("/run")).json();
   $("key-row").hidden = true;
   $("name").textContent = document.title = model.name;
   $("facts").textContent = `${model.parameters.toLocaleString("en")} parameters, step ${model.step.toLocaleString("en")}, context ${model.block_size}, ${model.backend}`;
@@ -296,4 +297,4 @@ async function begin() {
 const theme = localStorage.getItem("theme");
 if (theme) document.documentElement.dataset.theme = theme;
 build();
-begin().catch(failed);
+loadModel().catch(showError);
