@@ -188,13 +188,17 @@ def _refuse_constant(name: str) -> None:
 
 
 def _api_error(errors: list[ErrorDetails], body: Any, model: type[Body]) -> ApiError:
-    """Report one error of the first wrong field: of a union's, the one farthest into the value."""
-    errors = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
-    paths = [_path(error["loc"], body) for error in errors]
+    """Return the error of the first wrong field.
 
-    def rank(i: int) -> tuple[int, list[int], bool]:
+    Of a union's errors, one about a value is best: its types were right. Otherwise the one that
+    is farthest into the field.
+    """
+    errors = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    paths = [_path(error, body) for error in errors]
+
+    def rank(i: int) -> tuple[bool, int, list[int]]:
         indices = [part for part in paths[i] if isinstance(part, int)]
-        return len(paths[i]), indices, errors[i]["type"] not in TYPES
+        return errors[i]["type"] not in TYPES, len(paths[i]), indices
 
     best = max(range(len(errors)), key=rank)
     error, path = errors[best], paths[best]
@@ -234,20 +238,16 @@ def _complaint(error: ErrorDetails) -> str:
     return f"is {shown}: {error['msg']}"
 
 
-def _path(loc: tuple[int | str, ...], value: Any) -> list[int | str]:
-    """Return the keys and indices of a pydantic location, without the names of union members."""
+def _path(error: ErrorDetails, value: Any) -> list[int | str]:
+    """Return the keys and indices of an error's location, without the names of union members."""
     path: list[int | str] = []
-    for i, part in enumerate(loc):
-        if isinstance(value, list) and isinstance(part, int):
+    for part in error["loc"]:
+        if (isinstance(value, list) and isinstance(part, int)) or (
+            isinstance(value, dict) and part in value
+        ):
             value = value[part]
-        elif isinstance(value, dict) and isinstance(part, str):
-            if part not in value and i < len(loc) - 1:
-                continue
-            value = value.get(part)
-        else:
-            continue
-        path.append(part)
-    return path
+            path.append(part)
+    return path + list(error["loc"][-1:] if error["type"] == "missing" else ())
 
 
 def _spell(path: list[int | str], last_is_foreign: bool) -> str:
