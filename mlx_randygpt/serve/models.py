@@ -242,9 +242,8 @@ def _path(error: ErrorDetails, value: Any) -> list[int | str]:
     """Return the keys and indices of an error's location, without the names of union members."""
     path: list[int | str] = []
     for part in error["loc"]:
-        if (isinstance(value, list) and isinstance(part, int)) or (
-            isinstance(value, dict) and part in value
-        ):
+        is_index = isinstance(value, list) and isinstance(part, int)
+        if is_index or (isinstance(value, dict) and part in value):
             value = value[part]
             path.append(part)
     return path + list(error["loc"][-1:] if error["type"] == "missing" else ())
