@@ -103,7 +103,7 @@ def test_nanogpts_table_keeps_its_ids(tmp_path: Path) -> None:
     ("meta", "reason"),
     [
         ({"itos": {0: "a", 3: "b"}}, "gives 'b' the id 3; the model's ids are 0 to 2"),
-        ({"itos": {0: "a", 1: "a"}}, "'a' is there twice"),
+        ({"itos": {0: "a", 1: "a"}}, "'a' occurs twice"),
         ({"itos": {0: "ab"}}, "'ab' is not one character"),
         ({"itos": {"0": "a"}}, "gives 'a' the id '0'"),
         ({"itos": {}}, "no table"),
