@@ -172,7 +172,7 @@ def test_a_tokenizer_json_comes_before_the_two_files(gpt2: Path) -> None:
         ({"a": "0"}, "", "neither a tokenizer.json nor"),
         ({"a": -1}, "", "neither a tokenizer.json nor"),
         ({"a": 0, "b": 1}, "a b c", "is not a pair"),
-        ({"a": 0, "b": 1}, "a b", "which makes no token"),
+        ({"a": 0, "b": 1}, "a b", "but the result is not a token"),
         ({"vocab": ["a", 1]}, "", "not a list of texts"),
         ({"vocab": ["a", "b"]}, "", "2 tokens and the model 300"),
         ({"vocab": ["a"] * 300, "merges": [["a"]]}, "", "is not a pair"),
