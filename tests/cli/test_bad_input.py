@@ -87,7 +87,11 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{NEW} --data=*.rst", 1, "no file matches '*.rst'"),
     (f"{NEW} --data=", 1, "no such file: ''"),
     (f"{NEW} --data=~nobodyofthatname/a.txt", 1, "no such file: '~nobodyofthatname/a.txt'"),
-    (f"{NEW} --tokenizer=~nobodyofthatname/t.json", 1, "or a readable file: No such file or directory"),
+    (
+        f"{NEW} --tokenizer=~nobodyofthatname/t.json",
+        1,
+        "or a readable file: No such file or directory",
+    ),
     (f"{NEW} --data=hollow", 1, "hollow holds no text: no .txt, .md, .jsonl or .parquet file"),
     (f"{NEW} --data=empty.txt", 1, "empty.txt is empty; put text into it or leave it out"),
     (f"{NEW} --data=binary.txt", 1, "binary.txt is binary, not text: a NUL byte at offset 2"),

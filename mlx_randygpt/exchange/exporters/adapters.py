@@ -37,8 +37,8 @@ def adapter_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
     model, params = saved.model, saved.state.params
     if not model.lora_rank:
         raise ExchangeError(
-    """Return the files of a folder called `name`; raise ExchangeError without adapters."""
-            "safetensors for this one"
+            "--format adapters is for a model that was trained with --lora-rank; use --format hf "
+            "or safetensors for this one"
         )
     adapters = {weight: params[weight] for weight in adapter_shapes(model)}
     if not model.is_gpt2:
