@@ -17,7 +17,7 @@ class MLXGPTConfig(PretrainedConfig):  # type: ignore[misc]
         "num_attention_heads": "n_head",
     }
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         vocab_size: int = 67,
         block_size: int = 64,
