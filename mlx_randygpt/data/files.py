@@ -16,10 +16,36 @@ from mlx_randygpt.data import DataError
 
 PROSE = (".txt", ".md", ".markdown", ".rst", ".org", ".tex", ".html")
 SOURCE = (
-    ".c", ".cc", ".cpp", ".css", ".cu", ".go", ".h", ".hpp", ".hs", ".java", ".jl", ".js", ".kt",
-    ".lua", ".m", ".metal", ".ml", ".php", ".pl", ".py", ".r", ".rb", ".rs", ".scala", ".sh",
-    ".sql", ".swift", ".ts", ".zig",
-)  # fmt: skip
+    ".c",
+    ".cc",
+    ".cpp",
+    ".css",
+    ".cu",
+    ".go",
+    ".h",
+    ".hpp",
+    ".hs",
+    ".java",
+    ".jl",
+    ".js",
+    ".kt",
+    ".lua",
+    ".m",
+    ".metal",
+    ".ml",
+    ".php",
+    ".pl",
+    ".py",
+    ".r",
+    ".rb",
+    ".rs",
+    ".scala",
+    ".sh",
+    ".sql",
+    ".swift",
+    ".ts",
+    ".zig",
+)
 ROWS = (".jsonl", ".ndjson", ".parquet")  # many documents in a file
 PACKED = (".gz", ".zst")
 SUFFIXES = (*PROSE, *SOURCE, *ROWS)
