@@ -36,7 +36,9 @@ FORMAT_VERSION = "1"
 _MOMENTS = ("m", "v")
 MAX_TENSORS = 3 * (4 * LIMITS["n_layer"] + 3) + 1000  # slack for braces inside header strings
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+MAX_INTEGER = 1 << 63
 Parts = list[bytes | memoryview]  # of a file, in order
+_T = TypeVar("_T")
 
 
 class CheckpointError(UserError, ValueError):
@@ -45,14 +47,14 @@ class CheckpointError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that resuming a run, or generating with its model, depends on."""
+    """Everything that is needed to resume a run or to generate with its model."""
 
     model: ModelConfig
     train: TrainConfig
     progress: Progress
     tokenizer: dict[str, Any]  # Tokenizer.to_json()
     data: dict[str, Any]  # paths, length in characters and SHA-256 of the text
-    backend: str  # that wrote it, or the format it was imported from
+    backend: str  # which wrote it, or the format it was imported from
     state: TrainState
 
 
@@ -61,30 +63,31 @@ def kept_name(step: int) -> str:
     return f"checkpoint-{step}.safetensors"
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Replace the file at `path` once the new one is on the disk.
 
     The newest checkpoint of a run leaves the one before it as PREVIOUS. Raises CheckpointError on a
     full or read-only disk, or if a weight is not finite.
     """
+    path = Path(path)
     for name, tensor in _tensors(checkpoint.state).items():
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{path} is not replaced: {name} is not finite")
     follows = path.name == NEWEST and checkpoint.state.step > 0
     previous = path.with_name(PREVIOUS) if follows else None
-    write_atomically(path, serialized(checkpoint), previous)
+    write_atomically(path, serialize(checkpoint), previous)
 
 
-def serialized(checkpoint: Checkpoint) -> Parts:
+def serialize(checkpoint: Checkpoint) -> Parts:
     """Return the content of the file in parts, byte for byte what `safetensors.numpy.save` returns.
 
-    That function makes two more copies and holds the GIL; `save_file` leaves other names if killed.
+    That function makes two more copies and holds the GIL; a killed `save_file` leaves odd files.
     """
-    named = sorted(_tensors(checkpoint.state).items())
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in named}
+    pairs = sorted(_tensors(checkpoint.state).items())
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in pairs}
     header = json.dumps(to_strict_json(header_of(checkpoint)), sort_keys=True, allow_nan=False)
-    facts = {"format": FORMAT, "format_version": FORMAT_VERSION, "header": header}
-    index: dict[str, Any] = {"__metadata__": facts | {"sha256": _digest(header, tensors)}}
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "header": header}
+    index: dict[str, Any] = {"__metadata__": metadata | {"sha256": _digest(header, tensors)}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -111,24 +114,22 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoint:
-    """Read and verify a checkpoint, or that of a run folder: the best, else the newest.
+    """Read and verify a checkpoint; of a run folder, the best one, else the newest.
 
-    Raises CheckpointError; never returns half of a checkpoint. With `weights_only` the moments
-    are checked but not kept, because generation and evaluation need none.
+    Raises CheckpointError; never returns a part of a checkpoint. With `weights_only` the moments
+    are checked but not returned, because generation and evaluation do not need them.
     """
     path = Path(path)
     if path.is_dir():
         path = find_checkpoint(path)
     header, tensors = _read(path)
     try:
-        model, train = (
-            dataclass_from_json(ModelConfig, header["model"]),
-            dataclass_from_json(TrainConfig, header["train"]),
-        )
-        reached, tokenizer = progress_from_json(header["progress"]), header["tokenizer"]
+        model = dataclass_from_json(ModelConfig, header["model"])
+        train = dataclass_from_json(TrainConfig, header["train"])
+        progress, tokenizer = progress_from_json(header["progress"]), header["tokenizer"]
         step, backend, data = header_facts(header)
         if tokenizer_from_json(tokenizer).vocab_size != model.vocab_size:
-            raise ConfigError("its tokenizer has another vocabulary than its model")
+            raise ConfigError("the vocabulary sizes of its tokenizer and its model differ")
     except _UNREADABLE as error:
         raise CheckpointError(f"{path} has an unreadable header: {one_line(error)}") from error
     params = {name: tensors.pop(name) for name in parameter_shapes(model) if name in tensors}
@@ -138,13 +139,21 @@ def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoi
         moments.setdefault(kind, {})[weight] = tensor
     _verify_shapes(path, model, params, moments)
     state = TrainState(step, params, {} if weights_only else moments)
-    return Checkpoint(model, train, reached, tokenizer, data, backend, state)
+    return Checkpoint(
+        model=model,
+        train=train,
+        progress=progress,
+        tokenizer=tokenizer,
+        data=data,
+        backend=backend,
+        state=state,
+    )
 
 
 def write_atomically(path: Path, parts: Parts, previous: Path | None = None) -> None:
-    """Replace the file at `path`, whose old content stays at `previous`, if given.
+    """Replace the file at `path`; with `previous`, its old content stays under that name.
 
-    A folder that was removed is created again. Raises CheckpointError.
+    A missing folder is created. Raises CheckpointError if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,14 +166,14 @@ def write_atomically(path: Path, parts: Parts, previous: Path | None = None) -> 
 
 
 def _tensors(state: TrainState) -> Params:
-    named = dict(state.params)
+    tensors = dict(state.params)
     for kind in _MOMENTS:
-        named |= {f"optimizer.{kind}.{n}": a for n, a in state.moments.get(kind, {}).items()}
-    return named
+        tensors |= {f"optimizer.{kind}.{n}": a for n, a in state.moments.get(kind, {}).items()}
+    return tensors
 
 
 def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return everything but the arrays, for JSON."""
+    """Return everything except the arrays, for JSON."""
     return {
         "step": checkpoint.state.step,
         "model": asdict(checkpoint.model),
@@ -196,11 +205,11 @@ def _check_tensor_count(path: Path) -> None:
         n_bytes = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
         n_objects = file.read(n_bytes).count(b"{")  # the index has one per tensor
     if n_objects > MAX_TENSORS:
-        raise ValueError(f"{n_objects} tensors are more than the {MAX_TENSORS} of any model")
+        raise ValueError(f"it has {n_objects} tensors; no model has more than {MAX_TENSORS}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Params]:
-    """Return header and tensors of a file, after checking its checksum."""
+    """Return the header and tensors of a file after verifying its checksum."""
     try:
         _check_tensor_count(path)
         with safe_open(path, framework="np") as file:
@@ -269,12 +278,8 @@ def _digest(header: str, tensors: Params) -> str:
     return digest.hexdigest()
 
 
-MAX_INTEGER = 1 << 63
-_T = TypeVar("_T")
-
-
 def to_strict_json(value: Any) -> Any:
-    """Return `value` with null for each number that is not finite, as JSON needs it."""
+    """Replace numbers that are not finite by None, because JSON has no notation for them."""
     if isinstance(value, dict):
         return {key: to_strict_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -288,7 +293,7 @@ def drop_nulls(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def dataclass_from_json(kind: type[_T], values: object) -> _T:
-    """Build a settings record from JSON; ConfigError for an unknown field or a wrong type."""
+    """Build a settings record from JSON; raise ConfigError for an unknown field or a wrong type."""
     if not isinstance(values, dict):
         raise ConfigError(f"{kind.__name__} is {reprlib.repr(values)}, not an object")
     types = get_type_hints(kind)
@@ -301,12 +306,12 @@ def dataclass_from_json(kind: type[_T], values: object) -> _T:
             raise ConfigError(f"{name}={reprlib.repr(value)} is not {expected}")
         limit = math.inf if type(value) is float else MAX_INTEGER
         if type(value) in (int, float) and not abs(value) < limit:
-            raise ConfigError(f"{name}={reprlib.repr(value)} is not a number of 64 bits")
+            raise ConfigError(f"{name}={reprlib.repr(value)} does not fit into 64 bits")
     return kind(**values)
 
 
 def progress_from_json(values: object) -> Progress:
-    """Build the progress of a run from JSON; ConfigError if a value is invalid."""
+    """Build the progress of a run from JSON; raise ConfigError if a value is invalid."""
     if not isinstance(values, dict) or not isinstance(values.get("plateau"), dict):
         raise ConfigError("progress is not an object with a plateau")
     plateau = dataclass_from_json(Plateau, drop_nulls(values["plateau"]))
@@ -319,11 +324,11 @@ def progress_from_json(values: object) -> Progress:
 
 
 def header_facts(header: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
-    """Return step, backend and data of a header; ConfigError if one has a wrong type."""
+    """Return step, backend and data of a header; raise ConfigError if one has a wrong type."""
     step, backend, data = header["step"], header["backend"], header["data"]
-    paths, kinds = data["paths"], (step, data["characters"], backend, data["sha256"])
-    fits = [type(value) for value in kinds] == [int, int, str, str] and 0 <= step < MAX_INTEGER
-    fits = fits and isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-    if not (fits and backend.isprintable()):
+    paths, values = data["paths"], (step, data["characters"], backend, data["sha256"])
+    valid = [type(value) for value in values] == [int, int, str, str] and 0 <= step < MAX_INTEGER
+    valid = valid and isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+    if not (valid and backend.isprintable()):
         raise ConfigError("step, backend or data are of the wrong type")
     return step, backend, data

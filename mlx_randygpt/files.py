@@ -1,8 +1,7 @@
-"""Files and folders that are replaced as a whole, and the flush that reaches the disk.
+"""Atomic replacement of files and folders, and a flush that reaches the disk.
 
-New content goes to a temporary name in the same folder, `.NAME.PID.RANDOM.tmp`, which its writer
-holds locked. A file of that form that nobody has locked was left by a dead process: `sweep`
-removes it.
+New content goes to a temporary file in the same folder, `.NAME.PID.RANDOM.tmp`, which its writer
+keeps locked. Such a file without a lock was left by a process that died; `sweep` removes it.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 BUFFER_BYTES = 1 << 20
-MAX_NAME = 50  # characters of a file's own name in its temporary name, which has a limit of bytes
+MAX_NAME = 50  # characters of a file's name that its temporary name repeats; names are limited
 TEMPORARY = re.compile(r"\.(.+)\.\d+(\.[0-9a-f]{8})?\.tmp")
 
 
 def flush(descriptor: int) -> None:
-    """Flush a file to the disk itself: on macOS, fsync alone stops at the cache of the drive."""
+    """Flush a file to the disk; on macOS, fsync alone reaches only the cache of the drive."""
     full_flush = getattr(fcntl, "F_FULLFSYNC", None)
     if full_flush is not None:
-        with contextlib.suppress(OSError):  # not every file system has it
+        with contextlib.suppress(OSError):  # not every file system supports it
             fcntl.fcntl(descriptor, full_flush)
             return
     os.fsync(descriptor)
@@ -44,7 +43,7 @@ def replace(
 ) -> Iterator[BinaryIO]:
     """Yield a new file that replaces `path` at the end of the block, once it is on the disk.
 
-    If anything raises, `path` is as it was and the new file is gone. With `previous`, the old
+    If the block raises, `path` is unchanged and the new file is removed. With `previous`, the old
     content stays under that name. With `private`, only this user can read the file.
     """
     sweep(path.parent, path.name)
@@ -69,7 +68,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Replace the file at `path` by `content`; a link is followed, a device or pipe written to."""
+    """Replace the file at `path` by `content`; follow links, write to devices and pipes."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -83,10 +82,9 @@ def write(path: Path, content: bytes, *, private: bool = False) -> None:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder that replaces `path` at the end of the block, with the files in it.
+    """Yield a new folder that replaces `path` and its files at the end of the block.
 
-    A process that is killed between the two renames leaves the old folder as `.NAME.….old`, which
-    nothing removes.
+    If the process is killed between the two renames, the old folder stays as `.NAME.….old`.
     """
     sweep(path.parent, path.name)
     temporary = _temporary_path(path, "tmp")
@@ -114,7 +112,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove the temporary files, of `name` or all, whose writers have died."""
+    """Remove temporary files whose writers have died: those of `name`, or all."""
     with contextlib.suppress(OSError):
         for left in folder.iterdir():
             match = TEMPORARY.fullmatch(left.name)
@@ -130,7 +128,9 @@ def _remove_unlocked(left: Path) -> None:
         access = os.O_RDONLY if stat.S_ISDIR(kind) else os.O_RDWR
         descriptor = os.open(left, access | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while it is written
+            fcntl.flock(
+                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # fails while its writer holds the lock
             if stat.S_ISDIR(kind):
                 shutil.rmtree(left)
             else:
@@ -146,7 +146,7 @@ def _create(path: Path, mode: int) -> tuple[Path, int]:
         temporary = _temporary_path(path, "tmp")
         descriptor = os.open(temporary, flags, mode)
         _lock(descriptor)
-        if temporary.exists():  # else another process has swept it before it was locked
+        if temporary.exists():  # otherwise another process removed it before the lock
             return temporary, descriptor
         os.close(descriptor)
 
@@ -175,6 +175,6 @@ def _link(path: Path, other: Path) -> None:
     try:
         os.link(path, link)
         os.replace(link, other)
-        link.unlink(missing_ok=True)  # still there if `other` was this very file already
+        link.unlink(missing_ok=True)  # it still exists if `other` was the same file
     except OSError:  # a file system without hard links
         os.replace(path, other)

@@ -1,4 +1,4 @@
-"""The state of a run besides its arrays: counts, best loss, and the plateau rule."""
+"""The progress of a run: counts, losses, and the plateau rule."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Plateau:
 class Progress:
     """The counts and losses of a run."""
 
-    tokens: int = 0  # trained on
-    seconds: float = 0.0  # spent training
-    best_loss: float = math.inf  # lowest validation loss, and the step it was seen at
+    tokens: int = 0  # trained on so far
+    seconds: float = 0.0  # spent training so far
+    best_loss: float = math.inf  # lowest validation loss, and its step
     best_step: int = 0
     val_loss: float = math.nan  # of the last evaluation, and its step
     eval_step: int = -1
     plateau: Plateau = field(default_factory=Plateau)
-    rollbacks: int = 0  # by --on-nan, each of which halved the rate
+    rollbacks: int = 0  # by --on-nan; each halved the learning rate
     bits_per_byte: float = math.nan  # of the last evaluation

@@ -9,7 +9,7 @@ import stat
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from mlx_randygpt.checkpoint import (
     Checkpoint,
     CheckpointError,
     Progress,
+    dataclass_from_json,
     load_checkpoint,
     save_checkpoint,
 )
-from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.progress import Plateau
 from mlx_randygpt.state import Params, TrainState, rng
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -72,7 +73,7 @@ def test_a_round_trip_changes_no_bit(make: Make, tmp_path: Path) -> None:
 
 def test_the_file_is_what_safetensors_writes(make: Make) -> None:
     """But for the order of the metadata, which there is another one each time."""
-    content = b"".join(module.serialized(make()))
+    content = b"".join(module.serialize(make()))
     tensors = module._tensors(make().state)
     end = 8 + int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8:end])["__metadata__"]
@@ -87,7 +88,7 @@ def test_the_file_is_what_safetensors_writes(make: Make) -> None:
 def test_no_tensor_is_copied_for_its_file(make: Make) -> None:
     state = make().state
     tensors = module._tensors(state)
-    parts = module.serialized(replace(make(), state=state))[2:]
+    parts = module.serialize(replace(make(), state=state))[2:]
     assert len(parts) == len(tensors)
     for part, name in zip(parts, sorted(tensors), strict=True):
         assert np.shares_memory(np.asarray(part), tensors[name])
@@ -98,6 +99,16 @@ def test_a_run_without_any_evaluation_is_read_back(make: Make, tmp_path: Path) -
     save_checkpoint(tmp_path / "c", saved)
     read = load_checkpoint(tmp_path / "c").progress
     np.testing.assert_equal(asdict(read), asdict(Progress()))  # inf and nan included
+
+
+def test_a_path_can_be_text_and_a_folder_stands_for_its_best(make: Make, tmp_path: Path) -> None:
+    save_checkpoint(str(tmp_path / NEWEST), make(8))
+    assert load_checkpoint(str(tmp_path)).state.step == 8
+    save_checkpoint(tmp_path / BEST, make(7))
+    assert load_checkpoint(tmp_path).state.step == load_checkpoint(str(tmp_path)).state.step == 7
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=f"{BEST}.* {NEWEST}"):
+        load_checkpoint(empty)
 
 
 def test_weights_only_leaves_the_moments_on_the_disk(make: Make, tmp_path: Path) -> None:
@@ -319,6 +330,22 @@ def test_contents_that_do_not_fit_are_refused(
     with pytest.raises(CheckpointError, match=reason):
         load_checkpoint(tmp_path / "c")
     refused(tmp_path / "c")
+
+
+@dataclass(frozen=True)
+class Limit:
+    steps: int | None = None
+
+
+@pytest.mark.parametrize("steps", [3, None])
+def test_an_optional_field_takes_its_type_or_null(steps: int | None) -> None:
+    assert dataclass_from_json(Limit, {"steps": steps}) == Limit(steps)
+
+
+@pytest.mark.parametrize("steps", ["3", 1.5, True])
+def test_an_optional_field_refuses_other_types(steps: object) -> None:
+    with pytest.raises(ConfigError, match="is not int or NoneType"):
+        dataclass_from_json(Limit, {"steps": steps})
 
 
 class SlowDisk:

@@ -1,4 +1,4 @@
-"""Pictures of runs: SVG written here, the same as an HTML page, and PNG with matplotlib.
+"""Pictures of runs as SVG, as an HTML page around the SVG, and as PNG by matplotlib.
 
 Four panels, one below the other: loss, learning rate, gradient norm, tokens per second. All runs
 share the panels, in colours that differ on light and dark backgrounds.
@@ -27,7 +27,7 @@ COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e879a6", "#a78bfa", "#b08968", "#2
 WIDTH, LEFT, RIGHT = 840, 74, 20
 LEGEND_ROW, TITLE, AXIS = 20, 30, 28  # heights
 TALL, LOW = 260, 120  # heights of the plot areas: loss, others
-CUT = 0.995  # share of the values that a panel shows; an initial spike may exceed it
+CUT = 0.995  # share of the values that a panel shows; an initial spike can exceed it
 STYLE = """
 svg{--ink:#1f2937;--faint:#d7dce3;--paper:#ffffff;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)} .grid{stroke:var(--faint)} .paper{fill:var(--paper)}

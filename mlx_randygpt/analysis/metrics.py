@@ -24,22 +24,11 @@ from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Array
 from mlx_randygpt.training.reports import EvalLog, Report, StepLog
 
-NAMES = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-)  # fields of a step; an evaluation has val_loss
-PLACES = (
-    "out",
-    "data",
-    "prompt",
-    "threads",
-    "backend",
-)  # settings of the machine, not of the training
-HABITS = ("eval_every", "sample_every", "save_every", "log_every", "keep_every", "on_nan")
+NAMES = ("loss", "lr", "grad_norm", "tokens_per_second")  # of a step; an evaluation has val_loss
+MACHINE_SETTINGS = ("out", "data", "prompt", "threads", "backend")  # not compared between runs
+REPORT_SETTINGS = ("eval_every", "sample_every", "save_every", "log_every", "keep_every", "on_nan")
 N_BUCKETS = 2048  # per series; more than a picture has columns
-BLOCK = 1 << 18  # bytes parsed at a time: they stay in a core's cache
+BLOCK = 1 << 18  # bytes parsed at a time; they fit into a core's cache
 _ROW = re.compile(  # a row of `metrics_row`, with floats to nine places
     rb'\{"step": (\d{1,15}), "loss": (\d+\.\d{1,9})\d*, '
     rb'(?:"bits_per_byte": [^,]+, )?"lr": (\d[\d.e-]*), '
@@ -77,8 +66,8 @@ class Series:
 
     def add(self, steps: Array, values: Array) -> None:
         """Add (n,) values; values that are not finite are skipped."""
-        good = np.isfinite(values)
-        steps, values = steps[good], values[good]
+        finite = np.isfinite(values)
+        steps, values = steps[finite], values[finite]
         at = (steps * N_BUCKETS / (self._last + 1)).astype(np.int64)
         self.n += np.bincount(at, minlength=N_BUCKETS)
         self._steps += np.bincount(at, steps, N_BUCKETS)
@@ -114,7 +103,7 @@ def read_run(path: Path) -> RunRecord:
     """Read the run in a folder or metrics file; raise MetricsError if there is none."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise MetricsError(f"{file} is not there; give the folder of a run (train --out)")
+        raise MetricsError(f"{file} does not exist; give the folder of a run (train --out)")
     record = read_metrics(file)
     if not record.series["loss"].size and not record.evaluations:
         raise MetricsError(f"{file} holds no steps yet; a run adds a line per step")
@@ -142,7 +131,7 @@ def read_metrics(file: Path) -> RunRecord:
         for name, column in zip(NAMES, table.T[1:], strict=True):
             series[name].add(table[:, 0], column)
     tables = {name: series[name].table() if series else np.empty((0, 4)) for name in NAMES}
-    end = last.get("step", math.inf)  # a resumed run may not have come as far yet as the first
+    end = last.get("step", math.inf)  # a resumed run can be behind the first one
     by_step = [evaluations[step] for step in sorted(evaluations) if step <= end]
     rows = [[row["step"], *[row["val_loss"]] * 3] for row in by_step]
     tables["val_loss"] = np.array(rows, np.float64).reshape(-1, 4)
@@ -173,8 +162,10 @@ def differing_settings(records: list[RunRecord]) -> dict[str, list[Any]]:
     """
     names = dict.fromkeys(name for record in records for name in record.settings)
     values = {name: [record.settings.get(name) for record in records] for name in names}
-    differ = {n: v for n, v in values.items() if n not in PLACES and any(x != v[0] for x in v)}
-    return {name: differ[name] for name in sorted(differ, key=lambda name: name in HABITS)}
+    differ = {
+        n: v for n, v in values.items() if n not in MACHINE_SETTINGS and any(x != v[0] for x in v)
+    }
+    return {name: differ[name] for name in sorted(differ, key=lambda name: name in REPORT_SETTINGS)}
 
 
 def smooth(table: Array, span: float) -> Array:
@@ -247,8 +238,8 @@ def _row(line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    fits = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 10**15
-    return row if fits else {}
+    valid = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 10**15
+    return row if valid else {}
 
 
 def _value(row: dict[str, Any], name: str) -> float:
@@ -273,4 +264,4 @@ def _settings(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}  # a metrics file alone has no settings
+        return {}  # no readable settings beside the metrics file

@@ -1,10 +1,10 @@
-"""Where tokens come from: files and a download (corpus, download), then windows of them.
+"""Text and tokens: files and downloads become a corpus, a corpus becomes windows of tokens.
 
-Knows tokenizers and batches; knows nothing of models, backends, terminals or training.
+This package depends on tokenizers and batches, but not on models, backends or terminals.
 """
 
 from mlx_randygpt.config import UserError
 
 
 class DataError(UserError, ValueError):
-    """Text the user can mend; one line says what was wrong, where, and what would be right."""
+    """Invalid or unreadable text. The message is one line: the file, the problem, the remedy."""

@@ -1,8 +1,8 @@
-"""Tokens on the disk: written once, whole or not at all, and read through a memory map.
+"""The cache of tokens: files that are written completely or not at all, and memory-mapped.
 
-Owns the file and its place; knows nothing of text or tokenizers. A file holds, one after the
-other: the tokens (uint16 or uint32), the starts of documents (int64), JSON, its SHA-256, its length
-and MAGIC. So it begins as a plain token file, and its end says whether all of it is there.
+A file holds, in this order: the tokens (uint16 or uint32), the starts of documents (int64), a
+header in JSON, the SHA-256 of the header, its length, and MAGIC. It thus begins like a plain token
+file, and its end shows whether it is complete.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 
 MAGIC = b"mlxgptk1"
-TAIL = 32 + 8 + len(MAGIC)  # bytes after the JSON
-PLACE = "MLXGPT_CACHE"  # environment: another folder
-KEPT_DAYS = 90  # since a run has last read it
-OURS = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json)")
-MAX_UINT16_VOCAB = 1 << 16  # vocabularies up to it take two bytes a token
+TAIL_BYTES = 32 + 8 + len(MAGIC)  # after the header
+FOLDER_VARIABLE = "MLXGPT_CACHE"  # environment variable for another folder
+MAX_UNUSED_DAYS = 90  # after which a file is removed
+CACHE_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json)")
+MAX_UINT16_VOCAB = 1 << 16  # larger vocabularies take four bytes per token
 Array = NDArray[Any]
 
 
-class Mapped(NamedTuple):
-    """A file that was opened; the arrays are maps of it."""
+class CachedTokens(NamedTuple):
+    """The content of a file; its arrays are memory maps."""
 
     tokens: Array  # (n,) uint16 or uint32
     starts: NDArray[np.int64]  # (documents,)
-    facts: dict[str, Any]  # as they were written
+    facts: dict[str, Any]  # the header
 
 
-def place(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder of caches: MLXGPT_CACHE, else mlx-randygpt in XDG_CACHE_HOME or ~/.cache; where
-    nobody is at home, in .cache here."""
-    own = environ.get(PLACE)
+def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of caches: MLXGPT_CACHE, else mlx-randygpt in XDG_CACHE_HOME or ~/.cache.
+
+    Without a home folder it is .cache in the current folder.
+    """
+    own = environ.get(FOLDER_VARIABLE)
     path = Path(own or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "mlx-randygpt"))
     try:
         return path.expanduser()
@@ -52,7 +54,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def key(*parts: object) -> str:
-    """A name that says what a file was made of."""
+    """Return a file name that depends on everything the file was made from."""
     return sha256(json.dumps([MAGIC.decode(), *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -62,22 +64,22 @@ def write(
     vocab_size: int,
     finish: Callable[[], tuple[Any, dict[str, Any]]],
 ) -> None:
-    """Write the blocks as one file; `finish` then gives the starts of documents and the facts.
+    """Write the blocks as one file; `finish` then returns the starts of documents and the facts.
 
-    The name is there once the whole file is on the disk, and what nobody has read for KEPT_DAYS is
-    gone by then. DataError where it cannot be written.
+    The name exists only once the complete file is on the disk. Files of the folder that were not
+    read for MAX_UNUSED_DAYS are removed. Raises DataError if the file cannot be written.
     """
     dtype = np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.uint32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.sweep(path.parent)
-        _forget(path.parent, time.time() - KEPT_DAYS * 86_400)
+        _forget(path.parent, time.time() - MAX_UNUSED_DAYS * 86_400)
         with files.replace(path) as file:
             n_tokens = 0
             for block in blocks:
                 n_tokens += len(block)
                 file.write(block.astype(dtype).tobytes())
-            file.write(bytes(-n_tokens * dtype.itemsize % 8))  # the starts begin at a multiple of 8
+            file.write(bytes(-n_tokens * dtype.itemsize % 8))  # align the starts to 8 bytes
             starts, facts = finish()
             file.write(np.asarray(starts, np.int64).tobytes())
             head = {"tokens": n_tokens, "dtype": dtype.name, "documents": len(starts), **facts}
@@ -85,37 +87,37 @@ def write(
             length = len(content).to_bytes(8, "little")
             file.write(content + sha256(content).digest() + length + MAGIC)
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _write_error(path, error) from error
 
 
 def write_small(path: Path, content: bytes) -> None:
-    """A small file beside the tokens, in the same way."""
+    """Write a small file beside the tokens, with the same guarantees."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replace(path) as file:
             file.write(content)
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _refused(path: Path, error: OSError) -> DataError:
+def _write_error(path: Path, error: OSError) -> DataError:
     return DataError(
         f"the tokens cannot be written to {path.parent}: {error.strerror or error}; "
-        f"set {PLACE} to a folder with room for two to four bytes a token"
+        f"set {FOLDER_VARIABLE} to a folder with room for two to four bytes per token"
     )
 
 
-def read(path: Path) -> Mapped | None:
-    """The tokens of a file that is whole; None where there is none or it is not."""
+def read(path: Path) -> CachedTokens | None:
+    """Map the tokens of a file; return None if it is missing or incomplete."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            file.seek(max(0, size - TAIL))
+            file.seek(max(0, size - TAIL_BYTES))
             tail = file.read()
             n_bytes = int.from_bytes(tail[32:40], "little")
-            if tail[40:] != MAGIC or n_bytes > size - TAIL:
+            if tail[40:] != MAGIC or n_bytes > size - TAIL_BYTES:
                 return None
-            file.seek(size - TAIL - n_bytes)
+            file.seek(size - TAIL_BYTES - n_bytes)
             content = file.read(n_bytes)
     except OSError:
         return None
@@ -125,26 +127,26 @@ def read(path: Path) -> Mapped | None:
     dtype, n_starts = np.dtype(facts["dtype"]), facts["documents"]
     end = facts["tokens"] * dtype.itemsize
     end += -end % 8
-    if end + 8 * n_starts + n_bytes + TAIL != size or not facts["tokens"]:
+    if end + 8 * n_starts + n_bytes + TAIL_BYTES != size or not facts["tokens"]:
         return None
     mark_used(path)
     tokens = np.memmap(path, dtype, "r", shape=(facts["tokens"],))
     starts = np.empty(0, np.int64)
     if n_starts:
         starts = np.asarray(np.memmap(path, np.int64, "r", offset=end, shape=(n_starts,)))
-    return Mapped(tokens, starts, facts)
+    return CachedTokens(tokens, starts, facts)
 
 
 def mark_used(path: Path) -> None:
-    """A run has read this file: its KEPT_DAYS begin again."""
-    with contextlib.suppress(OSError):  # a folder of somebody else
+    """Mark a file as read now, so that it is kept for another MAX_UNUSED_DAYS."""
+    with contextlib.suppress(OSError):  # a folder of another user
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def _forget(folder: Path, before: float) -> None:
-    """Remove our files that were last read before that time; who has mapped one keeps it."""
+    """Remove cache files last read before that time; processes that map one keep its content."""
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
             facts = path.stat()
-            if OURS.fullmatch(path.name) and max(facts.st_atime, facts.st_mtime) < before:
+            if CACHE_FILE.fullmatch(path.name) and max(facts.st_atime, facts.st_mtime) < before:
                 path.unlink()

@@ -1,4 +1,4 @@
-"""Corpora by name: licence, source, and how they become text files.
+"""Corpora by name: their licences, sources, and conversion to text files.
 
 The function that downloads a file is an argument.
 """
@@ -49,7 +49,7 @@ SHELF = {  # number -> title
     2600: "War and Peace",
     2701: "Moby Dick",
 }
-# The lines between which the book stands; the wording has changed over the years.
+# The lines around the text of a book; their wording has changed over the years.
 MARK = r"^\*{3} ?%s OF (?:THE|THIS) PROJECT GUTENBERG EBOOK"
 START = re.compile(MARK % "START" + r"[^*]*\*{3}\s*", re.M | re.I)
 END = re.compile(MARK % "END" + r"|^End of (?:the )?Project Gutenberg", re.M | re.I)
@@ -76,17 +76,17 @@ def book_fingerprint(text: str) -> str:
     return sha256(" ".join(words).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusInfo:
     """A corpus that can be downloaded."""
 
     name: str
     what: str
     licence: str
-    size: int  # bytes to fetch, about
-    remote: Remote | None  # None: a shelf of books
-    target: str  # file or folder below the folder of texts
-    unpack: Callable[[Path, Path], None] | None = None  # from what was fetched to the target
+    size: int  # approximate bytes to download
+    remote: Remote | None  # None: the books of SHELF
+    target: str  # file or folder inside the folder of texts
+    unpack: Callable[[Path, Path], None] | None = None  # from the download to the target
 
 
 def unzip(packed: Path, target: Path) -> None:
@@ -131,98 +131,100 @@ LIBRARY = {
     corpus.name: corpus
     for corpus in (
         CorpusInfo(
-            "tinyshakespeare",
-            "scenes of Shakespeare, as used by char-rnn and nanoGPT",
-            PUBLIC_DOMAIN,
-            TINY_SHAKESPEARE.size,
-            TINY_SHAKESPEARE,
-            "shakespeare.txt",
+            name="tinyshakespeare",
+            what="scenes of Shakespeare, as used by char-rnn and nanoGPT",
+            licence=PUBLIC_DOMAIN,
+            size=TINY_SHAKESPEARE.size,
+            remote=TINY_SHAKESPEARE,
+            target="shakespeare.txt",
         ),
         CorpusInfo(
-            "shakespeare",
-            "the complete works of Shakespeare (Project Gutenberg 100)",
-            PUBLIC_DOMAIN,
-            5_600_000,
-            Remote(gutenberg_url(100)),
-            "shakespeare-complete.txt",
-            strip_book,
+            name="shakespeare",
+            what="the complete works of Shakespeare (Project Gutenberg 100)",
+            licence=PUBLIC_DOMAIN,
+            size=5_600_000,
+            remote=Remote(gutenberg_url(100)),
+            target="shakespeare-complete.txt",
+            unpack=strip_book,
         ),
         CorpusInfo(
-            "enwik8",
-            "the first 100 MB of an English Wikipedia dump of 2006, XML and all",
-            WIKIPEDIA,
-            36_445_475,
-            Remote(
+            name="enwik8",
+            what="the first 100 MB of an English Wikipedia dump of 2006, XML and all",
+            licence=WIKIPEDIA,
+            size=36_445_475,
+            remote=Remote(
                 "https://mattmahoney.net/dc/enwik8.zip",
                 36_445_475,
                 "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
             ),
-            "enwik8.txt",
-            unzip,
+            target="enwik8.txt",
+            unpack=unzip,
         ),
         CorpusInfo(
-            "text8",
-            "100 MB of Wikipedia in the letters a to z and spaces",
-            WIKIPEDIA,
-            31_344_016,
-            Remote(
+            name="text8",
+            what="100 MB of Wikipedia in the letters a to z and spaces",
+            licence=WIKIPEDIA,
+            size=31_344_016,
+            remote=Remote(
                 "https://mattmahoney.net/dc/text8.zip",
                 31_344_016,
                 "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
             ),
-            "text8.txt",
-            unzip,
+            target="text8.txt",
+            unpack=unzip,
         ),
         CorpusInfo(
-            "tinystories",
-            "2.7 million short stories in the words of a small child",
-            "CDLA-Sharing-1.0",
-            2_227_753_162,
-            Remote(
+            name="tinystories",
+            what="2.7 million short stories in the words of a small child",
+            licence="CDLA-Sharing-1.0",
+            size=2_227_753_162,
+            remote=Remote(
                 f"{STORIES}train.txt",
                 2_227_753_162,
                 "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
             ),
-            "tinystories.jsonl",
-            split_stories,
+            target="tinystories.jsonl",
+            unpack=split_stories,
         ),
         CorpusInfo(
-            "tinystories-valid",
-            "the 27,600 stories set aside for validation, enough to try",
-            "CDLA-Sharing-1.0",
-            22_502_601,
-            Remote(
+            name="tinystories-valid",
+            what="the 27,600 stories set aside for validation, enough to try",
+            licence="CDLA-Sharing-1.0",
+            size=22_502_601,
+            remote=Remote(
                 f"{STORIES}valid.txt",
                 22_502_601,
                 "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
             ),
-            "tinystories-valid.jsonl",
-            split_stories,
+            target="tinystories-valid.jsonl",
+            unpack=split_stories,
         ),
         CorpusInfo(
-            "gutenberg",
-            f"a shelf of {len(SHELF)} novels, each a document",
-            f"{PUBLIC_DOMAIN} (Project Gutenberg)",
-            17_000_000,
-            None,
-            "gutenberg",
+            name="gutenberg",
+            what=f"{len(SHELF)} novels, each a document",
+            licence=f"{PUBLIC_DOMAIN} (Project Gutenberg)",
+            size=17_000_000,
+            remote=None,
+            target="gutenberg",
         ),
         CorpusInfo(
-            "gpt2-tokenizer",
-            "the tokenizer.json of GPT-2, for --tokenizer",
-            "MIT",
-            1_355_256,
-            Remote("https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json"),
-            "gpt2-tokenizer.json",
+            name="gpt2-tokenizer",
+            what="the tokenizer.json of GPT-2, for --tokenizer",
+            licence="MIT",
+            size=1_355_256,
+            remote=Remote(
+                "https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json"
+            ),
+            target="gpt2-tokenizer.json",
         ),
     )
 }
 
 
 def find_corpus(name: str) -> CorpusInfo:
-    """Return the corpus of this name; DataError lists the names that exist."""
+    """Return the corpus of this name; raise DataError if there is none."""
     if name not in LIBRARY:
-        raise DataError(f"no corpus is called {name!r}; there are {', '.join(LIBRARY)}")
+        raise DataError(f"no corpus is called {name!r}; choose from {', '.join(LIBRARY)}")
     return LIBRARY[name]
 
 
@@ -241,11 +243,11 @@ def install(corpus: CorpusInfo, folder: Path, fetch: Fetch) -> Path:
 
 
 def install_books(
-    numbers: Sequence[int], folder: Path, fetch: Fetch, tell: Callable[[str], None]
+    numbers: Sequence[int], folder: Path, fetch: Fetch, report: Callable[[str], None]
 ) -> list[Path]:
     """Download books and write each as `NUMBER-title.txt`; return the paths.
 
-    A book with the same words as another is left out.
+    A book with the same words as an earlier one is left out.
     """
     paths: dict[str, Path] = {}  # by fingerprint
     for number in dict.fromkeys(numbers):
@@ -255,10 +257,10 @@ def install_books(
         text = strip_gutenberg(read_text(raw))
         title = re.sub(r"\W+", "-", SHELF.get(number, "book").lower()).strip("-")
         target = folder / f"{number}-{title}.txt"
-        mark = book_fingerprint(text)
-        if mark in paths:
-            tell(f"Left out: book {number} is the same as {paths[mark].name}")
+        fingerprint = book_fingerprint(text)
+        if fingerprint in paths:
+            report(f"Left out: book {number} is the same as {paths[fingerprint].name}")
             continue
         files.write(target, text.encode())
-        paths[mark] = target
+        paths[fingerprint] = target
     return list(paths.values())

@@ -1,6 +1,6 @@
-"""From files to one array of tokens and its split into training and validation.
+"""Corpora: files become one array of tokens, split into training and validation.
 
-Short texts are read into memory, long ones through a memory-mapped cache on the disk.
+Short texts are held in memory, long ones in a memory-mapped cache on the disk.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Progress = Callable[[str, int, int], None]  # activity, bytes so far, total byte
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Documents as tokens: BOS document EOS BOS document EOS …
+    """Documents as one array of tokens: BOS document EOS BOS document EOS and so on.
 
-    `train` and `val` are the same array objects at every call, so a backend may keep them.
+    `train` and `val` return the same array objects at every call, so a backend can hold them.
     """
 
     names: tuple[str, ...]  # of the files
@@ -44,22 +44,22 @@ class Corpus:
     starts: NDArray[np.int64]  # the first token of each document
     sha256: str  # of the documents in UTF-8, with a NUL between them; or of the token files
     characters: int = 0  # 0 for token files
-    n_bytes: int = 0  # of the characters in UTF-8
+    n_bytes: int = 0  # of the text in UTF-8
     n_train: int | None = None  # tokens; None: nine tenths
-    unknown: dict[str, int] = field(default_factory=dict)  # characters that were lost
+    unknown: dict[str, int] = field(default_factory=dict)  # characters that were dropped
 
     @cached_property
     def train(self) -> Array:
-        """The first 90 % of the tokens, or those of the training files; a view."""
+        """Return the first 90 % of the tokens, or those of the training files; a view."""
         return self.tokens[: self._n_train()]
 
     @cached_property
     def val(self) -> Array:
-        """The tokens after `train`; a view."""
+        """Return the tokens after `train`; a view."""
         return self.tokens[self._n_train() :]
 
     def provenance(self, reading: Reading, *, respect_documents: bool = False) -> dict[str, Any]:
-        """Return the `data` of a checkpoint: where the text came from and how it was read."""
+        """Return the `data` of a checkpoint: the source of the text and its reading options."""
         return {
             "paths": [str(Path(name).resolve()) for name in self.names],
             "characters": self.characters,
@@ -79,22 +79,24 @@ class Loader:
     reading: Reading = field(default_factory=Reading)
     folder: Path = Path()  # of caches
     threads: int = 1
-    progress: Progress = lambda what, done, size: None
-    small: int = MAX_IN_MEMORY_BYTES
+    progress: Progress = lambda activity, done, size: None
+    small: int = MAX_IN_MEMORY_BYTES  # bytes up to which files are read into memory
 
     def load(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary
     ) -> tuple[Tokenizer, Corpus]:
-        """Return the tokenizer, which is learned if `requested` is a Vocabulary, and the tokens."""
+        """Return the corpus and its tokenizer, which is learned if `requested` is a Vocabulary."""
         if any(map(is_tokens, files)):
-            files = token_files.in_order([*files])
+            files = token_files.sort_splits([*files])
             if other := [file for file in files if not is_tokens(file)]:
                 ids = next(filter(is_tokens, files))
-                raise DataError(f"{other[0]} is text and {ids} tokens; give one or the other")
+                raise DataError(
+                    f"{other[0]} is text and {ids} is tokens; give only one of these kinds"
+                )
             if isinstance(requested, Vocabulary):
                 raise DataError(
                     f"{files[0]} holds token ids; give the tokenizer that made them: "
-                    "--tokenizer tokenizer.json (that of GPT-2 for nanoGPT's and llm.c's files)"
+                    "--tokenizer tokenizer.json (GPT-2's for files of nanoGPT and llm.c)"
                 )
         stats = TextStats()
         if self._size(files) <= self.small:
@@ -102,14 +104,14 @@ class Loader:
             tokens = np.concatenate([*self._blocks(files, tokenizer, stats)])
             return tokenizer, self._corpus(files, tokens, np.array(stats.starts), _facts(stats))
         content = self._content(files)
-        tokenizer = self._kept_tokenizer(files, requested, content)
+        tokenizer = self._cached_tokenizer(files, requested, content)
         path = self.folder / f"{cache.key(content, tokenizer.to_json())}.tokens"
-        if (mapped := cache.read(path)) is None:
-            made = self._blocks(files, tokenizer, stats)
-            cache.write(path, made, tokenizer.vocab_size, lambda: (stats.starts, _facts(stats)))
-            mapped = cache.read(path)
-            assert mapped is not None
-        return tokenizer, self._corpus(files, mapped.tokens, mapped.starts, mapped.facts)
+        if (cached := cache.read(path)) is None:
+            encoded = self._blocks(files, tokenizer, stats)
+            cache.write(path, encoded, tokenizer.vocab_size, lambda: (stats.starts, _facts(stats)))
+            cached = cache.read(path)
+            assert cached is not None
+        return tokenizer, self._corpus(files, cached.tokens, cached.starts, cached.facts)
 
     def learn(self, files: Sequence[Path], requested: Vocabulary) -> Tokenizer:
         """Learn the tokenizer from the text of the files."""
@@ -125,7 +127,7 @@ class Loader:
     def _tokenizer(self, files: Sequence[Path], requested: Tokenizer | Vocabulary) -> Tokenizer:
         return self.learn(files, requested) if isinstance(requested, Vocabulary) else requested
 
-    def _kept_tokenizer(
+    def _cached_tokenizer(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary, content: str
     ) -> Tokenizer:
         """Return the tokenizer; one learned from a long text is cached beside its tokens."""
@@ -133,13 +135,12 @@ class Loader:
             return requested
         path = self.folder / f"{cache.key(content, asdict(requested))}.tokenizer.json"
         try:
-            kept = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+            tokenizer = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
             cache.mark_used(path)
-            return kept
-        except (OSError, ValueError):  # not there yet, or damaged
+        except (OSError, ValueError):  # missing or damaged
             tokenizer = self.learn(files, requested)
             cache.write_small(path, json.dumps(tokenizer.to_json()).encode())
-            return tokenizer
+        return tokenizer
 
     def _blocks(
         self, files: Sequence[Path], tokenizer: Tokenizer, stats: TextStats
@@ -149,18 +150,18 @@ class Loader:
             return token_files.token_blocks([*files], tokenizer, stats, seen)
         return blocks(self._pieces(files, "Making tokens"), tokenizer, stats, self.threads)
 
-    def _pieces(self, files: Sequence[Path], what: str) -> Iterator[Piece]:
-        seen = self._seen(what, self._size(files))
+    def _pieces(self, files: Sequence[Path], activity: str) -> Iterator[Piece]:
+        seen = self._seen(activity, self._size(files))
         for file in files:
             yield from pieces(file, self.reading, seen)
 
-    def _seen(self, what: str, size: int) -> Seen:
+    def _seen(self, activity: str, size: int) -> Seen:
         done = 0
 
         def seen(n: int) -> None:
             nonlocal done
             done += n
-            self.progress(what, done, size)
+            self.progress(activity, done, size)
 
         return seen
 
@@ -171,7 +172,7 @@ class Loader:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def _content(self, files: Sequence[Path]) -> str:
-        """Return a digest of the files' contents and how they are read, but not of their names."""
+        """Hash the contents of the files and the reading options, but not the file names."""
         seen, parts = self._seen("Looking for changes", self._size(files)), []
         for file in files:
             try:
@@ -188,7 +189,7 @@ class Loader:
     ) -> Corpus:
         names = tuple(map(str, files))
         n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
-        used = ("sha256", "characters", "n_bytes", "unknown")  # older caches hold more
+        used = ("sha256", "characters", "n_bytes", "unknown")  # older caches have further fields
         return Corpus(
             names, tokens, starts, n_train=n_train, **{name: facts[name] for name in used}
         )
@@ -201,15 +202,15 @@ def load_corpus(
     vocab_size: int = 0,
     reading: Reading | None = None,
 ) -> tuple[Tokenizer, Corpus]:
-    """Return the tokenizer and the tokens of files, folders and globs, or of a `text`.
+    """Return the tokenizer and the corpus of files, folders and globs, or of a `text`.
 
     `tokenizer` is a kind to learn ("char", "bpe", "wordpiece"), the path of a tokenizer.json, or a
-    tokenizer; `vocab_size` limits one that is learned. Long texts go through the cache on the disk.
+    tokenizer; `vocab_size` limits a learned one. Long texts are cached on the disk.
     """
     if bool(paths) == (text is not None):
-        raise DataError("load_corpus takes either paths or text=, not both and not neither")
+        raise DataError("load_corpus takes either paths or text=, and exactly one of the two")
     requested = choose_tokenizer(tokenizer, vocab_size) if isinstance(tokenizer, str) else tokenizer
-    loader = Loader(reading or Reading(), cache.place(), os.cpu_count() or 1)
+    loader = Loader(reading or Reading(), cache.default_folder(), os.cpu_count() or 1)
     if text is None:
         return loader.load(find_files([str(path) for path in paths]), requested)
     if isinstance(requested, Vocabulary):
@@ -218,7 +219,7 @@ def load_corpus(
 
 
 def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
-    """Return the corpus of texts, name to text, each of them one document."""
+    """Return the corpus of `texts`, name to text; each text is one document."""
     stats = TextStats()
     documents = (Piece(text, True, True) for text in texts.values())
     tokens = np.concatenate([*blocks(documents, tokenizer, stats)])
@@ -226,9 +227,9 @@ def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
 
 
 def default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """Return a prompt for the samples that the text contains.
+    """Return a prompt for the samples: "ROMEO:", a newline, or the first character of the text.
 
-    It is "ROMEO:" if that occurs near the beginning, else a newline, else the first character.
+    It is the first of these that occurs near the beginning of the text.
     """
     text = tokenizer.decode(corpus.tokens[:PROMPT_TOKENS])
     return "ROMEO:" if "ROMEO:" in text else "\n" if "\n" in text else text[:1] or "\n"
@@ -236,16 +237,16 @@ def default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
 
 def check_length(corpus: Corpus, block_size: int) -> None:
     """Raise DataError unless training and validation each hold a block and the token after it."""
-    n, fits = len(corpus.tokens), min(len(corpus.train), len(corpus.val)) - 1
-    if fits >= block_size:
+    n, longest = len(corpus.tokens), min(len(corpus.train), len(corpus.val)) - 1
+    if longest >= block_size:
         return
     least = max(n, int(block_size / (1 - TRAIN_SHARE)) - 1)
-    need = next(m for m in count(least) if min(_split(m), m - _split(m)) > block_size)
-    smaller = f" or a --block-size of at most {fits}" if fits > 0 else ""
+    n_needed = next(m for m in count(least) if min(_split(m), m - _split(m)) > block_size)
+    smaller = f" or a --block-size of at most {longest}" if longest > 0 else ""
     amount = f"{corpus.characters} characters ({n} tokens)" if corpus.characters else f"{n} tokens"
     raise DataError(
         f"the text has {amount}; a context of {block_size} needs"
-        f" at least {need} tokens (train and validation each one block and one token);"
+        f" at least {n_needed} tokens (train and validation each one block and one token);"
         f" give more text{smaller}"
     )
 

@@ -1,6 +1,6 @@
-"""From pieces of text to blocks of tokens, on several threads and in order.
+"""Encoding: pieces of text become blocks of tokens, on several threads and in order.
 
-A document is framed as BOS document EOS, if the tokenizer has a token that ends a text.
+If the tokenizer has a token that ends a text, a document becomes BOS document EOS.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.data.reading import PIECE, Piece
+from mlx_randygpt.data.reading import MAX_PIECE, Piece
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 Ids = NDArray[np.int32]
@@ -24,11 +24,11 @@ Ids = NDArray[np.int32]
 
 @dataclass
 class TextStats:
-    """Statistics of a text, complete once all of its blocks were taken."""
+    """Statistics of a text, complete once all of its blocks were yielded."""
 
     characters: int = 0
-    n_bytes: int = 0  # of the same in UTF-8
-    unknown: Counter[str] = field(default_factory=Counter)  # characters that were lost
+    n_bytes: int = 0  # of the text in UTF-8
+    unknown: Counter[str] = field(default_factory=Counter)  # characters that were dropped
     digest: Any = field(default_factory=sha256)  # of the documents in UTF-8, a NUL between them
     n_tokens: int = 0
     starts: array[int] = field(default_factory=lambda: array("q"))  # where documents begin
@@ -47,28 +47,28 @@ class TextStats:
 def blocks(
     pieces: Iterable[Piece], tokenizer: Tokenizer, stats: TextStats, threads: int = 1
 ) -> Iterator[Ids]:
-    """Yield the tokens of the pieces in order, some 100,000 at a time, and update `stats`.
+    """Yield the tokens of the pieces in order, about 100,000 at a time, and update `stats`.
 
-    Only a few jobs' worth of the text is in memory.
+    Only a small part of the text is in memory at a time.
     """
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Ids, list[int], dict[str, int]]]] = deque()
-        for job in _jobs(pieces, stats):
+        for job in _group(pieces, stats):
             waiting.append(pool.submit(_encode, job, tokenizer))
             if len(waiting) > threads + 1:
-                yield _taken(waiting.popleft().result(), stats)
+                yield _count_block(waiting.popleft().result(), stats)
         while waiting:
-            yield _taken(waiting.popleft().result(), stats)
+            yield _count_block(waiting.popleft().result(), stats)
 
 
-def _jobs(pieces: Iterable[Piece], stats: TextStats) -> Iterator[list[Piece]]:
+def _group(pieces: Iterable[Piece], stats: TextStats) -> Iterator[list[Piece]]:
     job: list[Piece] = []
     size = 0
     for piece in pieces:
         stats.read(piece)
         job.append(piece)
         size += len(piece.text)
-        if size >= PIECE // 2:
+        if size >= MAX_PIECE // 2:
             yield job
             job, size = [], 0
     if job:
@@ -76,9 +76,11 @@ def _jobs(pieces: Iterable[Piece], stats: TextStats) -> Iterator[list[Piece]]:
 
 
 def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dict[str, int]]:
-    """Return the tokens of a job, where documents begin in them, and the unknown characters."""
+    """Return the tokens of a job, the starts of documents in them, and the unknown characters."""
     framed = tokenizer.eos != NO_TOKEN
-    ends = [tokenizer.eos] * (framed and tokenizer.eos != tokenizer.bos)  # else the next BOS does
+    ends = [tokenizer.eos] * (
+        framed and tokenizer.eos != tokenizer.bos
+    )  # a single token serves as both
     bos = np.array([tokenizer.bos] * framed, np.int32)
     eos = np.array(ends, np.int32)
     parts, starts, n = list[Ids](), list[int](), 0
@@ -92,7 +94,8 @@ def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dic
     return np.concatenate(parts), starts, tokenizer.unknown("".join(texts))
 
 
-def _taken(block: tuple[Ids, list[int], dict[str, int]], stats: TextStats) -> Ids:
+def _count_block(block: tuple[Ids, list[int], dict[str, int]], stats: TextStats) -> Ids:
+    """Add an encoded block to the statistics; return its tokens."""
     ids, starts, unknown = block
     stats.starts.extend(stats.n_tokens + start for start in starts)
     stats.n_tokens += len(ids)

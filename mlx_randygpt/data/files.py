@@ -1,7 +1,6 @@
-"""Which files a path means: the file, what is in a folder, what a pattern matches.
+"""Text files: expand files, folders and patterns, and find the default text.
 
-Owns the suffixes and where text is looked for when nobody says. How a file is fetched comes in as
-an argument; what is reported, and how, is the caller's.
+This module lists the supported suffixes. The function that downloads a file is an argument.
 """
 
 from __future__ import annotations
@@ -17,10 +16,36 @@ from mlx_randygpt.data import DataError
 
 PROSE = (".txt", ".md", ".markdown", ".rst", ".org", ".tex", ".html")
 SOURCE = (
-    ".c", ".cc", ".cpp", ".css", ".cu", ".go", ".h", ".hpp", ".hs", ".java", ".jl", ".js", ".kt",
-    ".lua", ".m", ".metal", ".ml", ".php", ".pl", ".py", ".r", ".rb", ".rs", ".scala", ".sh",
-    ".sql", ".swift", ".ts", ".zig",
-)  # fmt: skip
+    ".c",
+    ".cc",
+    ".cpp",
+    ".css",
+    ".cu",
+    ".go",
+    ".h",
+    ".hpp",
+    ".hs",
+    ".java",
+    ".jl",
+    ".js",
+    ".kt",
+    ".lua",
+    ".m",
+    ".metal",
+    ".ml",
+    ".php",
+    ".pl",
+    ".py",
+    ".r",
+    ".rb",
+    ".rs",
+    ".scala",
+    ".sh",
+    ".sql",
+    ".swift",
+    ".ts",
+    ".zig",
+)
 ROWS = (".jsonl", ".ndjson", ".parquet")  # many documents in a file
 PACKED = (".gz", ".zst")
 SUFFIXES = (*PROSE, *SOURCE, *ROWS)
@@ -29,7 +54,7 @@ VALIDATION = re.compile(r"(^|[_.-])(val|valid|validation)([_.-]|$)")
 
 
 def kind(file: Path) -> str:
-    """The last suffix below any compression, in lower case: `.jsonl` of `a.jsonl.zst`."""
+    """Return the suffix without compression, in lower case: `.jsonl` for `a.jsonl.zst`."""
     name = file.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -37,34 +62,36 @@ def kind(file: Path) -> str:
 
 
 def is_tokens(file: Path) -> bool:
-    """A file of token ids, as nanoGPT and llm.c write them."""
+    """Return whether a file holds token ids, in the format of nanoGPT or llm.c."""
     return file.name.lower().endswith(TOKENS)
 
 
 def is_validation(file: Path) -> bool:
-    """A token file that names itself the validation split: val.bin, fineweb_val_000000.bin."""
+    """Return whether a token file is the validation split: val.bin, fineweb_val_000000.bin."""
     return bool(VALIDATION.search(file.stem.lower()))
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files that paths name: files, directories (their texts at any depth, sorted, without
-    hidden ones; or their token files, where they hold a train.bin) and globs; each file once, in
-    the order of its first mention."""
-    found: dict[Path, Path] = {}
+    """Return the files of paths, folders and globs, each file once, in the order of the paths.
+
+    A folder stands for the texts in it at any depth, sorted and without hidden files, or for its
+    token files if it holds a train.bin.
+    """
+    files: dict[Path, Path] = {}
     for name in paths:
         try:
             for file in _expand(name):
-                found.setdefault(file.resolve(), file)
+                files.setdefault(file.resolve(), file)
         except OSError as error:
             raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
-    return list(found.values())
+    return list(files.values())
 
 
 def default_source(cwd: Path, download: Callable[[Path], None]) -> tuple[list[Path], str]:
-    """Files to train on when nobody named any, and one line for the user that says which.
+    """Return the files to train on if the user names none, and a line that reports them.
 
-    ./train.txt; else data/*.txt; else `download` makes data/shakespeare.txt; else, where it
-    raises DataError or the folder cannot be made, the sample corpus inside the package.
+    They are ./train.txt, else data/*.txt, else data/shakespeare.txt, which `download` makes. If it
+    raises DataError or the folder cannot be created, it is the sample corpus of the package.
     """
     if (own := cwd / "train.txt").is_file():
         return [own], f"Text: {own}"
@@ -75,14 +102,14 @@ def default_source(cwd: Path, download: Callable[[Path], None]) -> tuple[list[Pa
         target.parent.mkdir(exist_ok=True)
         download(target)
     except OSError as error:
-        return _sample(f"{target.parent} cannot be made: {error.strerror}")
+        return _sample(f"{target.parent} cannot be created: {error.strerror}")
     except DataError as error:
         return _sample(str(error))
     return [target], f"Text: tiny Shakespeare, downloaded to {target}"
 
 
 def sample_corpus_path() -> Path:
-    """The corpus that comes with the package."""
+    """Return the path of the sample corpus in the package."""
     return Path(__file__).with_name("sample.txt")
 
 
@@ -91,7 +118,7 @@ def _sample(reason: str) -> tuple[list[Path], str]:
 
 
 def _expand(name: str) -> Iterator[Path]:
-    path = Path(os.path.expanduser(name))  # which, unlike pathlib's, takes ~nobody for a name
+    path = Path(os.path.expanduser(name))  # pathlib raises for an unknown ~user
     if path.is_dir() and name:
         yield from _texts_under(path)
     elif path.exists() and name:
@@ -130,8 +157,8 @@ def _is_visible_file(file: Path) -> bool:
 
 
 def _no_such_file(name: str, path: Path) -> str:
-    looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+    searched = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, 1)
     hint = f"; is it {path.with_name(near[0])}?" if near else ""
-    return f"no such file: {name!r}{looked}{hint}"
+    return f"no such file: {name!r}{searched}{hint}"

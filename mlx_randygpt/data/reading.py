@@ -1,7 +1,7 @@
-"""From any file to pieces of text: strict, and never more of it in memory than a few megabytes.
+"""Reading: files become pieces of text, strictly decoded, with a few megabytes in memory.
 
-Owns encodings, line ends, compression and the formats that hold many documents. A piece ends
-where no subword crosses, so that encoding pieces gives the tokens of the whole.
+This module handles encodings, line ends, compression and formats with many documents. Pieces are
+cut between words, so that encoding the pieces gives the tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from mlx_randygpt.data import DataError
 from mlx_randygpt.data.files import kind
 
 CHUNK_BYTES = 1 << 20
-PIECE = 1 << 18  # characters at most
-TRIES = 1000  # spaces looked at for one between two words
+MAX_PIECE = 1 << 18  # characters
+MAX_TRIES = 1000  # spaces to try when looking for a word boundary
 Seen = Callable[[int], None]  # bytes of the file that were read since the last call
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read, where they do not say themselves."""
+    """Reading options for files that do not declare their own."""
 
     encoding: str = "utf-8"
     text_field: str = "text"  # of a row of .jsonl or .parquet
 
     def __post_init__(self) -> None:
         try:
-            "".encode(self.encoding)  # a codec of text; codecs.lookup finds others, such as zip
+            "".encode(
+                self.encoding
+            )  # unlike codecs.lookup, this rejects codecs of bytes such as zip
         except (LookupError, ValueError) as error:
             raise DataError(
                 f"encoding={self.encoding!r} is unknown; try utf-8, utf-16, latin-1 or cp1252"
@@ -43,17 +45,17 @@ class Reading:
 
 
 class Piece(NamedTuple):
-    """A part of a document, in order."""
+    """A part of a document."""
 
     text: str
-    begins: bool  # a document
-    ends: bool
+    begins: bool  # whether it is the first of its document
+    ends: bool  # whether it is the last
 
 
 def read_text(file: Path, reading: Reading | None = None) -> str:
-    r"""The text of a file, without its byte order mark and with "\r\n" and "\r" as "\n".
+    r"""Return the text of a file without byte order mark, with "\r\n" and "\r" as "\n".
 
-    DataError where it cannot be read, is empty, binary or not in its encoding.
+    Raises DataError if the file cannot be read, is empty or binary, or is not in its encoding.
     """
     return "".join(piece.text for piece in pieces(file, reading))
 
@@ -62,10 +64,12 @@ def pieces(
     file: Path,
     reading: Reading | None = None,
     seen: Seen = lambda n: None,
-    size: int = PIECE,
+    size: int = MAX_PIECE,
 ) -> Iterator[Piece]:
-    """The documents of a file in pieces of at most `size` characters: one document, or one a row.
-    DataError as for `read_text`."""
+    """Yield the documents of a file in pieces of at most `size` characters.
+
+    A file is one document, or one per row. Raises DataError like `read_text`.
+    """
     reading, suffix, empty = reading or Reading(), kind(file), True
     documents: Iterator[Iterator[str]]
     if suffix in (".jsonl", ".ndjson"):
@@ -73,7 +77,7 @@ def pieces(
     elif suffix == ".parquet":
         documents = (iter([row]) for row in _parquet_rows(file, reading, seen))
     else:
-        documents = iter([_decoded(file, reading.encoding, seen)])
+        documents = iter([_decode(file, reading.encoding, seen)])
     for document in documents:
         for piece in _cut(document, size):
             empty = False
@@ -83,12 +87,12 @@ def pieces(
 
 
 def _cut(parts: Iterator[str], size: int) -> Iterator[Piece]:
-    """One document in pieces; nothing for an empty one. The last piece waits for the end."""
+    """Yield one document in pieces; an empty document has none."""
     waiting, begins = "", True
     for part in parts:
         text, start = waiting + part, 0
         while len(text) - start > size:
-            end = _seam(text, start, start + size)
+            end = _find_cut(text, start, start + size)
             yield Piece(text[start:end], begins, False)
             start, begins = end, False
         waiting = text[start:]
@@ -96,11 +100,14 @@ def _cut(parts: Iterator[str], size: int) -> Iterator[Piece]:
         yield Piece(waiting, begins, True)
 
 
-def _seam(text: str, start: int, end: int) -> int:
-    """Where to cut `text` before `end`: ahead of a space between two words, which every usual
-    tokenizer leaves to the word that follows; else ahead of white space; else at `end`."""
+def _find_cut(text: str, start: int, end: int) -> int:
+    """Return the index at which to cut `text`, at most `end`.
+
+    It is that of a space between two words, which the usual tokenizers attach to the following
+    word; else that of other white space; else `end`.
+    """
     at = end
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         at = text.rfind(" ", start + 1, at)
         if at < 0:
             break
@@ -110,8 +117,8 @@ def _seam(text: str, start: int, end: int) -> int:
     return next((i for i in spaces if not text[i - 1].isspace()), end)
 
 
-def _decoded(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
-    r"""The text as it comes, "\n" at the end of its lines."""
+def _decode(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
+    r"""Yield the decoded text of a file in chunks, with "\n" at the ends of lines."""
     inner = codecs.getincrementaldecoder(encoding)("strict")
     decoder = io.IncrementalNewlineDecoder(inner, translate=True)
     utf8 = codecs.lookup(encoding).name == "utf-8"
@@ -126,19 +133,19 @@ def _decoded(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
             if half.count(0) > 0.8 * len(half):  # as in UTF-16 of mostly Latin letters
                 name = f"utf-16-{'be' if (offset + nul) % 2 == 0 else 'le'}"
                 raise DataError(f"{file} looks like {name}, not UTF-8; give --encoding {name}")
-            place = _place(file, offset + nul)
-            raise DataError(f"{file} is binary, not text: a NUL byte {place}")
+            position = _locate(file, offset + nul)
+            raise DataError(f"{file} is binary, not text: a NUL byte {position}")
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             at = offset + len(chunk) - len(error.object) + error.start
             raise DataError(
                 f"{file} is not {encoding.upper()} text: byte {error.object[error.start]:#04x} "
-                f"{_place(file, at)}; if it is in an older encoding, {_iconv(file, 'latin1')}"
-                ", or name it with --encoding"
+                f"{_locate(file, at)}; if it is in an older encoding, {_iconv(file, 'latin1')}"
+                ", or give --encoding"
             ) from error
         if not utf8 and "\0" in text:
-            raise DataError(f"{file} is binary, not {encoding} text: it holds a NUL")
+            raise DataError(f"{file} is binary, not {encoding} text: it holds a NUL character")
         offset += len(chunk)
         if first and text:
             text, first = text.removeprefix("\ufeff"), False
@@ -147,8 +154,8 @@ def _decoded(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
 
 
 def _chunks(file: Path, seen: Seen) -> Iterator[bytes]:
-    """The content, unpacked, and b"" at its end."""
-    unpack = {".gz": _gunzip, ".zst": _unzstd}.get(file.suffix.lower(), _as_it_is)
+    """Yield the decompressed content in chunks, and b"" at its end."""
+    unpack = {".gz": _gunzip, ".zst": _unzstd}.get(file.suffix.lower(), _unchanged)
     try:
         with open(file, "rb") as raw:
             done = 0
@@ -163,7 +170,7 @@ def _chunks(file: Path, seen: Seen) -> Iterator[bytes]:
     yield b""
 
 
-def _as_it_is(raw: IO[bytes]) -> Iterator[bytes]:
+def _unchanged(raw: IO[bytes]) -> Iterator[bytes]:
     while chunk := raw.read(CHUNK_BYTES):
         yield chunk
 
@@ -182,7 +189,7 @@ def _unzstd(raw: IO[bytes]) -> Iterator[bytes]:
     unpacker = zstandard.ZstdDecompressor()
     frame = unpacker.decompressobj()
     try:
-        while packed := raw.read(CHUNK_BYTES >> 4):  # a little of it may unpack to much
+        while packed := raw.read(CHUNK_BYTES >> 4):  # a small part can decompress to a large one
             while packed:
                 frame = unpacker.decompressobj() if frame.eof else frame
                 if chunk := frame.decompress(packed):
@@ -195,8 +202,8 @@ def _unzstd(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _json_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
-    """The text of each line, which is a JSON object."""
-    for number, line in enumerate(_lines(_decoded(file, reading.encoding, seen)), start=1):
+    """Yield the text of each line, which must be a JSON object."""
+    for number, line in enumerate(_lines(_decode(file, reading.encoding, seen)), start=1):
         if not line.strip():
             continue
         try:
@@ -204,10 +211,12 @@ def _json_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(reading.text_field), str):
-            have = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
+            columns = (
+                f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
+            )
             raise DataError(
-                f"{file}: line {number} has no text under {reading.text_field!r}{have}; "
-                "--text-field names another"
+                f"{file}: line {number} has no text under {reading.text_field!r}{columns}; "
+                "choose another with --text-field"
             )
         yield _with_newlines(row[reading.text_field])
 
@@ -235,7 +244,7 @@ def _parquet_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
             if reading.text_field not in names:
                 raise DataError(
                     f"{file} has no column {reading.text_field!r}; it has {', '.join(names)}; "
-                    "--text-field names another"
+                    "choose another with --text-field"
                 )
             n_rows, size = max(1, table.metadata.num_rows), file.stat().st_size
             for batch in table.iter_batches(256, columns=[reading.text_field]):
@@ -258,14 +267,14 @@ def _with_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _place(file: Path, offset: int) -> str:
-    """Where a byte is; the file is read again, up to it, to count its lines."""
+def _locate(file: Path, offset: int) -> str:
+    """Return the offset and line of a byte; counting lines reads the file again up to it."""
     lines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("latin-1")(), translate=True)
-    n_lines, left = 1, offset
+    n_lines, n_left = 1, offset
     for chunk in _chunks(file, lambda n: None):
-        n_lines += lines.decode(chunk[:left], final=len(chunk) >= left).count("\n")
-        left -= len(chunk)
-        if left <= 0:
+        n_lines += lines.decode(chunk[:n_left], final=len(chunk) >= n_left).count("\n")
+        n_left -= len(chunk)
+        if n_left <= 0:
             break
     return f"at offset {offset} (line {n_lines})"
 

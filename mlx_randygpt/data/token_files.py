@@ -1,7 +1,7 @@
-"""Files of token ids that other programs wrote: nanoGPT's train.bin and those of llm.c.
+"""Files of token ids from other programs: nanoGPT's train.bin and those of llm.c.
 
-nanoGPT writes bare uint16 ids. llm.c puts 256 int32 before them: a magic number that tells the
-width of an id, a version, and how many follow. The files do not say which tokenizer made them.
+nanoGPT writes plain uint16 ids. llm.c puts a header of 256 int32 before them: a magic number for
+the width of an id, a version, and the number of ids. The files do not record the tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAGICS: dict[int, tuple[int, np.dtype[Any]]] = {  # version, type of an id
 CHUNK_TOKENS = 1 << 19
 
 
-def in_order(files: list[Path]) -> list[Path]:
+def sort_splits(files: list[Path]) -> list[Path]:
     """Sort training files before validation files."""
     return sorted(files, key=is_validation)
 
@@ -35,7 +35,7 @@ def in_order(files: list[Path]) -> list[Path]:
 def token_blocks(
     files: list[Path], tokenizer: Tokenizer, stats: TextStats, seen: Seen = lambda n: None
 ) -> Iterator[NDArray[np.int32]]:
-    """Yield the ids of the files; DataError for one outside the tokenizer's vocabulary."""
+    """Yield the ids of the files; raise DataError for an id outside the tokenizer's vocabulary."""
     for file in files:
         dtype, offset = _layout(file)
         with open(file, "rb") as stream:
@@ -50,7 +50,7 @@ def token_blocks(
                     )
                 seen(len(raw))
                 stats.digest.update(raw)
-                if tokenizer.eos != NO_TOKEN:  # else its BOS is a token like others
+                if tokenizer.eos != NO_TOKEN:  # otherwise BOS is an ordinary token
                     begins = np.flatnonzero(ids == tokenizer.bos) + stats.n_tokens
                     stats.starts.extend(int(at) for at in begins if at > stats.starts[-1])
                 stats.n_tokens += len(ids)
@@ -62,7 +62,7 @@ def n_train(files: list[Path]) -> int | None:
     if not any(map(is_validation, files)):
         return None
     if all(map(is_validation, files)):
-        raise DataError(f"{files[0]} is for validation; give the training file too")
+        raise DataError(f"{files[0]} is a validation file; give the training file too")
     return sum(_n_tokens(file) for file in files if not is_validation(file))
 
 
@@ -82,14 +82,16 @@ def _layout(file: Path) -> tuple[np.dtype[Any], int]:
     magic, version, n_tokens = np.frombuffer(head.ljust(12, b"\0"), "<i4").tolist()
     if magic not in MAGICS:
         if size % 2 or not size:
-            raise DataError(f"{file} is not a token file: {size} bytes, and each id takes two")
+            raise DataError(f"{file} is not a token file: {size} bytes, but each id takes two")
         return np.dtype("<u2"), 0
-    known, dtype = MAGICS[magic]
-    if version != known:
-        raise DataError(f"{file} has version {version} of llm.c's format; {known} can be read")
+    supported, dtype = MAGICS[magic]
+    if version != supported:
+        raise DataError(
+            f"{file} has version {version} of llm.c's format; only {supported} is supported"
+        )
     if HEADER_BYTES + n_tokens * dtype.itemsize != size:
         raise DataError(
-            f"{file} is cut off or damaged: its header names {n_tokens} tokens, "
-            f"{HEADER_BYTES + n_tokens * dtype.itemsize} bytes, and it has {size}"
+            f"{file} is cut off or damaged: its header promises {n_tokens} tokens, "
+            f"{HEADER_BYTES + n_tokens * dtype.itemsize} bytes, but it has {size}"
         )
     return dtype, HEADER_BYTES

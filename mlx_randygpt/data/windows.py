@@ -1,6 +1,6 @@
-"""Windows of tokens: random ones to train on, every one in turn to evaluate.
+"""Windows of tokens: random ones for training, consecutive ones for evaluation.
 
-Which windows is a function of the arguments alone, so a resumed run sees what it would have seen.
+The windows depend on the arguments only, so a resumed run sees the same ones.
 
 Legend: B batch, T block_size, n tokens of the split.
 """
@@ -27,9 +27,11 @@ def sample_batch(
     micro: int = 0,
     documents: Documents | None = None,
 ) -> Batch:
-    """B windows that start anywhere a whole one and the token after it fit; `tokens` is (n,).
-    With `documents`, none crosses from one to the next."""
-    assert len(tokens) > block_size, "check_length comes first"
+    """Draw B windows from `tokens` (n,); each start with room for T + 1 tokens is equally likely.
+
+    With `documents`, every window lies inside one document.
+    """
+    assert len(tokens) > block_size, "check_length runs first"
     _release_pages(tokens)
     random = rng(seed, "batch", step, micro)
     if documents is not None:
@@ -41,21 +43,21 @@ def sample_batch(
 def eval_batches(
     tokens: Array, block_size: int, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """Non-overlapping windows in a fixed order, every token but the first once as a target.
+    """Yield non-overlapping windows in a fixed order; every token but the first is a target once.
 
-    `max_tokens` takes that many tokens' worth of them, at least one, evenly spread. All batches
-    have the same B, at most `batch_size`: the last is filled with windows past the end, which
-    have no targets that count; so weight the loss of a batch with its `n_targets()`.
+    `max_tokens` limits them to that many tokens, but at least one window, spread evenly. All
+    batches have the same B, at most `batch_size`: the last is filled with windows past the end,
+    whose targets do not count. Weight the loss of a batch by its `n_targets()`.
     """
     if len(tokens) < 2:
         raise DataError(f"{len(tokens)} tokens leave nothing to predict; give at least 2")
     n_windows = -(-(len(tokens) - 1) // block_size)
-    n_kept = n_windows
+    n_used = n_windows
     if max_tokens is not None:
-        n_kept = min(n_windows, max(1, max_tokens // block_size))
-    starts = np.arange(n_kept, dtype=np.int64) * n_windows // n_kept * block_size
-    batch_size = min(batch_size, n_kept)
-    padding = np.full(-n_kept % batch_size, len(tokens), dtype=np.int64)
+        n_used = min(n_windows, max(1, max_tokens // block_size))
+    starts = np.arange(n_used, dtype=np.int64) * n_windows // n_used * block_size
+    batch_size = min(batch_size, n_used)
+    padding = np.full(-n_used % batch_size, len(tokens), dtype=np.int64)
     for rows in np.concatenate([starts, padding]).reshape(-1, batch_size):
         _release_pages(tokens)
         yield Batch(tokens, rows, block_size)
@@ -69,31 +71,31 @@ def _release_pages(tokens: Array) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The places where a window and the token after it lie inside one document."""
+    """The starts at which a window and the token after it lie inside one document."""
 
-    first: NDArray[np.int64]  # token of each document
-    ahead: NDArray[np.int64]  # such places in the documents before it, and at the end in all
+    first: NDArray[np.int64]  # first token of each document
+    ahead: NDArray[np.int64]  # starts in earlier documents; the last entry is their total
 
     @classmethod
     def within(cls, first: NDArray[np.int64], n_tokens: int, block_size: int) -> Documents:
-        """Those in the first `n_tokens` tokens; DataError where every document is too short."""
+        """Find them in the first `n_tokens` tokens; DataError if every document is too short."""
         first = first[first < n_tokens]
         lengths = np.diff(first, append=n_tokens)
         ahead = np.append(0, np.cumsum(np.maximum(lengths - block_size, 0)))
         if not ahead[-1]:
             raise DataError(
                 f"the longest document has {lengths.max()} tokens; --respect-documents needs one "
-                f"of {block_size + 1}, a context and the token after it: lower --block-size"
+                f"of {block_size + 1}, a context and the token after it; lower --block-size"
             )
         return cls(first, ahead)
 
     @property
     def n_left_out(self) -> int:
-        """Documents that are too short for a window and the token after it."""
+        """Count the documents that are too short for a window and the token after it."""
         return int((np.diff(self.ahead) == 0).sum())
 
     def starts(self, random: np.random.Generator, n: int) -> NDArray[np.int64]:
-        """`n` of the places, each as likely as any other."""
+        """Draw `n` starts, each equally likely."""
         at = random.integers(0, self.ahead[-1], size=n)
         document = np.searchsorted(self.ahead, at, side="right") - 1
         return self.first[document] + at - self.ahead[document]

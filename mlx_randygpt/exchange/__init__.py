@@ -1,4 +1,4 @@
-"""Models in and out: the folders and files that other programs write and read.
+"""Export and import: the model files and folders of other programs.
 
 `export` writes with one exporter per format, `importing` reads with one importer per format. This
 module imports nothing heavy, so that the commands can list the formats.

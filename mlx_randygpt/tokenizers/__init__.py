@@ -10,26 +10,26 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-NO_TOKEN = -1  # an id that no text has
+NO_TOKEN = -1  # stands for a token that does not exist
 _CLASSES = {"char": ("chars", "CharTokenizer"), "table": ("chars", "FixedCharTokenizer")}
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Tokenizers with the same vocabulary are equal."""
+    """Convert text to token ids and back. Tokenizers with the same vocabulary are equal."""
 
     @property
     def vocab_size(self) -> int:
-        """V, with the special tokens."""
+        """Return V, the number of ids, special tokens included."""
 
     @property
     def bos(self) -> int:
-        """The id before a document, which also stands for an empty prompt."""
+        """Return the id before a document, which also stands for an empty prompt."""
 
     @property
     def eos(self) -> int:
-        """The id after a document, where generation can stop.
+        """Return the id after a document, at which generation can stop.
 
-        NO_TOKEN if no token ends a text; documents then follow each other directly.
+        It is NO_TOKEN if no token ends a text; documents then follow each other directly.
         """
 
     def encode(self, text: str) -> NDArray[np.int32]:
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         """Encode each text; safe to call from several threads at once."""
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """Return the text of `ids`; ValueError for an id outside the vocabulary."""
+        """Return the text of `ids`; raise ValueError for an id outside the vocabulary."""
 
     def decoder(self) -> Callable[[int], str]:
         """Return a function from the next id to the text that it completes.
@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
 
 
 def tokenizer_from_json(data: object) -> Tokenizer:
-    """Return the tokenizer that wrote `data` with `to_json`; ValueError if it is invalid."""
+    """Build the tokenizer from the result of `to_json`; raise ValueError if it is invalid."""
     if not isinstance(data, dict):
         raise ValueError(f"tokenizer: {reprlib.repr(data)} is not a JSON object")
     kind = data.get("type")

@@ -17,7 +17,7 @@ from mlx_randygpt.config import LIMITS
 from mlx_randygpt.tokenizers import NO_TOKEN
 
 MAX_CHARS = 512
-REPLACEMENT = 0xFFFD  # what <unk> decodes to
+REPLACEMENT = 0xFFFD  # the character that <unk> decodes to
 CODE_POINTS = 0x110000
 SURROGATES = range(0xD800, 0xE000)  # code points that UTF-8 cannot encode
 
@@ -30,7 +30,7 @@ class CharTokenizer:
 
     @classmethod
     def train(cls, texts: str | Iterable[str], max_chars: int = MAX_CHARS) -> CharTokenizer:
-        """Learn the `max_chars` most frequent characters; of equals, the lower code points."""
+        """Learn the `max_chars` most frequent characters; lower code points win ties."""
         if not 1 <= max_chars <= MAX_CHARS:
             raise ValueError(f"max_chars={max_chars} is not in 1..{MAX_CHARS}")
         counts = np.zeros(CODE_POINTS, np.int64)
@@ -44,7 +44,7 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CharTokenizer:
-        """Build the tokenizer from the result of `to_json`; ValueError if it is invalid."""
+        """Build the tokenizer from the result of `to_json`; raise ValueError if it is invalid."""
         chars = data.get("chars")
         if not isinstance(chars, list):
             raise ValueError(f"tokenizer: chars={reprlib.repr(chars)} is not a list of characters")
@@ -55,10 +55,12 @@ class CharTokenizer:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.chars) <= MAX_CHARS:
-            raise ValueError(f"tokenizer: {len(self.chars)} characters; it takes 1 to {MAX_CHARS}")
+            raise ValueError(
+                f"tokenizer: {len(self.chars)} characters; 1 to {MAX_CHARS} are possible"
+            )
         for a, b in pairwise(self.chars):
             if a >= b:
-                problem = "is there twice" if a == b else f"comes before {b!r}, out of order"
+                problem = "occurs twice" if a == b else f"comes before {b!r}, out of order"
                 raise ValueError(f"tokenizer: the character {a!r} {problem}")
         for char in self.chars:
             if ord(char) in SURROGATES:
@@ -66,55 +68,66 @@ class CharTokenizer:
 
     @property
     def bos(self) -> int:
+        """Return the id before a document."""
         return len(self.chars)
 
     @property
     def eos(self) -> int:
+        """Return the id after a document."""
         return len(self.chars) + 1
 
     @property
     def unk(self) -> int:
-        """Id of every character outside `chars`."""
+        """Return the id of every character outside `chars`."""
         return len(self.chars) + 2
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of ids, special tokens included."""
         return len(self.chars) + 3
 
     def encode(self, text: str) -> NDArray[np.int32]:
+        """Return the ids of `text`, without BOS and EOS."""
         # Code points past the table are clipped to its last entry, which is <unk>.
         return self._id_of_code.take(code_points(text), mode="clip")
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Encode each text."""
         ends = np.cumsum([len(text) for text in texts])
         return np.split(self.encode("".join(texts)), ends[:-1])
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """Return the text of `ids`; raise ValueError for an id outside the vocabulary."""
         ids = np.asarray(ids, np.int64)
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise ValueError(f"token id {outside[0]} is not in 0..{self.vocab_size - 1}")
-        spelled = ids[(ids != self.bos) & (ids != self.eos)]
-        return str(self._code_of_id[spelled].tobytes(), "utf-32-le")
+        visible = ids[(ids != self.bos) & (ids != self.eos)]
+        return str(self._code_of_id[visible].tobytes(), "utf-32-le")
 
     def decoder(self) -> Callable[[int], str]:
+        """Return a function from the next id to the text that it completes."""
         return self._texts.__getitem__
 
     def unknown(self, text: str) -> dict[str, int]:
-        lost = self.encode(text) == self.unk
-        if not lost.any():
+        """Count the characters that `encode` replaces by `<unk>`, most frequent first."""
+        unknown = self.encode(text) == self.unk
+        if not unknown.any():
             return {}
-        codes, counts = np.unique(code_points(text)[lost], return_counts=True)
+        codes, counts = np.unique(code_points(text)[unknown], return_counts=True)
         order = np.argsort(-counts, kind="stable")
         return {chr(codes[i]): int(counts[i]) for i in order}
 
     def token_bytes(self) -> NDArray[np.int64]:
+        """Return the UTF-8 bytes per token, (V,)."""
         return np.array([len(char.encode()) for char in self.chars] + [0, 0, 1], np.int64)
 
     def never_sampled(self) -> tuple[int, ...]:
+        """Return the ids that generation must not pick."""
         return self.bos, self.unk
 
     def to_json(self) -> dict[str, Any]:
+        """Return the vocabulary as JSON, for `tokenizer_from_json`."""
         return {"type": "char", "chars": list(self.chars)}
 
     @cached_property
@@ -134,7 +147,7 @@ class CharTokenizer:
 
 @dataclass(frozen=True)
 class FixedCharTokenizer:
-    """A table: `symbols[i]` is the character of id i, or "" if the id stands for none.
+    """A fixed table: `symbols[i]` is the character of id i, or "" if the id has no character.
 
     Characters outside the table are dropped. No token ends a text. An empty prompt becomes `begin`
     or, without one, a newline.
@@ -145,7 +158,7 @@ class FixedCharTokenizer:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FixedCharTokenizer:
-        """Build the tokenizer from the result of `to_json`; ValueError if it is invalid."""
+        """Build the tokenizer from the result of `to_json`; raise ValueError if it is invalid."""
         symbols, begin = data.get("symbols"), data.get("begin")
         if not isinstance(symbols, list) or not all(isinstance(s, str) for s in symbols):
             raise ValueError(f"tokenizer: symbols={reprlib.repr(symbols)} is not a list of texts")
@@ -156,7 +169,8 @@ class FixedCharTokenizer:
     def __post_init__(self) -> None:
         if len(self.symbols) > LIMITS["vocab_size"]:
             raise ValueError(
-                f"tokenizer: {len(self.symbols)} symbols; it takes {LIMITS['vocab_size']}"
+                f"tokenizer: {len(self.symbols)} symbols; "
+                f"at most {LIMITS['vocab_size']} are possible"
             )
         if not any(self.symbols):
             raise ValueError("tokenizer: it has no characters")
@@ -167,16 +181,18 @@ class FixedCharTokenizer:
                 raise ValueError(f"tokenizer: {symbol!r} is half a character, a lone surrogate")
         symbol, count = Counter(filter(None, self.symbols)).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"tokenizer: the character {symbol!r} is there twice")
+            raise ValueError(f"tokenizer: the character {symbol!r} occurs twice")
         if not NO_TOKEN <= self.begin < len(self.symbols):
             raise ValueError(f"tokenizer: begin={self.begin} is not in 0..{len(self.symbols) - 1}")
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of ids."""
         return len(self.symbols)
 
     @cached_property
     def bos(self) -> int:
+        """Return the id that stands for an empty prompt."""
         if self.begin != NO_TOKEN:
             return self.begin
         blanks = (symbol for symbol in ("\n", " ") if symbol in self.symbols)
@@ -184,16 +200,20 @@ class FixedCharTokenizer:
 
     @property
     def eos(self) -> int:
+        """Return NO_TOKEN: no token ends a text."""
         return NO_TOKEN
 
     def encode(self, text: str) -> NDArray[np.int32]:
+        """Return the ids of `text`, without BOS and EOS."""
         ids: NDArray[np.int32] = self._id_of_code.take(code_points(text), mode="clip")
         return np.compress(ids != NO_TOKEN, ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Encode each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
+        """Return the text of `ids`; raise ValueError for an id outside the vocabulary."""
         tokens = np.asarray(ids, np.int64).tolist()
         for token in tokens:
             if not 0 <= token < self.vocab_size:
@@ -201,25 +221,30 @@ class FixedCharTokenizer:
         return "".join(map(self.symbols.__getitem__, tokens))
 
     def decoder(self) -> Callable[[int], str]:
+        """Return a function from the next id to the text that it completes."""
         return self.symbols.__getitem__
 
     def unknown(self, text: str) -> dict[str, int]:
+        """Count the characters that `encode` drops, most frequent first."""
         symbols = set(self.symbols)
         return dict(Counter(char for char in text if char not in symbols).most_common())
 
     def token_bytes(self) -> NDArray[np.int64]:
+        """Return the UTF-8 bytes per token, (V,)."""
         return np.array([len(symbol.encode()) for symbol in self.symbols], np.int64)
 
     def never_sampled(self) -> tuple[int, ...]:
+        """Return the ids that generation must not pick."""
         return tuple(token for token, symbol in enumerate(self.symbols) if not symbol)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the vocabulary as JSON, for `tokenizer_from_json`."""
         begin = None if self.begin == NO_TOKEN else self.begin
         return {"type": "table", "symbols": list(self.symbols), "begin": begin}
 
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
-        """Id of each code point, NO_TOKEN for code points outside the table."""
+        """Return the id of each code point, NO_TOKEN for code points outside the table."""
         id_of = {ord(symbol): token for token, symbol in enumerate(self.symbols) if symbol}
         table = np.full(max(id_of) + 2, NO_TOKEN, np.int32)
         table[list(id_of)] = list(id_of.values())
@@ -228,6 +253,6 @@ class FixedCharTokenizer:
 
 def code_points(text: str) -> NDArray[np.uint32] | NDArray[np.uint8]:
     """Return the code points of a text, lone surrogates included."""
-    if text.isascii():  # a quarter of the memory to read
+    if text.isascii():  # needs a quarter of the memory
         return np.frombuffer(text.encode("ascii"), np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

@@ -1,7 +1,7 @@
 """Subword tokenizers: byte-level BPE and WordPiece, learned or from a tokenizer.json.
 
-Owns what the library `tokenizers` is asked for and how its tokens become bytes. What is learned
-here spells every text: the 256 bytes are in the vocabulary. Knows nothing of files or models.
+This module wraps the library `tokenizers` and converts its tokens to bytes. Tokenizers learned
+here can encode every text, because the 256 bytes are in their vocabulary.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from numpy.typing import NDArray
 from mlx_randygpt.config import LIMITS, ConfigError, missing
 
 KINDS = ("bpe", "wordpiece")
-MIN_VOCAB_SIZE = {"bpe": 258, "wordpiece": 515}  # bytes, first and inner ones apart, and specials
+MIN_VOCAB_SIZE = {
+    "bpe": 258,
+    "wordpiece": 515,
+}  # the bytes (twice: initial and inner) and special tokens
 DEFAULT_SIZE = 1024
 BOS, EOS, UNK = "<bos>", "<eos>", "<unk>"
 END_OF_TEXT = "<|endoftext|>"
 BOS_NAMES = (BOS, "<s>", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", END_OF_TEXT)
 EOS_NAMES = (EOS, "</s>", "<|eos|>", "<|end_of_text|>", END_OF_TEXT, "[SEP]")
-INNER = "⋯"  # before a WordPiece that goes on with a word; no byte is spelled so, as "##" would be
-MAX_WORD_BYTES = 64  # bytes of a word under WordPiece, whose search is cubic in it
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece spells a single byte
+INNER = "⋯"  # prefix of a WordPiece inside a word; unlike "##" it is no byte's character
+MAX_WORD_BYTES = 64  # longest word for WordPiece, whose search takes cubic time
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's notation of a single byte
 
 
 def _library() -> Any:
@@ -41,9 +44,11 @@ def _library() -> Any:
     return tokenizers
 
 
-def spelling() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary: GPT-2's table. Bytes
-    that print in Latin-1 stand for themselves, the others for 256, 257, …"""
+def byte_characters() -> dict[int, str]:
+    """Return the character of each byte in a byte-level vocabulary, as in GPT-2.
+
+    Bytes that are printable in Latin-1 stand for themselves; the others have code points from 256.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable}
@@ -52,44 +57,44 @@ def spelling() -> dict[int, str]:
 
 @dataclass(frozen=True)
 class SubwordTokenizer:
-    """A tokenizer.json, in full, and the few questions that a run asks of it."""
+    """A tokenizer.json behind the protocol `Tokenizer`."""
 
     kind: str  # "bpe" | "wordpiece" | "file"
     content: str  # the JSON text, as the library writes it
 
     @classmethod
     def train(cls, kind: str, texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
-        """Learn at most `vocab_size` tokens, special ones included; ConfigError for too few."""
+        """Learn at most `vocab_size` tokens with special ones; raise ConfigError for too few."""
         if not MIN_VOCAB_SIZE[kind] <= vocab_size <= LIMITS["vocab_size"]:
             raise ConfigError(
-                f"vocab_size={vocab_size} does not fit a {kind} tokenizer; it takes "
-                f"{MIN_VOCAB_SIZE[kind]} to {LIMITS['vocab_size']}, for every byte is a token"
+                f"vocab_size={vocab_size} does not fit a {kind} tokenizer; give "
+                f"{MIN_VOCAB_SIZE[kind]} to {LIMITS['vocab_size']}, since every byte is a token"
             )
         learn = _learn_bpe if kind == "bpe" else _learn_wordpiece
-        return cls(kind, learn(_library(), map(_scalars, texts), vocab_size).to_str())
+        return cls(kind, learn(_library(), map(_replace_surrogates, texts), vocab_size).to_str())
 
     @classmethod
     def from_file(cls, content: str) -> SubwordTokenizer:
-        """The tokenizer of a tokenizer.json; ValueError says what is wrong with it.
+        """Build the tokenizer from a tokenizer.json; raise ValueError if it is invalid.
 
-        Its own tokens begin and end a document where it has some, such as <|endoftext|>, which
-        does both; where it has none, <|endoftext|> is added.
+        Documents begin and end with its own tokens, such as <|endoftext|> for both. If it has
+        no such token, <|endoftext|> is added.
         """
         model = _read(content)
-        known = model.get_vocab()
-        names = [n for n in (*BOS_NAMES, *EOS_NAMES) if n in known] or [END_OF_TEXT]
+        vocab = model.get_vocab()
+        names = [n for n in (*BOS_NAMES, *EOS_NAMES) if n in vocab] or [END_OF_TEXT]
         special = _library().AddedToken
         model.add_special_tokens([special(name, special=True) for name in names])
         return cls("file", model.to_str())
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SubwordTokenizer:
-        """The tokenizer of a `to_json`; ValueError says what is wrong with it."""
+        """Build the tokenizer from the result of `to_json`; raise ValueError if it is invalid."""
         kind, content = data.get("type"), data.get("tokenizer")
         if kind not in (*KINDS, "file"):
             raise ValueError(
                 f"tokenizer: type={reprlib.repr(kind)} is unknown; "
-                f"it is char, {', '.join(KINDS)} or file"
+                f"choose from char, {', '.join(KINDS)}, file"
             )
         if not isinstance(content, dict):
             raise ValueError(f"tokenizer: {reprlib.repr(content)} is not the JSON of a {kind}")
@@ -97,62 +102,73 @@ class SubwordTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of ids, special tokens included."""
         return len(self._names)
 
     @cached_property
     def bos(self) -> int:
+        """Return the id before a document."""
         return self._first_of(BOS_NAMES, EOS_NAMES)
 
     @cached_property
     def eos(self) -> int:
+        """Return the id after a document."""
         return self._first_of(EOS_NAMES, BOS_NAMES)
 
     def encode(self, text: str) -> NDArray[np.int32]:
+        """Return the ids of `text`, without BOS and EOS."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        # A batch, be it of one, is encoded without Python's lock: other threads go on.
-        batch = [_scalars(text) for text in texts]
-        found = self._model.encode_batch_fast(batch, add_special_tokens=False)
-        return [np.array(one.ids, np.int32) for one in found]
+        """Encode each text."""
+        # Unlike `encode`, the library's batch method releases Python's lock, even for one text.
+        batch = [_replace_surrogates(text) for text in texts]
+        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        listed = np.asarray(ids, np.int64).tolist()
-        for token in listed:
+        """Return the text of `ids`; raise ValueError for an id outside the vocabulary."""
+        tokens = np.asarray(ids, np.int64).tolist()
+        for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is not in 0..{self.vocab_size - 1}")
         if self._bytes is not None:
-            return b"".join(map(self._bytes.__getitem__, listed)).decode("utf-8", "replace")
-        return str(self._model.decode(listed, skip_special_tokens=True))
+            return b"".join(map(self._bytes.__getitem__, tokens)).decode("utf-8", "replace")
+        return str(self._model.decode(tokens, skip_special_tokens=True))
 
     def decoder(self) -> Callable[[int], str]:
-        spelled = self._bytes
-        if spelled is None:
+        """Return a function from the next id to the text that it completes."""
+        bytes_of = self._bytes
+        if bytes_of is None:
             return StreamDecoder(self.decode)
-        half = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: half.decode(spelled[token])
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token: utf8.decode(bytes_of[token])
 
     def unknown(self, text: str) -> dict[str, int]:
+        """Count the characters that `encode` drops or replaces, most frequent first."""
         if self._bytes is not None:
             return {}
         if self._unk is None:
-            known = self._characters
-            return dict(Counter(c for c in text if known and c not in known).most_common())
-        found = self._model.encode(_scalars(text), add_special_tokens=False)
-        pairs = zip(found.ids, found.offsets, strict=True)
+            chars = self._characters
+            return dict(Counter(c for c in text if chars and c not in chars).most_common())
+        encoding = self._model.encode(_replace_surrogates(text), add_special_tokens=False)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return dict(Counter(text[a:b] for id_, (a, b) in pairs if id_ == self._unk).most_common())
 
     def token_bytes(self) -> NDArray[np.int64]:
+        """Return the UTF-8 bytes per token, (V,)."""
         if self._bytes is not None:
-            return np.array([len(spelled) for spelled in self._bytes], np.int64)
+            return np.array([len(raw) for raw in self._bytes], np.int64)
         return np.array([self._n_bytes(token) for token in range(self.vocab_size)], np.int64)
 
     def never_sampled(self) -> tuple[int, ...]:
+        """Return the ids that generation must not pick."""
         nameless = {token for token, name in enumerate(self._names) if not name}
         unknown = set() if self._unk is None else {self._unk}
         return tuple(sorted((self._special | nameless | unknown | {self.bos}) - {self.eos}))
 
     def to_json(self) -> dict[str, Any]:
+        """Return the vocabulary as JSON, for `tokenizer_from_json`."""
         return {"type": self.kind, "tokenizer": json.loads(self.content)}
 
     @cached_property
@@ -161,17 +177,17 @@ class SubwordTokenizer:
 
     @cached_property
     def _names(self) -> list[str]:
-        """The token of each id as it is spelled; "" where no token has the id."""
-        known: dict[str, int] = self._model.get_vocab()
-        names = [""] * (max(known.values()) + 1)
-        for name, token in known.items():
+        """Return the name of each token by id; "" for ids without a token."""
+        vocab: dict[str, int] = self._model.get_vocab()
+        names = [""] * (max(vocab.values()) + 1)
+        for name, token in vocab.items():
             names[token] = name
         return names
 
     @cached_property
     def _special(self) -> set[int]:
         added = self._model.get_added_tokens_decoder()
-        return {token for token, about in added.items() if about.special}
+        return {token for token, entry in added.items() if entry.special}
 
     @cached_property
     def _unk(self) -> int | None:
@@ -180,7 +196,7 @@ class SubwordTokenizer:
 
     @cached_property
     def _characters(self) -> set[str]:
-        """The characters that are tokens, where a BPE leaves out all others; else none."""
+        """Return the characters that are tokens if a BPE drops all others, else an empty set."""
         content = json.loads(self.content)
         model, is_plain = content["model"], content.get("normalizer") is None
         drops = model["type"] == "BPE" and not model.get("byte_fallback")
@@ -188,49 +204,48 @@ class SubwordTokenizer:
 
     @cached_property
     def _bytes(self) -> list[bytes] | None:
-        """The bytes of each token where it has bytes of its own; None: a token's text depends on
-        its neighbours."""
+        """Return the bytes of each token, or None if they depend on the neighbouring tokens."""
         decoder = json.loads(self.content).get("decoder") or {}
         if decoder.get("type") != "ByteLevel" and self.kind != "wordpiece":
             return None
-        byte_of = {char: byte for byte, char in spelling().items()}
+        byte_of = {char: byte for byte, char in byte_characters().items()}
         added = self._model.get_added_tokens_decoder()
-        spelled = []
+        bytes_of = []
         for token, name in enumerate(self._names):
             chars = name.removeprefix(INNER) if self.kind == "wordpiece" else name
             if token in added or not all(char in byte_of for char in chars):
-                spelled.append(b"" if token in self._special else name.encode())
+                bytes_of.append(b"" if token in self._special else name.encode())
             else:
-                spelled.append(bytes(byte_of[char] for char in chars))
-        return spelled
+                bytes_of.append(bytes(byte_of[char] for char in chars))
+        return bytes_of
 
     def _first_of(self, *groups: Sequence[str]) -> int:
         return next(self._names.index(n) for names in groups for n in names if n in self._names)
 
     def _n_bytes(self, token: int) -> int:
-        """What the token adds to a text that goes on."""
+        """Count the bytes that the token adds to the text before it."""
         if token in self._special or not self._names[token]:
             return 0
         if BYTE_TOKEN.fullmatch(self._names[token]):
             return 1
         before = self._anchor
-        both = self._model.decode([before, token], skip_special_tokens=True)
-        alone = self._model.decode([before], skip_special_tokens=True)
-        return max(0, len(both.encode()) - len(alone.encode()))
+        longer = self._model.decode([before, token], skip_special_tokens=True)
+        shorter = self._model.decode([before], skip_special_tokens=True)
+        return max(0, len(longer.encode()) - len(shorter.encode()))
 
     @cached_property
     def _anchor(self) -> int:
-        """A token to put before another: the first that is a plain letter."""
+        """Return a token to put before another: the first one that consists of letters."""
         letters = [t for t, name in enumerate(self._names) if name.isalpha() and name.isascii()]
         return letters[0] if letters else self.vocab_size - 1
 
 
 def _read(content: str) -> Any:
-    """The library's tokenizer; texts that look like a special token are text to it."""
+    """Build the library's tokenizer; it encodes text that looks like a special token as text."""
     library = _library()
     try:
         model = library.Tokenizer.from_str(content)
-    except BaseException as error:  # the library raises nothing narrower; its panics are wider
+    except BaseException as error:  # the library raises Exception, and its panics are BaseException
         if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ValueError(f"tokenizer: not a tokenizer.json ({error})") from error
@@ -242,8 +257,8 @@ def _read(content: str) -> Any:
     return model
 
 
-def _scalars(text: str) -> str:
-    """`text` with half characters, which the library cannot take, as U+FFFD."""
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which the library rejects, by U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -257,15 +272,18 @@ def _learn_bpe(library: Any, texts: Iterator[str], vocab_size: int) -> Any:
         vocab_size=vocab_size,
         special_tokens=[BOS, EOS],
         show_progress=False,
-        initial_alphabet=sorted(spelling().values()),
+        initial_alphabet=sorted(byte_characters().values()),
     )
     model.train_from_iterator(texts, trainer)
     return model
 
 
 def _learn_wordpiece(library: Any, texts: Iterator[str], vocab_size: int) -> Any:
-    """WordPiece over bytes. Each of them is a token at the start of a word and one inside it, so
-    that no word is unknown; the learned pieces come after."""
+    """Learn WordPiece over bytes.
+
+    Each byte is one token at the start of a word and one inside it, so that no word is unknown; the
+    learned pieces have higher ids.
+    """
     pre, regex = library.pre_tokenizers, library.Regex
     splits = pre.Sequence(
         [
@@ -273,13 +291,13 @@ def _learn_wordpiece(library: Any, texts: Iterator[str], vocab_size: int) -> Any
             pre.Split(regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated"),
         ]
     )
-    alphabet = sorted(spelling().values())
+    alphabet = sorted(byte_characters().values())
     inner = [INNER + char for char in alphabet]
     learner = library.Tokenizer(library.models.WordPiece({UNK: 0}, unk_token=UNK))
     learner.pre_tokenizer = splits
     trainer = library.trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=[UNK, *inner],  # named, so that their order is fixed
+        special_tokens=[UNK, *inner],  # listed, so that their order is fixed
         initial_alphabet=alphabet,
         continuing_subword_prefix=INNER,
         show_progress=False,
@@ -303,15 +321,18 @@ def _learn_wordpiece(library: Any, texts: Iterator[str], vocab_size: int) -> Any
 
 
 class StreamDecoder:
-    """Decode the last few tokens with and without the new one, and give the difference once it
-    holds no half character."""
+    """Decode a stream: the text of the last few tokens with the new one, minus that without it.
+
+    Tokens are held back while the text ends in half a character.
+    """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._n_shown = 0  # of the ids kept, those whose text was given
+        self._n_shown = 0  # leading ids whose text was returned already
 
     def __call__(self, token: int) -> str:
+        """Return the text that the token completes."""
         self._ids.append(token)
         shown, grown = self._decode(self._ids[: self._n_shown]), self._decode(self._ids)
         if len(grown) <= len(shown) or grown.endswith("\ufffd"):

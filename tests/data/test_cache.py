@@ -114,13 +114,13 @@ def test_the_name_depends_on_every_part() -> None:
     ],
 )
 def test_the_place_is_that_of_the_environment(environ: dict[str, str], folder: str) -> None:
-    assert str(cache.place(environ)) == folder
+    assert str(cache.default_folder(environ)) == folder
 
 
 def test_without_a_home_the_place_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: a user without a name
-    assert cache.place({}) == Path(".cache", "mlx-randygpt")
+    assert cache.default_folder({}) == Path(".cache", "mlx-randygpt")
 
 
 def test_a_refused_tokenizer_names_the_variable_too(tmp_path: Path) -> None:

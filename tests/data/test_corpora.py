@@ -108,5 +108,5 @@ def test_every_corpus_says_its_licence_size_and_place() -> None:
 
 
 def test_an_unknown_name_is_said() -> None:
-    with pytest.raises(DataError, match="no corpus is called 'bible'; there are tinyshakespeare,"):
+    with pytest.raises(DataError, match="no corpus is called 'bible'; choose from tinyshakespeare"):
         find_corpus("bible")

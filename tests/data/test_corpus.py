@@ -156,7 +156,7 @@ def test_a_data_folder_that_cannot_be_made_is_said(folder: Path) -> None:
     write("data")
     files, note = default_source(Path(), refuse)
     assert files == [sample_corpus_path()]
-    assert note.endswith("(data cannot be made: File exists)")
+    assert note.endswith("(data cannot be created: File exists)")
 
 
 def test_documents_are_framed_and_the_last_tenth_is_validation() -> None:

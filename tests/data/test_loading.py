@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_randygpt.data import DataError
+from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader, encode_corpus
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import Vocabulary
@@ -39,6 +39,21 @@ def load(
 
 def kept(files: list[Path]) -> set[str]:
     return {path.name for path in (files[0].parent / "cache").glob("*.tokens")}
+
+
+def test_a_cache_with_a_field_of_an_older_version_is_still_read(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = load(files)
+    (path,) = (files[0].parent / "cache").glob("*.tokens")
+    cached = cache.read(path)
+    assert cached is not None
+    facts = {**cached.facts, "has_romeo": True}
+    cache.write(path, [np.array(cached.tokens)], 100, lambda: (cached.starts, facts))
+    monkeypatch.setattr(cache, "write", None)  # raises if the tokens are encoded again
+    _, corpus = load(files)
+    assert np.array_equal(corpus.tokens, first.tokens)
+    assert (corpus.sha256, corpus.unknown) == (first.sha256, first.unknown)
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

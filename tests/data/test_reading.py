@@ -101,8 +101,11 @@ def test_rows_may_be_packed_and_their_field_named(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 has no text under 'text'; --text-field names another"),
-        ('{"a": "x", "b": 1}', "line 2 has no text under 'text'; it has a, b; --text-field"),
+        ("[1]", "line 2 has no text under 'text'; choose another with --text-field"),
+        (
+            '{"a": "x", "b": 1}',
+            "line 2 has no text under 'text'; it has a, b; choose another with --text",
+        ),
         ('{"text": 7}', "line 2 has no text under 'text'; it has text"),
     ],
 )
@@ -119,7 +122,9 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), file)
     assert [piece.text for piece in pieces(file)] == ["one", "two"]
-    with pytest.raises(DataError, match="has no column 'story'; it has text, n; --text-field"):
+    with pytest.raises(
+        DataError, match="has no column 'story'; it has text, n; choose another with --t"
+    ):
         list(pieces(file, Reading(text_field="story")))
     with pytest.raises(DataError, match="column 'n' holds int, not text"):
         list(pieces(file, Reading(text_field="n")))

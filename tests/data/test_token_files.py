@@ -63,10 +63,16 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a token file: 0 bytes, and each id takes two"),
+        (b"", "is not a token file: 0 bytes, but each id takes two"),
         (b"abc", "is not a token file: 3 bytes"),
-        (np.array([20240520, 1, 9], "<i4").tobytes(), "cut off or damaged: its header names 9 tok"),
-        (np.array([20240520, 2, 9], "<i4").tobytes(), "has version 2 of llm.c's format; 1 can be"),
+        (
+            np.array([20240520, 1, 9], "<i4").tobytes(),
+            "cut off or damaged: its header promises 9 tok",
+        ),
+        (
+            np.array([20240520, 2, 9], "<i4").tobytes(),
+            "has version 2 of llm.c's format; only 1 is supp",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -80,7 +86,9 @@ def test_a_tokenizer_must_be_given_and_text_left_out(tmp_path: Path) -> None:
     text.write_text("abc")
     with pytest.raises(DataError, match="holds token ids; give the tokenizer that made them"):
         Loader().load([file], Vocabulary())
-    with pytest.raises(DataError, match=r"a\.txt is text and .*train\.bin tokens; give one"):
+    with pytest.raises(
+        DataError, match=r"a\.txt is text and .*train\.bin is tokens; give only one"
+    ):
         load(text, file)
-    with pytest.raises(DataError, match=r"val\.bin is for validation; give the training file"):
+    with pytest.raises(DataError, match=r"val\.bin is a validation file; give the training file"):
         load(nanogpt(tmp_path / "val.bin", IDS))

@@ -36,12 +36,14 @@ def test_a_file_is_read_as_tokenizer_json(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(DataError, match=r"--tokenizer .*: not a tokenizer\.json \("):
         choose_tokenizer(str(file), 0)
-    with pytest.raises(ConfigError, match="--vocab-size 9 does not go with a tokenizer that is in"):
+    with pytest.raises(
+        ConfigError, match="--vocab-size 9 cannot be combined with a tokenizer from"
+    ):
         choose_tokenizer(str(file), 9)
 
 
 def test_an_unknown_name_is_said() -> None:
-    with pytest.raises(DataError, match="--tokenizer bpee is neither char, bpe, wordpiece nor a f"):
+    with pytest.raises(DataError, match="--tokenizer bpee is not char, bpe, wordpiece or a read"):
         choose_tokenizer("bpee", 0)
     with pytest.raises(ConfigError, match=r"vocab_size=513 is not in 1\.\.512"):
         choose_tokenizer("char", 513)

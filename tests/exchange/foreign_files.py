@@ -131,9 +131,9 @@ def hf_tensors(params: Mapping[str, Any], prefix: str = "transformer.") -> dict[
 
 def byte_level(n: int) -> dict[str, int]:
     """A vocab.json of GPT-2's kind: the bytes, made-up pieces, and what ends a text."""
-    from mlx_randygpt.tokenizers.subword import spelling
+    from mlx_randygpt.tokenizers.subword import byte_characters
 
-    names = [*sorted(spelling().values()), "Ġt", "he", "Ġthe", "in"][: n - 1]
+    names = [*sorted(byte_characters().values()), "Ġt", "he", "Ġthe", "in"][: n - 1]
     return {name: i for i, name in enumerate([*names, END])}
 
 

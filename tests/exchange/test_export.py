@@ -89,7 +89,7 @@ def test_gpt2_is_stored_as_gpt2_stores_it(model: Make) -> None:
 def test_mlx_lm_has_no_exact_gelu(model: Make) -> None:
     saved = model("gpt2", activation="gelu")
     assert json.loads(build_files(saved, "hf", "x")["config.json"])["activation_function"] == "gelu"
-    with pytest.raises(ExchangeError, match="tanh GELU alone"):
+    with pytest.raises(ExchangeError, match="tanh GELU only"):
         build_files(saved, "mlx-lm", "x")
 
 
@@ -165,7 +165,7 @@ def test_a_model_from_elsewhere_is_told_as_such(model: Make) -> None:
     source = {"format": "gpt2", "source": "/home/me/their gpt2"}
     foreign = replace(saved, data={**saved.data, "imported": source})
     text = card(foreign, "hf", "x")
-    assert "made elsewhere (gpt2, their gpt2)" in text
+    assert "from another program (gpt2, their gpt2)" in text
     assert "seed 42" not in text
     files = build_files(foreign, "safetensors", "x")
     assert not [name for name, content in files.items() if b"/home/me" in content]
@@ -174,7 +174,7 @@ def test_a_model_from_elsewhere_is_told_as_such(model: Make) -> None:
 def test_the_card_knows_the_licences_of_the_library() -> None:
     known = {"paths": [str(sample_corpus_path()), "/x/text8.txt"], "sha256": ""}
     assert licences(known) == [
-        "sample.txt: MIT, it comes with mlx-randygpt",
+        "sample.txt: MIT, part of mlx-randygpt",
         "text8.txt: CC BY-SA 3.0 and GFDL (Wikipedia), if it is the corpus `text8`",
     ]
 

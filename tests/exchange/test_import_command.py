@@ -99,7 +99,7 @@ def test_randygpts_own_run_goes_on(tmp_path: Path, sources: dict[str, Path]) -> 
 
 def test_notes_go_to_stderr_and_into_the_json(tmp_path: Path, sources: dict[str, Path]) -> None:
     result = call("import", sources["nanogpt"], "-o", tmp_path / "a.safetensors")
-    assert "does not say its GELU" in result.stderr
+    assert "does not record its GELU" in result.stderr
     assert result.stdout.startswith("✓ ")
     told = answer("import", sources["nanogpt"], "-o", tmp_path / "b.safetensors")
     assert any("GELU" in note for note in told["notes"])

@@ -94,11 +94,14 @@ def test_json_gives_an_equal_tokenizer_back() -> None:
         ({"type": "char", "chars": "abc"}, "chars='abc' is not a list"),
         ({"type": "char", "chars": ["a", 7]}, r"chars\[1\]=7 is not one character"),
         ({"type": "char", "chars": ["ab"]}, r"chars\[0\]='ab' is not one character"),
-        ({"type": "char", "chars": ["a", "a"]}, "'a' is there twice"),
+        ({"type": "char", "chars": ["a", "a"]}, "'a' occurs twice"),
         ({"type": "char", "chars": ["b", "a"]}, "'b' comes before 'a', out of order"),
         ({"type": "char", "chars": ["\ud83d"]}, "lone surrogate"),
-        ({"type": "char", "chars": []}, "0 characters; it takes 1 to 512"),
-        ({"type": "char", "chars": [*map(chr, range(513))]}, "513 characters; it takes 1 to 512"),
+        ({"type": "char", "chars": []}, "0 characters; 1 to 512 are possible"),
+        (
+            {"type": "char", "chars": [*map(chr, range(513))]},
+            "513 characters; 1 to 512 are possible",
+        ),
     ],
 )
 def test_damaged_json_is_refused_with_the_reason(data: Any, message: str) -> None:

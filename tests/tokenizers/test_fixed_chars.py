@@ -57,7 +57,7 @@ def test_json_brings_it_back() -> None:
         ((), NO_TOKEN, "no characters"),
         (("", ""), NO_TOKEN, "no characters"),
         (("a", "ab"), NO_TOKEN, "'ab' is not one character"),
-        (("a", "b", "a"), NO_TOKEN, "'a' is there twice"),
+        (("a", "b", "a"), NO_TOKEN, "'a' occurs twice"),
         (("\ud800",), NO_TOKEN, "lone surrogate"),
         (("a",), 1, r"begin=1 is not in 0\.\.0"),
         (("a",), -2, "begin=-2"),

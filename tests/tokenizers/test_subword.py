@@ -10,7 +10,7 @@ import pytest
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.tokenizers import tokenizer_from_json
-from mlx_randygpt.tokenizers.subword import KINDS, MIN_VOCAB_SIZE, SubwordTokenizer, spelling
+from mlx_randygpt.tokenizers.subword import KINDS, MIN_VOCAB_SIZE, SubwordTokenizer, byte_characters
 
 tokenizers = pytest.importorskip("tokenizers")
 hypothesis = pytest.importorskip("hypothesis")
@@ -106,7 +106,7 @@ def test_the_smallest_vocabulary_holds_every_byte(kind: str) -> None:
 
 
 def test_the_spelling_of_bytes_is_that_of_gpt2() -> None:
-    table = spelling()
+    table = byte_characters()
     assert len(set(table.values())) == 256
     assert sorted(table.values()) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert (table[ord("A")], table[ord(" ")], table[ord("\n")]) == ("A", "Ġ", "Ċ")
@@ -120,7 +120,7 @@ def byte_level(vocab: dict[str, int]) -> Any:
 
 
 def test_a_file_like_gpt2s_begins_and_ends_documents_with_one_token() -> None:
-    vocab = {char: i for i, char in enumerate(spelling().values())} | {"<|endoftext|>": 256}
+    vocab = {char: i for i, char in enumerate(byte_characters().values())} | {"<|endoftext|>": 256}
     tokenizer = SubwordTokenizer.from_file(byte_level(vocab).to_str())
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (256, 256, 257)
     assert tokenizer.never_sampled() == ()
@@ -128,7 +128,7 @@ def test_a_file_like_gpt2s_begins_and_ends_documents_with_one_token() -> None:
 
 
 def test_a_file_without_special_tokens_gets_one() -> None:
-    vocab = {char: i for i, char in enumerate(spelling().values())}
+    vocab = {char: i for i, char in enumerate(byte_characters().values())}
     tokenizer = SubwordTokenizer.from_file(byte_level(vocab).to_str())
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (256, 256, 257)
 
@@ -163,7 +163,10 @@ def test_what_a_foreign_tokenizer_loses_is_counted(words: SubwordTokenizer) -> N
     [
         ({"type": "bpe"}, "None is not the JSON of a bpe"),
         ({"type": "bpe", "tokenizer": {}}, "not a tokenizer.json"),
-        ({"type": "sentence"}, "type='sentence' is unknown; it is char, bpe, wordpiece or file"),
+        (
+            {"type": "sentence"},
+            "type='sentence' is unknown; choose from char, bpe, wordpiece, file",
+        ),
     ],
 )
 def test_damaged_json_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
@@ -176,7 +179,7 @@ def test_gpt2s_file_gives_the_ids_of_tiktoken(text: str) -> None:
     """With learned ranks in place of GPT-2's own, which do not come with this package."""
     tiktoken = pytest.importorskip("tiktoken")
     tokenizer = SubwordTokenizer.train("bpe", [text], 1000)
-    byte_of = {char: byte for byte, char in spelling().items()}
+    byte_of = {char: byte for byte, char in byte_characters().items()}
     vocab = json.loads(tokenizer.content)["model"]["vocab"]
     ranks = {bytes(byte_of[c] for c in name): i for name, i in vocab.items() if i > 1}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -50,4 +50,4 @@ def command(checkpoint: Path | None, kind: str, output: Path, overwrite: bool, j
         return
     total = format_bytes(n_bytes)
     click.echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
-    click.echo(f"How to run it, and what it is: {output / 'README.md'}")
+    click.echo(f"Description and instructions: {output / 'README.md'}")

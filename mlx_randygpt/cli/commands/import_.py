@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--activation",
     type=click.Choice(GPT2_ACTIVATIONS),
-    help="nanogpt: which GELU.  [default: gelu]",
+    help="nanogpt: the variant of GELU.  [default: gelu]",
 )
 @click.option("--n-layer", type=int, help="randygpt: layers, which its file does not record.")
 @click.option("--n-head", type=int, help="randygpt: attention heads.")

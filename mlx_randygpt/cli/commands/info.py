@@ -45,6 +45,7 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
     from dataclasses import asdict
 
     from mlx_randygpt.model import parameter_count, trained_count
+    from mlx_randygpt.training.reports import perplexity
 
     progress = saved.progress
     return {
@@ -54,7 +55,7 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
         "trained_parameters": trained_count(saved.model),
         "val_loss": progress.val_loss,
         "val_step": progress.eval_step if progress.eval_step >= 0 else None,
-        "perplexity": _perplexity(progress.val_loss),
+        "perplexity": perplexity(progress.val_loss),
         "bits_per_byte": progress.bits_per_byte,
         "best_loss": progress.best_loss,
         "best_step": progress.best_step,
@@ -117,16 +118,14 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
 
 
 def _loss(loss: float, step: int, bits: float) -> str:
+    from mlx_randygpt.training.reports import perplexity
+
     if not math.isfinite(loss):
         return "not evaluated yet"
-    measures = f"perplexity {_perplexity(loss):.2f}"
+    measures = f"perplexity {perplexity(loss):.2f}"
     if math.isfinite(bits):  # older files do not say
         measures += f", {loss * bits:.3f} bits/byte"
     return f"{loss:.4f} ({measures}) at step {step:,}"
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def _tokenizer(saved: Checkpoint) -> str:

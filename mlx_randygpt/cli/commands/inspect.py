@@ -1,4 +1,4 @@
-"""`mlxgpt inspect`: show what a model has learned as one HTML page."""
+"""`mlxgpt inspect`: show the inside of a model as one HTML page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ DEFAULT_TOKENS = 50_000
 @click.command("inspect", cls=Command)
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default="inspect.html",
-    show_default=True, help="The page to write.",
-)  # fmt: skip
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="inspect.html",
+    show_default=True,
+    help="The page to write.",
+)
 @click.option("--text", help="Text whose attention is shown.  [default: from the validation text]")
 @click.option("--data", multiple=True, help="Text to evaluate on.  [default: the run's own]")
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=DEFAULT_TOKENS, show_default=True,
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=DEFAULT_TOKENS,
+    show_default=True,
     help="Tokens of the validation text to evaluate.",
-)  # fmt: skip
+)
 def command(
     checkpoint: Path | None, output: Path, text: str | None, data: tuple[str, ...], max_tokens: int
 ) -> None:
@@ -44,10 +51,10 @@ def command(
         raise ConfigError("--text '' is empty; give at least one character")
     files = texts.files_of(data or saved.data["paths"])
     _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
-    for lost in (corpus.unknown, tokenizer.unknown(text or "")):
-        if line := texts.unknown_line(lost):
+    for dropped in (corpus.unknown, tokenizer.unknown(text or "")):
+        if line := texts.unknown_line(dropped):
             click.echo(line, err=True)
-    with threadpool_limits(1):  # many small products: threads would only wait for each other
+    with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))
         html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens, samples)
     try:

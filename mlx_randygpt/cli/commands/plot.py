@@ -22,9 +22,11 @@ AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the
 @click.command("plot", cls=Command)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False),
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
     help="The picture to write: .svg, .html or .png.  [default: draw in the terminal]",
-)  # fmt: skip
+)
 @click.option(
     "--smooth", type=click.FloatRange(0), help="Steps to average over.  [default: 1 % of all]"
 )
@@ -89,24 +91,22 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
     import numpy as np
     from rich.text import Text
 
-    from mlx_randygpt.analysis.charts import draw_curve as line_of
-    from mlx_randygpt.analysis.charts import limits
+    from mlx_randygpt.analysis.charts import draw_curve, limits
     from mlx_randygpt.screen.curve import Frame, draw, frame
 
     lines = [
-        list(zip(table[:, 0].tolist(), line_of(name, table, span).tolist(), strict=True))
+        list(zip(table[:, 0].tolist(), draw_curve(name, table, span).tolist(), strict=True))
         for table in (record.series[name] for record in records)
     ]
-    marks = [
-        [(step, value) for step, value, *_ in record.series["val_loss"].tolist()]
-        if name == "loss" else [] for record in records
-    ]  # fmt: skip
+    evaluations = [r.series["val_loss"] for r in records] if name == "loss" else []
+    marks = [[(step, value) for step, value, *_ in table.tolist()] for table in evaluations]
+    marks = marks or [[] for _ in records]
     points = [point for line in (*lines, *marks) for point in line]
     if not points:
         return []
     n_rows, last = HEIGHTS[name != "loss"], int(max(step for step, _ in points))
     size = (width - AXIS - 3, n_rows)
-    if name in ("loss", "grad_norm"):  # their first values may leave the top
+    if name in ("loss", "grad_norm"):  # whose first values can exceed the chart
         area = frame(points, (), (0, last), size)
     else:
         low, high = limits(np.array([value for _, value in points]), log=False)
@@ -115,8 +115,9 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
     for i, (line, mark) in enumerate(zip(lines, marks, strict=True)):
         style = STYLES[i % len(STYLES)]
         for row, drawn in zip(rows, draw(line, area), strict=True):
-            row[: size[0]] = [(new, style) if new != " " else old
-                              for new, old in zip(drawn, row, strict=False)]  # fmt: skip
+            for column, dots in enumerate(drawn):
+                if dots != " ":
+                    row[column] = (dots, style)
         for x, y in map(area.dot, mark):
             if y >= 0:
                 rows[y // 4][x // 2] = ("●", style)
@@ -124,11 +125,10 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
             x, y = area.dot(line[-1])
             rows[max(y, 0) // 4][x // 2 + 1] = (_letter(i), f"bold {style}")
     head = f"{title}, ● validation" if name == "loss" and any(marks) else title
-    picture = [
-        Text.assemble((f"{_value(area.value(i)) if i in (0, n_rows - 1) else '':>{AXIS - 2}} ┤"
-                       if i in (0, n_rows - 1) else " " * (AXIS - 1) + "│", "dim"), *row)
-        for i, row in enumerate(rows)
-    ]  # fmt: skip
+    axis = [" " * (AXIS - 1) + "│" for _ in rows]
+    for i in (0, n_rows - 1):
+        axis[i] = f"{_value(area.value(i)):>{AXIS - 2}} ┤"
+    picture = [Text.assemble((tick, "dim"), *row) for tick, row in zip(axis, rows, strict=True)]
     below = f"{'':{AXIS}}{'step 0':<{size[0] // 2}}{last:>{size[0] - size[0] // 2},}"
     return [Text(""), Text(head, "bold"), *picture, Text(below, "dim")]
 

@@ -24,20 +24,20 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
     from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, read_run
 
     files = sorted({f for folder in folders or (Path(),) for f in folder.rglob("metrics.jsonl")})
-    found: list[tuple[Path, RunRecord]] = []
+    runs: list[tuple[Path, RunRecord]] = []
     for file in files:
         try:
-            found.append((file.parent, read_run(file.parent)))
+            runs.append((file.parent, read_run(file.parent)))
         except MetricsError as error:
             click.echo(f"Skipped: {error}", err=True)
-    if not found:
-        where = ", ".join(map(str, folders)) or "."
-        raise MetricsError(f"no run below {where}; a run is a folder of `mlxgpt train --out`")
-    found.sort(key=lambda run: float(run[1].best.get("val_loss", math.inf)))
-    settings = differing_settings([record for _, record in found])
+    if not runs:
+        searched = ", ".join(map(str, folders)) or "."
+        raise MetricsError(f"no run below {searched}; a run is a folder of `mlxgpt train --out`")
+    runs.sort(key=lambda run: float(run[1].best.get("val_loss", math.inf)))
+    settings = differing_settings([record for _, record in runs])
     rows = [
         {**facts(path, record), "settings": {name: values[i] for name, values in settings.items()}}
-        for i, (path, record) in enumerate(found)
+        for i, (path, record) in enumerate(runs)
     ]
     if json:
         print_json({"runs": rows})
@@ -78,14 +78,18 @@ def _table(rows: list[dict[str, Any]]) -> None:
         )
         table.add_row(
             Text(clean_text(row["run"]), "bold"),
-            _loss(row["best_loss"]), f"{row['best_step'] or 0:,}", _loss(row["last_loss"]),
-            _loss(row["train_loss"]), f"{row['step']:,}", format_clock(row["seconds"]),
+            _loss(row["best_loss"]),
+            f"{row['best_step'] or 0:,}",
+            _loss(row["last_loss"]),
+            _loss(row["train_loss"]),
+            f"{row['step']:,}",
+            format_clock(row["seconds"]),
             format_count(row["tokens"]),
-        )  # fmt: skip
+        )
         row["line"] = clean_text(settings)
     show(table)
     if any(row["line"] for row in rows):
-        show(Text("\nWhat differs in the settings", "bold"))
+        show(Text("\nSettings that differ", "bold"))
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(overflow="fold")
         grid.add_column(overflow="fold")

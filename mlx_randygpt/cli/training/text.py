@@ -66,7 +66,7 @@ def loader(how: Reading, bar: ProgressBar) -> Loader:
     """Return a loader that uses all cores, and the cache folder of the environment."""
     from mlx_randygpt.backends.numpy.backend import available_cores
 
-    return Loader(how, cache.place(), available_cores(), bar)
+    return Loader(how, cache.default_folder(), available_cores(), bar)
 
 
 class ProgressBar:

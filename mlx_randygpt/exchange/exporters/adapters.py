@@ -23,12 +23,12 @@ PEFT = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("BASE")  # what was given to --init-from
+base = AutoModelForCausalLM.from_pretrained("BASE")  # the model of --init-from
 model = PeftModel.from_pretrained(base, {name})
 ```
 """
 NATIVE = """A matrix W of the base becomes W + (lora_alpha / lora_rank) · lora_b · lora_a; both
-numbers are in the metadata of `adapters.safetensors`, A and B under the names of what they change.
+numbers are in the metadata of `adapters.safetensors`. A and B have the name of their matrix.
 """
 
 
@@ -37,13 +37,13 @@ def adapter_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
     model, params = saved.model, saved.state.params
     if not model.lora_rank:
         raise ExchangeError(
-            "--format adapters is for a model that was trained with --lora-rank; --format hf or "
-            "safetensors holds this one"
+            "--format adapters is for a model that was trained with --lora-rank; use --format hf "
+            "or safetensors for this one"
         )
     adapters = {weight: params[weight] for weight in adapter_shapes(model)}
     if not model.is_gpt2:
-        about = {n: str(getattr(model, n)) for n in ("lora_rank", "lora_alpha", "lora_targets")}
-        files = {"adapters.safetensors": safetensors.numpy.save(adapters, about)}
+        metadata = {n: str(getattr(model, n)) for n in ("lora_rank", "lora_alpha", "lora_targets")}
+        files = {"adapters.safetensors": safetensors.numpy.save(adapters, metadata)}
     else:
         files = {
             "adapter_config.json": as_json(peft_config(saved)),
@@ -55,14 +55,14 @@ def adapter_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
 
 
 def peft_config(saved: Checkpoint) -> dict[str, Any]:
-    """Return adapter_config.json; fan_in_fan_out, as GPT-2 in transformers is (in, out)."""
+    """Return adapter_config.json, with fan_in_fan_out: transformers stores GPT-2 as (in, out)."""
     model = saved.model
     targets = model.lora_targets.split(",")
     layers = [layer for layer in LORA_TARGETS if layer != "all" and {layer, "all"} & {*targets}]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,  # a checkpoint does not know where its base came from
+        "base_model_name_or_path": None,  # not recorded in a checkpoint
         "r": model.lora_rank,
         "lora_alpha": model.lora_alpha,
         "lora_dropout": 0.0,
@@ -75,11 +75,10 @@ def peft_config(saved: Checkpoint) -> dict[str, Any]:
 
 def peft_names(adapters: Params) -> Params:
     """Rename h.0.attn.c_attn.lora_a to PREFIX + h.0.attn.c_attn.lora_A.weight, and so on."""
-    renamed = {}
-    for name, array in adapters.items():
-        place, _, kind = name.rpartition(".")
-        renamed[f"{PREFIX}{place}.{kind[:-1]}{kind[-1].upper()}.weight"] = array
-    return renamed
+    return {
+        f"{PREFIX}{name.replace('lora_a', 'lora_A').replace('lora_b', 'lora_B')}.weight": array
+        for name, array in adapters.items()
+    }
 
 
 def _card(saved: Checkpoint, name: str) -> str:
@@ -95,8 +94,8 @@ tags: [lora, mlx-randygpt, gpt]
 
 # Adapters
 
-Of rank {model.lora_rank}: {trained_count(model):,} numbers that change the model they were
-trained on.
+LoRA adapters of rank {model.lora_rank}: {trained_count(model):,} numbers that change the model they
+were trained on.
 
 | | |
 |---|---|
@@ -104,7 +103,7 @@ trained on.
 
 ## Licence
 
-Of the data they were trained on:
+Of the training data:
 
 {licence}
 

@@ -1,4 +1,4 @@
-"""The model card: what a model is, how and on what it was trained, and how to run it.
+"""The model card: a description of the model, its data and training, and how to run it.
 
 Every figure comes from the checkpoint; the card marks what the checkpoint does not record.
 """
@@ -17,6 +17,7 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.data.corpora import LIBRARY
 from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.model import parameter_count
+from mlx_randygpt.training.reports import perplexity
 
 UNKNOWN = "unknown: add it"
 N_NAMES = 20  # file names that are listed
@@ -45,7 +46,7 @@ mlxgpt sample --checkpoint {file}
 ```
 
 The file is a checkpoint of mlxgpt without the optimizer's moments, and an ordinary safetensors
-file for everything else.
+file for other programs.
 """,
     "gguf": """```sh
 llama-completion -m {file} -no-cnv -p "{prompt}"
@@ -53,7 +54,7 @@ llama-completion -m {file} -no-cnv -p "{prompt}"
 """,
 }
 OWN_CODE = """
-Both run the Python files of this folder, which is what has to be trusted.
+Both run the Python files of this folder, so read them or trust their source.
 """
 LEARNED = """
 Prompt and new text together have at most {size} tokens.
@@ -74,7 +75,7 @@ tags: [mlx, mlx-randygpt, gpt]
 # {_cell(name)}
 
 {origin(saved)}
-It continues text; nothing here taught it to answer or to be safe.
+It continues text; it was not trained to answer questions or to be safe.
 
 | | |
 |---|---|
@@ -94,13 +95,13 @@ Of this model: {UNKNOWN}.
 
 
 def origin(saved: Checkpoint) -> str:
-    """Return the origin of the model, as far as the checkpoint records it."""
+    """Describe the origin of the model as far as the checkpoint records it."""
     imported = saved.data.get("imported")
     if not isinstance(imported, dict):
         return f"A GPT trained with mlx-randygpt {__version__}."
     source = _cell(Path(str(imported.get("source"))).name)
     kind = _cell(str(imported.get("format")))
-    return f"A GPT made elsewhere ({kind}, {source}) and exported by mlx-randygpt {__version__}."
+    return f"A GPT from another program ({kind}, {source}), exported by mlx-randygpt {__version__}."
 
 
 def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
@@ -133,7 +134,7 @@ def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "validation loss", loss_line(progress.val_loss, progress.bits_per_byte)
     yield "best validation loss", f"{_number(progress.best_loss)} at step {progress.best_step:,}"
     if "imported" in data:
-        return  # how it was trained is not known
+        return  # its training is not recorded
     yield "steps", f"{saved.state.step:,} of {train.iters:,}"
     yield "tokens trained on", f"{progress.tokens:,}"
     yield "recipe", f"{train.recipe}, preset {train.preset}, seed {train.seed}"
@@ -167,7 +168,7 @@ def loss_line(loss: float, bits: float) -> str:
     """Format a loss: `1.4602 nats per token (perplexity 4.31, 2.107 bits per byte)`."""
     if not math.isfinite(loss):
         return "not evaluated"
-    measures = f"perplexity {math.exp(min(loss, 700.0)):.2f}"
+    measures = f"perplexity {perplexity(loss):.2f}"
     if math.isfinite(bits):
         measures += f", {bits:.3f} bits per byte"
     return f"{loss:.4f} nats per token ({measures})"
@@ -183,7 +184,7 @@ def licences(data: dict[str, Any]) -> list[str]:
 
 def _licence(path: Path, sha256: str) -> str:
     if path == sample_corpus_path():
-        return "MIT, it comes with mlx-randygpt"
+        return "MIT, part of mlx-randygpt"
     for corpus in LIBRARY.values():
         if corpus.remote and sha256 and corpus.remote.sha256 == sha256:
             return corpus.licence

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_randygpt import files
 from mlx_randygpt.exchange import ExchangeError
 
-EXPORTED_NAMES = {  # a folder that is replaced can hold these only
+EXPORTED_NAMES = {  # a folder with any other file is not replaced
     "README.md",
     "config.json",
     "generation_config.json",
@@ -29,7 +29,7 @@ EXPORTED_NAMES = {  # a folder that is replaced can hold these only
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:
-    """Replace `folder` by one that holds `contents`, file name to bytes.
+    """Replace `folder` by one that holds `contents`, a map from file names to bytes.
 
     An existing folder must be empty or, with `overwrite`, hold nothing but an export.
     """
@@ -57,10 +57,10 @@ def _refuse_to_lose(folder: Path, overwrite: bool) -> None:
     if names and not overwrite:
         raise ExchangeError(
             f"{folder} is not empty (it holds {names[0]}); "
-            "--overwrite replaces an export, -o DIR goes elsewhere"
+            "--overwrite replaces an export, -o DIR writes elsewhere"
         )
     if foreign := [name for name in names if name not in EXPORTED_NAMES]:
         raise ExchangeError(
-            f"{folder} holds {foreign[0]}, which is of no export, so it is not replaced; "
-            "give another -o"
+            f"{folder} holds {foreign[0]}, which no export writes, so the folder is not "
+            "replaced; give another -o"
         )

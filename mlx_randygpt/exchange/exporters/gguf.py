@@ -1,7 +1,7 @@
-"""The format `gguf`: one file for llama.cpp, for models that it has an architecture for.
+"""The format `gguf`: one file for llama.cpp, for models of an architecture that it supports.
 
-That is `gpt2` with byte-level BPE and GPT-2's own rule for splitting words. Everything else is
-refused with the reason. Tensors stay float32; llama-quantize reduces them.
+That is `gpt2` with byte-level BPE and GPT-2's own rule for splitting words. Other models are
+refused with the reason. Tensors stay float32; llama-quantize reduces their precision.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from mlx_randygpt.tokenizers import tokenizer_from_json
 
 GGUF = "model.gguf"
 OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
-INSIDE = {  # a layer
-    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
-}  # fmt: skip
+LAYER = {  # our name -> that of llama.cpp
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
 ALL_FLOAT32 = 0  # general.file_type
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
 
 
 def gguf_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
-    """Return the file; raise ExchangeError if llama.cpp would compute something else."""
+    """Return the file; raise ExchangeError if llama.cpp cannot compute this model."""
     refuse_misfit(saved)
     try:
         from gguf import GGUFWriter
@@ -40,8 +44,9 @@ def gguf_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
         writer = GGUFWriter(path, "gpt2")
         add_settings(writer, saved, name)
         add_tokenizer(writer, saved)
+        names = tensor_names(saved.model.n_layer)
         for weight, array in with_biases(saved).items():
-            writer.add_tensor(tensor_name(weight), array)
+            writer.add_tensor(names[weight], array)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -55,24 +60,24 @@ def refuse_misfit(saved: Checkpoint) -> None:
     if not model.is_gpt2:
         raise ExchangeError(
             "--format gguf: llama.cpp has no architecture with this model's norms without gains "
-            "and squared ReLU; only arch gpt2 fits, --format hf holds this one"
+            "and squared ReLU; only arch gpt2 fits; use --format hf for this one"
         )
     if model.activation != "gelu_tanh":
         raise ExchangeError(
             f"--format gguf: llama.cpp's gpt2 has the tanh GELU, this model has "
-            f"activation {model.activation!r}; --format hf holds it"
+            f"activation {model.activation!r}; use --format hf"
         )
     if saved.tokenizer["type"] in ("char", "table"):
         raise ExchangeError(
             "--format gguf: llama.cpp's gpt2 reads byte-level BPE, this model reads characters; "
-            "train with --tokenizer bpe, or take --format hf"
+            "train with --tokenizer bpe, or use --format hf"
         )
     pre, kind = content.get("pre_tokenizer") or {}, content["model"].get("type")
     plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space")
     if not (plain and pre.get("use_regex", True) and kind == "BPE" and not content["normalizer"]):
         raise ExchangeError(
             "--format gguf: llama.cpp's gpt2 reads byte-level BPE as GPT-2 splits it, this model "
-            f"has {kind or saved.tokenizer['type']} after {pre.get('type')}; take --format hf"
+            f"has {kind or saved.tokenizer['type']} after {pre.get('type')}; use --format hf"
         )
 
 
@@ -107,10 +112,10 @@ def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
     writer.add_add_bos_token(False)
 
 
-def tensor_name(weight: str) -> str:
-    """Return `blk.0.attn_qkv.weight` for `h.0.attn.c_attn.weight`."""
-    stem, _, kind = weight.rpartition(".")
-    if stem in OUTSIDE:
-        return f"{OUTSIDE[stem]}.{kind}"
-    _, layer, inner = stem.split(".", 2)
-    return f"blk.{layer}.{INSIDE[inner]}.{kind}"
+def tensor_names(n_layer: int) -> dict[str, str]:
+    """Return our names of tensors -> those of llama.cpp, such as `blk.0.attn_qkv.weight`."""
+    stems = dict(OUTSIDE)
+    for i in range(n_layer):
+        stems |= {f"h.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in LAYER.items()}
+    kinds = ("weight", "bias")
+    return {f"{ours}.{k}": f"{theirs}.{k}" for ours, theirs in stems.items() for k in kinds}

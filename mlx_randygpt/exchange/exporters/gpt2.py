@@ -25,12 +25,12 @@ def gpt2_files(saved: Checkpoint, kind: str) -> dict[str, bytes]:
     """Return the weights, settings and tokenizer of a GPT-2 as files."""
     if kind == "mlx-lm" and saved.model.activation != "gelu_tanh":
         raise ExchangeError(
-            f"--format mlx-lm: the GPT-2 of mlx-lm has the tanh GELU alone, this model has "
-            f"activation {saved.model.activation!r}; --format hf can hold it"
+            f"--format mlx-lm: the GPT-2 of mlx-lm has the tanh GELU only, this model has "
+            f"activation {saved.model.activation!r}; use --format hf"
         )
-    turned = in_out_names(saved.model)
+    transposed = in_out_names(saved.model)
     weights = {
-        name: np.ascontiguousarray(array.T) if name in turned else array
+        name: np.ascontiguousarray(array.T) if name in transposed else array
         for name, array in with_biases(saved).items()
     }
     return {

@@ -61,5 +61,5 @@ def ends(saved: Checkpoint) -> dict[str, int | None]:
     """Return the ids before and after a document, or None if there are none."""
     tokenizer = tokenizer_from_json(saved.tokenizer)
     if tokenizer.eos == NO_TOKEN:
-        return {"bos_token_id": None, "eos_token_id": None}  # else a GPT-2 has its own
+        return {"bos_token_id": None, "eos_token_id": None}  # override the defaults of GPT-2
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}

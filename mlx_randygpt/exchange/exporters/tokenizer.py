@@ -17,7 +17,7 @@ from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 
 CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
 ANY_CHARACTER = r"[\s\S]"
-CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # text that goes on
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # one continuous text
 
 
 def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes]:
@@ -28,7 +28,7 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # of a text
+        "split_special_tokens": True,  # in text, they are text
         "chat_template": CHAT,
     }
     if tokenizer.eos != NO_TOKEN:
@@ -81,7 +81,7 @@ def _characters(
 
 
 def token_names(content: dict[str, Any]) -> dict[int, str]:
-    """Return id -> token as a tokenizer.json spells it."""
+    """Return id -> the name of the token in a tokenizer.json."""
     vocab = content["model"]["vocab"]
     pairs = vocab.items() if isinstance(vocab, dict) else ((v[0], i) for i, v in enumerate(vocab))
     added = {token["id"]: token["content"] for token in content["added_tokens"]}

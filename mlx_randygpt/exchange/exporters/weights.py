@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.checkpoint import Checkpoint, serialized
+from mlx_randygpt.checkpoint import Checkpoint, serialize
 from mlx_randygpt.state import TrainState
 
 WEIGHTS = "model.safetensors"
@@ -16,7 +16,7 @@ def weights_files(saved: Checkpoint) -> dict[str, bytes]:
     """Return one file, which is still a checkpoint: its header has settings and vocabulary."""
     state = TrainState(saved.state.step, saved.state.params, {})
     slim = replace(saved, state=state, data=without_folders(saved.data))
-    return {WEIGHTS: b"".join(serialized(slim))}
+    return {WEIGHTS: b"".join(serialize(slim))}
 
 
 def without_folders(data: dict[str, Any]) -> dict[str, Any]:

@@ -33,16 +33,23 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 PREFIX = "transformer."
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored in older files
 HF_SIZES = {  # our name -> name in config.json and its default
-    "vocab_size": ("vocab_size", 50257), "block_size": ("n_positions", 1024),
-    "n_layer": ("n_layer", 12), "n_head": ("n_head", 12), "n_embd": ("n_embd", 768),
-}  # fmt: skip
+    "vocab_size": ("vocab_size", 50257),
+    "block_size": ("n_positions", 1024),
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "n_embd": ("n_embd", 768),
+}
 ACTIVATIONS = {  # Hugging Face's name -> ours
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
-}  # fmt: skip
-FIXED = {  # other settings that change the results, and the only supported value
-    "layer_norm_epsilon": GPT2_NORM_EPS, "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-}  # fmt: skip
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+}
+FIXED = {  # other settings that change the results, and their only supported values
+    "layer_norm_epsilon": GPT2_NORM_EPS,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 HEAD, WTE = "lm_head.weight", "wte.weight"
 
 
@@ -75,10 +82,12 @@ def weights(
         if not name.endswith(BUFFERS)
     }
     head = tensors.pop(HEAD, None)
-    params = params_of(path, model, tensors, lambda name: name in transposed)
+    params = params_of(path, model, tensors, transposed)
     refuse_others(path, tensors.keys() - params.keys())
     if head is None and untied:
-        raise ExchangeError(f"{path} lacks {HEAD}, which its config says is not the embedding")
+        raise ExchangeError(
+            f"{path} lacks {HEAD}, which is not tied to the embedding by its config"
+        )
     if head is not None and not _equal(head, params[WTE]):
         raise ExchangeError(f"{path}: {HEAD} is not {WTE}; our GPT-2 has one matrix for both")
     return params
@@ -87,22 +96,24 @@ def weights(
 def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
     """Return the model that a config.json describes."""
     if config.get("model_type") != "gpt2":
-        raise ExchangeError(f"{path} has model_type={_seen(config.get('model_type'))}, not gpt2")
+        raise ExchangeError(f"{path} has model_type={_shorten(config.get('model_type'))}, not gpt2")
     sizes: dict[str, Any] = {
         ours: whole(config, theirs, path, default) for ours, (theirs, default) in HF_SIZES.items()
     }
     for name, value in FIXED.items():
         if config.get(name, value) != value:
-            raise ExchangeError(f"{path} has {name}={_seen(config[name])}; our GPT-2 has {value}")
+            raise ExchangeError(
+                f"{path} has {name}={_shorten(config[name])}; our GPT-2 has {value}"
+            )
     inner = config.get("n_inner")
     if inner is not None and inner != 4 * sizes["n_embd"]:
         raise ExchangeError(
-            f"{path} has n_inner={_seen(inner)}; our MLP is 4·n_embd={4 * sizes['n_embd']} wide"
+            f"{path} has n_inner={_shorten(inner)}; our MLP is 4·n_embd={4 * sizes['n_embd']} wide"
         )
     activation = config.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
         raise ExchangeError(
-            f"{path} has activation_function={_seen(activation)}; "
+            f"{path} has activation_function={_shorten(activation)}; "
             f"our GPT-2 has {', '.join(ACTIVATIONS)}"
         )
     return ModelConfig(**ARCHS["gpt2"] | {"activation": ACTIVATIONS[activation]}, **sizes)
@@ -131,7 +142,7 @@ def tensors_of(path: Path, state: Any) -> dict[str, LazyTensor]:
     for name, tensor in state.items():
         if not (isinstance(name, str) and isinstance(tensor, LazyTensor)):
             raise ExchangeError(
-                f"{path} holds {_seen(name)}, which is no tensor, among its weights"
+                f"{path} has {_shorten(name)} among its weights, which is not a tensor"
             )
     return state
 
@@ -142,5 +153,5 @@ def _equal(head: LazyTensor, wte: Any) -> bool:
     return bool(np.array_equal(as_float32(head.read(), head.kind).reshape(wte.shape), wte))
 
 
-def _seen(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return reprlib.repr(value)

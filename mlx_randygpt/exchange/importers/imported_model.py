@@ -21,7 +21,7 @@ from mlx_randygpt.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """An imported model, and notes on what the importer had to assume."""
+    """An imported model, with notes on the assumptions of the importer."""
 
     format: str
     source: Path
@@ -31,7 +31,7 @@ class ImportedModel:
     moments: dict[str, Params] = field(default_factory=dict)
     step: int = 0
     best_loss: float = math.inf
-    train: Mapping[str, Any] = field(default_factory=dict)  # in place of the recipe's values
+    train: Mapping[str, Any] = field(default_factory=dict)  # override the recipe's settings
     notes: tuple[str, ...] = ()
     recipe: str = "classic"
 
@@ -55,7 +55,13 @@ class ImportedModel:
         }
         state = TrainState(self.step, self.params, self.moments)
         return Checkpoint(
-            self.model, train, progress, self.tokenizer.to_json(), data, self.format, state
+            model=self.model,
+            train=train,
+            progress=progress,
+            tokenizer=self.tokenizer.to_json(),
+            data=data,
+            backend=self.format,
+            state=state,
         )
 
 

@@ -31,16 +31,18 @@ def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) ->
     """Read the model in a ckpt.pt, or in the folder that holds it."""
     path = source / CHECKPOINT if source.is_dir() else source
     value = TorchFile(path).value
-    held = value if isinstance(value, dict) else {}
-    state, arguments = held.get("model"), held.get("model_args")
+    content = value if isinstance(value, dict) else {}
+    state, arguments = content.get("model"), content.get("model_args")
     if state is None or not isinstance(arguments, dict):
-        raise ExchangeError(f"{path} is no checkpoint of nanoGPT: it has no model and model_args")
+        raise ExchangeError(
+            f"{path} is not a checkpoint of nanoGPT: it has no model and model_args"
+        )
     sizes: dict[str, Any] = {
         name: whole(arguments, name, path) for name in ("vocab_size", *MODEL_SIZES)
     }
-    bias = arguments.get("bias", True)  # the first versions had no such setting
+    bias = arguments.get("bias", True)  # the first versions lack this setting
     if not isinstance(bias, bool):
-        raise ExchangeError(f"{path}: bias={bias!r} is neither True nor False")
+        raise ExchangeError(f"{path}: bias={bias!r} is not True or False")
     switches = ARCHS["gpt2"] | {"bias": bias, "activation": activation or "gelu"}
     model = ModelConfig(**switches, **sizes)
     tensors = gpt2.tensors_of(path, state)
@@ -49,14 +51,14 @@ def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) ->
     notes = []
     if activation is None:
         notes.append(
-            "The file does not say its GELU; the exact one is assumed, as nanoGPT has it since "
-            "July 2023. --activation gelu_tanh is that of older versions."
+            "The file does not record its GELU; the exact one is assumed, which nanoGPT uses since "
+            "July 2023. Older versions need --activation gelu_tanh."
         )
-    tokenizer, note = _tokenizer(path, vocab, model.vocab_size, held.get("config"))
-    step, loss = held.get("iter_num"), _number(held.get("best_val_loss"))
+    tokenizer, note = _tokenizer(path, vocab, model.vocab_size, content.get("config"))
+    step, loss = content.get("iter_num"), _number(content.get("best_val_loss"))
     if isinstance(step, int):
         best = f", best validation loss {loss:.4f}" if math.isfinite(loss) else ""
-        notes.append(f"It had trained {step:,} steps{best}; here it begins at step 0.")
+        notes.append(f"It was trained for {step:,} steps{best}; here it starts at step 0.")
     return ImportedModel("nanogpt", path, model, params, tokenizer, notes=(*notes, *note))
 
 
@@ -74,16 +76,16 @@ def _tokenizer(
     if vocab is not None:
         return tokenizer_at(vocab, size), ()
     dataset = config.get("dataset") if isinstance(config, Mapping) else None
-    places = [path.parent / META]
+    paths = [path.parent / META]
     if isinstance(dataset, str) and re.fullmatch(r"\w[\w.-]*", dataset):
-        places.append(path.parent.parent / "data" / dataset / META)
-    for place in places:
-        if place.is_file():
-            return tokenizer_at(place, size), (f"Vocabulary: {place}",)
+        paths.append(path.parent.parent / "data" / dataset / META)
+    for file in paths:
+        if file.is_file():
+            return tokenizer_at(file, size), (f"Vocabulary: {file}",)
     if size in GPT2_SIZES:
-        wanted = (
+        advice = (
             "GPT-2's tokenizer: --vocab tokenizer.json, or a folder of vocab.json and merges.txt"
         )
     else:
-        wanted = f"the {META} of its data set: --vocab {META}"
-    raise ExchangeError(f"{path} has {size} tokens and needs {wanted}; looked for {places[-1]}")
+        advice = f"the {META} of its data set: --vocab {META}"
+    raise ExchangeError(f"{path} has {size} tokens and needs {advice}; looked for {paths[-1]}")

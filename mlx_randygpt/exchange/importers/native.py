@@ -41,12 +41,12 @@ def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
 def _model(path: Path) -> ModelConfig:
     config = read_json(path)
     if config.get("model_type") != MODEL_TYPE:
-        raise ExchangeError(f"{path} has another model_type than {MODEL_TYPE}")
+        raise ExchangeError(f"{path} has a model_type other than {MODEL_TYPE}")
     if missing := [name for name in ("vocab_size", *MODEL_SIZES) if name not in config]:
         raise ExchangeError(f"{path} lacks {missing[0]}")
-    known = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
+    settings = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
     try:
-        return dataclass_from_json(ModelConfig, known)
+        return dataclass_from_json(ModelConfig, settings)
     except ConfigError as error:
         raise ExchangeError(f"{path}: {error}") from error
 
@@ -61,18 +61,18 @@ def _recipe(model: ModelConfig) -> str:
 
 
 def _tokenizer(path: Path, size: int) -> Tokenizer:
-    """Return a character vocabulary as CharTokenizer (needs no library), any other as it is."""
+    """Read the tokenizer; a character vocabulary becomes a CharTokenizer (needs no library)."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.name == "tokenizer.json" and file.is_file():
-        names = _names(read_json(file))
+        names = _list_words(read_json(file))
         characters, special = names[:-3], tuple(names[-3:])
         if special == CHAR_SPECIALS and all(len(name) == 1 for name in characters):
-            with contextlib.suppress(ValueError):  # characters in another order, say
+            with contextlib.suppress(ValueError):  # such as characters in another order
                 return CharTokenizer("".join(characters))
     return tokenizer_at(path, size)
 
 
-def _names(content: Mapping[str, Any]) -> list[str]:
+def _list_words(content: Mapping[str, Any]) -> list[str]:
     """Return the words of a vocabulary whose ids are 0, 1, 2, …; else an empty list."""
     model = content.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None

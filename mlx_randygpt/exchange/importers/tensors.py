@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeGuard
@@ -24,10 +24,12 @@ from mlx_randygpt.state import Params
 from mlx_randygpt.words import one_line
 
 Array = NDArray[Any]
-FLOATS: dict[str, np.dtype[Any]] = {  # as safetensors spells them, and how their bytes are read
-    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
+FLOATS: dict[str, np.dtype[Any]] = {  # name in safetensors -> type of the stored bytes
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
-}  # fmt: skip
+}
 OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 MAX_HEADER_BYTES = 1 << 23  # bytes of a safetensors header; that of GPT-2 XL has 60 kB
 MAX_AXES = 8
@@ -40,7 +42,7 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     kind: str  # a key of FLOATS, or another type
-    read: Callable[[], Array]  # its bytes, as the type of FLOATS
+    read: Callable[[], Array]  # returns the numbers, as the type in FLOATS
 
 
 def as_float32(raw: Array, kind: str) -> Array:
@@ -56,18 +58,18 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ExchangeError(
-                f"{path} has {path.stat().st_size:,} bytes; that is no settings file"
+                f"{path} has {path.stat().st_size:,} bytes; that is too large for a settings file"
             )
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExchangeError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, ExchangeError):
             raise
         raise ExchangeError(f"{path} is not JSON ({one_line(error)})") from error
-    if not isinstance(found, dict):
-        raise ExchangeError(f"{path} is not a JSON object but {reprlib.repr(found)}")
-    return found
+    if not isinstance(content, dict):
+        raise ExchangeError(f"{path} is not a JSON object but {reprlib.repr(content)}")
+    return content
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -100,55 +102,55 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def read_shards(folder: Path, index: str) -> dict[str, LazyTensor]:
     """Return the tensors of all files in an index, such as model.safetensors.index.json."""
-    places = read_json(folder / index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+    file_of = read_json(folder / index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(n, str) for n in file_of.values()):
         raise ExchangeError(f"{folder / index} has no weight_map from tensors to files")
-    files = set(places.values())
+    files = set(file_of.values())
     for name in files:
         if PurePath(name).name != name or not name.endswith(".safetensors"):
             raise ExchangeError(
                 f"{folder / index} names {reprlib.repr(name)}; "
-                "that is no safetensors file beside it"
+                "that is not a safetensors file beside it"
             )
-    held = {name: read_safetensors(folder / name) for name in sorted(files)}
-    for tensor, name in places.items():
-        if tensor not in held[name]:
+    tensors = {name: read_safetensors(folder / name) for name in sorted(files)}
+    for tensor, name in file_of.items():
+        if tensor not in tensors[name]:
             raise ExchangeError(f"{folder / name} lacks the tensor {reprlib.repr(tensor)}")
-    return {tensor: held[name][tensor] for tensor, name in places.items()}
+    return {tensor: tensors[name][tensor] for tensor, name in file_of.items()}
 
 
 def params_of(
     source: Path,
     model: ModelConfig,
-    found: Mapping[str, LazyTensor],
-    turned: Callable[[str], bool] = lambda name: False,
+    tensors: Mapping[str, LazyTensor],
+    transposed: Container[str] = (),
 ) -> Params:
     """Return the weights of the model, float32 and finite.
 
-    All shapes are checked before any tensor is read; those that are `turned` are transposed.
+    All shapes are checked before any tensor is read. Those in `transposed` are stored as (in, out).
     """
     shapes = parameter_shapes(model)
     for name, shape in shapes.items():
-        if name not in found:
+        if name not in tensors:
             raise ExchangeError(f"{source} lacks the tensor {name}")
-        wanted = shape[::-1] if turned(name) else shape
-        if found[name].shape != wanted:
+        expected = shape[::-1] if name in transposed else shape
+        if tensors[name].shape != expected:
             raise ExchangeError(
-                f"{source}: {name} has the shape {reprlib.repr(found[name].shape)}, "
-                f"expected {wanted}"
+                f"{source}: {name} has the shape {reprlib.repr(tensors[name].shape)}, "
+                f"expected {expected}"
             )
-        if found[name].kind not in FLOATS:
+        if tensors[name].kind not in FLOATS:
             raise ExchangeError(
-                f"{source}: {name} has the type {reprlib.repr(found[name].kind)}; "
+                f"{source}: {name} has the type {reprlib.repr(tensors[name].kind)}; "
                 f"weights are {', '.join(FLOATS)}"
             )
-    return {name: finite(source, name, _read(found[name], turned(name))) for name in shapes}
+    return {name: finite(source, name, _read(tensors[name], name in transposed)) for name in shapes}
 
 
 def finite(source: Path, name: str, values: Array) -> Array:
     """Return the values; raise ExchangeError if one of them is not finite."""
     if not np.isfinite(values).all():
-        raise ExchangeError(f"{source}: {name} is not finite; the model is broken")
+        raise ExchangeError(f"{source}: {name} is not finite; the file is damaged")
     return values
 
 
@@ -157,33 +159,35 @@ def refuse_others(source: Path, names: Iterable[str]) -> None:
     if others := sorted(names):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ExchangeError(
-            f"{source} has the tensor {reprlib.repr(others[0])}{more}, for which this model has "
-            "no place"
+            f"{source} has the tensor {reprlib.repr(others[0])}{more}, which this model "
+            "does not have"
         )
 
 
-def _read(stored: LazyTensor, is_turned: bool) -> Array:
+def _read(stored: LazyTensor, transpose: bool) -> Array:
     values = as_float32(stored.read(), stored.kind).reshape(stored.shape)
-    return np.ascontiguousarray(values.T) if is_turned else values
+    return np.ascontiguousarray(values.T) if transpose else values
 
 
 def _stored(path: Path, name: str, entry: Any, start: int, n_bytes: int) -> LazyTensor:
     """Return the tensor that an entry of a header describes."""
     fields = entry if isinstance(entry, dict) else {}
-    kind, shape, places = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not (isinstance(kind, str) and _are_counts(shape) and _are_counts(places)):
-        raise ExchangeError(f"{path} has a damaged header: {reprlib.repr(name)} is not described")
+    kind, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not (isinstance(kind, str) and _are_counts(shape) and _are_counts(span)):
+        raise ExchangeError(
+            f"{path} has a damaged header: {reprlib.repr(name)} has an invalid description"
+        )
     width = FLOATS[kind].itemsize if kind in FLOATS else OTHERS.get(kind)
     n = math.prod(shape)
-    fits = len(places) == 2 and 0 <= places[0] <= places[1] <= n_bytes - start
-    if not fits or (width is not None and places[1] - places[0] != n * width):
+    is_inside = len(span) == 2 and 0 <= span[0] <= span[1] <= n_bytes - start
+    if not is_inside or (width is not None and span[1] - span[0] != n * width):
         raise ExchangeError(
-            f"{path} is truncated or damaged: {reprlib.repr(name)} is said to lie at "
-            f"{reprlib.repr(places)} of {n_bytes - start:,} bytes"
+            f"{path} is truncated or damaged: {reprlib.repr(name)} is declared at "
+            f"{reprlib.repr(span)} of {n_bytes - start:,} bytes"
         )
 
     def read() -> Array:
-        return np.fromfile(path, FLOATS[kind], n, offset=start + places[0])
+        return np.fromfile(path, FLOATS[kind], n, offset=start + span[0])
 
     return LazyTensor(tuple(shape), kind, read)
 

@@ -4,10 +4,10 @@ A file is a ZIP archive: `NAME/data.pkl` is the pickled structure and `NAME/data
 one storage each. Nothing is unpacked to disk. The first half of this module reads pickles of plain
 data, the second half the archive and its tensors.
 
-Python's own `pickle` is not used: it imports what a file names, and its C implementation is hard to
-bound in its memo and in BUILD. PyTorch reads untrusted files with a restricted
-machine in pure Python as well (`torch/_weights_only_unpickler.py`); in the one below imports stay
-names, and the caller decides which calls are allowed.
+Python's own `pickle` is not used: it runs the imports of a file, and its C implementation is hard
+to bound in its memo and in BUILD. PyTorch, too, reads untrusted files with a restricted machine in
+pure Python (`torch/_weights_only_unpickler.py`). In the machine below imports stay names, and the
+caller decides which calls are allowed.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ from mlx_randygpt.exchange.importers.tensors import FLOATS, MAX_AXES, Array, Laz
 from mlx_randygpt.words import one_line
 
 MAGIC = b"PK\x03\x04"
-LOCAL_BYTES = (
-    30  # header before each entry; the last four bytes are the lengths of name and extra field
-)
+LOCAL_BYTES = 30  # header before an entry; ends in the lengths of its name and extra field
 MAX_ENTRIES = 1 << 16
 STORAGES = {  # PyTorch's name -> kind in `tensors`, bytes per number
-    "torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
-    "torch.HalfStorage": ("F16", 2), "torch.BFloat16Storage": ("BF16", 2),
-    "torch.LongStorage": ("I64", 8), "torch.IntStorage": ("I32", 4),
-    "torch.ShortStorage": ("I16", 2), "torch.CharStorage": ("I8", 1),
-    "torch.ByteStorage": ("U8", 1), "torch.BoolStorage": ("BOOL", 1),
-}  # fmt: skip
+    "torch.DoubleStorage": ("F64", 8),
+    "torch.FloatStorage": ("F32", 4),
+    "torch.HalfStorage": ("F16", 2),
+    "torch.BFloat16Storage": ("BF16", 2),
+    "torch.LongStorage": ("I64", 8),
+    "torch.IntStorage": ("I32", 4),
+    "torch.ShortStorage": ("I16", 2),
+    "torch.CharStorage": ("I8", 1),
+    "torch.ByteStorage": ("U8", 1),
+    "torch.BoolStorage": ("BOOL", 1),
+}
 MAX_PICKLE_BYTES = 1 << 22  # of a pickle without its tensors; GPT-2 XL with moments has 400 kB
 MAX_INTEGER = 1 << 63
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -63,12 +66,12 @@ Refer = Callable[[Any], Any]
 
 
 def refuse_call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Raise ExchangeError: the pickle may call nothing."""
+    """Raise ExchangeError, because calls are not allowed."""
     raise ExchangeError(f"it would run {reprlib.repr(name)}; only plain values are read")
 
 
 def refuse_reference(key: Any) -> Any:
-    """Raise ExchangeError: the pickle may refer to nothing outside itself."""
+    """Raise ExchangeError, because references outside the pickle are not allowed."""
     raise ExchangeError("it refers to something outside itself; only plain values are read")
 
 
@@ -118,7 +121,9 @@ class _Machine:
         elif (act := getattr(self, f"_op_{opcode.lower()}", None)) is not None:
             act(argument)
         else:
-            raise ExchangeError(f"its pickle has the opcode {opcode}; plain data has none")
+            raise ExchangeError(
+                f"its pickle has the opcode {opcode}, which plain data does not need"
+            )
 
     def pop(self) -> Any:
         """Pop the top of the stack; raise IndexError if nothing is above the last mark."""
@@ -154,7 +159,7 @@ class _Machine:
         top = self.pop()
         self._stack.append(top)
         if not isinstance(top, kind):
-            raise TypeError(f"{type(top).__name__} where a {kind.__name__} should be")
+            raise TypeError(f"a {type(top).__name__} in place of a {kind.__name__}")
         return top
 
     def _op_proto(self, version: int) -> None: ...
@@ -206,7 +211,7 @@ class _Machine:
     def _op_reduce(self, _: None) -> None:
         arguments, function = self.pop(), self.pop()
         if not (isinstance(function, Name) and isinstance(arguments, tuple)):
-            raise TypeError("a call of what has no name")
+            raise TypeError("a call of an object without a name")
         self._stack.append(self._call(function.name, arguments))
 
     def _op_build(self, _: None) -> None:
@@ -271,12 +276,12 @@ class TorchFile:
     def _refer(self, key: Any) -> _Storage:
         """Return the storage of a persistent id: ("storage", type, key, device, size)."""
         if not (isinstance(key, tuple) and len(key) == 5 and key[0] == "storage"):
-            raise ExchangeError(f"it refers to {reprlib.repr(key)}, which is no storage")
+            raise ExchangeError(f"it refers to {reprlib.repr(key)}, which is not a storage")
         _, kind, name, _, size = key
         if not (isinstance(kind, Name) and isinstance(name, str) and type(size) is int):
-            raise ExchangeError("it has a storage that is not described")
+            raise ExchangeError("it has a storage with an invalid description")
         if kind.name not in STORAGES:
-            raise ExchangeError(f"it has a {reprlib.repr(kind.name)}, which is not read")
+            raise ExchangeError(f"it has a {reprlib.repr(kind.name)}, which is not supported")
         letters, width = STORAGES[kind.name]
         entry = self._entries.get(f"{self._folder}/data/{name}")
         if entry is None:
@@ -284,7 +289,7 @@ class TorchFile:
         if size < 0 or entry.file_size != size * width:
             raise ExchangeError(
                 f"the storage {reprlib.repr(name)} has {entry.file_size:,} bytes, "
-                f"where {size:,} numbers of {width} bytes should be"
+                f"expected {size:,} numbers of {width} bytes"
             )
         return _Storage(name, letters, width, size)
 
@@ -303,9 +308,9 @@ class TorchFile:
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> LazyTensor:
         """Return a view of a storage; raise ExchangeError if it reaches outside the storage."""
         numbers = [offset, *shape, *strides] if _are_tuples(shape, strides) else [None]
-        sound = isinstance(storage, _Storage) and all(type(n) is int and n >= 0 for n in numbers)
-        if not sound or len(shape) != len(strides) or len(shape) > MAX_AXES:
-            raise ExchangeError("it has a tensor that is not described")
+        valid = isinstance(storage, _Storage) and all(type(n) is int and n >= 0 for n in numbers)
+        if not valid or len(shape) != len(strides) or len(shape) > MAX_AXES:
+            raise ExchangeError("it has a tensor with an invalid description")
         n = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
         if n > storage.size or (n and last >= storage.size):
@@ -334,30 +339,38 @@ class TorchFile:
             reason = one_line(error)
             raise ExchangeError(f"{self._path} is truncated or damaged ({reason})") from error
         if not local.startswith(MAGIC) or zlib.crc32(raw) != entry.CRC:
-            raise ExchangeError(f"{self._path} is truncated or damaged (its checksums do not hold)")
+            raise ExchangeError(
+                f"{self._path} is truncated or damaged (its checksum does not match)"
+            )
         return np.frombuffer(raw, FLOATS[storage.kind])
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the entries by name; refuse what torch.save never writes.
+    """Return the entries by name; raise ExchangeError for an archive that torch.save cannot write.
 
-    That is compressed entries (possible ZIP bombs), duplicate names and paths out of the archive.
+    It has compressed entries (possible ZIP bombs), duplicate names or paths outside the archive.
     """
-    listed = archive.infolist()
-    if len(listed) > MAX_ENTRIES:
-        raise ExchangeError(f"{path} has {len(listed):,} entries; at most {MAX_ENTRIES:,} are read")
+    entries = archive.infolist()
+    if len(entries) > MAX_ENTRIES:
+        raise ExchangeError(
+            f"{path} has {len(entries):,} entries; at most {MAX_ENTRIES:,} are read"
+        )
     n_bytes = path.stat().st_size
-    for entry in listed:
+    for entry in entries:
         name = entry.filename
         if name.startswith("/") or "\\" in name or not {"..", ""}.isdisjoint(name.split("/")[:-1]):
-            raise ExchangeError(f"{path} has an entry {reprlib.repr(name)}, which leads elsewhere")
+            raise ExchangeError(
+                f"{path} has an entry {reprlib.repr(name)}, which is outside the archive"
+            )
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise ExchangeError(f"{path}: {reprlib.repr(name)} is packed; torch.save packs nothing")
-    if sum(entry.file_size for entry in listed) > n_bytes:
+            raise ExchangeError(
+                f"{path}: {reprlib.repr(name)} is compressed; torch.save does not compress"
+            )
+    if sum(entry.file_size for entry in entries) > n_bytes:
         raise ExchangeError(f"{path} has entries that are larger than the file")
-    by_name = {entry.filename: entry for entry in listed}
-    if len(by_name) != len(listed):
-        raise ExchangeError(f"{path} has two entries of one name")
+    by_name = {entry.filename: entry for entry in entries}
+    if len(by_name) != len(entries):
+        raise ExchangeError(f"{path} has two entries with the same name")
     return by_name
 
 

@@ -19,7 +19,7 @@ from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
-FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # looked for in a folder, in this order
+FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # names to try in a folder, in this order
 RANDY_SPECIAL = ("<|bos|>", "<|eos|>")
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -32,10 +32,10 @@ BYTE_LEVEL = {
 def tokenizer_at(path: Path, size: int) -> Tokenizer:
     """Read the tokenizer in a file or folder, for a model with `size` ids."""
     if path.is_dir():
-        found = next((path / name for name in FILES if (path / name).is_file()), None)
-        if found is None:
+        file = next((path / name for name in FILES if (path / name).is_file()), None)
+        if file is None:
             raise ExchangeError(f"{path} holds no tokenizer; looked for {', '.join(FILES)}")
-        path = found
+        path = file
     if path.suffix == ".pkl":
         return _call_for(path, lambda: _table_of_meta(path, size))
     content = read_json(path)
@@ -59,7 +59,7 @@ def table_of_text(path: Path, size: int) -> Tokenizer:
 
 
 def _call_for(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
-    """Call `make`; its errors name the file."""
+    """Call `make`; put the name of the file before its error messages."""
     try:
         return make()
     except ValueError as error:
@@ -95,7 +95,7 @@ def _of_randygpt(content: Mapping[str, Any], size: int) -> Tokenizer:
         raise ExchangeError("its vocab is not a list of texts")
     if len(vocab) != size:
         raise ExchangeError(
-            f"it has {len(vocab)} tokens and the model {size}; they do not belong together"
+            f"it has {len(vocab)} tokens and the model {size}; give the tokenizer of this model"
         )
     if not merges and all(len(token) == 1 or token in RANDY_SPECIAL for token in vocab):
         return _table(vocab, size)
@@ -118,11 +118,11 @@ def _table(symbols: Sequence[str], size: int) -> Tokenizer:
     if len(symbols) != size:
         raise ExchangeError(
             f"it has {len(symbols)} characters with begin and end, and the model {size}; "
-            "they do not belong together"
+            "give the tokenizer of this model"
         )
     last = {symbol: i for i, symbol in enumerate(symbols)} | dict.fromkeys(RANDY_SPECIAL, -1)
-    kept = (symbol if last[symbol] == i else "" for i, symbol in enumerate(symbols))
-    return FixedCharTokenizer(tuple(kept), begin=0)
+    symbols_used = (symbol if last[symbol] == i else "" for i, symbol in enumerate(symbols))
+    return FixedCharTokenizer(tuple(symbols_used), begin=0)
 
 
 def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -147,50 +147,59 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _pairs(merges: Any) -> list[tuple[str, str]]:
     """Return the merges as pairs of strings; raise ExchangeError for anything else."""
-    found = merges if isinstance(merges, list) else [merges]
-    for pair in found:
-        texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
-        if not texts:
+    pairs = merges if isinstance(merges, list) else [merges]
+    for pair in pairs:
+        valid = isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        if not valid:
             raise ExchangeError(f"the merge {reprlib.repr(pair)} is not a pair of tokens")
-    return [(left, right) for left, right in found]
+    return [(left, right) for left, right in pairs]
 
 
 def _bpe(ids: Mapping[str, int], merges: Any, splits: Any, decoder: Any) -> dict[str, Any]:
     """Return the content of a tokenizer.json with a BPE model."""
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": None, "pre_tokenizer": splits, "post_processor": None, "decoder": decoder,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": splits,
+        "post_processor": None,
+        "decoder": decoder,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "vocab": dict(ids), "merges": [list(pair) for pair in merges],
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": dict(ids),
+            "merges": [list(pair) for pair in merges],
         },
-    }  # fmt: skip
+    }
 
 
 def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
-    """Build a tokenizer.json for `size` ids; ids without a token are named "<|unused_N|>"."""
+    """Build a tokenizer.json for `size` ids; ids without a token become "<|unused_N|>"."""
     _check_merges(content)
     tokenizer = SubwordTokenizer.from_file(json.dumps(content))
     n = tokenizer.vocab_size
     if n > size:
         raise ExchangeError(
             f"it has {n} tokens, with one that ends a text, and the model {size}; "
-            "they do not belong together"
+            "give the tokenizer of this model"
         )
     if n == size:
         return tokenizer
-    known = json.loads(tokenizer.content)
-    known["added_tokens"] += [
-        {
-            "id": i, "content": f"<|unused_{i}|>", "single_word": False, "lstrip": False,
-            "rstrip": False, "normalized": False, "special": True,
-        }
-        for i in range(n, size)
-    ]  # fmt: skip
-    padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": known})
+    padded_content = json.loads(tokenizer.content)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    padded_content["added_tokens"] += [
+        {"id": i, "content": f"<|unused_{i}|>", **flags, "special": True} for i in range(n, size)
+    ]
+    padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": padded_content})
     if padded.vocab_size != size:
-        raise ExchangeError(f"its ids have gaps; it names {n} and the model has {size}")
+        raise ExchangeError(f"its ids have gaps: it has {n} tokens and the model {size}")
     return padded
 
 
@@ -199,8 +208,10 @@ def _check_merges(content: Mapping[str, Any]) -> None:
     model = content.get("model")
     vocab, merges = (model.get(n) if isinstance(model, dict) else None for n in ("vocab", "merges"))
     if not isinstance(vocab, dict) or not isinstance(merges, list):
-        return  # of another kind, or what the library refuses
+        return  # another kind of model, or one that the library refuses
     split = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     for left, right in _pairs(split):
         if not {left, right, left + right} <= vocab.keys():
-            raise ExchangeError(f"it merges {reprlib.repr((left, right))}, which makes no token")
+            raise ExchangeError(
+                f"it merges {reprlib.repr((left, right))}, but the result is not a token"
+            )

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 
 class MLXGPTConfig(PretrainedConfig):  # type: ignore[misc]
-    """Sizes and switches; the names are those of mlx-randygpt."""
+    """Sizes and switches, under the names of mlx-randygpt."""
 
     model_type = "mlxgpt"
     attribute_map = {  # noqa: RUF012
@@ -17,7 +17,7 @@ class MLXGPTConfig(PretrainedConfig):  # type: ignore[misc]
         "num_attention_heads": "n_head",
     }
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         vocab_size: int = 67,
         block_size: int = 64,
@@ -32,7 +32,7 @@ class MLXGPTConfig(PretrainedConfig):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         self.vocab_size = vocab_size
-        self.block_size = block_size  # keys that a position sees, itself among them
+        self.block_size = block_size  # keys that a position attends to, its own included
         self.n_layer, self.n_head, self.n_embd = n_layer, n_head, n_embd
         self.dropout = dropout
         self.position = position  # "rope" | "learned"

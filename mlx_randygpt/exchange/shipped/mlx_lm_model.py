@@ -1,9 +1,9 @@
 """The model as mlx-lm loads it: the GPT of `mlx_model.py`, beside this file, over mlx-lm's caches.
 
-A layer keeps the keys and values of the last `block_size` positions and, where the model has a
-token shift, what attention and MLP read of the position before. Where positions are learned, a full
-cache begins again with the last half window, as mlx-randygpt does; such texts are decoded one by
-one, for mlx-lm cannot begin again in a single row of a batch.
+A layer keeps the keys and values of the last `block_size` positions and, if the model has a token
+shift, the inputs of attention and MLP at the position before. With learned positions, a full cache
+restarts with the last half window, as in mlx-randygpt; such texts are decoded one by one, because
+mlx-lm cannot restart a single row of a batch.
 
 Legend: B batch, T new tokens, S keys seen, C n_embd, V vocab.
 """
@@ -50,7 +50,7 @@ class ModelArgs(gpt.ModelArgs):  # type: ignore[misc, name-defined]
 
 
 class Shifted:
-    """What the token shift of one layer reads next: slot 0 of attention, slot 1 of the MLP."""
+    """The inputs that the token shift of one layer reads next: slot 0 attention, slot 1 MLP."""
 
     def __init__(self, arrays: ArraysCache) -> None:
         self._arrays = arrays
@@ -60,7 +60,7 @@ class Shifted:
 
     def __setitem__(self, slot: int, read: mx.array) -> None:
         """Keep the last position of `read` (B, T, C/2), without padding on the right."""
-        left = self._arrays.lengths  # (B,) tokens to come, where rows are padded
+        left = self._arrays.lengths  # (B,) tokens still to come, if rows are padded
         if left is None:
             self._arrays[slot] = read[:, -1:]
             return
@@ -73,7 +73,7 @@ class Shifted:
 
 
 class Layer:
-    """The cache of one layer as `gpt.GPT` asks for it."""
+    """The cache of one layer in the form that `gpt.GPT` uses."""
 
     def __init__(self, cache: Any, shifts: bool) -> None:
         self.keys = cache[0]
@@ -84,10 +84,10 @@ class Layer:
 
 
 class Again(_BaseCache):  # type: ignore[misc]
-    """As a CacheList, of one layer with learned positions; and the ids that were read."""
+    """The cache of one layer with learned positions, like a CacheList, and the ids read so far."""
 
     def __init__(self) -> None:
-        self.ids: mx.array | None = None  # (B, n), kept by the first layer
+        self.ids: mx.array | None = None  # (B, n), in the first layer only
         self.forget()
 
     def forget(self) -> None:
@@ -99,23 +99,28 @@ class Again(_BaseCache):  # type: ignore[misc]
 
     @property
     def state(self) -> Any:
+        """Return the arrays of the cache."""
         return [cache.state for cache in self.caches], self.ids
 
     @state.setter
     def state(self, value: Any) -> None:
+        """Restore the arrays of the cache."""
         self.forget()
         states, self.ids = value
         for cache, state in zip(self.caches, states, strict=True):
             cache.state = state
 
     def size(self) -> int:
+        """Return the number of cached positions."""
         return int(self.caches[0].offset)
 
     def empty(self) -> bool:
+        """Return whether nothing is cached."""
         return self.size() == 0
 
     @property
     def nbytes(self) -> int:
+        """Return the memory of the arrays."""
         return sum(int(cache.nbytes) for cache in self.caches)
 
 
@@ -136,11 +141,12 @@ def begin_again(tokens: mx.array, cache: Sequence[Again], window: int) -> mx.arr
 
 
 class Model(gpt.GPT):  # type: ignore[misc, name-defined]
-    """Token ids (B, T) to logits (B, T, V)."""
+    """The GPT for mlx-lm: token ids (B, T) to logits (B, T, V)."""
 
     model_type = "mlxgpt"
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Return the logits of the new tokens; update the cache if there is one."""
         window, shifts = self.args.block_size, self.args.token_shift
         if cache is None or cache[0] is None:
             mask = create_attention_mask(tokens, None, window)

@@ -1,9 +1,9 @@
 """A GPT of mlx-randygpt in PyTorch, for transformers; weights have their published names.
 
-The cache holds the keys and values of the last `block_size` positions of each layer and, where the
-model has a token shift, what attention and MLP read of the position before. Where positions are
-learned, a text that has filled its cache goes on with the last half window in an empty one, as in
-mlx-randygpt; one with padding, or longer from the start, is refused.
+The cache holds the keys and values of the last `block_size` positions of each layer and, if the
+model has a token shift, the inputs of attention and MLP at the position before. With learned
+positions, a text that has filled its cache continues from its last half window in an empty one, as
+in mlx-randygpt; a text with padding, or one that is too long from the start, is refused.
 
 Legend: B batch, T new tokens, S keys seen, C n_embd, H heads, D = C/H, V vocab.
 """
@@ -38,7 +38,7 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
         self.window = window
         self.seen = 0
         self.last: list[Tensor | None] = [None, None]  # (B, 1, C/2) each
-        self.ids: Tensor | None = None  # (B, n) read so far; the first layer's, learned positions
+        self.ids: Tensor | None = None  # (B, n) read so far; first layer, learned positions
         self.again = False  # whether they were read again from position 0
 
     def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,9 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
         if self.seen:
             k, v = torch.cat([self.keys, k], dim=-2), torch.cat([self.values, v], dim=-2)
         self.seen += k.shape[-2] - self.kept()
-        first = max(0, k.shape[-2] - self.window + 1)  # the next query is one of the window
+        first = max(
+            0, k.shape[-2] - self.window + 1
+        )  # the next query takes one place of the window
         self.keys, self.values = k[..., first:, :], v[..., first:, :]
         return k, v
 
@@ -57,28 +59,35 @@ class WindowLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys.shape[-2] if self.seen else 0
 
     def get_seq_length(self) -> int:
+        """Return the number of tokens read so far."""
         return self.seen
 
     def get_max_length(self) -> int:
+        """Return the size of the window."""
         return self.window
 
     def reset(self) -> None:
+        """Empty the cache."""
         super().reset()
         self.seen, self.last, self.ids = 0, [None, None], None
 
     def crop(self, *_: Any) -> None:
+        """Raise NotImplementedError."""
         raise NotImplementedError("keys that have left the window cannot come back")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select the rows of the beams."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows of the batch."""
         if self.seen:
             self.keys, self.values = self.keys[indices], self.values[indices]
             self.last = [None if x is None else x[indices] for x in self.last]
             self.ids = None if self.ids is None else self.ids[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
         if self.seen:
             rows = torch.arange(len(self.keys), device=self.keys.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
@@ -113,7 +122,7 @@ def turn(x: Tensor, positions: Tensor) -> Tensor:
 def shift(x: Tensor, real: Tensor | None, cache: WindowLayer | None, slot: int) -> Tensor:
     """Take the first half of x (B, T, C) from the position before: token shift (arXiv 2305.13048).
 
-    Zero comes before the first position and after padding, which is where `real` (B, T) is 0.
+    It is zero before the first position and after padding, at which `real` (B, T) is 0.
     """
     half = x.shape[-1] // 2
     read = x[..., :half] if real is None else x[..., :half] * real[..., None].to(x.dtype)
@@ -138,6 +147,7 @@ class Attention(nn.Module):  # type: ignore[misc]
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor, cache: WindowLayer | None
     ) -> Tensor:
+        """Return the attention output for x (B, T, C)."""
         b, t, c = x.shape
         qkv = self.c_attn(x).view(b, t, 3, self.n_head, c // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
@@ -160,11 +170,12 @@ class MLP(nn.Module):  # type: ignore[misc]
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x (B, T, C)."""
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
 class Block(nn.Module):  # type: ignore[misc]
-    """Pre-norm residual block."""
+    """A pre-norm residual block."""
 
     def __init__(self, config: MLXGPTConfig) -> None:
         super().__init__()
@@ -180,6 +191,7 @@ class Block(nn.Module):  # type: ignore[misc]
         real: Tensor | None,
         cache: WindowLayer | None,
     ) -> Tensor:
+        """Return x (B, T, C) with the outputs of attention and MLP added."""
         read = shift(rms(x), real, cache, 0) if self.shifted else rms(x)
         x = x + self.drop(self.attn(read, positions, mask, cache))
         read = shift(rms(x), real, cache, 1) if self.shifted else rms(x)
@@ -187,13 +199,13 @@ class Block(nn.Module):  # type: ignore[misc]
 
 
 class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Token ids (B, T) to logits (B, T, V)."""
+    """The GPT for transformers: token ids (B, T) to logits (B, T, V)."""
 
     config_class = MLXGPTConfig
     _no_split_modules = ["Block"]  # noqa: RUF012
     _input_embed_layer = "wte"
     _supports_sdpa = True
-    _is_stateful = True  # a cache cannot go back, so no drafts
+    _is_stateful = True  # a cache cannot be rolled back, so no assisted decoding
 
     def __init__(self, config: MLXGPTConfig) -> None:
         super().__init__(config)
@@ -206,9 +218,9 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes its own
+        return False  # `forward` creates its own
 
-    def forward(
+    def forward(  # noqa: PLR0913
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -221,8 +233,11 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return_dict: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """`attention_mask` (B, tokens so far) is 0 at padding, on either side. Of the logits the
-        last `logits_to_keep` are given, 0 for all; `labels` are shifted here, -100 counts not."""
+        """Return the logits and, with `labels`, the loss.
+
+        `attention_mask` (B, tokens so far) is 0 at padding, on either side. Only the last
+        `logits_to_keep` logits are returned, 0 for all. `labels` are shifted here; -100 is ignored.
+        """
         use_cache = use_cache if use_cache is not None else not self.training
         cache = self._cache(past_key_values) if use_cache or past_key_values else None
         layers = cache.layers if cache else [None] * len(self.h)
@@ -243,12 +258,12 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
-    def _cache(self, given: Cache | None) -> WindowCache:
-        """Return the given cache, or a new one if it is None or empty and of another kind."""
-        if isinstance(given, WindowCache):
-            return given
-        if given is not None and given.get_seq_length() > 0:
-            raise ValueError(f"a cache of another model ({type(given).__name__}); pass its own")
+    def _cache(self, cache: Cache | None) -> WindowCache:
+        """Return `cache`, or a new one if it is None, or empty and of another kind."""
+        if isinstance(cache, WindowCache):
+            return cache
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"a cache of another model ({type(cache).__name__}); pass its own")
         return WindowCache(self.config)
 
     def _begin_again(self, ids: Tensor, mask: Tensor | None, layers: list[Any]) -> Tensor:
@@ -267,31 +282,37 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return ids
 
     def _places(
-        self, x: Tensor, given: Tensor | None, positions: Tensor | None, layer: WindowLayer | None
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        positions: Tensor | None,
+        layer: WindowLayer | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return positions (B, T), visible keys (B or 1, 1, T, S), and non-padding flags (B, T)."""
         b, t, _ = x.shape
         seen, kept = (layer.seen, layer.kept()) if layer else (0, 0)
-        if given is not None and given.ndim != 2:
-            raise ValueError(f"attention_mask {tuple(given.shape)} is not of (batch, tokens)")
-        if given is not None and bool(given.all()):
-            given = None
+        if padding_mask is not None and padding_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask {tuple(padding_mask.shape)} is not of (batch, tokens)"
+            )
+        if padding_mask is not None and bool(padding_mask.all()):
+            padding_mask = None
         if layer and layer.again:
             positions = None
-        if positions is None and given is not None:
-            positions = (given.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
+        if positions is None and padding_mask is not None:
+            positions = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
         if positions is None:
             positions = torch.arange(seen, seen + t, device=x.device).expand(b, t)
         self._refuse_beyond(positions)
         keys = torch.arange(kept + t, device=x.device)  # (S,)
         query = keys[kept:, None]
         mask = (keys <= query) & (keys > query - self.config.block_size)  # (T, S)
-        if given is None:
+        if padding_mask is None:
             return positions, mask[None, None], None
-        known = given.bool()[:, -(kept + t) :]  # (B, S)
-        # Padding sees itself: a row of nothing would be no number.
-        mask = (mask & known[:, None, :]) | (keys == query)  # (B, T, S)
-        return positions, mask[:, None], known[:, -t:]
+        real = padding_mask.bool()[:, -(kept + t) :]  # (B, S)
+        # Padding attends to itself: the softmax of an empty row would be NaN.
+        mask = (mask & real[:, None, :]) | (keys == query)  # (B, T, S)
+        return positions, mask[:, None], real[:, -t:]
 
     def _refuse_beyond(self, positions: Tensor) -> None:
         last, most = int(positions.max()), self.config.block_size

@@ -92,7 +92,7 @@ def test_the_gelu_is_that_of_the_config(folder: Path, theirs: str, ours: str) ->
         ({"model_type": "llama"}, "model_type='llama'; supported are gpt2, mlxgpt, randygpt"),
         ({"model_type": ["gpt2"]}, "model_type="),
         ({"n_embd": 64}, "has the shape"),
-        ({"n_layer": 1}, "and 11 more, for which this model has no place"),
+        ({"n_layer": 1}, "and 11 more, which this model does not have"),
         ({"n_layer": 3}, "lacks the tensor h.2"),
         ({"n_layer": 1000, "n_embd": 65536, "vocab_size": 1 << 24}, "has the shape"),  # 100 TB
         ({"n_layer": 10**9}, "too large"),
@@ -120,7 +120,7 @@ def test_a_config_that_is_not_the_models_is_refused(
         ({"transformer.wpe.weight": np.full((16, 32), 1e300)}, "wpe.weight is not finite"),
         ({"lm_head.weight": PARAMS["wte.weight"] + 1}, "lm_head.weight is not wte.weight"),
         ({"lm_head.weight": np.zeros(3, "f4")}, "lm_head.weight is not wte.weight"),
-        ({"score.weight": np.zeros(3, "f4")}, "the tensor 'score.weight', for which this model"),
+        ({"score.weight": np.zeros(3, "f4")}, "the tensor 'score.weight', which this model does"),
     ],
 )
 def test_weights_that_are_not_the_models_are_refused(

@@ -46,8 +46,8 @@ def test_its_characters_keep_their_ids(tmp_path: Path) -> None:
 def test_what_the_file_does_not_say_is_told(tmp_path: Path) -> None:
     path = nanogpt(tmp_path / "ckpt.pt", MODEL, lively(MODEL))
     notes = read_foreign(path).notes
-    assert "does not say its GELU; the exact one is assumed" in notes[0]
-    assert notes[1].startswith("It had trained 40 steps, best validation loss 2.5000")
+    assert "does not record its GELU; the exact one is assumed" in notes[0]
+    assert notes[1].startswith("It was trained for 40 steps, best validation loss 2.5000")
     assert notes[2] == f"Vocabulary: {tmp_path / 'meta.pkl'}"
     older = read_foreign(path, activation="gelu_tanh")
     assert older.model.activation == "gelu_tanh"
@@ -80,7 +80,7 @@ def test_a_missing_vocabulary_is_asked_for(tmp_path: Path, size: int, wanted: st
         ({"model": None}, "it has no model and model_args"),
         ({"model_args": [1]}, "it has no model and model_args"),
         ({"model": 5}, "does not hold tensors by name"),
-        ({"model": {"a": 5}}, "holds 'a', which is no tensor, among its weights"),
+        ({"model": {"a": 5}}, "has 'a' among its weights, which is not a tensor"),
         ({"model": {}}, "lacks the tensor wte.weight"),
         ({"model_args": {"n_layer": 2}}, "vocab_size=None is not a whole number"),
     ],
@@ -94,12 +94,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, changes: Any, reason: 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("n_layer", 1, "and 11 more, for which"),
+        ("n_layer", 1, "and 11 more, which this model"),
         ("n_layer", 10**6, "too large"),
         ("n_embd", 64, "has the shape"),
         ("vocab_size", 1 << 24, "has the shape"),
-        ("bias", False, "for which this model has no place"),
-        ("bias", 1, "bias=1 is neither"),
+        ("bias", False, "which this model does not have"),
+        ("bias", 1, "bias=1 is not True or False"),
         ("n_head", 4.0, "n_head=4.0 is not a whole number"),
         ("block_size", tensor("x", np.zeros(1, "<f4")), "is not a whole number"),
     ],
@@ -124,7 +124,7 @@ def test_a_meta_with_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_weights_alone_is_no_checkpoint(tmp_path: Path) -> None:
     save_torch(tmp_path / "w.pt", {"w": tensor("0", np.zeros(3, "<f4"))})
-    with pytest.raises(ExchangeError, match="no checkpoint of nanoGPT"):
+    with pytest.raises(ExchangeError, match="not a checkpoint of nanoGPT"):
         read_foreign(tmp_path / "w.pt")
 
 

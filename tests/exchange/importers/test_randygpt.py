@@ -201,7 +201,7 @@ def test_a_file_that_is_damaged_is_refused(tmp_path: Path, change: Any, reason: 
 def test_a_model_without_its_vocabulary_asks_for_it(tmp_path: Path) -> None:
     path = randy_bin(tmp_path / "c.bin", 3, ARRAYS, MOMENTS)
     path.with_name("vocab.json").unlink()
-    with pytest.raises(ExchangeError, match=r"--vocab vocab\.json or, where it reads characters"):
+    with pytest.raises(ExchangeError, match=r"--vocab vocab\.json or, for a character model"):
         read_foreign(path)
     (tmp_path / "train.txt").write_text("a b c d e f g h\n")
     found = read_foreign(path, vocab=tmp_path / "train.txt")

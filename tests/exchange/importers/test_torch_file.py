@@ -64,7 +64,9 @@ def test_a_view_outside_its_storage_is_refused(
     tmp_path: Path, offset: Any, shape: Any, strides: Any
 ) -> None:
     save_torch(tmp_path / "a.pt", {"w": tensor("0", VALUES, offset, shape, strides)})
-    with pytest.raises(ExchangeError, match=r"reaches outside its storage|is not described"):
+    with pytest.raises(
+        ExchangeError, match=r"reaches outside its storage|with an invalid description"
+    ):
         TorchFile(tmp_path / "a.pt")
 
 
@@ -99,9 +101,9 @@ def rewritten(path: Path, change: Callable[[str, bytes], tuple[str, bytes] | Non
         (lambda n, d: None if n.endswith("/0") else (n, d), "lacks the storage '0'"),
         (lambda n, d: (n, d[:-4]) if n.endswith("/0") else (n, d), "has 92 bytes"),
         (lambda n, d: None if n.endswith("pkl") else (n, d), "not a file of torch.save"),
-        (lambda n, d: ("../" + n, d), "leads elsewhere"),
-        (lambda n, d: ("/" + n, d), "leads elsewhere"),
-        (lambda n, d: (n.replace("/", "\\"), d), "leads elsewhere"),
+        (lambda n, d: ("../" + n, d), "outside the archive"),
+        (lambda n, d: ("/" + n, d), "outside the archive"),
+        (lambda n, d: (n.replace("/", "\\"), d), "outside the archive"),
         (lambda n, d: (n, b"big") if n.endswith("order") else (n, d), "other byte order"),
         (lambda n, d: (n, d * 100000) if n.endswith("pkl") else (n, d), "at most"),
         (lambda n, d: (n, b"") if n.endswith("pkl") else (n, d), "pickle is damaged"),
@@ -119,7 +121,7 @@ def test_an_archive_that_is_not_whole_is_refused(
 
 def test_packed_entries_are_refused_as_they_may_be_bombs(tmp_path: Path) -> None:
     save_torch(tmp_path / "a.pt", {"w": tensor("0", np.zeros(100000, "<f4"))}, packed=True)
-    with pytest.raises(ExchangeError, match="is packed"):
+    with pytest.raises(ExchangeError, match="is compressed"):
         TorchFile(tmp_path / "a.pt")
 
 
@@ -128,7 +130,7 @@ def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
     twice = pytest.warns(UserWarning, match="Duplicate name")
     with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive, twice:
         archive.writestr("a/data/0", b"\0" * 96)
-    with pytest.raises(ExchangeError, match="two entries of one name"):
+    with pytest.raises(ExchangeError, match="two entries with the same name"):
         TorchFile(tmp_path / "a.pt")
 
 

@@ -103,7 +103,7 @@ def test_nanogpts_table_keeps_its_ids(tmp_path: Path) -> None:
     ("meta", "reason"),
     [
         ({"itos": {0: "a", 3: "b"}}, "gives 'b' the id 3; the model's ids are 0 to 2"),
-        ({"itos": {0: "a", 1: "a"}}, "'a' is there twice"),
+        ({"itos": {0: "a", 1: "a"}}, "'a' occurs twice"),
         ({"itos": {0: "ab"}}, "'ab' is not one character"),
         ({"itos": {"0": "a"}}, "gives 'a' the id '0'"),
         ({"itos": {}}, "no table"),
@@ -172,7 +172,7 @@ def test_a_tokenizer_json_comes_before_the_two_files(gpt2: Path) -> None:
         ({"a": "0"}, "", "neither a tokenizer.json nor"),
         ({"a": -1}, "", "neither a tokenizer.json nor"),
         ({"a": 0, "b": 1}, "a b c", "is not a pair"),
-        ({"a": 0, "b": 1}, "a b", "which makes no token"),
+        ({"a": 0, "b": 1}, "a b", "but the result is not a token"),
         ({"vocab": ["a", 1]}, "", "not a list of texts"),
         ({"vocab": ["a", "b"]}, "", "2 tokens and the model 300"),
         ({"vocab": ["a"] * 300, "merges": [["a"]]}, "", "is not a pair"),
