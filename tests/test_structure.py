@@ -30,7 +30,7 @@ MAY_IMPORT = {  # third parties, and the modules that name them
     "starlette": ("serve", "cli.commands.serve"),
     "uvicorn": ("cli.commands.serve",),
     "gguf": ("exchange.exporters.gguf",),
-    "threadpoolctl": ("cli", "backends."),
+    "threadpoolctl": ("cli", "backends.", "planning.machine"),
     "signal": ("cli",),
     "tokenizers": ("tokenizers.subword",),
     "pyarrow": ("data.",),

@@ -22,7 +22,10 @@ COMMANDS = {
     "sample": ("sample", "Generate text with a trained model."),
     "chat": ("chat", "Chat with a trained model."),
     "serve": ("serve", "Serve a trained model: an OpenAI-compatible API and a web page."),
-    "eval": ("evaluate", "Evaluate a checkpoint on a whole split: loss, perplexity, bits per byte."),
+    "eval": (
+        "evaluate",
+        "Evaluate a checkpoint on a whole split: loss, perplexity, bits per byte.",
+    ),
     "info": ("info", "Show what a checkpoint holds and verify its checksum."),
     "data": ("data", "Download a corpus by name, or tokenize a text before a run."),
     "import": ("import_", "Import a model of GPT-2, nanoGPT or randyGPT."),

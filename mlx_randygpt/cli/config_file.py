@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mlx_randygpt.words import one_line
+
 RESUME_NEWEST = "@newest"  # value of a bare --resume
 
 
@@ -31,8 +33,9 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise click.BadParameter(f"{path} is not a TOML file: {reason}", ctx, param) from error
+        raise click.BadParameter(
+            f"{path} is not a TOML file: {one_line(error)}", ctx, param
+        ) from error
     by_name = {_long_name(option): option for option in ctx.command.params}
     values: dict[str, Any] = {}
     for key, value in content.items():

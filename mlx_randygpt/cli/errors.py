@@ -10,6 +10,7 @@ import click
 from mlx_randygpt.cli.config_file import config_option
 from mlx_randygpt.cli.signals import raise_on_ctrl_c
 from mlx_randygpt.config import UserError
+from mlx_randygpt.words import one_line
 
 _DEBUG = "mlx_randygpt.debug"
 NO_MEMORY = (  # what MLX's RuntimeErrors contain: allocator, Metal command buffers, CUDA
@@ -21,7 +22,7 @@ NO_MEMORY = (  # what MLX's RuntimeErrors contain: allocator, Metal command buff
 
 
 class Command(click.Command):
-    """A command that fails with one line on stderr and exit code 1; `--debug` adds the traceback."""
+    """A command that fails with one line and exit code 1; `--debug` shows the traceback."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Add the options that every command has."""
@@ -69,7 +70,7 @@ def describe_error(error: Exception) -> str:
     """Return the line that follows `Error: `."""
     if isinstance(error, UserError):
         return str(error)
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in NO_MEMORY):
         return f"out of memory ({text}); try a smaller --batch-size, --block-size or model"
     if isinstance(error, OSError) and error.filename:

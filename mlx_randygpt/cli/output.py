@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mlx_randygpt.words import clean_text
+
 
 def print_json(values: dict[str, Any]) -> None:
     """Print one JSON object; numbers that are not finite become null."""
@@ -40,18 +42,9 @@ def show_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Print a name and a value per line, aligned, without control characters."""
     from rich.table import Table
 
-    from mlx_randygpt.screen.words import clean
-
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, clean(value))
+        table.add_row(name, clean_text(value))
     show(table)
-
-
-def readable_bytes(n_bytes: int) -> str:
-    """Return `202.1 kB`, `14.5 MB`, `23.6 GB`."""
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    unit, scale = next((u for u in units if n_bytes >= u[1]), units[-1])
-    return f"{n_bytes / scale:,.1f} {unit}"

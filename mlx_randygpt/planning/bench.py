@@ -18,7 +18,7 @@ from mlx_randygpt.sampling.generate import Streams
 from mlx_randygpt.state import rng
 
 N_WARMUP = 3  # steps that are not timed: scratch memory, compilation, caches
-MIMIN_TOKENS = 2**18  # of the random text
+MIN_TOKENS = 2**18  # of the random text
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def measure_sampling(
     n_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Bench:
-    """Measure the decoding of `batch_size` streams, from one token each, as `mlxgpt sample` does."""
+    """Measure the decoding of `batch_size` streams, sampled as by `mlxgpt sample`."""
     configs = [SampleConfig(seed=train.seed)] * train.batch_size
     random = rng(train.seed, "sample")
     streams = Streams(backend, model, train.batch_size)

@@ -79,7 +79,6 @@ def _cpu_advice(facts: Facts) -> Iterator[str]:
         )
 
 
-
 def _packages() -> dict[str, str | None]:
     from importlib.metadata import PackageNotFoundError, version
 

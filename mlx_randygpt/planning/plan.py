@@ -178,7 +178,7 @@ def roof_seconds(
 
 
 def muon_flops(model: ModelConfig, train: TrainConfig) -> float:
-    """Return the FLOP of one update: five steps of three products of matrices with shorter side C."""
+    """Return the FLOP of one update: five steps of three products, with shorter side C."""
     n_muon = parameter_count(model) - adamw_count(model, train)
     return 5 * (2 + 2 * 1 + 2) * n_muon * model.n_embd
 

@@ -27,7 +27,9 @@ DEFAULT_ITERS = {"train": 20, "sample": 200}
 @click.argument("mode", type=click.Choice(list(DEFAULT_ITERS)), default="train")
 @model_options()
 @click.option(
-    "--batch-size", type=int, help="Sequences, or streams of text.  [default: preset, 64; sample: 1]"
+    "--batch-size",
+    type=int,
+    help="Sequences, or streams of text.  [default: preset, 64; sample: 1]",
 )
 @click.option("--iters", type=int, help="Steps, or tokens.  [default: 20; sample: 200]")
 @threads_option

@@ -21,7 +21,7 @@ from mlx_randygpt.cli.options import (
 from mlx_randygpt.cli.output import print_json
 
 if TYPE_CHECKING:
-    from mlx_randygpt.backends.base import Backend
+    from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.state import Array
     from mlx_randygpt.tokenizers import Tokenizer
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 )
 @reading_options
 @model_options(defaults=False)
-@click.option(
-    "--batch-size", type=int, default=64, show_default=True, help="Windows per pass."
-)
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Windows per pass.")
 @quantize_option
 @backend_option
 @json_option
@@ -110,7 +108,7 @@ def command(
 
 
 def _evaluate(
-    backend: Backend, saved: Checkpoint, tokens: Array, batch_size: int, tokenizer: Tokenizer
+    backend: Scorer, saved: Checkpoint, tokens: Array, batch_size: int, tokenizer: Tokenizer
 ) -> Score:
     from mlx_randygpt.training.evaluation import evaluate
 

@@ -132,14 +132,13 @@ def command(
 def measure_program(backend: str) -> int:
     """Return the peak memory of a process that has imported all that `mlxgpt train` imports."""
     script = (
-        "import mlx_randygpt.cli.training.run; "
+        "import sys; import mlx_randygpt.cli.training.run; "
         "from mlx_randygpt.backends import choose; "
         "from mlx_randygpt.backends.base import resident_bytes; "
-        f"choose({"auto" if backend == "mlx" else backend!r}); print(resident_bytes())"
+        "choose(sys.argv[1]); print(resident_bytes())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    words = [sys.executable, "-c", script, "auto" if backend == "mlx" else backend]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 

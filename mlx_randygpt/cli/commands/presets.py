@@ -33,8 +33,8 @@ def command(recipe: str, json: bool) -> None:
         return
     show(_table(rows))
     click.echo(
-        f"\nThe parameters are those of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the "
-        f"default preset is\n{DEFAULT_PRESET}. 16 B/param: training memory (weights, gradients, two "
+        f"\nParameters of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the default "
+        f"preset is {DEFAULT_PRESET}.\n16 B/param: memory for training (weights, gradients, two "
         "moments) without activations.\nOn disk: the size of a checkpoint (weights and moments)."
     )
 

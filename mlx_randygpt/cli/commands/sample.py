@@ -36,11 +36,18 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.command("sample", cls=Command)
 @checkpoint_option
 @click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
-@click.option("--prompt-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File with the prompt.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the prompt.",
+)
 @sampling_options
 @click.option("--beams", default=1, show_default=True, help="Beams of a beam search; 1 samples.")
 @click.option(
-    "--length-penalty", default=1.0, show_default=True, help="Length penalty of beams; above 1 favours long texts."
+    "--length-penalty",
+    default=1.0,
+    show_default=True,
+    help="Length penalty of beams; above 1 favours long texts.",
 )
 @click.option("--num-samples", default=1, show_default=True, help="Texts to generate.")
 @click.option("--no-echo", is_flag=True, help="Do not print the prompt.")

@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_randygpt.cli.errors import Command
-from mlx_randygpt.cli.loading import biases, build, read
+from mlx_randygpt.cli.loading import build, parse_biases, read
 from mlx_randygpt.cli.options import (
     backend_option,
     checkpoint_option,
@@ -72,7 +73,7 @@ def command(
     from mlx_randygpt.serve.metrics import Metrics
 
     path, saved, tokenizer = read(checkpoint)
-    bias = biases(logit_bias, tokenizer)
+    bias = parse_biases(logit_bias, tokenizer)
     given = ctx.get_parameter_source("seed")
     settings = Settings(
         api_key=api_key,
@@ -81,12 +82,20 @@ def command(
         loopback_only=host in ("localhost", "127.0.0.1", "::1"),
     )
     served, metrics = _served(name, path, saved, tokenizer), Metrics()
+    if quantize is not None:
+        served = replace(served, params={})
+    weights = [saved]  # handed to the engine; quantising then releases their memory
+    del saved
     _require_extra()
     from mlx_randygpt.serve.api import Api
 
     with _listen(host, port) as listening:
         engine = Engine(
-            lambda: build(saved, backend, quantize), saved.model, metrics, batch_size, queue
+            lambda: build(weights.pop(), backend, quantize),
+            served.model,
+            metrics,
+            batch_size,
+            queue,
         )
         engine.start()
         _serve(Api(served, settings, engine, metrics).app(), listening, host)
