@@ -24,10 +24,11 @@ def options(*decorators: Decorator[Any], section: str = "") -> Decorator[Any]:
     """Return one decorator that adds these options in this order, in a section of `--help`."""
 
     def decorate(function: F) -> F:
+        n_before = len(getattr(function, "__click_params__", ()))
         for decorator in reversed(decorators):
             function = decorator(function)
         if section:
-            for option in function.__click_params__[-len(decorators) :]:  # type: ignore[attr-defined]
+            for option in function.__click_params__[n_before:]:  # type: ignore[attr-defined]
                 option.section = section
         return function
 
