@@ -309,7 +309,7 @@ def ranks(_: int) -> Any:
 
     from mlx_randygpt import settings
     from mlx_randygpt.planning.devices import DEVICES
-    from mlx_randygpt.planning.plan import make_plan
+    from mlx_randygpt.planning.plan import Workload, make_plan
 
     rows = []
     cases = [
@@ -324,7 +324,7 @@ def ranks(_: int) -> Any:
         device = replace(DEVICES[name], link=link * 1e9)
         plans = {
             n: make_plan(
-                model, train, "mlx", device, hosts=n, tokens=1e9, cost_per_hour=None, threads=1
+                Workload(model=model, train=train, backend="mlx", tokens=1e9, hosts=n), device
             )
             for n in HOSTS
         }

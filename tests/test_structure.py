@@ -32,7 +32,7 @@ MAY_IMPORT = {  # third parties, and the modules that name them
     "pydantic": ("serve.models", "serve.openapi", "cli.commands.serve"),
     "prometheus_client": ("serve.metrics", "cli.commands.serve"),
     "gguf": ("exchange.exporters.gguf",),
-    "threadpoolctl": ("cli", "backends."),
+    "threadpoolctl": ("cli", "backends.", "planning.machine"),
     "signal": ("cli",),
     "tokenizers": ("tokenizers.subword",),
     "pyarrow": ("data.",),

@@ -79,7 +79,7 @@ class Scorer(Protocol):
         """Return a Cache with `batch_size` empty rows."""
 
     def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
-        """Append tokens (B, T) to these rows; return the float32 logits of the last position, (B, V).
+        """Append tokens (B, T) to these rows; return float32 logits of the last position, (B, V).
 
         With rotary positions the window slides: each layer attends to the last `block_size` keys.
         With learned positions no length may pass `block_size`. Raises ValueError if T, an id or a

@@ -1,4 +1,4 @@
-"""The base class of all commands: errors as one line, exit codes, `--debug` and Ctrl-C."""
+"""The base class of all commands: one-line errors, exit codes, `--debug`, Ctrl-C, `--help`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,40 @@ from typing import Any
 
 import click
 
-from mlx_randygpt.cli.config_file import _config_option
+from mlx_randygpt.cli.config_file import config_option
 from mlx_randygpt.cli.signals import raise_on_ctrl_c
 from mlx_randygpt.config import UserError
+from mlx_randygpt.words import one_line
 
 _DEBUG = "mlx_randygpt.debug"
-NO_MEMORY = (  # MLX says so in a RuntimeError: its allocator, Metal's command buffers, CUDA
-    "unable to allocate", "maximum allowed buffer size", "insufficient memory", "out of memory",
-)  # fmt: skip
+NO_MEMORY = (  # what MLX's RuntimeErrors contain: allocator, Metal command buffers, CUDA
+    "unable to allocate",
+    "maximum allowed buffer size",
+    "insufficient memory",
+    "out of memory",
+)
 
 
 class Command(click.Command):
-    """A command whose failures are one line on stderr and exit code 1, tracebacks on `--debug`."""
+    """A command that fails with one line and exit code 1; `--debug` shows the traceback."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Add the options that every command has."""
         super().__init__(*args, **kwargs)
-        self.params += [_config_option(), _debug_option()]
+        self.params += [config_option(), _debug_option()]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in sections: those of the command first, then the shared ones."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn any exception into an exit code and one line."""
         try:
             with raise_on_ctrl_c():
                 return super().invoke(ctx)
@@ -36,7 +52,7 @@ class Command(click.Command):
         except Exception as error:
             if ctx.meta.get(_DEBUG):
                 raise
-            raise click.ClickException(_one_line(error)) from error
+            raise click.ClickException(describe_error(error)) from error
 
 
 def _debug_option() -> click.Option:
@@ -50,11 +66,12 @@ def _debug_option() -> click.Option:
     )
 
 
-def _one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Return the line that follows `Error: `."""
     if isinstance(error, UserError):
         return str(error)
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or any(said in text.lower() for said in NO_MEMORY):
+    text = one_line(error)
+    if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in NO_MEMORY):
         return f"out of memory ({text}); try a smaller --batch-size, --block-size or model"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

@@ -1,5 +1,4 @@
-"""What commands that work with a trained model share: finding it, a backend that holds it, and how
-it picks."""
+"""Finding a trained model, and building the backend that generates or evaluates with it."""
 
 from __future__ import annotations
 
@@ -9,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.cli.output import readable_bytes
+from mlx_randygpt.words import format_bytes
 
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.tokenizers import Tokenizer
 
+BACKEND_TITLES = {"mlx": "MLX", "numpy": "NumPy"}
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint, and the backend that holds its weights."""
+    """A checkpoint, its tokenizer, and the backend that holds its weights."""
 
     path: Path
     saved: Checkpoint
@@ -28,20 +29,19 @@ class Loaded:
 
 
 def load(checkpoint: Path | None, backend: str, quantize: int | None = None) -> Loaded:
-    """The checkpoint, else the best of checkpoints/; says on stderr what computes."""
+    """Load a checkpoint, by default the best of checkpoints/, into a backend."""
     path, saved, tokenizer = read(checkpoint)
-    return Loaded(path, saved, tokenizer, build(saved, backend, quantize))
-
-
-def describe_backend(backend: Scorer, why: str) -> str:
-    """`MLX on Apple M3 Max (Metal)`, `NumPy on 2 threads (MLX has no GPU here)`."""
-    names = {"mlx": "MLX", "numpy": "NumPy"}
-    line = f"{names.get(backend.name, backend.name)} on {backend.device}"
-    return f"{line} ({why})" if why else line
+    built = build(saved, backend, quantize)
+    if quantize is not None:
+        saved = without_weights(saved)
+    return Loaded(path, saved, tokenizer, built)
 
 
 def read(checkpoint: Path | None, merge: bool = True) -> tuple[Path, Checkpoint, Tokenizer]:
-    """The checkpoint, else the best of checkpoints/, its adapters merged, and its tokenizer."""
+    """Return path, contents and tokenizer of a checkpoint, by default the best of checkpoints/.
+
+    `merge` merges adapters into the weights.
+    """
     from mlx_randygpt.checkpoint import load_checkpoint
     from mlx_randygpt.tokenizers import tokenizer_from_json
 
@@ -52,74 +52,16 @@ def read(checkpoint: Path | None, merge: bool = True) -> tuple[Path, Checkpoint,
 
 
 def without_adapters(saved: Checkpoint) -> Checkpoint:
-    """The same model without adapters, as most of the program knows it."""
+    """Return the same model with its adapters merged into the weights."""
     from mlx_randygpt.model import merge_adapters
 
     params, model = merge_adapters(saved.state.params, saved.model)
     return replace(saved, model=model, state=replace(saved.state, params=params))
 
 
-def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Scorer:
-    """A backend with the weights of the checkpoint; says on stderr what computes. With `quantize`,
-    a number of bits, the checkpoint's own weights are emptied: nobody needs them any more."""
-    from mlx_randygpt.backends import choose, make_scorer
-
-    if quantize is not None:
-        require_mlx(backend)
-        backend = "mlx"
-    name, why = choose(backend)
-    params = saved.state.params
-    built: Any = make_scorer(name, saved.model, params, dtype=saved.train.dtype, bits=quantize or 0)
-    click.echo(f"Backend: {describe_backend(built, why)}", err=True)
-    if quantize is not None:
-        before = sum(weight.nbytes for weight in params.values())
-        params.clear()
-        after, of = readable_bytes(built.weight_bytes()), readable_bytes(before)
-        click.echo(f"Weights in {quantize} bits: {after} instead of {of}", err=True)
-    scorer: Scorer = built
-    return scorer
-
-
-def require_mlx(backend: str) -> None:
-    """BackendError where `--quantize` finds another backend than MLX."""
-    from mlx_randygpt.backends import choose, mlx_device
-    from mlx_randygpt.backends.base import BackendError
-
-    name, why = choose(backend)
-    device, missing = mlx_device()
-    if name != "mlx" and device is None:
-        raise BackendError(f"--quantize needs MLX: {missing}; pip install 'mlx-randygpt[cpu]'")
-    if name != "mlx":
-        took = f"auto took NumPy ({why}); --backend mlx" if why else f"not --backend {name}; mlx"
-        raise BackendError(f"--quantize needs MLX, {took} takes it")
-
-
-def biases(given: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
-    """`e=-5` and `#12=3.5` as token ids and numbers."""
-    return tuple(_bias(text, tokenizer) for text in given)
-
-
-def _bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
-    token, _, number = text.rpartition("=")
-    try:
-        value = float(number)
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is not TOKEN=NUMBER, such as e=-5", param_hint="--logit-bias"
-        ) from None
-    if token.startswith("#") and token[1:].isdecimal():
-        if int(token[1:]) >= tokenizer.vocab_size:
-            known = f"ids are 0 to {tokenizer.vocab_size - 1}"
-            raise click.BadParameter(f"{token} is not known; {known}", param_hint="--logit-bias")
-        return int(token[1:]), value
-    ids = tokenizer.encode(token).tolist()
-    if len(ids) != 1 or tokenizer.unknown(token):
-        what = "is not known" if tokenizer.unknown(token) else f"is {len(ids)} tokens"
-        raise click.BadParameter(
-            f"{token!r} {what}; give the text of one token, or its id as #12",
-            param_hint="--logit-bias",
-        )
-    return ids[0], value
+def without_weights(saved: Checkpoint) -> Checkpoint:
+    """Return the same checkpoint without its weights, so that their memory can be released."""
+    return replace(saved, state=replace(saved.state, params={}))
 
 
 def default_checkpoint(path: Path | None) -> Path:
@@ -129,3 +71,67 @@ def default_checkpoint(path: Path | None) -> Path:
     if path is not None and not path.is_dir():
         return path
     return find_checkpoint(path or Path("checkpoints"))
+
+
+def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Scorer:
+    """Build a backend with these weights, in `quantize` bits if given; report it on stderr."""
+    from mlx_randygpt.backends import choose, make_scorer
+
+    if quantize is not None:
+        require_mlx(backend)
+        backend = "mlx"
+    name, reason = choose(backend)
+    params = saved.state.params
+    built: Any = make_scorer(name, saved.model, params, dtype=saved.train.dtype, bits=quantize or 0)
+    click.echo(f"Backend: {describe_backend(built, reason)}", err=True)
+    if quantize is not None:
+        before = format_bytes(sum(weight.nbytes for weight in params.values()))
+        after = format_bytes(built.weight_bytes())
+        click.echo(f"Weights in {quantize} bits: {after} instead of {before}", err=True)
+    scorer: Scorer = built
+    return scorer
+
+
+def require_mlx(backend: str) -> None:
+    """Raise BackendError unless `--quantize` can run with this choice of backend."""
+    from mlx_randygpt.backends import choose, mlx_device
+    from mlx_randygpt.backends.base import BackendError
+
+    name, reason = choose(backend)
+    device, missing = mlx_device()
+    if name != "mlx" and device is None:
+        raise BackendError(f"--quantize needs MLX: {missing}; pip install 'mlx-randygpt[cpu]'")
+    if name != "mlx":
+        chosen = f"but auto chose NumPy ({reason})" if reason else f"not --backend {name}"
+        raise BackendError(f"--quantize needs MLX, {chosen}; add --backend mlx")
+
+
+def describe_backend(backend: Scorer, reason: str = "") -> str:
+    """Return `MLX on Apple M3 Max (Metal)` or `NumPy on 2 threads (MLX has no GPU here)`."""
+    line = f"{BACKEND_TITLES.get(backend.name, backend.name)} on {backend.device}"
+    return f"{line} ({reason})" if reason else line
+
+
+def parse_biases(texts: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
+    """Return `e=-5` and `#12=3.5` as pairs of token id and number."""
+    return tuple(_parse_bias(text, tokenizer) for text in texts)
+
+
+def _parse_bias(text: str, tokenizer: Tokenizer) -> tuple[int, float]:
+    def fail(message: str) -> click.BadParameter:
+        return click.BadParameter(message, param_hint="--logit-bias")
+
+    token, _, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        raise fail(f"{text!r} is not TOKEN=NUMBER, such as e=-5") from None
+    if token.startswith("#") and token[1:].isdecimal():
+        if int(token[1:]) >= tokenizer.vocab_size:
+            raise fail(f"{token} is not a token; ids are 0 to {tokenizer.vocab_size - 1}")
+        return int(token[1:]), value
+    ids = tokenizer.encode(token).tolist()
+    if len(ids) != 1 or tokenizer.unknown(token):
+        problem = "is not known" if tokenizer.unknown(token) else f"is {len(ids)} tokens"
+        raise fail(f"{token!r} {problem}; give the text of one token, or its id as #12")
+    return ids[0], value

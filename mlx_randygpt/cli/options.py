@@ -1,4 +1,8 @@
-"""What commands share: error lines, `--config` and `--debug`, the model options."""
+"""Options that several commands share, each defined once.
+
+`options(...)` stacks them on a command and names their section of `--help`. A single option is
+applied as it is: `@json_option`.
+"""
 
 from __future__ import annotations
 
@@ -9,125 +13,123 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_randygpt.config import ARCHS, BACKENDS, ModelConfig, TrainConfig
+from mlx_randygpt.config import ARCHS, BACKENDS, DTYPES, OPTIMIZERS, ModelConfig, TrainConfig
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 
 F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
 
 
-def quantize_option(function: F) -> F:
-    """--quantize, of every command that only lets a model compute."""
-
-    def bits(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-        if value not in (None, 8, 4):
-            raise click.BadParameter(f"{value} bits; it is 8 or 4", ctx, param)
-        return value
-
-    return click.option(
-        "--quantize", type=int, metavar="8|4", callback=bits,
-        help="Hold the weights in so many bits (MLX).  [default: off, 32]",
-    )(function)  # fmt: skip
-
-
-def checkpoint_option(function: F) -> F:
-    """--checkpoint, of every command that works with a trained model."""
-    return click.option(
-        "--checkpoint",
-        type=click.Path(path_type=Path),
-        help="[default: the best of checkpoints/, else the newest]",
-    )(function)
-
-
-def sampling_options(function: F) -> F:
-    """What decides which token comes next; the names are the fields of SampleConfig."""
-    options = [
-        click.option("--max-tokens", default=200, show_default=True),
-        click.option(
-            "--temperature", default=0.8, show_default=True, help="0 always takes the likeliest."
-        ),
-        click.option(
-            "--top-p", default=0.9, show_default=True, help="Likeliest tokens up to this sum."
-        ),
-        click.option("--top-k", default=0, show_default=True, help="The k likeliest; 0 is off."),
-        click.option(
-            "--min-p", default=0.0, show_default=True, help="At least this share of the likeliest."
-        ),
-        click.option(
-            "--typical-p", default=1.0, show_default=True,
-            help="About as surprising as the average, up to this sum; 1 is off.",
-        ),
-        click.option("--repetition-penalty", default=1.0, show_default=True),
-        click.option("--presence-penalty", default=0.0, show_default=True),
-        click.option("--frequency-penalty", default=0.0, show_default=True),
-        click.option(
-            "--logit-bias", multiple=True, metavar="TOKEN=X",
-            help="Add X to the logit of a token, its text or #id; may be given several times.",
-        ),
-        click.option(
-            "--stop", multiple=True, help="Text to stop before; may be given several times."
-        ),
-        click.option("--seed", default=1337, show_default=True),
-    ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def model_options(defaults: bool = True) -> Callable[[F], F]:
-    """The options that decide the model: recipe, preset and the numbers of it. `defaults` names
-    them in the help; where a checkpoint decides there are none."""
-
-    def default(text: str) -> str:
-        return f"  [default: {text}]" if defaults else ""
-
-    options = [
-        click.option(
-            "--recipe",
-            type=click.Choice(sorted(RECIPES)),
-            help=f"Model and rates.{default('modern')}",
-        ),
-        click.option(
-            "--arch",
-            type=click.Choice(list(ARCHS)),
-            help=f"Our model or GPT-2's.{default('gpt')}",
-        ),
-        click.option(
-            "--preset",
-            type=click.Choice(list(PRESETS)),
-            metavar="NAME",
-            help=f"Sizes by name; see `mlxgpt presets`.{default(DEFAULT_PRESET)}",
-        ),
-        click.option("--n-layer", type=int, help="Layers."),
-        click.option("--n-head", type=int, help="Attention heads."),
-        click.option("--n-embd", type=int, help="Width."),
-        click.option("--block-size", type=int, help="Context, in tokens."),
-        click.option("--dropout", type=float, help=f"After attention and MLP.{default('rule')}"),
-    ]
+def options(*decorators: Decorator[Any], section: str = "") -> Decorator[Any]:
+    """Return one decorator that adds these options in this order, in a section of `--help`."""
 
     def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
+        n_before = len(getattr(function, "__click_params__", ()))
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        if section:
+            for option in function.__click_params__[n_before:]:  # type: ignore[attr-defined]
+                option.section = section
         return function
 
     return decorate
 
 
-def backend_option(function: F) -> F:
-    """--backend, for every command that computes."""
-    choice = click.Choice(["auto", *BACKENDS])
-    text = "auto: MLX where it has a GPU, else NumPy."
-    return click.option("--backend", type=choice, default="auto", show_default=True, help=text)(
-        function
+# Where a command computes and what it prints
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", *BACKENDS]),
+    default="auto",
+    show_default=True,
+    help="auto: MLX if it has a GPU, else NumPy.",
+)
+json_option = click.option("--json", is_flag=True, help="Print exactly one JSON object on stdout.")
+threads_option = click.option(
+    "--threads", type=int, help="Threads of the NumPy backend.  [default: all cores]"
+)
+
+# The text
+
+data_option = click.option(
+    "--data", multiple=True, help="Text files or folders, as for `mlxgpt train`; repeatable."
+)
+tokenizer_options = options(
+    click.option(
+        "--tokenizer",
+        metavar="NAME",
+        help="char, bpe, wordpiece, or the path of a tokenizer.json.  [default: char]",
+    ),
+    click.option(
+        "--vocab-size",
+        type=int,
+        help="Size of the vocabulary.  [default: at most 512 characters, or 1024 tokens]",
+    ),
+    section="Text",
+)
+reading_options = options(
+    click.option("--encoding", help="Encoding of text files.  [default: utf-8]"),
+    click.option(
+        "--text-field", help="Field of .jsonl and .parquet rows to read.  [default: text]"
+    ),
+    section="Text",
+)
+
+# The model
+
+
+def model_options(defaults: bool = True) -> Decorator[Any]:
+    """Return the options that decide the model: recipe, preset and sizes.
+
+    `defaults` names the defaults in the help; omit them if a checkpoint decides.
+    """
+
+    def default(text: str) -> str:
+        return f"  [default: {text}]" if defaults else ""
+
+    return options(
+        click.option(
+            "--recipe",
+            type=click.Choice(sorted(RECIPES)),
+            help=f"Model switches and training settings.{default('modern')}",
+        ),
+        click.option(
+            "--arch",
+            type=click.Choice(list(ARCHS)),
+            help=f"Architecture: this project's, or GPT-2's.{default('gpt')}",
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice(list(PRESETS)),
+            metavar="NAME",
+            help=f"Named sizes; see `mlxgpt presets`.{default(DEFAULT_PRESET)}",
+        ),
+        click.option("--n-layer", type=int, help="Number of layers."),
+        click.option("--n-head", type=int, help="Number of attention heads."),
+        click.option("--n-embd", type=int, help="Width of the embedding."),
+        click.option("--block-size", type=int, help="Context length in tokens."),
+        click.option(
+            "--dropout", type=float, help=f"Dropout after attention and MLP.{default('rule')}"
+        ),
+        section="Model",
     )
 
 
-def json_option(function: F) -> F:
-    """--json, for every command that reports figures."""
-    text = "Print exactly one JSON object on stdout."
-    return click.option("--json", is_flag=True, help=text)(function)
+# Training
 
+optimizer_option = click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer.  [default: recipe]"
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Compute type on a GPU; weights and moments stay float32.  [default: float32]",
+)
+grad_accum_option = click.option(
+    "--grad-accum", type=int, help="Micro-batches per step.  [default: 1]"
+)
 
-AUTO = "auto_micro_batch"  # a key of what was given, where it was `--micro-batch auto`
+AUTO = "auto_micro_batch"  # key that stands for `--micro-batch auto` until the size is known
 
 
 class MicroBatch(click.ParamType):  # type: ignore[type-arg]
@@ -138,6 +140,7 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | str:
+        """Return `auto` or an integer; fail on anything else."""
         if value == "auto":
             return "auto"
         try:
@@ -146,28 +149,27 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is neither a number of sequences nor auto", param, ctx)
 
 
-def memory_options(function: F) -> F:
-    """--micro-batch and --checkpoint-activations."""
-    options = [
-        click.option(
-            "--micro-batch", type=MicroBatch(), metavar="N|auto",
-            help="Sequences of one pass of MLX; the batch and its gradient stay the same. auto: "
-            "what fits.  [default: all]",
-        ),
-        click.option(
-            "--checkpoint-activations/--keep-activations", default=None,
-            help="Keep only what enters each layer, and make the rest again: less memory, about "
-            "a quarter more time.  [default: keep]",
-        ),
-    ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
+memory_options = options(
+    click.option(
+        "--micro-batch",
+        type=MicroBatch(),
+        metavar="N|auto",
+        help="Sequences per pass of MLX, to save memory; batch and gradient stay the same. "
+        "auto: as many as fit.  [default: all]",
+    ),
+    click.option(
+        "--checkpoint-activations/--keep-activations",
+        default=None,
+        help="Recompute activations in the backward pass: less memory, about a quarter more "
+        "time.  [default: keep]",
+    ),
+    section="Memory",
+)
 
 
-def given_options(options: dict[str, Any]) -> dict[str, Any]:
-    """What the user set; `--micro-batch auto` is no number yet and has a key of its own."""
-    given = {name: value for name, value in options.items() if value is not None}
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the user set; `--micro-batch auto` gets a key of its own."""
+    given = {name: value for name, value in values.items() if value is not None}
     if given.get("micro_batch") == "auto":
         given[AUTO] = bool(given.pop("micro_batch"))
     return given
@@ -176,10 +178,9 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
 def fit_micro_batch(
     given: dict[str, Any], model: ModelConfig, train: TrainConfig, backend: str
 ) -> tuple[TrainConfig, str]:
-    """The settings with the micro-batch that was asked for, and a line that tells of it."""
+    """Return the settings with the requested micro-batch, and a line that reports it."""
     if backend == "numpy" and (given.get(AUTO) or given.get("micro_batch")):
-        line = "NumPy works through chunks of bounded size; --micro-batch changes nothing there."
-        return train, line
+        return train, "NumPy computes in chunks of bounded size; --micro-batch has no effect."
     if not given.get(AUTO):
         return train, ""
     from mlx_randygpt.planning.devices import here
@@ -187,39 +188,84 @@ def fit_micro_batch(
 
     device = here(backend)
     size = micro_batch(backend, model, train, device.memory, device.unified)
-    passes = f"{size} sequences a pass" if size else "the whole batch in one pass"
+    passes = f"{size} sequences per pass" if size else "the whole batch in one pass"
     return replace(train, micro_batch=size), f"Micro-batch: {passes}, to fit into this device."
 
 
-def tokenizer_options(function: F) -> F:
-    """--tokenizer and --vocab-size, where a run begins."""
-    for option in reversed(
-        [
-            click.option(
-                "--tokenizer",
-                metavar="NAME",
-                help="char, bpe, wordpiece, or a tokenizer.json.  [default: char]",
-            ),
-            click.option(
-                "--vocab-size",
-                type=int,
-                help="Characters at most, or tokens.  [default: 512 for char, else 1024]",
-            ),
-        ]
-    ):
-        function = option(function)
-    return function
+# A trained model and its samples
 
 
-def reading_options(function: F) -> F:
-    """--encoding and --text-field, where files are read."""
-    for option in reversed(
-        [
-            click.option("--encoding", help="Of text files.  [default: utf-8]"),
-            click.option(
-                "--text-field", help="Of the rows of .jsonl and .parquet.  [default: text]"
-            ),
-        ]
-    ):
-        function = option(function)
-    return function
+def _check_bits(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    if value not in (None, 8, 4):
+        raise click.BadParameter(f"{value} bits; it must be 8 or 4", ctx, param)
+    return value
+
+
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Checkpoint file.  [default: the best of checkpoints/, else the newest]",
+)
+quantize_option = click.option(
+    "--quantize",
+    type=int,
+    metavar="8|4",
+    callback=_check_bits,
+    help="Store the weights in 8 or 4 bits (MLX only).  [default: off, 32]",
+)
+sampling_options = options(  # named as the fields of SampleConfig
+    click.option(
+        "--max-tokens", default=200, show_default=True, help="Stop after this many tokens."
+    ),
+    click.option(
+        "--temperature", default=0.8, show_default=True, help="0 always takes the likeliest token."
+    ),
+    click.option(
+        "--top-p",
+        default=0.9,
+        show_default=True,
+        help="Keep the likeliest tokens up to this total probability; 1 is off.",
+    ),
+    click.option(
+        "--top-k", default=0, show_default=True, help="Keep the k likeliest tokens; 0 is off."
+    ),
+    click.option(
+        "--min-p",
+        default=0.0,
+        show_default=True,
+        help="Keep tokens with at least this share of the highest probability; 0 is off.",
+    ),
+    click.option(
+        "--typical-p",
+        default=1.0,
+        show_default=True,
+        help="Keep the most typical tokens up to this total probability; 1 is off.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        default=1.0,
+        show_default=True,
+        help="Above 1, tokens of prompt and text become less likely.",
+    ),
+    click.option(
+        "--presence-penalty",
+        default=0.0,
+        show_default=True,
+        help="Subtract from the logit of every token used before.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        default=0.0,
+        show_default=True,
+        help="Subtract from the logit of a token for each time it was used.",
+    ),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        metavar="TOKEN=X",
+        help="Add X to the logit of a token, given as its text or #id; repeatable.",
+    ),
+    click.option("--stop", multiple=True, help="Stop before this text; repeatable."),
+    click.option("--seed", default=1337, show_default=True, help="Random seed."),
+    section="Sampling",
+)

@@ -1,4 +1,4 @@
-"""Printing: facts as aligned lines, tables and JSON."""
+"""Printing on stdout: JSON, tables, and facts as aligned lines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
+from mlx_randygpt.words import clean_text
+
 
 def print_json(values: dict[str, Any]) -> None:
-    """One JSON object on stdout; what is not finite becomes null."""
+    """Print one JSON object; numbers that are not finite become null."""
     import json
 
     from mlx_randygpt.checkpoint import to_strict_json
@@ -19,14 +21,17 @@ def print_json(values: dict[str, Any]) -> None:
 
 
 def show(renderable: Any) -> None:
-    """Print what rich can draw; piped, it is plain text as wide as it needs to be."""
+    """Print a rich renderable; in a pipe, print plain text as wide as it needs to be."""
     from rich.console import Console
 
     at_terminal = sys.stdout.isatty()
     console = Console(
-        width=None if at_terminal else 1000, force_terminal=at_terminal,
-        markup=False, highlight=False, emoji=False,
-    )  # fmt: skip
+        width=None if at_terminal else 1000,
+        force_terminal=at_terminal,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
     with console.capture() as captured:
         console.print(renderable)
     for line in captured.get().removesuffix("\n").split("\n"):
@@ -34,21 +39,12 @@ def show(renderable: Any) -> None:
 
 
 def show_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """A name and its value a line, aligned; what a terminal could act on is replaced."""
+    """Print a name and a value per line, aligned, without control characters."""
     from rich.table import Table
-
-    from mlx_randygpt.screen.words import clean
 
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, clean(value))
+        table.add_row(name, clean_text(value))
     show(table)
-
-
-def readable_bytes(n_bytes: int) -> str:
-    """`202.1 kB`, `14.5 MB`, `23.6 GB`."""
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    unit, scale = next((u for u in units if n_bytes >= u[1]), units[-1])
-    return f"{n_bytes / scale:,.1f} {unit}"

@@ -1,7 +1,4 @@
-"""How fast a backend trains and samples, as medians over steps that are waited for.
-
-Knows nothing of screens or options: a backend, settings and a clock come in, numbers go out.
-"""
+"""Measure how fast a backend trains and samples: medians over steps, each awaited."""
 
 from __future__ import annotations
 
@@ -20,19 +17,19 @@ from mlx_randygpt.sampling.filters import SampleConfig, pick, probabilities
 from mlx_randygpt.sampling.generate import Streams
 from mlx_randygpt.state import rng
 
-N_WARMUP = 3  # steps before the clock counts: scratch memory, compilation, caches
-N_TOKENS = 2**18  # of the random text, at least
+N_WARMUP = 3  # steps that are not timed: scratch memory, compilation, caches
+MIN_TOKENS = 2**18  # of the random text
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One measurement; the fields are the keys of `mlxgpt bench --json`."""
+    """One measurement; its fields are the keys of `mlxgpt bench --json`."""
 
     tokens_per_second: float  # over all sequences or streams
     step_ms: float  # the median
     peak_memory_mb: float
     parameters: int
-    flops_fraction: float  # model FLOPs over the device's own float32 matrix-product rate
+    flops_fraction: float  # model FLOP/s over the device's float32 matrix-product rate
     backend: str
     device: str
     mode: str  # "train" | "sample"
@@ -43,11 +40,14 @@ class Bench:
 
 
 def measure_training(
-    backend: Backend, model: ModelConfig, train: TrainConfig, n_steps: int,
+    backend: Backend,
+    model: ModelConfig,
+    train: TrainConfig,
+    n_steps: int,
     clock: Callable[[], float] = time.perf_counter,
-) -> Bench:  # fmt: skip
-    """Optimizer steps on random tokens, the loss read after each."""
-    size = max(N_TOKENS, 2 * model.block_size)
+) -> Bench:
+    """Measure optimizer steps on random tokens; the loss is read after each."""
+    size = max(MIN_TOKENS, 2 * model.block_size)
     tokens = rng(train.seed, "check").integers(model.vocab_size, size=size, dtype=np.int32)  # (n,)
 
     def step(index: int) -> None:
@@ -56,14 +56,25 @@ def measure_training(
 
     n_tokens = train.batch_size * model.block_size
     seconds = _median_seconds(step, n_steps, clock)
-    return _result("train", backend, model, train, seconds, n_tokens, flops_per_token(model))
+    return _result(
+        "train",
+        backend,
+        model,
+        train,
+        seconds=seconds,
+        tokens_per_step=n_tokens,
+        flops=flops_per_token(model),
+    )
 
 
 def measure_sampling(
-    backend: Backend, model: ModelConfig, train: TrainConfig, n_tokens: int,
+    backend: Backend,
+    model: ModelConfig,
+    train: TrainConfig,
+    n_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
-) -> Bench:  # fmt: skip
-    """`batch_size` streams decoded from one token each, picking as `mlxgpt sample` does."""
+) -> Bench:
+    """Measure the decoding of `batch_size` streams, sampled as by `mlxgpt sample`."""
     configs = [SampleConfig(seed=train.seed)] * train.batch_size
     random = rng(train.seed, "sample")
     streams = Streams(backend, model, train.batch_size)
@@ -77,7 +88,15 @@ def measure_sampling(
     seconds = _median_seconds(step, n_tokens, clock)
     in_blocks = sum(weight.size for weight in parameters(model) if weight.is_block_matrix)
     in_products = in_blocks + model.vocab_size * model.n_embd
-    return _result("sample", backend, model, train, seconds, train.batch_size, 2 * in_products)
+    return _result(
+        "sample",
+        backend,
+        model,
+        train,
+        seconds=seconds,
+        tokens_per_step=train.batch_size,
+        flops=2 * in_products,
+    )
 
 
 def _median_seconds(step: Callable[[int], None], n_steps: int, clock: Callable[[], float]) -> float:
@@ -90,11 +109,17 @@ def _median_seconds(step: Callable[[int], None], n_steps: int, clock: Callable[[
 
 
 def _result(
-    mode: str, backend: Backend, model: ModelConfig, train: TrainConfig,
-    seconds: float, tokens_per_step: int, flops: int,
-) -> Bench:  # fmt: skip
+    mode: str,
+    backend: Backend,
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    seconds: float,
+    tokens_per_step: int,
+    flops: int,
+) -> Bench:
     rate = tokens_per_step / seconds
-    peak = backend.memory_bytes()  # before the product below adds its own
+    peak = backend.memory_bytes()  # before matmul_flops allocates its own
     return Bench(
         tokens_per_second=rate,
         step_ms=1e3 * seconds,

@@ -1,8 +1,8 @@
-"""What a run may be planned for: memory, rates and links of devices, as far as they are published.
+"""Memory, rates and links of the devices that a run can be planned for.
 
-Rates are peaks of matrix products with float32 sums. Apple publishes memory and bandwidth but no
-rates: those are cores × 128 lanes × 2 × clock. What is reached of a peak is an assumption, told as
-one wherever it is used.
+Rates are peak rates of matrix products with float32 sums. Apple publishes memory and bandwidth but
+no rates; those are cores × 128 lanes × 2 × clock. The share of a peak that a run reaches is an
+assumption, and plans name it as one.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ import os
 from dataclasses import dataclass
 
 from mlx_randygpt.backends import mlx_device
+from mlx_randygpt.config import ConfigError
 
 GIB = 1 << 30
-REACHED = 0.4  # of a device's peak, by products of a training step: an assumption
-CONTINUED = 0.7  # of its bandwidth, by the passes between them: an assumption
-APPLE_SHARE = 0.75  # of unified memory that Metal recommends at most
-CPU_SHARE = 0.9  # of a machine's memory that one program should take
-CUDA_SHARE = 0.95  # of a GPU's
+FLOPS_SHARE = 0.4  # of the peak rate, reached by the products of a step: an assumption
+BANDWIDTH_SHARE = 0.7  # of the bandwidth, reached by the passes between them: an assumption
+APPLE_SHARE = 0.75  # of unified memory: the most that Metal recommends
+CPU_SHARE = 0.9  # of a machine's memory: the most that one program should use
+CUDA_SHARE = 0.95  # of a GPU's memory
 ETHERNET, INFINIBAND = 1.25e9, 50e9  # 10 and 400 Gbit/s
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device; all but its name in bytes, bytes per second and FLOP per second."""
+    """A device, in bytes, bytes per second and FLOP per second."""
 
     title: str
-    memory: int  # that a run may fill
+    memory: int  # that a run can fill
     flops: float  # float32 as MLX computes it: TF32 where the device has it
     flops_16: float  # bfloat16
     bandwidth: float
     link: float  # to another host, each way
-    latency: float  # seconds a message takes
-    unified: bool = True  # the program, and what is being saved, lie in the same memory
+    latency: float  # seconds per message
+    unified: bool = True  # program and snapshots are in the same memory
 
 
 def _apple(title: str, gigabytes: int, cores: int, ghz: float, bandwidth: float) -> Device:
@@ -58,20 +59,32 @@ DEVICES = {
 }
 
 
+def find_device(name: str, backend: str) -> Device:
+    """Return the device of this name; `this` is this machine."""
+    if name == "this":
+        return here(backend)
+    if name not in DEVICES:
+        raise ConfigError(f"device={name!r} is unknown; it is one of this, {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
 def here(backend: str) -> Device:
-    """This machine, whose rates are not known before they are measured: what Metal recommends, a
-    GPU's own memory, or most of the machine's."""
+    """Return this machine with its memory: what Metal recommends, a GPU's, or most of the host's.
+
+    Its rates are 0 because they are measured.
+    """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory, unified = int(CPU_SHARE * total), True
-    if backend == "mlx":
-        found, reason = mlx_device()
-        assert found is not None, reason
-        unified = not found.description.endswith("(CUDA)")
-        memory = int(found.recommended or CUDA_SHARE * found.memory or memory)
+    gpu = mlx_device()[0] if backend == "mlx" else None
+    if gpu is not None:
+        unified = not gpu.description.endswith("(CUDA)")
+        memory = int(gpu.recommended or CUDA_SHARE * gpu.memory or memory)
     return Device("this machine", memory, 0, 0, 0, ETHERNET, 50e-6, unified)
 
 
 def all_reduce_seconds(n_bytes: int, hosts: int, link: float, latency: float) -> float:
-    """A ring: each of n hosts sends 2(n−1) pieces of 1/n of the array, one after the other
-    (Patarasuk & Yuan 2009)."""
+    """Return the time of a ring all-reduce over n hosts (Patarasuk & Yuan 2009).
+
+    Each host sends 2(n−1) pieces of 1/n of the array, one after the other.
+    """
     return 2 * (hosts - 1) * (n_bytes / hosts / link + latency)

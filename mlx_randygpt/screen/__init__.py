@@ -1,1 +1,1 @@
-"""What a run shows: the dashboard, the plain log and the words both use."""
+"""The screen of a run: the dashboard, the plain log, and the summary behind both."""

@@ -1,4 +1,4 @@
-"""A series of any length in bounded memory, and its drawing in braille dots: plain characters."""
+"""A series of any length in bounded memory, and its drawing in braille dots."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from itertools import pairwise
 Point = tuple[float, float]  # step, loss
 
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of one cell, by column then row
-BLANK = 0x2800  # braille without a dot; drawn as a space: some fonts show it as empty circles
-CUT = 0.1  # share of the highest values that may leave the top, so that the rest has room
+BLANK = 0x2800  # braille without dots, drawn as a space: some fonts show it as empty circles
+CUT = 0.1  # share of the highest values that can leave the top, to give the rest room
 
 
 class Curve:
-    """A series in at most `n_most` points: when they are used up, neighbours merge in pairs."""
+    """A series in at most `max_points` points; once full, neighbours are averaged in pairs."""
 
-    def __init__(self, n_most: int) -> None:
+    def __init__(self, max_points: int) -> None:
         self.points: list[Point] = []
-        self._n_most = n_most  # even
-        self._per_point = 1  # reports averaged into one point
-        self._n_newest = 1  # of them in the newest point
+        self._max_points = max_points  # even
+        self._per_point = 1  # values averaged into one point
+        self._n_newest = 1  # values in the newest point
 
     def add(self, step: float, loss: float) -> None:
+        """Append a value; values that are not finite are ignored."""
         if not math.isfinite(loss):
             return
         if self.points and self._n_newest < self._per_point:
@@ -31,7 +32,7 @@ class Curve:
             x, y = self.points[-1]
             self.points[-1] = (x + (step - x) / self._n_newest, y + (loss - y) / self._n_newest)
             return
-        if len(self.points) == self._n_most:
+        if len(self.points) == self._max_points:
             pairs = zip(self.points[::2], self.points[1::2], strict=True)
             self.points = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairs]
             self._per_point *= 2
@@ -41,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Frame:
-    """The steps and values that a drawing of `width` x `height` characters spans."""
+    """The range of steps and values that a drawing of `width` x `height` characters covers."""
 
     first: int
     last: int
@@ -51,27 +52,28 @@ class Frame:
     height: int
 
     def dot(self, point: Point) -> tuple[int, int]:
-        """Column and row of dots, 2 x 4 to a character; what is too high lies in row -1."""
+        """Return column and row in dots, 2 x 4 per character; row -1 is above the top."""
         right, bottom = 2 * self.width - 1, 4 * self.height - 1
         x = (point[0] - self.first) / max(self.last - self.first, 1) * right
         y = (self.high - point[1]) / (self.high - self.low) * bottom
         return min(max(round(x), 0), right), max(round(y), -1)
 
     def value(self, row: int) -> float:
+        """Return the value at a row of characters."""
         return self.high - (self.high - self.low) * row / max(self.height - 1, 1)
 
 
 def frame(
     points: Sequence[Point], marks: Sequence[Point], steps: tuple[int, int], size: tuple[int, int]
 ) -> Frame:
-    """The frame for a line and marks, at least one in all, from one step to another."""
+    """Return the frame of a line and marks, at least one in total, between two steps."""
     values = sorted(value for _, value in (*points, *marks))
     high = values[math.ceil(len(values) * (1 - CUT)) - 1]
     return Frame(*steps, values[0], max(high, values[0] + 1e-3), *size)
 
 
 def draw(points: Sequence[Point], frame: Frame) -> list[str]:
-    """The line through `points`, as `frame.height` strings of `frame.width` characters."""
+    """Draw a line through `points`, as `frame.height` strings of `frame.width` characters."""
     cells = [[BLANK] * frame.width for _ in range(frame.height)]
     for start, end in pairwise(frame.dot(point) for point in points):
         for x, y in _segment(start, end):

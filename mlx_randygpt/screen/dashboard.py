@@ -1,7 +1,7 @@
-"""The live screen of a run, and its plain twin for pipes: reports in, lines out.
+"""The live screen of a run.
 
-Owns the layout and the terminal while a run lasts, and draws in at most 1 % of the time. Knows
-nothing of models, arrays, signals or exit codes. Text from outside is never read as markup.
+It owns the terminal during the run and draws in at most 1 % of the time. Text from outside is never
+interpreted as markup.
 """
 
 from __future__ import annotations
@@ -16,34 +16,46 @@ from rich.text import Text
 from mlx_randygpt.screen.curve import Frame, draw, frame
 from mlx_randygpt.screen.plain import PlainLog
 from mlx_randygpt.screen.run_summary import Clock, RunInfo, RunSummary, numbers, outcome
-from mlx_randygpt.screen.words import clean, duration
 from mlx_randygpt.training.reports import EvalLog, Report, SampleLog
+from mlx_randygpt.words import clean_text, format_clock
 
-QUIET_SECONDS = 0.25  # shortest time between two drawings
-RENDER_SHARE = 0.01  # of the time, for drawing
-SIDE_BY_SIDE = 110  # columns from which the sample stands beside the curve
-TILES = 80  # columns from which the numbers stand in tiles
-# Columns of a tile at 80 (they grow to one and a half), and the colour of what the curve shows too.
+MIN_SECONDS = 0.25  # between two redraws
+RENDER_SHARE = 0.01  # of the time that drawing can take
+BESIDE_COLUMNS = 110  # from this width on, the sample is beside the curve
+TILE_COLUMNS = 80  # from this width on, the numbers are in tiles
+# Columns of a tile at width 80 (up to 1.5 times as many), and the colour of its line in the curve.
 TILE_STYLES = ((12, "cyan"), (18, "magenta"), (16, ""), (16, ""), (16, ""))
 AXIS = 9  # columns left of the curve
-# Section and the fewest rows it is worth, the most needed first.
-SECTIONS = (("progress", 1), ("numbers", 4), ("footer", 1), ("curve", 5), ("header", 4),
-            ("event", 1), ("sample", 3), ("gap", 1))  # fmt: skip
+# Sections with their minimum rows, the most important first.
+SECTIONS = (
+    ("progress", 1),
+    ("numbers", 4),
+    ("footer", 1),
+    ("curve", 5),
+    ("header", 4),
+    ("event", 1),
+    ("sample", 3),
+    ("gap", 1),
+)
 
 
 class Dashboard:
-    """A screen that redraws itself when a report comes and drawing is due; leaves a summary."""
+    """A screen that redraws itself when a report comes and a redraw is due; it leaves a summary."""
 
     def __init__(self, info: RunInfo, console: Console, clock: Clock = time.monotonic) -> None:
-        self._tally = RunSummary(info, clock)
+        self._run = RunSummary(info, clock)
         self._console = console
         self._clock = clock
         self._due_at = 0.0
-        # The other screen, because lines already drawn would be torn when the window is resized.
+        # The alternate screen, because resizing the window would tear the lines on the main one.
         self._live = Live(
-            self, console=console, screen=True, auto_refresh=False,
-            redirect_stdout=False, redirect_stderr=False,
-        )  # fmt: skip
+            self,
+            console=console,
+            screen=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
     def __enter__(self) -> Dashboard:
         self._live.start()
@@ -52,17 +64,18 @@ class Dashboard:
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
-        for line in summary(self._tally, self._console):
+        for line in summary(self._run, self._console):
             self._console.print(line, soft_wrap=True)
 
     def show(self, report: Report) -> None:
-        self._tally.add(report)
+        """Add a report; redraw if it is due, or for an evaluation or a sample."""
+        self._run.add(report)
         if isinstance(report, EvalLog | SampleLog) or self._clock() >= self._due_at:
             self._draw()
 
     def note(self, text: str) -> None:
-        """A line for the person: on the screen at once, and left behind at the end."""
-        self._tally.add_event(text, clean(text))
+        """Show a message at once, and again in the summary."""
+        self._run.add_event(text, clean_text(text))
         self._draw()
 
     def release_terminal(self) -> None:
@@ -74,48 +87,49 @@ class Dashboard:
         os.write(self._console.file.fileno(), b"\x1b[?1049h\x1b[?25l")
 
     def _draw(self) -> None:
-        began = self._clock()
+        started = self._clock()
         self._live.refresh()
         ended = self._clock()
-        self._due_at = ended + max(QUIET_SECONDS, (ended - began) / RENDER_SHARE)
+        self._due_at = ended + max(MIN_SECONDS, (ended - started) / RENDER_SHARE)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from screen(self._tally, console, options.max_width, options.height or console.height)
+        yield from screen(self._run, console, options.max_width, options.height or console.height)
 
 
 def make_view(
     info: RunInfo, console: Console, plain: bool = False, clock: Clock = time.monotonic
 ) -> Dashboard | PlainLog:
-    """The screen where `console` is a terminal that can show it, plain lines elsewhere."""
-    # The file itself is asked: rich takes a pipe for a terminal where FORCE_COLOR is set.
+    """Return the live screen if `console` is a terminal that can show it, else the plain log."""
+    # Ask the file itself: with FORCE_COLOR, rich takes a pipe for a terminal.
     capable = console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
     if plain or not capable or console.options.ascii_only:
         return PlainLog(info, console.file, clock)
     return Dashboard(info, console, clock)
 
 
-def screen(tally: RunSummary, console: Console, width: int, height: int) -> list[Text]:
-    """The whole screen, at most `height` lines of at most `width` columns."""
-    beside = width >= SIDE_BY_SIDE
+def screen(run: RunSummary, console: Console, width: int, height: int) -> list[Text]:
+    """Return the whole screen, at most `height` lines of at most `width` columns."""
+    beside = width >= BESIDE_COLUMNS
     rows = _rows(height, width, beside)
     curve_width = width * 11 // 20 if beside else width
-    curve = _curve(tally, curve_width, rows["curve"])
+    curve = _curve(run, curve_width, rows["curve"])
     sample_width = width - curve_width - 2 if beside else width
-    sample = _sample(tally, console, sample_width, rows["sample"])
+    sample = _sample(run, console, sample_width, rows["sample"])
     if beside:
         for line, right in zip(curve, sample, strict=False):
             line.align("left", curve_width + 2)
             line.append_text(right)
         sample = []
     lines = [
-        *_header(tally.info, width)[: rows["header"]],
-        _progress(tally, width),
+        *_header(run.info, width)[: rows["header"]],
+        _progress(run, width),
         *[Text()] * rows["gap"],
-        *_numbers(tally, width)[: rows["numbers"]],
-        *curve, *sample,
-        *[_event(tally)] * rows["event"],
-        *[_footer(tally.info, width)] * rows["footer"],
-    ]  # fmt: skip
+        *_numbers(run, width)[: rows["numbers"]],
+        *curve,
+        *sample,
+        *[_event(run)] * rows["event"],
+        *[_footer(run.info, width)] * rows["footer"],
+    ]
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
@@ -123,11 +137,11 @@ def screen(tally: RunSummary, console: Console, width: int, height: int) -> list
 
 
 def _rows(height: int, width: int, beside: bool) -> dict[str, int]:
-    """How many rows each section gets: what is needed most first, the rest to curve and sample."""
+    """Return the rows of each section: the minimum first, the rest for curve and sample."""
     rows: dict[str, int] = {}
-    for name, least in SECTIONS:
-        least += name == "numbers" and width < TILES
-        rows[name] = least if least <= height and not (name == "sample" and beside) else 0
+    for name, minimum in SECTIONS:
+        n_rows = minimum + (name == "numbers" and width < TILE_COLUMNS)
+        rows[name] = n_rows if n_rows <= height and not (name == "sample" and beside) else 0
         height -= rows[name]
     more = min(12, (height * 2 + 2) // 3 if rows["sample"] else height) if rows["curve"] else 0
     rows["curve"] += more
@@ -146,7 +160,7 @@ def _rule(width: int, title: str, aside: Text | str = "") -> Text:
 
 
 def _ends(left: Text, right: Text, width: int) -> Text:
-    """`left` at the left edge, `right` at the right; when there is not room, `left` is cut."""
+    """Put `left` at the left edge and `right` at the right; cut `left` if there is no room."""
     left.truncate(max(width - right.cell_len - 1, 0), overflow="ellipsis", pad=True)
     return left.append(" ").append_text(right)
 
@@ -155,16 +169,16 @@ def _header(info: RunInfo, width: int) -> list[Text]:
     start = f", resumed at {info.start_step:,}" if info.start_step else ""
     facts = (("model", info.model), ("data", info.data), ("backend", info.backend))
     return [
-        _rule(width, "mlxgpt train", f"{info.recipe} recipe → {clean(info.out)}{start}"),
-        *(Text.assemble((f" {name:9}", "dim"), clean(fact)) for name, fact in facts),
+        _rule(width, "mlxgpt train", f"{info.recipe} recipe → {clean_text(info.out)}{start}"),
+        *(Text.assemble((f" {name:9}", "dim"), clean_text(fact)) for name, fact in facts),
     ]
 
 
-def _progress(tally: RunSummary, width: int) -> Text:
-    share = min(tally.step / tally.info.iters, 1.0)
-    head = f" step {tally.step:,} of {tally.info.iters:,} "
-    percent, left = f" {int(share * 100):3} %", f"{duration(tally.left)} left"
-    for tail in (f"{percent}  {duration(tally.elapsed)} elapsed, {left} ", f"{percent}  {left} "):
+def _progress(run: RunSummary, width: int) -> Text:
+    share = min(run.step / run.info.iters, 1.0)
+    head = f" step {run.step:,} of {run.info.iters:,} "
+    percent, left = f" {int(share * 100):3} %", f"{format_clock(run.left)} left"
+    for tail in (f"{percent}  {format_clock(run.elapsed)} elapsed, {left} ", f"{percent}  {left} "):
         n_bar = width - len(head) - len(tail)
         if n_bar >= 12:
             break
@@ -173,15 +187,15 @@ def _progress(tally: RunSummary, width: int) -> Text:
     return Text.assemble((head, "bold"), *bar, tail)
 
 
-def _numbers(tally: RunSummary, width: int) -> list[Text]:
-    if width < TILES:
+def _numbers(run: RunSummary, width: int) -> list[Text]:
+    if width < TILE_COLUMNS:
         return [
             Text.assemble((f" {name:14}", "dim"), (f"{value:13}", "bold"), ", ".join(details))
-            for name, value, *details in numbers(tally)
+            for name, value, *details in numbers(run)
         ]
     rows = [Text(" ") for _ in range(4)]
-    for number, (least, colour) in zip(numbers(tally), TILE_STYLES, strict=False):
-        tile = int(least * min(width / TILES, 1.5))
+    for number, (columns, colour) in zip(numbers(run), TILE_STYLES, strict=False):
+        tile = int(columns * min(width / TILE_COLUMNS, 1.5))
         styles = ("dim", f"bold {colour}", "", "")
         for i, (row, style) in enumerate(zip(rows, styles, strict=True)):
             row.append(f"{number[i] if i < len(number) else '':{tile}}", style)
@@ -189,18 +203,18 @@ def _numbers(tally: RunSummary, width: int) -> list[Text]:
 
 
 def _section(rule: Text, lines: list[Text], height: int) -> list[Text]:
-    """A rule and lines below it, filled up or cut to `height`."""
+    """Return a rule and the lines below it, padded or cut to `height`."""
     return [rule, *lines, *(Text() for _ in range(height))][:height]
 
 
-def _curve(tally: RunSummary, width: int, height: int) -> list[Text]:
+def _curve(run: RunSummary, width: int, height: int) -> list[Text]:
     legend = Text.assemble(("─", "cyan"), " training  ", ("●", "magenta"), " validation")
     rule = _rule(width, "loss", legend)
-    points, marks = tally.losses.points, tally.val_losses.points
+    points, marks = run.losses.points, run.val_losses.points
     if len(points) < 2 or not height:
         waiting = Text(" The curve starts with the second step.", "dim")
         return _section(rule, [waiting], height)
-    steps = (tally.info.start_step, tally.step)
+    steps = (run.info.start_step, run.step)
     area = frame(points, marks, steps, (max(width - AXIS - 1, 1), height - 2))
     rows = [Text(line, "cyan") for line in draw(points, area)]
     for x, y in map(area.dot, marks):
@@ -213,14 +227,14 @@ def _curve(tally: RunSummary, width: int, height: int) -> list[Text]:
 
 
 def _label(area: Frame, row: int) -> str:
-    """The axis left of one row: the value at the top, the middle and the bottom."""
+    """Return the axis left of one row, with values at the top, the middle and the bottom."""
     if row not in (0, area.height // 2, area.height - 1):
         return " " * (AXIS - 1) + "│"
     return f"{area.value(row):{AXIS - 2}.{2 if area.high - area.low >= 0.1 else 4}f} ┤"
 
 
-def _sample(tally: RunSummary, console: Console, width: int, height: int) -> list[Text]:
-    log = tally.sample
+def _sample(run: RunSummary, console: Console, width: int, height: int) -> list[Text]:
+    log = run.sample
     if log is None:
         return _section(_rule(width, "sample"), [Text(" None yet.", "dim")], height)
     lines = _text(log, console, width - 2, height - 1)
@@ -228,8 +242,10 @@ def _sample(tally: RunSummary, console: Console, width: int, height: int) -> lis
 
 
 def _text(log: SampleLog, console: Console, width: int, height: int) -> list[Text]:
-    """The beginning of a sample: blank lines left out, the prompt marked, wrapped to `width`."""
-    prompt, text = (clean(part, keep="\n") for part in (log.prompt, log.text[: width * height]))
+    """Return the start of a sample without blank lines, prompt coloured, wrapped to `width`."""
+    prompt, text = (
+        clean_text(part, keep="\n") for part in (log.prompt, log.text[: width * height])
+    )
     lines: list[Text] = []
     for part in Text.assemble((prompt, "cyan"), text).split("\n"):
         if part.plain.strip() and len(lines) < height:
@@ -237,23 +253,23 @@ def _text(log: SampleLog, console: Console, width: int, height: int) -> list[Tex
     return [Text.assemble(" ", line) for line in lines[:height]]
 
 
-def _event(tally: RunSummary) -> Text:
-    line, style = list(tally.events.values())[-1] if tally.events else ("", "")
+def _event(run: RunSummary) -> Text:
+    line, style = list(run.events.values())[-1] if run.events else ("", "")
     return Text(f" {line}", style)
 
 
 def _footer(info: RunInfo, width: int) -> Text:
-    saves = Text.assemble((" saves to ", "dim"), clean(info.saves))
+    saves = Text.assemble((" saves to ", "dim"), clean_text(info.saves))
     return _ends(saves, Text.assemble("Ctrl-C", (" saves and stops ", "dim")), width)
 
 
-def summary(tally: RunSummary, console: Console) -> list[Text]:
-    """What stays on the terminal: the outcome, the last sample, notes and saved files."""
-    facts = outcome(tally)
+def summary(run: RunSummary, console: Console) -> list[Text]:
+    """Return what remains on the terminal: outcome, last sample, messages and saved files."""
+    facts = outcome(run)
     lines = [Text.assemble((f" {name:22}", "dim"), (value, "bold")) for name, value in facts]
     if lines:
-        lines.insert(0, _rule(console.width, "mlxgpt train", tally.info.recipe))
-    if tally.sample:
-        lines.append(_rule(console.width, "sample", f"step {tally.sample.step:,}"))
-        lines += _text(tally.sample, console, console.width - 2, 6)
-    return lines + [Text(line, style) for line, style in tally.events.values()]
+        lines.insert(0, _rule(console.width, "mlxgpt train", run.info.recipe))
+    if run.sample:
+        lines.append(_rule(console.width, "sample", f"step {run.sample.step:,}"))
+        lines += _text(run.sample, console, console.width - 2, 6)
+    return lines + [Text(line, style) for line, style in run.events.values()]

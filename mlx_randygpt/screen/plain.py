@@ -14,7 +14,6 @@ from mlx_randygpt.screen.run_summary import (
     save_line,
     step_line,
 )
-from mlx_randygpt.screen.words import clean
 from mlx_randygpt.training.reports import (
     EvalLog,
     NoteLog,
@@ -23,24 +22,25 @@ from mlx_randygpt.training.reports import (
     SaveLog,
     StepLog,
 )
+from mlx_randygpt.words import clean_text
 
 
 class PlainLog:
-    """One line a report, without control codes: for pipes, files and --plain.
+    """Prints one line per report, without control codes.
 
-    Steps are many: at most one a second is printed, and the first, the last and the one that any
-    other line follows.
+    At most one step per second is printed, besides the first, the last, and the one before any
+    other line.
     """
 
     def __init__(self, info: RunInfo, file: IO[str], clock: Clock = time.monotonic) -> None:
-        self._tally = RunSummary(info, clock)
+        self._run = RunSummary(info, clock)
         self._file = file
         self._clock = clock
         self._due_at = clock()
         self._unprinted = False
 
     def __enter__(self) -> PlainLog:
-        info = self._tally.info
+        info = self._run.info
         backend = f"Backend: {info.backend}"
         for line in (info.model, info.data, backend, f"{info.recipe} recipe, {info.saves}"):
             self._print(line)
@@ -48,14 +48,15 @@ class PlainLog:
 
     def __exit__(self, *_: object) -> None:
         self._print_step()
-        for name, value in outcome(self._tally):
+        for name, value in outcome(self._run):
             self._print(f"{name}: {value}")
 
     def show(self, report: Report) -> None:
-        self._tally.add(report)
+        """Print a report, or hold back a step until the next line is due."""
+        self._run.add(report)
         if isinstance(report, StepLog):
             self._unprinted = True
-            if self._clock() >= self._due_at or report.step >= self._tally.info.iters:
+            if self._clock() >= self._due_at or report.step >= self._run.info.iters:
                 self._print_step()
             return
         self._print_step()
@@ -67,10 +68,11 @@ class PlainLog:
             self._print(report.text)
         elif isinstance(report, SampleLog):
             self._print(f"sample {report.step}")
-            for line in clean(report.prompt + report.text, keep="\n").split("\n"):
+            for line in clean_text(report.prompt + report.text, keep="\n").split("\n"):
                 self._print(f"    {line}")
 
     def note(self, text: str) -> None:
+        """Print a message."""
         self._print_step()
         self._print(text)
 
@@ -82,10 +84,10 @@ class PlainLog:
 
     def _print_step(self) -> None:
         if self._unprinted:
-            self._print(step_line(self._tally))
+            self._print(step_line(self._run))
             self._unprinted = False
             self._due_at = self._clock() + 1.0
 
     def _print(self, line: str) -> None:
-        self._file.write(clean(line) + "\n")
+        self._file.write(clean_text(line) + "\n")
         self._file.flush()

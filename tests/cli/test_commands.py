@@ -13,10 +13,11 @@ from click.testing import CliRunner, Result
 from mlx_randygpt import settings
 from mlx_randygpt.checkpoint import BEST, NEWEST, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
-from mlx_randygpt.cli.commands.doctor import advice, collect, lines
+from mlx_randygpt.cli.commands.doctor import lines
 from mlx_randygpt.cli.loading import default_checkpoint
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.planning.bench import N_WARMUP, measure_sampling, measure_training
+from mlx_randygpt.planning.machine import CHECKS, advice, collect
 from mlx_randygpt.recipes import PRESETS
 from mlx_randygpt.state import TrainState
 
@@ -176,8 +177,6 @@ def test_doctor_describes_this_machine() -> None:
 
 
 def test_doctor_survives_checks_that_fail() -> None:
-    from mlx_randygpt.cli.commands.doctor import CHECKS
-
     def broken() -> None:
         raise OSError("no such device")
 

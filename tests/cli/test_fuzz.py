@@ -3,7 +3,7 @@ they say. Checkpoints are damaged by a seeded plan, everything else is drawn by 
 
 Run as a script this file is the worker that opens damaged checkpoints, in a process of its own
 because a crash, a hang or a flood of memory must not take the tests along:
-`python tests/test_fuzz.py FOLDER FIRST STOP` judges those cases, a line of JSON each.
+`python tests/cli/test_fuzz.py FOLDER FIRST STOP` judges those cases, a line of JSON each.
 MLXGPT_FUZZ_CASES=10000 is the long run.
 """
 

@@ -13,11 +13,21 @@ from click.testing import CliRunner
 
 from mlx_randygpt.backends.base import StepResult
 from mlx_randygpt.cli import group
+from mlx_randygpt.cli.commands.plan import measure_program
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.model import flops_per_token, parameter_count
 from mlx_randygpt.planning.devices import DEVICES, Device, all_reduce_seconds
 from mlx_randygpt.planning.footprint import adamw_count
-from mlx_randygpt.planning.plan import Plan, Rate, fit, make_plan, muon_flops, roof_seconds, trial
+from mlx_randygpt.planning.plan import (
+    Plan,
+    Rate,
+    Workload,
+    fit,
+    fit_rate,
+    make_plan,
+    muon_flops,
+    roof_seconds,
+)
 
 GB = 10**9
 BOX = Device("a box", 16 * GB, 1e12, 2e12, 100e9, 1e9, 1e-3)
@@ -33,9 +43,15 @@ def train(tiny_train: Callable[..., TrainConfig]) -> TrainConfig:
     return tiny_train("classic", batch_size=8)
 
 
-def planned(model: ModelConfig, train: TrainConfig, **changes: Any) -> Plan:
-    settings: dict[str, Any] = {"hosts": 1, "tokens": 1e6, "cost_per_hour": None, "threads": 2}
-    return make_plan(model, train, "mlx", BOX, **(settings | changes))
+def planned(
+    model: ModelConfig,
+    train: TrainConfig,
+    rate: Rate | None = None,
+    device: Device = BOX,
+    **changes: Any,
+) -> Plan:
+    work = Workload(model=model, train=train, backend="mlx", tokens=1e6, threads=2)
+    return make_plan(replace(work, **changes), device, rate)
 
 
 def test_a_ring_of_four_sends_six_quarters() -> None:
@@ -77,10 +93,9 @@ def test_a_gpu_with_its_own_memory_saves_from_that_of_the_host(
     model: ModelConfig, train: TrainConfig
 ) -> None:
     unified, apart = (
-        make_plan(model, train, "mlx", replace(BOX, unified=u), hosts=1, tokens=1e6,
-                  cost_per_hour=None, threads=1, program=GB)
+        planned(model, train, device=replace(BOX, unified=u), threads=1, program_bytes=GB)
         for u in (True, False)
-    )  # fmt: skip
+    )
     assert unified.host_bytes == 0
     assert apart.host_bytes == unified.memory["saving"]
     assert unified.memory_bytes - apart.memory_bytes == GB + apart.host_bytes
@@ -161,7 +176,7 @@ class Wound:
 
 def test_a_trial_fits_what_the_clock_says(model: ModelConfig, train: TrainConfig) -> None:
     wound = Wound()
-    rate = trial(model, train, wound.make, 64, 8, wound.clock)
+    rate = fit_rate(model, train, wound.make, 64, 8, wound.clock)
     assert [t[:2] for t in rate.trials] == [(1, 8), (1, 16), (3, 8), (3, 16)]
     assert rate.seconds(model.n_layer, 64) == pytest.approx(0.1 * 4 * 8)
     assert set(wound.widths) == {32}
@@ -170,7 +185,7 @@ def test_a_trial_fits_what_the_clock_says(model: ModelConfig, train: TrainConfig
 def test_a_trial_of_a_wide_model_is_narrow(model: ModelConfig, train: TrainConfig) -> None:
     wound = Wound()
     wide = replace(model, n_embd=4096, n_head=64)
-    rate = trial(wide, train, wound.make, 64, 32, wound.clock)
+    rate = fit_rate(wide, train, wound.make, 64, 32, wound.clock)
     assert max(wound.widths) == rate.width < 4096
     assert rate.width % 64 == 0
     narrow = replace(wide, n_embd=rate.width, n_head=rate.width // 64)
@@ -197,22 +212,17 @@ def test_the_command_answers_in_json() -> None:
     assert found["cost"] == pytest.approx(8 * found["hours"])
 
 
+def test_the_memory_of_the_program_is_that_of_its_imports() -> None:
+    """Python with NumPy and safetensors takes tens of megabytes, and no gigabyte."""
+    assert 20e6 < measure_program("numpy") < 4e9
+
+
 def test_the_command_measures_this_machine() -> None:
-    words = [
-        "plan",
-        "--preset",
-        "mini",
-        "--batch-size",
-        "2",
-        "--backend",
-        "numpy",
-        "--threads",
-        "1",
-    ]
-    done = CliRunner().invoke(group, words)
+    words = "plan --preset mini --batch-size 2 --backend numpy --threads 1"
+    done = CliRunner().invoke(group, words.split())
     assert done.exit_code == 0, done.output
     assert "time: measured here: short steps at this width" in done.output
-    assert "any batch: it is worked through in chunks" in done.output
+    assert "any batch: it is computed in chunks" in done.output
     assert max(map(len, done.output.splitlines())) <= 80
 
 

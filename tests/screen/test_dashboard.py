@@ -16,8 +16,8 @@ from mlx_randygpt.screen.curve import Curve, Frame, draw
 from mlx_randygpt.screen.dashboard import Dashboard, make_view, screen
 from mlx_randygpt.screen.plain import PlainLog
 from mlx_randygpt.screen.run_summary import RunInfo, RunSummary, save_line
-from mlx_randygpt.screen.words import clean, duration
 from mlx_randygpt.training.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.words import clean_text, format_clock
 
 INFO = RunInfo(
     model="1.2 M parameters, 6 layers × 8 heads × 128, context 64",
@@ -169,8 +169,8 @@ def test_markup_in_a_sample_is_shown_as_it_is(width: int) -> None:
 
 
 def test_clean_replaces_what_a_terminal_could_act_on() -> None:
-    assert clean("a\x1b[2J\tb\u202e\n\x9b") == "a�[2J b� �"
-    assert clean("a\nb", keep="\n") == "a\nb"
+    assert clean_text("a\x1b[2J\tb\u202e\n\x9b") == "a�[2J b� �"
+    assert clean_text("a\nb", keep="\n") == "a\nb"
 
 
 def test_a_million_steps_keep_bounded_points() -> None:
@@ -281,7 +281,7 @@ def test_time_left_counts_from_the_first_report_of_a_resumed_run() -> None:
     now.seconds = 50.0
     tally.add(step(600))
     assert (tally.elapsed, tally.left) == (50.0, 80.0)
-    assert [duration(s) for s in (0, 59.6, 3730, math.nan)] == [
+    assert [format_clock(s) for s in (0, 59.6, 3730, math.nan)] == [
         "00:00", "01:00", "1:02:10", "--:--",
     ]  # fmt: skip
 

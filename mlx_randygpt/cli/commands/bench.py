@@ -1,4 +1,4 @@
-"""`mlxgpt bench`: measure training or sampling on this machine and print it."""
+"""`mlxgpt bench`: measure training or sampling on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_randygpt.cli.errors import Command
-from mlx_randygpt.cli.options import backend_option, json_option, model_options
+from mlx_randygpt.cli.options import (
+    backend_option,
+    json_option,
+    model_options,
+    threads_option,
+)
 from mlx_randygpt.cli.output import print_json, show_facts
 
 if TYPE_CHECKING:
@@ -22,14 +27,16 @@ DEFAULT_ITERS = {"train": 20, "sample": 200}
 @click.argument("mode", type=click.Choice(list(DEFAULT_ITERS)), default="train")
 @model_options()
 @click.option(
-    "--batch-size", type=int, help="Sequences, or streams.  [default: preset, 64; sample: 1]"
+    "--batch-size",
+    type=int,
+    help="Sequences, or streams of text.  [default: preset, 64; sample: 1]",
 )
 @click.option("--iters", type=int, help="Steps, or tokens.  [default: 20; sample: 200]")
-@click.option("--threads", type=int, help="NumPy backend.  [default: all cores]")
+@threads_option
 @backend_option
 @json_option
 def command(mode: str, backend: str, json: bool, **options: Any) -> None:
-    """Measure training or sampling speed: medians, with random weights and tokens."""
+    """Measure training or sampling speed with random weights and tokens; report medians."""
     from dataclasses import asdict
 
     from mlx_randygpt import settings
@@ -45,10 +52,10 @@ def command(mode: str, backend: str, json: bool, **options: Any) -> None:
         given.setdefault("batch_size", 1)
     given.setdefault("iters", DEFAULT_ITERS[mode])
     model, train = settings.resolve_new(given, VOCAB_SIZE)
-    name, why = choose(backend)
+    name, reason = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     built = make_backend(name, model, train, state)
-    click.echo(f"Backend: {describe_backend(built, why)}", err=True)
+    click.echo(f"Backend: {describe_backend(built, reason)}", err=True)
     measure = measure_sampling if mode == "sample" else measure_training
     result = measure(built, model, train, train.iters)
     if json:
@@ -58,13 +65,13 @@ def command(mode: str, backend: str, json: bool, **options: Any) -> None:
 
 
 def facts(result: Bench, model: str, n: int) -> Iterator[tuple[str, str]]:
-    """The measurement for people."""
+    """Yield the measurement as names and values."""
     if result.mode == "train":
         step = f"step of {result.batch_size} × {result.block_size} tokens"
     else:
         step = f"token of {result.batch_size} stream{'s' if result.batch_size > 1 else ''}"
     yield "Model", f"{model} ({result.recipe})"
     yield "Speed", f"{result.tokens_per_second:,.0f} tokens/s"
-    yield "Time", f"{result.step_ms:,.2f} ms a {step}, median of {n}"
-    yield "Memory", f"{result.peak_memory_mb:,.0f} MB at most"
-    yield "Compute", f"{result.flops_fraction:.1%} of the device's rate in float32 matrix products"
+    yield "Time", f"{result.step_ms:,.2f} ms per {step}, median of {n}"
+    yield "Memory", f"{result.peak_memory_mb:,.0f} MB at the peak"
+    yield "Compute", f"{result.flops_fraction:.1%} of the device's float32 matrix-product rate"

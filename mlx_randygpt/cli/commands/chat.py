@@ -1,4 +1,4 @@
-"""`mlxgpt chat`: a conversation at the terminal, or with a script through a pipe."""
+"""`mlxgpt chat`: a conversation in the terminal, or with a script through a pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_randygpt.cli.errors import Command
-from mlx_randygpt.cli.loading import Loaded, biases, load
+from mlx_randygpt.cli.loading import Loaded, load, parse_biases
 from mlx_randygpt.cli.options import (
     backend_option,
     checkpoint_option,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.sampling.chat import Conversation
     from mlx_randygpt.sampling.filters import SampleConfig
 
-N_REMEMBERED = 1000  # lines of history
+MAX_HISTORY = 1000  # lines
 
 
 @click.command("chat", cls=Command)
@@ -34,72 +34,77 @@ N_REMEMBERED = 1000  # lines of history
 @click.option(
     "--replay",
     type=click.Path(path_type=Path),
-    help="Have a conversation again that was kept with /save.",
+    help="Replay a conversation that was saved with /save.",
 )
 @quantize_option
 @backend_option
 def command(
-    checkpoint: Path | None, stop: tuple[str, ...], logit_bias: tuple[str, ...],
-    replay: Path | None, backend: str, quantize: int | None, **filters: Any,
-) -> None:  # fmt: skip
-    """Talk with a trained model: it goes on from all that was said. /help lists the commands."""
+    checkpoint: Path | None,
+    stop: tuple[str, ...],
+    logit_bias: tuple[str, ...],
+    replay: Path | None,
+    backend: str,
+    quantize: int | None,
+    **filters: Any,
+) -> None:
+    """Chat with a trained model, which continues the whole conversation. /help lists commands."""
     from mlx_randygpt.sampling.filters import SampleConfig
 
-    SampleConfig(stop=stop, **filters)
+    SampleConfig(stop=stop, **filters)  # check the values before loading anything
     loaded = load(checkpoint, backend, quantize)
-    bias = biases(logit_bias, loaded.tokenizer)
+    bias = parse_biases(logit_bias, loaded.tokenizer)
     converse(loaded, SampleConfig(stop=stop, logit_bias=bias, **filters), replay)
 
 
 def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -> None:
-    """Prompts from stdin, answers to stdout, until the end of input or /quit."""
+    """Answer the lines of stdin on stdout until the end of input or /quit."""
     from mlx_randygpt.sampling.chat import Conversation
 
-    talk = Conversation(loaded.backend, loaded.saved.model, loaded.tokenizer, config)
+    conversation = Conversation(loaded.backend, loaded.saved.model, loaded.tokenizer, config)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
-        click.echo("/help lists the commands, Ctrl-D leaves.", err=True)
+        click.echo("/help lists the commands, Ctrl-D quits.", err=True)
     with CtrlC() as ctrl_c, _line_editing() if at_terminal else contextlib.nullcontext():
         if replay is not None:
-            _replay(talk, replay, ctrl_c)
+            _replay(conversation, replay, ctrl_c)
         for line in _lines("> " if at_terminal else "", ctrl_c):
             if line.strip() == "/quit":
                 break
-            _respond(talk, line, ctrl_c)
+            _respond(conversation, line, ctrl_c)
             if ctrl_c.pressed and not at_terminal:
                 raise KeyboardInterrupt
 
 
-def _respond(talk: Conversation, line: str, ctrl_c: CtrlC) -> None:
+def _respond(conversation: Conversation, line: str, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.cli.training.text import unknown_line
     from mlx_randygpt.sampling.chat import ChatError
 
     if line.startswith("/"):
         try:
-            click.echo(talk.command(line), err=True)
+            click.echo(conversation.command(line), err=True)
         except ChatError as error:
             click.echo(f"Error: {error}", err=True)
         return
-    if lost := unknown_line(talk.tokenizer.unknown(line)):
-        click.echo(lost, err=True)
+    if warning := unknown_line(conversation.tokenizer.unknown(line)):
+        click.echo(warning, err=True)
     ctrl_c.pressed = False
-    _stream(talk.answer(line, lambda: ctrl_c.pressed))
+    _stream(conversation.answer(line, lambda: ctrl_c.pressed))
 
 
-def _replay(talk: Conversation, path: Path, ctrl_c: CtrlC) -> None:
+def _replay(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.sampling.chat import load_turns
 
     for turn in load_turns(path):
         click.echo(turn.prompt, nl=False)
-        _stream(talk.replay(turn, lambda: ctrl_c.pressed))
+        _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
         if ctrl_c.pressed:
             return
-        if talk.turns[-1].text != turn.text:
-            click.echo("The answer differs from the one that was saved: another model?", err=True)
+        if conversation.turns[-1].text != turn.text:
+            click.echo("The answer differs from the saved one: is it another model?", err=True)
 
 
 def _stream(parts: Iterator[str]) -> None:
-    """Write what comes, and a line's end."""
+    """Write the parts as they come, and a newline."""
     for part in parts:
         sys.stdout.write(part)
         sys.stdout.flush()
@@ -108,7 +113,7 @@ def _stream(parts: Iterator[str]) -> None:
 
 
 def _lines(prompt: str, ctrl_c: CtrlC) -> Iterator[str]:
-    """Lines as they are typed; at a terminal Ctrl-C begins a new one. The end of input ends."""
+    """Yield the lines of stdin; with a prompt, Ctrl-C discards the line being typed."""
     while True:
         try:
             with ctrl_c.interrupting():
@@ -125,7 +130,7 @@ def _lines(prompt: str, ctrl_c: CtrlC) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """History from the last time and completion of commands, where Python has readline."""
+    """Restore the history and complete commands, if Python has readline."""
     try:
         import readline
     except ImportError:
@@ -137,14 +142,14 @@ def _line_editing() -> Iterator[None]:
     path = Path(os.path.expanduser(base), "mlx-randygpt", "chat_history")
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
-    readline.set_history_length(N_REMEMBERED)
+    readline.set_history_length(MAX_HISTORY)
     readline.set_completer_delims(" ")
-    readline.set_completer(lambda begun, n: dict(enumerate(completions(begun))).get(n))
+    readline.set_completer(lambda prefix, n: dict(enumerate(completions(prefix))).get(n))
     readline.parse_and_bind("tab: complete")
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            if path.is_absolute():  # else nobody is at home
+            if path.is_absolute():  # "~" was expanded, so there is a home folder
                 path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)

@@ -1,11 +1,11 @@
-"""`mlxgpt check`: the gradients proven on this machine."""
+"""`mlxgpt check`: check the gradients on this machine."""
 
 from __future__ import annotations
 
 import os
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="Check at this model's weights instead of those of small models.",
+    help="Check at the weights of this model instead of those of small models.",
 )
 @json_option
 @click.pass_context
 def command(ctx: click.Context, checkpoint: Path | None, json: bool) -> None:
-    """Prove the gradients: finite differences against NumPy, NumPy against MLX if it is here,
-    tensor by tensor, worst first, and a short trajectory of the optimizer. Exit code 1 if one
-    fails."""
+    """Check the gradients on this machine, tensor by tensor; exit with code 1 if a check fails.
+
+    Finite differences check NumPy, NumPy checks MLX if it is installed, and a short trajectory
+    checks the optimizers. The largest errors come first.
+    """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read when mlx is imported
     from mlx_randygpt.backends import mlx_device
     from mlx_randygpt.check import SUBJECTS, check_checkpoint, check_recipe
@@ -45,29 +47,34 @@ def command(ctx: click.Context, checkpoint: Path | None, json: bool) -> None:
         subjects = {subject: list(check_recipe(subject, other)) for subject in SUBJECTS}
     for findings in subjects.values():
         findings.sort(key=lambda f: (f.check, -f.error))
-    failed = sum(not f.holds for found in subjects.values() for f in found)
+    n_failed = sum(not f.holds for findings in subjects.values() for f in findings)
     if json:
-        print_json({
-            "passed": failed == 0,
-            "mlx": device.description if device is not None else None,
-            "findings": [
-                {"subject": subject, "check": f.check, "tensor": f.tensor, "error": f.error,
-                 "bound": f.bound, "passed": f.holds}
-                for subject, found in subjects.items() for f in found
-            ],
-        })  # fmt: skip
+        rows = [_row(subject, f) for subject, findings in subjects.items() for f in findings]
+        mlx = device.description if device is not None else None
+        print_json({"passed": n_failed == 0, "mlx": mlx, "findings": rows})
     else:
         click.echo(f"MLX on {device.description}" if device else f"Without MLX: {reason}")
         for subject, findings in subjects.items():
             _print(subject, findings)
-        click.echo(f"{failed} checks failed" if failed else "Every check holds.")
-    ctx.exit(1 if failed else 0)
+        click.echo(f"{n_failed} checks failed" if n_failed else "Every check holds.")
+    ctx.exit(1 if n_failed else 0)
 
 
-def _print(subject: str, found: list[Finding]) -> None:
+def _row(subject: str, finding: Finding) -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "check": finding.check,
+        "tensor": finding.tensor,
+        "error": finding.error,
+        "bound": finding.bound,
+        "passed": finding.holds,
+    }
+
+
+def _print(subject: str, findings: list[Finding]) -> None:
     click.echo(f"\n{subject}")
-    for check, group in groupby(found, key=lambda f: f.check):
-        findings = list(group)
-        click.echo(f"  {check}, relative, at most {findings[0].bound:.0e}")
-        for f in findings:
+    for check, group in groupby(findings, key=lambda f: f.check):
+        same_check = list(group)
+        click.echo(f"  {check}, relative, at most {same_check[0].bound:.0e}")
+        for f in same_check:
             click.echo(f"    {f.error:.1e} {'✓' if f.holds else '✗'} {f.tensor}")

@@ -1,4 +1,4 @@
-"""`mlxgpt data`: corpora by name, and tokens made ahead of a run."""
+"""`mlxgpt data`: download a corpus by name, or tokenize a text before a run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_randygpt.cli.errors import Command
-from mlx_randygpt.cli.options import json_option, reading_options, tokenizer_options
-from mlx_randygpt.cli.output import print_json, readable_bytes, show, show_facts
+from mlx_randygpt.cli.options import (
+    data_option,
+    json_option,
+    reading_options,
+    tokenizer_options,
+)
+from mlx_randygpt.cli.output import print_json, show, show_facts
+from mlx_randygpt.words import format_bytes
 
 if TYPE_CHECKING:
     from mlx_randygpt.data.download import Remote
@@ -17,36 +23,41 @@ if TYPE_CHECKING:
 
 @click.group("data")
 def command() -> None:
-    """Fetch a corpus by name; make tokens ahead of a run."""
+    """Download a corpus by name, or tokenize a text before a run."""
 
 
 @command.command("list", cls=Command)
 @json_option
 def list_corpora(json: bool) -> None:
-    """List the corpora that `mlxgpt data fetch` knows."""
+    """List the corpora that `mlxgpt data fetch` can download."""
     from rich.table import Table
 
     from mlx_randygpt.data.corpora import LIBRARY
 
     if json:
-        facts = ("name", "what", "licence", "size")
-        print_json({"corpora": [{f: getattr(c, f) for f in facts} for c in LIBRARY.values()]})
+        keys = ("name", "what", "licence", "size")
+        print_json({"corpora": [{k: getattr(c, k) for k in keys} for c in LIBRARY.values()]})
         return
     table = Table.grid(padding=(0, 2, 0, 0))
     for corpus in LIBRARY.values():
-        table.add_row(corpus.name, readable_bytes(corpus.size), corpus.what, corpus.licence)
+        table.add_row(corpus.name, format_bytes(corpus.size), corpus.what, corpus.licence)
     show(table)
 
 
 @command.command("fetch", cls=Command)
 @click.argument("name")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("data"), show_default=True,
-    help="Folder of texts.",
-)  # fmt: skip
-@click.option("--book", type=int, multiple=True, help="Of gutenberg: number; may be repeated.")
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="Folder to put the texts in.",
+)
+@click.option(
+    "--book", type=int, multiple=True, help="Number of a book of Project Gutenberg; repeatable."
+)
 def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
-    """Fetch a corpus and make text files of it. A download that broke off goes on."""
+    """Download a corpus and unpack it to text files. An interrupted download resumes."""
     from mlx_randygpt.cli.training.text import ProgressBar
     from mlx_randygpt.data import corpora
     from mlx_randygpt.data.corpora import SHELF, gutenberg_url
@@ -54,17 +65,14 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
 
     corpus = corpora.find_corpus(name)
     if book and corpus.remote is not None:
-        raise click.UsageError("--book goes with gutenberg alone")
-    source = (
-        corpus.remote.url
-        if corpus.remote
-        else gutenberg_url(book[0] if book else next(iter(SHELF)))
-    )
-    size = f"about {readable_bytes(corpus.size)}"
-    if corpus.remote and corpus.remote.size:
-        size = readable_bytes(corpus.size)
+        raise click.UsageError("--book needs the corpus gutenberg")
+    if corpus.remote:
+        source = corpus.remote.url
+    else:
+        source = f"{gutenberg_url(book[0] if book else next(iter(SHELF)))} and others"
+    about = "" if corpus.remote and corpus.remote.size else "about "
     click.echo(f"{corpus.name}: {corpus.what}\nLicence: {corpus.licence}", err=True)
-    click.echo(f"From {source}{'' if corpus.remote else ' and others'}: {size}", err=True)
+    click.echo(f"From {source}: {about}{format_bytes(corpus.size)}", err=True)
     with ProgressBar() as bar:
 
         def download(remote: Remote, path: Path) -> None:
@@ -72,7 +80,7 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
                 remote, path, lambda done, size: bar(f"Downloading {path.name}", done, size)
             )
             if not remote.sha256:
-                click.echo(f"{path.name}: no checksum is known; its SHA-256 {digest}", err=True)
+                click.echo(f"{path.name}: no checksum is known; its SHA-256 is {digest}", err=True)
 
         if corpus.remote is None:
             folder, books = out / corpus.target, book or tuple(SHELF)
@@ -85,12 +93,12 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
 
 
 @command.command("prepare", cls=Command)
-@click.option("--data", multiple=True, help="As for train.")
+@data_option
 @tokenizer_options
 @reading_options
 @json_option
 def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
-    """Make the tokens of a text, as `train` would, and say what they are."""
+    """Tokenize a text as `mlxgpt train` would, and report the result."""
     from mlx_randygpt.cli.training import text
 
     given = {name: value for name, value in options.items() if value is not None}

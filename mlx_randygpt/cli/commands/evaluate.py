@@ -1,4 +1,4 @@
-"""`mlxgpt eval`: the loss of a checkpoint on a whole split."""
+"""`mlxgpt eval`: evaluate a checkpoint on a whole split."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mlx_randygpt.cli.options import (
 from mlx_randygpt.cli.output import print_json
 
 if TYPE_CHECKING:
+    from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.state import Array
     from mlx_randygpt.tokenizers import Tokenizer
@@ -29,24 +30,34 @@ if TYPE_CHECKING:
 
 @click.command("eval", cls=Command)
 @checkpoint_option
-@click.option("--data", multiple=True, help="Text to score.  [default: the run's own]")
+@click.option("--data", multiple=True, help="Text to evaluate.  [default: the run's own]")
 @click.option(
-    "--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True
+    "--split",
+    type=click.Choice(["val", "train", "all"]),
+    default="val",
+    show_default=True,
+    help="The last tenth of the text, the rest, or all.",
 )
 @reading_options
 @model_options(defaults=False)
-@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Windows per pass.")
 @quantize_option
 @backend_option
 @json_option
 def command(
-    checkpoint: Path | None, data: tuple[str, ...], split: str, batch_size: int, backend: str,
-    quantize: int | None, json: bool, **options: Any,
-) -> None:  # fmt: skip
-    """Score a checkpoint on a whole split: the same number every time.
+    checkpoint: Path | None,
+    data: tuple[str, ...],
+    split: str,
+    batch_size: int,
+    backend: str,
+    quantize: int | None,
+    json: bool,
+    **options: Any,
+) -> None:
+    """Evaluate a checkpoint on a whole split; the result is the same every time.
 
-    Non-overlapping windows, every token but the first predicted once. Model options, where given,
-    must be those of the checkpoint.
+    The windows do not overlap, and every token but the first is predicted once. Model options, if
+    given, must match the checkpoint.
     """
     from mlx_randygpt import settings
     from mlx_randygpt.cli.training import text
@@ -63,14 +74,15 @@ def command(
     _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
     if line := text.unknown_line(corpus.unknown):
         click.echo(line, err=True)
-    if quantize is not None:  # compared in one type; and what is wrong is told before it takes time
+    if quantize is not None:  # compare in one type, and fail before the first evaluation
         saved = replace(saved, train=replace(saved.train, dtype="float32"))
         require_mlx(backend)
     tokens = {"val": corpus.val, "train": corpus.train, "all": corpus.tokens}[split]
-    score = _score(saved, tokens, batch_size, tokenizer, backend, None)
+    score = _evaluate(build(saved, backend), saved, tokens, batch_size, tokenizer)
     cost: dict[str, float] = {}
     if quantize is not None:
-        full, score = score, _score(saved, tokens, batch_size, tokenizer, backend, quantize)
+        full, quantized = score, build(saved, backend, quantize)
+        score = _evaluate(quantized, saved, tokens, batch_size, tokenizer)
         cost = {"loss_float": full.loss, "loss_cost": score.loss - full.loss, "bits": quantize}
     values = {
         "loss": score.loss,
@@ -95,13 +107,11 @@ def command(
         )
 
 
-def _score(
-    saved: Checkpoint, tokens: Array, batch_size: int, tokenizer: Tokenizer, backend: str,
-    quantize: int | None,
-) -> Score:  # fmt: skip
+def _evaluate(
+    backend: Scorer, saved: Checkpoint, tokens: Array, batch_size: int, tokenizer: Tokenizer
+) -> Score:
     from mlx_randygpt.training.evaluation import evaluate
 
-    engine = build(saved, backend, quantize)
-    score = evaluate(engine, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
+    score = evaluate(backend, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
     assert score is not None
     return score

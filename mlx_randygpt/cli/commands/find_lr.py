@@ -1,4 +1,4 @@
-"""`mlxgpt find-lr`: a range test with its curve in the terminal."""
+"""`mlxgpt find-lr`: a learning rate range test, drawn in the terminal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import (
     backend_option,
+    data_option,
     json_option,
     model_options,
+    optimizer_option,
     reading_options,
     tokenizer_options,
 )
 from mlx_randygpt.cli.output import print_json
-from mlx_randygpt.config import OPTIMIZERS
 
 if TYPE_CHECKING:
     from mlx_randygpt.training.find_lr import Trial
@@ -24,25 +25,30 @@ WIDTH, HEIGHT = 64, 12  # of the curve, in characters
 
 
 @click.command("find-lr", cls=Command)
-@click.option("--data", multiple=True, help="As for train.")
+@data_option
 @tokenizer_options
 @reading_options
 @model_options()
-@click.option("--batch-size", type=int, help="[default: preset, 64]")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="[default: recipe]")
+@click.option("--batch-size", type=int, help="Sequences per step.  [default: preset, 64]")
+@optimizer_option
 @click.option("--from", "lowest", default=1e-4, show_default=True, help="Lowest rate.")
 @click.option("--to", "highest", default=1.0, show_default=True, help="Highest rate.")
-@click.option("--iters", default=100, show_default=True, help="Steps, one rate each.")
-@click.option("--seed", type=int)
+@click.option("--iters", default=100, show_default=True, help="Steps, each with its own rate.")
+@click.option("--seed", type=int, help="Random seed.  [default: 1337]")
 @backend_option
 @json_option
 def command(
-    data: tuple[str, ...], lowest: float, highest: float, iters: int, backend: str, json: bool,
+    data: tuple[str, ...],
+    lowest: float,
+    highest: float,
+    iters: int,
+    backend: str,
+    json: bool,
     **options: Any,
-) -> None:  # fmt: skip
-    """Find a learning rate: train a few steps at rates that grow, draw the loss, suggest one.
+) -> None:
+    """Find a learning rate: train for a few steps at increasing rates, plot the loss, suggest one.
 
-    Nothing is saved. Under Muon the rate is that of the matrices, as for `train --lr`.
+    Nothing is saved. With Muon it is the rate of the matrices, as `mlxgpt train --lr` sets it.
     """
     from mlx_randygpt import settings
     from mlx_randygpt.backends import choose, make_backend
@@ -56,18 +62,18 @@ def command(
     if not 0 < lowest < highest < float("inf") or iters < 2:
         raise click.UsageError(
             f"--from {lowest:g} --to {highest:g} --iters {iters}: rates must grow from above 0, "
-            "over at least 2 steps"
+            "in at least 2 steps"
         )
     given = {name: value for name, value in options.items() if value is not None}
     tokenizer, corpus = text.load(
         text.files_of(data), text.reading(given), text.requested_tokenizer(given)
-    )  # fmt: skip
+    )
     model, train = settings.resolve_new(given | {"iters": iters}, tokenizer.vocab_size)
     check_length(corpus, model.block_size)
-    name, why = choose(backend)
+    name, reason = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     engine = make_backend(name, model, train, state)
-    click.echo(f"Backend: {describe_backend(engine, why)}", err=True)
+    click.echo(f"Backend: {describe_backend(engine, reason)}", err=True)
     trials = list(
         range_test(engine, model, train, corpus.train, lowest=lowest, highest=highest, steps=iters)
     )
@@ -81,7 +87,7 @@ def command(
 
 
 def chart(trials: list[Trial]) -> list[str]:
-    """Loss over the logarithm of the rate, in braille dots, with its axes."""
+    """Draw the loss over the logarithm of the rate in braille dots, with axes."""
     from math import log10
 
     from mlx_randygpt.screen.curve import draw, frame
@@ -89,8 +95,8 @@ def chart(trials: list[Trial]) -> list[str]:
     points = [(float(i), trial.loss) for i, trial in enumerate(trials) if trial.loss == trial.loss]
     box = frame(points, (), (0, max(1, len(trials) - 1)), (WIDTH, HEIGHT))
     lines = [
-        f"{box.value(row):7.3f} {'┤' if row % 4 == 0 or row == HEIGHT - 1 else '│'}{drawn}"
-        for row, drawn in enumerate(draw(points, box))
+        f"{box.value(row):7.3f} {'┤' if row % 4 == 0 or row == HEIGHT - 1 else '│'}{dots}"
+        for row, dots in enumerate(draw(points, box))
     ]
     low, high = trials[0].lr, trials[-1].lr
     middle = 10 ** ((log10(low) + log10(high)) / 2)

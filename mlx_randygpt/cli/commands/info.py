@@ -1,4 +1,4 @@
-"""`mlxgpt info`: what a checkpoint holds, read whole, so that its checksum is known to hold."""
+"""`mlxgpt info`: show what a checkpoint holds and verify its checksum."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import default_checkpoint
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, readable_bytes, show_facts
+from mlx_randygpt.cli.output import print_json, show_facts
+from mlx_randygpt.words import format_bytes, format_clock
 
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
 
-N_CHARACTERS = 32  # of the vocabulary shown
-N_PATHS = 3  # of the text shown
+N_CHARACTERS = 32  # of the vocabulary to show
+N_PATHS = 3  # of the text to show
 
 
 @click.command("info", cls=Command)
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @json_option
 def command(path: Path | None, json: bool) -> None:
-    """Tell what a checkpoint holds and whether its checksum holds.
+    """Show what a checkpoint holds and verify its checksum.
 
     Without PATH: checkpoint_best.safetensors, else checkpoint.safetensors, in checkpoints/.
     """
     from mlx_randygpt.checkpoint import load_checkpoint
 
     path = default_checkpoint(path)
-    saved = load_checkpoint(path, weights_only=True)  # raises where the checksum fails
+    saved = load_checkpoint(path, weights_only=True)  # raises if the checksum fails
     n_bytes = path.stat().st_size
     if json:
         print_json(describe(path, saved, n_bytes))
@@ -41,7 +42,7 @@ def command(path: Path | None, json: bool) -> None:
 
 
 def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
-    """All of it under machine names; losses in nats, nan or inf before the first evaluation."""
+    """Return the contents as JSON keys and values; losses are in nats, nan or inf if unknown."""
     from dataclasses import asdict
 
     from mlx_randygpt.model import parameter_count, trained_count
@@ -73,40 +74,32 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
 
 
 def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, str]]:
-    """The same for people."""
+    """Yield the contents as names and values."""
     from mlx_randygpt.model import parameter_count, trained_count
-    from mlx_randygpt.screen.words import duration
 
     model, train, progress = saved.model, saved.train, saved.progress
-    yield "File", f"{path}, {readable_bytes(n_bytes)}, its checksum holds"
+    yield "File", f"{path}, {format_bytes(n_bytes)}, checksum verified"
     kind = "GPT-2, " if model.is_gpt2 else ""
     yield "Model", f"{kind}{parameter_count(model):,} parameters, dropout {model.dropout:g}"
     if model.lora_rank:
         yield (
             "Adapters",
-            f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, beside {model.lora_targets}: "
-            f"{trained_count(model):,} parameters are trained",
+            f"rank {model.lora_rank}, alpha {model.lora_alpha:g}, on {model.lora_targets}: "
+            f"{trained_count(model):,} trained parameters",
         )
-    yield (
-        "Sizes",
-        (
-            f"n_layer {model.n_layer}, n_head {model.n_head}, n_embd {model.n_embd}, "
-            f"block_size {model.block_size}"
-        ),
-    )
+    sizes = ("n_layer", "n_head", "n_embd", "block_size")
+    yield "Sizes", ", ".join(f"{name} {getattr(model, name)}" for name in sizes)
     yield "Step", f"{saved.state.step:,} of {train.iters:,}"
-    bits = progress.bits_per_byte / progress.val_loss  # per nat: each evaluation has the same text
+    bits = progress.bits_per_byte / progress.val_loss  # per nat; the same in every evaluation
     yield "Validation", _loss(progress.val_loss, progress.eval_step, bits)
     yield "Best", _loss(progress.best_loss, progress.best_step, bits)
-    yield "Trained on", f"{progress.tokens:,} tokens in {duration(progress.seconds)}"
+    yield "Trained on", f"{progress.tokens:,} tokens in {format_clock(progress.seconds)}"
     yield "Tokenizer", _tokenizer(saved)
     yield "Recipe", f"{train.recipe}, preset {train.preset}, seed {train.seed}"
     yield (
         "Optimizer",
-        (
-            f"{train.optimizer}, lr {train.lr:g}, weight decay {train.weight_decay:g}, "
-            f"clipping {train.grad_clip:g}, {train.sequences_per_step} sequences a step"
-        ),
+        f"{train.optimizer}, lr {train.lr:g}, weight decay {train.weight_decay:g}, "
+        f"clipping {train.grad_clip:g}, {train.sequences_per_step} sequences per step",
     )
     yield "Schedule", f"{train.schedule} to {train.min_lr:g}, warmup {train.warmup}"
     yield "Data", _data(saved.data)
@@ -123,7 +116,7 @@ def _loss(loss: float, step: int, bits: float) -> str:
     if not math.isfinite(loss):
         return "not evaluated yet"
     measures = f"perplexity {perplexity(loss):.2f}"
-    if math.isfinite(bits):  # older files do not say
+    if math.isfinite(bits):  # older files lack it
         measures += f", {loss * bits:.3f} bits/byte"
     return f"{loss:.4f} ({measures}) at step {step:,}"
 

@@ -1,4 +1,4 @@
-"""`mlxgpt presets`: the named sizes, with every number computed."""
+"""`mlxgpt presets`: list the presets with computed sizes."""
 
 from __future__ import annotations
 
@@ -8,37 +8,42 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, readable_bytes, show
+from mlx_randygpt.cli.output import print_json, show
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
+from mlx_randygpt.words import format_bytes
 
-VOCAB_SIZE = 67  # of tiny Shakespeare, 65 characters, in the seeds' tables
+VOCAB_SIZE = 67  # of tiny Shakespeare: 65 characters, <bos> and <eos>, as in randyGPT's tables
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
 
 
 @click.command("presets", cls=Command)
 @click.option(
-    "--recipe", type=click.Choice(sorted(RECIPES)), default="modern", show_default=True,
-    help="Decides which weights there are and which moments a checkpoint holds.",
-)  # fmt: skip
+    "--recipe",
+    type=click.Choice(sorted(RECIPES)),
+    default="modern",
+    show_default=True,
+    help="Recipe: it decides the parameters and the moments in a checkpoint.",
+)
 @json_option
 def command(recipe: str, json: bool) -> None:
-    """List the named sizes with their parameter counts and the memory each needs."""
+    """List the presets with their sizes, parameter counts and memory."""
     rows = [sizes(name, recipe) for name in PRESETS]
     if json:
         print_json({"recipe": recipe, "vocab_size": VOCAB_SIZE, "presets": rows})
         return
     show(_table(rows))
     click.echo(
-        f"\nParameters of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the default is "
-        f"{DEFAULT_PRESET}.\n16 B/param: memory for training (weights, gradients, two AdamW "
-        "moments), without\nactivations. On disk: a checkpoint (weights and moments)."
+        f"\nParameters of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the default "
+        f"preset is {DEFAULT_PRESET}.\n16 B/param: memory for training (weights, gradients, two "
+        "moments) without activations.\nOn disk: the size of a checkpoint (weights and moments)."
     )
 
 
 def sizes(name: str, recipe: str) -> dict[str, Any]:
-    """One preset in numbers; `checkpoint_bytes` are those of its tensors, the header adds some kB.
+    """Return one preset in numbers.
 
-    Muon keeps one moment where AdamW keeps two; `training_bytes` counts two for every weight.
+    `checkpoint_bytes` counts the tensors; the header adds a few kB. Muon has one moment and AdamW
+    two; `training_bytes` counts two for every weight.
     """
     from mlx_randygpt import settings
     from mlx_randygpt.model import parameter_count, parameters
@@ -65,6 +70,6 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         counts = [f"{row[key]:,}" for key in (*SIZES, "parameters")]
-        memory = [readable_bytes(row[key]) for key in ("training_bytes", "checkpoint_bytes")]
+        memory = [format_bytes(row[key]) for key in ("training_bytes", "checkpoint_bytes")]
         table.add_row(row["name"], *counts, *memory)
     return table

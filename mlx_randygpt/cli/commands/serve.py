@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_randygpt.cli.errors import Command
-from mlx_randygpt.cli.loading import biases, build, read
+from mlx_randygpt.cli.loading import build, parse_biases, read
 from mlx_randygpt.cli.options import (
     backend_option,
     checkpoint_option,
@@ -94,7 +95,7 @@ def command(
     from mlx_randygpt.serve.metrics import Metrics
 
     path, saved, tokenizer = read(checkpoint)
-    bias = biases(logit_bias, tokenizer)
+    bias = parse_biases(logit_bias, tokenizer)
     seed_source = ctx.get_parameter_source("seed")
     settings = Settings(
         api_key=api_key,
@@ -103,10 +104,14 @@ def command(
         loopback_only=host in ("localhost", "127.0.0.1", "::1"),
     )
     served, metrics = _describe_model(name, path, saved, tokenizer), Metrics()
+    if quantize is not None:
+        served = replace(served, params={})
+    weights = [saved]  # handed to the engine; quantising then releases their memory
+    del saved
     with _listen(host, port) as listening:
         engine = Engine(
-            lambda: build(saved, backend, quantize),
-            saved.model,
+            lambda: build(weights.pop(), backend, quantize),
+            served.model,
             metrics,
             n_streams=batch_size,
             n_waiting=queue,

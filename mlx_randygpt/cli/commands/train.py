@@ -11,13 +11,18 @@ from mlx_randygpt.cli.config_file import RESUME_NEWEST
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import (
     backend_option,
+    dtype_option,
     given_options,
+    grad_accum_option,
     memory_options,
     model_options,
+    optimizer_option,
+    options,
     reading_options,
+    threads_option,
     tokenizer_options,
 )
-from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
+from mlx_randygpt.config import ON_NAN, SCHEDULES
 
 
 @click.command("train", cls=Command)
@@ -27,14 +32,6 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
     multiple=True,
     help="Text, source code, .jsonl, .parquet, .gz, .zst, train.bin, a folder or a glob; "
     "repeatable.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a bundled sample]",
-)
-@tokenizer_options
-@reading_options
-@click.option(
-    "--respect-documents",
-    is_flag=True,
-    default=None,
-    help="Keep each training window inside one document.",
 )
 @click.option(
     "--out",
@@ -49,84 +46,114 @@ from mlx_randygpt.config import DTYPES, ON_NAN, OPTIMIZERS, SCHEDULES
     help="Resume from the newest checkpoint in --out, or from a file.",
 )
 @click.option("--overwrite", is_flag=True, help="Start a new run in a folder that holds one.")
-@click.option(
-    "--init-from",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Fine-tuning: start at step 0 from the weights of this checkpoint.",
-)
-@click.option(
-    "--lora-rank", type=int, help="Fine-tune with LoRA adapters of this rank (with --init-from)."
-)
-@click.option(
-    "--lora-alpha", type=float, help="Scale of the adapters, times the rank.  [default: 16]"
-)
-@click.option(
-    "--lora-targets",
-    metavar="NAMES",
-    help="Matrices with adapters: c_attn, c_proj, c_fc, separated by commas.  [default: all]",
+@click.option("--seed", type=int, help="Random seed.  [default: 1337]")
+@backend_option
+@threads_option
+@click.option("--plain", is_flag=True, help="Plain lines instead of the live screen.")
+@options(
+    tokenizer_options,
+    reading_options,
+    click.option(
+        "--respect-documents",
+        is_flag=True,
+        default=None,
+        help="Keep each training window inside one document.",
+    ),
+    section="Text",
 )
 @model_options()
-@click.option("--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]")
-@click.option("--grad-accum", type=int, help="Micro-batches per step.  [default: 1]")
-@memory_options
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer.  [default: recipe]")
-@click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]")
-@click.option(
-    "--min-lr", type=float, help="Learning rate at the end of the decay.  [default: recipe]"
+@options(
+    click.option(
+        "--init-from",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Fine-tuning: start at step 0 from the weights of this checkpoint.",
+    ),
+    click.option(
+        "--lora-rank",
+        type=int,
+        help="Fine-tune with LoRA adapters of this rank (with --init-from).",
+    ),
+    click.option(
+        "--lora-alpha", type=float, help="Scale of the adapters, times the rank.  [default: 16]"
+    ),
+    click.option(
+        "--lora-targets",
+        metavar="NAMES",
+        help="Matrices with adapters: c_attn, c_proj, c_fc, separated by commas.  [default: all]",
+    ),
+    section="Fine-tuning",
 )
-@click.option(
-    "--weight-decay", type=float, help="Decoupled weight decay, on matrices.  [default: rule]"
+@options(
+    click.option(
+        "--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]"
+    ),
+    grad_accum_option,
+    optimizer_option,
+    click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]"),
+    click.option(
+        "--min-lr", type=float, help="Learning rate at the end of the decay.  [default: recipe]"
+    ),
+    click.option(
+        "--schedule",
+        type=click.Choice(SCHEDULES),
+        help="Learning rate schedule.  [default: recipe]",
+    ),
+    click.option("--warmup", type=int, help="Steps of linear warmup.  [default: rule]"),
+    click.option(
+        "--weight-decay", type=float, help="Decoupled weight decay, on matrices.  [default: rule]"
+    ),
+    click.option("--grad-clip", type=float, help="Maximum gradient norm; 0 is off.  [default: 1]"),
+    click.option(
+        "--patience",
+        type=int,
+        help="Evaluations without a new best before early stopping; with --schedule plateau, "
+        "before the learning rate is halved (at most 3 times).  [default: off]",
+    ),
+    click.option(
+        "--on-nan",
+        type=click.Choice(ON_NAN),
+        help="If loss or gradient is not finite: stop; skip the step; or roll back to the last "
+        "save, at half the learning rate.  [default: stop]",
+    ),
+    section="Optimization",
 )
-@click.option("--grad-clip", type=float, help="Maximum gradient norm; 0 is off.  [default: 1]")
-@click.option(
-    "--schedule", type=click.Choice(SCHEDULES), help="Learning rate schedule.  [default: recipe]"
+@options(
+    click.option("--eval-every", type=int, help="Steps between evaluations.  [default: 250]"),
+    click.option("--sample-every", type=int, help="Steps between samples.  [default: 500]"),
+    click.option(
+        "--prompt",
+        help="Prompt of the samples.  [default: ROMEO: if the text has it, else a newline]",
+    ),
+    click.option(
+        "--save-every", help="Steps (1000) or time (60s, 5m) between saves.  [default: 60s]"
+    ),
+    click.option(
+        "--keep-every",
+        type=int,
+        help="Also keep checkpoint-<step>.safetensors every N steps.  [default: off]",
+    ),
+    click.option(
+        "--log-every", type=int, help="Steps between lines of metrics.jsonl.  [default: 1]"
+    ),
+    click.option(
+        "--log",
+        multiple=True,
+        type=click.Choice(["tensorboard", "wandb", "trackio"]),
+        help="Also log to this library; repeatable.",
+    ),
+    section="Evaluation and output",
 )
-@click.option("--warmup", type=int, help="Steps of linear warmup.  [default: rule]")
-@click.option(
-    "--patience",
-    type=int,
-    help="Evaluations without a new best before early stopping; with --schedule plateau, before "
-    "the learning rate is halved (at most 3 times).  [default: off]",
+@options(
+    memory_options,
+    dtype_option,
+    click.option(
+        "--rank-timeout",
+        type=float,
+        help="With several ranks: seconds of silence after which a rank is lost.  [default: 20]",
+    ),
+    section="Memory and machines",
 )
-@click.option("--eval-every", type=int, help="Steps between evaluations.  [default: 250]")
-@click.option("--sample-every", type=int, help="Steps between samples.  [default: 500]")
-@click.option("--save-every", help="Steps (1000) or time (60s, 5m) between saves.  [default: 60s]")
-@click.option("--log-every", type=int, help="Steps between lines of metrics.jsonl.  [default: 1]")
-@click.option(
-    "--log",
-    multiple=True,
-    type=click.Choice(["tensorboard", "wandb", "trackio"]),
-    help="Also log to this library; repeatable.",
-)
-@click.option(
-    "--keep-every",
-    type=int,
-    help="Also keep checkpoint-<step>.safetensors every N steps.  [default: off]",
-)
-@click.option(
-    "--on-nan",
-    type=click.Choice(ON_NAN),
-    help="If loss or gradient is not finite: stop; skip the step; or roll back to the last save, "
-    "at half the learning rate.  [default: stop]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="Compute type on a GPU; weights and moments stay float32.  [default: float32]",
-)
-@click.option("--threads", type=int, help="Threads of the NumPy backend.  [default: all cores]")
-@click.option(
-    "--rank-timeout",
-    type=float,
-    help="With several ranks: seconds of silence after which a rank is lost.  [default: 20]",
-)
-@click.option("--seed", type=int, help="Random seed.  [default: 1337]")
-@click.option(
-    "--prompt", help="Prompt of the samples.  [default: ROMEO: if the text has it, else a newline]"
-)
-@backend_option
-@click.option("--plain", is_flag=True, help="Plain lines instead of the live screen.")
 def command(
     data: tuple[str, ...],
     out: Path | None,
@@ -135,7 +162,7 @@ def command(
     init_from: Path | None,
     backend: str,
     plain: bool,
-    **options: Any,
+    **values: Any,
 ) -> None:
     """Train a model on your text. Ctrl-C saves and stops; --resume continues exactly."""
     from mlx_randygpt.cli.training.request import DEFAULT_OUT, TrainRequest
@@ -143,13 +170,13 @@ def command(
 
     if resume and (overwrite or init_from):
         raise click.UsageError("--resume cannot be combined with --overwrite or --init-from")
-    if options["lora_rank"] and not (init_from or resume):
+    if values["lora_rank"] and not (init_from or resume):
         raise click.UsageError("--lora-rank needs a trained model: give it with --init-from")
-    if (options["lora_alpha"] or options["lora_targets"]) and not (options["lora_rank"] or resume):
+    if (values["lora_alpha"] or values["lora_targets"]) and not (values["lora_rank"] or resume):
         raise click.UsageError("--lora-alpha and --lora-targets need --lora-rank")
     resume_path = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
     request = TrainRequest(
-        options=given_options(options),
+        options=given_options(values),
         data=data,
         out=out or (resume_path.parent if resume_path else DEFAULT_OUT),
         backend=backend,

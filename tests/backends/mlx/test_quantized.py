@@ -198,7 +198,7 @@ def test_sample_says_what_the_bits_save_and_keeps_no_float_weights(
     words = ("--quantize", "8", "--backend", "mlx", "--max-tokens", "9", "--prompt", "The")
     result = call("sample", checkpoint, *words)
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines()[1] == "Weights in 8 bits: 37.9 kB instead of 110.8 kB"
+    assert result.stderr.splitlines()[1] == "Weights in 8 bits: 37.9 kB instead of 111 kB"
     assert len(result.stdout) == len("The") + 9 + 1
     assert kept[0].saved.state.params == {}
 
@@ -207,10 +207,10 @@ def test_sample_says_what_the_bits_save_and_keeps_no_float_weights(
 def test_another_backend_is_refused(command: str, checkpoint: Path) -> None:
     result = call(command, checkpoint, "--quantize", "8", "--backend", "numpy")
     assert result.exit_code == 1
-    assert result.stderr == "Error: --quantize needs MLX, not --backend numpy; mlx takes it\n"
+    assert result.stderr == "Error: --quantize needs MLX, not --backend numpy; add --backend mlx\n"
 
 
 def test_other_bits_are_refused(checkpoint: Path) -> None:
     result = call("sample", checkpoint, "--quantize", "5")
     assert result.exit_code == 2
-    assert "5 bits; it is 8 or 4" in result.stderr
+    assert "5 bits; it must be 8 or 4" in result.stderr

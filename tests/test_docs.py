@@ -1,0 +1,61 @@
+"""The docs that are contracts match the code: options, backend members, checkpoint fields."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+from mlx_randygpt.backends.base import Backend, Scorer
+from mlx_randygpt.cli import COMMANDS, group
+from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.progress import Progress
+
+DOCS = Path(__file__).parents[1] / "docs"
+CLI = {part.partition("\n")[0]: part for part in (DOCS / "cli.md").read_text().split("\n## ")}
+SHARED = CLI["For every command"]
+SAMPLING = CLI["sample"].partition("### Sampling options")[2]
+
+
+def code(text: str) -> str:
+    """Return what is in single backticks."""
+    return " ".join(re.findall(r"`([^`]+)`", re.sub("```.*?```", "", text, flags=re.DOTALL)))
+
+
+def named_options(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]+", code(text)))
+
+
+def options_of(name: str) -> set[str]:
+    """Return the long options of a command and of its subcommands."""
+    command = group.get_command(click.Context(group), name)
+    commands = command.commands.values() if isinstance(command, click.Group) else [command]
+    params = [param for each in commands if each for param in each.params]
+    return {o for p in params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_docs_name_every_option_of_a_command(name: str) -> None:
+    documented = CLI[name] + SHARED + (SAMPLING if name in ("chat", "serve") else "")
+    assert options_of(name) <= named_options(documented)
+
+
+def test_the_tables_name_no_option_that_does_not_exist() -> None:
+    rows = "\n".join(re.findall(r"^\|.*", "\n".join(CLI.values()), re.MULTILINE))
+    exist = set().union(*map(options_of, COMMANDS))
+    assert named_options(rows) <= exist | {"--help", "--version"}
+
+
+@pytest.mark.parametrize("protocol", [Scorer, Backend])
+def test_the_architecture_lists_every_member_of_a_backend(protocol: type) -> None:
+    members = {n for n in {**vars(protocol), **protocol.__annotations__} if not n.startswith("_")}
+    assert members <= set(re.findall(r"\w+", code((DOCS / "architecture.md").read_text())))
+
+
+@pytest.mark.parametrize("record", [ModelConfig, TrainConfig, Progress])
+def test_the_format_lists_every_field_of_a_checkpoint(record: type) -> None:
+    text = code((DOCS / "checkpoint-format.md").read_text())
+    assert {field.name for field in fields(record)} <= set(re.findall(r"\w+", text))
