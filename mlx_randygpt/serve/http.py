@@ -60,6 +60,7 @@ class Guard:
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check and count a request, and pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -145,6 +146,7 @@ class EventStream(Response):
         self._events, self._cancel = events, cancel
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until the last one or until the client disconnects."""
         watch = asyncio.create_task(until_disconnect(receive, self._cancel))
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:

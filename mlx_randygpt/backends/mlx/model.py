@@ -202,6 +202,7 @@ class GPT(nn.Module):  # type: ignore[misc]
         mask: Any = "causal",
         keys: mx.array | None = None,
     ) -> mx.array:
+        """Return the logits of tokens (B, T), (B, T, V)."""
         return self.lm_head(self.features(tokens, cache, mask, keys))  # (B, T, V)
 
     def features(
