@@ -92,7 +92,7 @@ def _common_tokens(val: Array, tokenizer: Tokenizer) -> list[int]:
 
 
 def _select_samples(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first, the last and some samples between, closer at the beginning."""
+    """Return the first, the last and some samples in between, denser at the beginning."""
     n = len(samples)
     at = np.geomspace(1, n, MAX_SAMPLES) if n > MAX_SAMPLES else np.arange(1, n + 1)
     return [samples[i - 1] for i in dict.fromkeys(at.round().astype(int).tolist())]

@@ -51,7 +51,7 @@ def checkpoint_without_arrays(header: dict[str, Any]) -> Checkpoint:
 
 
 def agreed_values(run: Run, backend_name: str) -> dict[str, Any]:
-    """Return the values that must be the same on every rank, by the names of an error message."""
+    """Return the values that must be equal on all ranks, keyed by their names in error messages."""
     return {
         "version of mlx-randygpt": __version__,
         "backend": backend_name,
