@@ -132,7 +132,7 @@ class Forward:
 
 
 def build_modules(config: ModelConfig, *, recomputes: bool = False) -> GPT:
-    """Build the modules of this architecture; with `recomputes`, its blocks recompute activations."""
+    """Build the model's modules; with `recomputes`, its blocks recompute their activations."""
     model: type[GPT] = GPT2 if config.is_gpt2 else GPT
     args: type[ModelArgs] = GPT2Args if config.is_gpt2 else ModelArgs
     values = {field.name: getattr(config, field.name) for field in fields(args)}

@@ -126,7 +126,11 @@ class NumpyBackend:
         return self._run(batch, total, partial(self._chunk_gradients, dropout=dropout))
 
     def _run(self, batch: Batch, total: int, work: Callable[..., float]) -> float:
-        """Sum work(chunk, x, y, total, first row) over this rank's rows, in a fixed order."""
+        """Run `work` on every chunk of this rank's rows and sum the results in a fixed order.
+
+        `work` is called with a chunk, its inputs and targets, the `total` number of targets of the
+        batch, and the index of its first row.
+        """
         batch, n_threads = self._group.share(batch), self._threads.n
         x, y = batch.x(), batch.y()
         edges = [-(-len(x) * i // n_threads) for i in range(n_threads + 1)]

@@ -47,7 +47,7 @@ def copy_to_float32(groups: list[Params]) -> list[Params]:
 
 
 def head_weight(w: Params) -> Array:
-    """Return the weight of the head, (V, C): `lm_head`, or GPT-2's embedding."""
+    """Return the weight of the output head, (V, C): `lm_head`, or GPT-2's tied token embedding."""
     return w.get("lm_head.weight", w["wte.weight"])
 
 

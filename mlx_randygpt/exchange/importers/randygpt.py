@@ -200,7 +200,7 @@ def _pieces(
 
 
 def _stack_arrays(source: Path, model: ModelConfig, arrays: Mapping[str, Array]) -> Params:
-    """Return the arrays of one kind under our names, with query, key and value stacked."""
+    """Return weights or moments by our parameter names, with query, key and value stacked."""
     params: Params = {}
     parts_of = _parts(model)
     for name, shape in parameter_shapes(model).items():

@@ -135,7 +135,7 @@ def shift(x: Tensor, real: Tensor | None, cache: WindowLayer | None, slot: int) 
 
 
 class Attention(nn.Module):  # type: ignore[misc]
-    """Causal self-attention; the rows of c_attn are query, key and value, each H slices of D."""
+    """Causal self-attention; c_attn stacks query, key and value, with H heads of D rows each."""
 
     def __init__(self, config: MLXGPTConfig) -> None:
         super().__init__()
