@@ -193,7 +193,7 @@ def test_ctrl_c_stops_the_text_and_ctrl_d_leaves(checkpoint: Path, tmp_path: Pat
     terminal.type("/sho\t")
     terminal.read_until("/show")  # completed
     terminal.type("\n")
-    assert "tokens said, context 16" in terminal.read_until("\n> ")
+    assert "tokens so far, context 16" in terminal.read_until("\n> ")
     terminal.type("\x04")
     with contextlib.suppress(OSError):  # the terminal is gone with the program
         terminal.read_until("never shown")
