@@ -38,7 +38,8 @@ CHECKPOINT = re.compile(r"checkpoint.*\.safetensors", re.DOTALL)
 LOCK = ".lock"
 MAX_OWNER = 100  # bytes read of a lock
 OWNER = re.compile(rb"\s*(\d{0,20})\s*")  # what a lock holds: the number of its process, or nothing
-LOGS = ("metrics.jsonl", "samples.jsonl")
+SAMPLES = "samples.jsonl"  # private: it can repeat the text
+LOGS = ("metrics.jsonl", SAMPLES)
 LOG_NAMES = " and ".join(LOGS)
 
 
@@ -148,10 +149,14 @@ class RunLogs:
 
     def open(self, folder: Path, *, fresh: bool) -> None:
         """Open both files; a fresh run begins new ones, and the lines of open ones are copied."""
-        opened = [LogFile(folder / name, fresh) for name in LOGS]
-        with self._writing:
+        with self._writing, contextlib.ExitStack() as on_error:
+            opened = list[LogFile]()
+            for name in LOGS:
+                opened.append(LogFile(folder / name, fresh))
+                on_error.callback(opened[-1].close)
             for old, new in zip(self._files, opened, strict=False):
                 new.replace(old)
+            on_error.pop_all()
             self._files = opened
 
     def record(self, report: Report, log_every: int) -> None:
@@ -215,7 +220,7 @@ class LogFile:
     def __init__(self, path: Path, fresh: bool) -> None:
         if fresh:
             path.unlink(missing_ok=True)
-        self._file = open_own(path, os.O_APPEND)
+        self._file = open_own(path, os.O_APPEND, 0o600 if path.name == SAMPLES else 0o666)
         _drop_torn_line(self._file)
         self._waiting: list[bytes] = []
         self._synced = os.fstat(self._file.fileno()).st_size  # bytes that are on the disk
@@ -277,11 +282,11 @@ class LogFile:
         self._file.close()
 
 
-def open_own(path: Path, flags: int = 0) -> FileIO:
+def open_own(path: Path, flags: int = 0, mode: int = 0o666) -> FileIO:
     """Open or create a file of the folder to read and write; OSError if it is a link or no file."""
     flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags, mode)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(error.errno, "it is a link; remove it", str(path)) from error

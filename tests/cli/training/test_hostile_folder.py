@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from mlx_randygpt import files
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, load_checkpoint
-from mlx_randygpt.cli import main
+from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training.folder import (
     LOCK,
     LOGS,
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").write_text("to be or not to be\n" * 100)
     words = ["train", "--plain", "--backend=numpy", "--iters=4", "--eval-every=2", *SIZES]
     words += ["--data", str(folder / "text"), "--out", str(folder / "out")]
-    assert CliRunner().invoke(main, words).exit_code == 0
+    assert CliRunner().invoke(group, words).exit_code == 0
     return folder / "out"
 
 
@@ -47,7 +47,7 @@ def train(out: Path, *words: str) -> Any:
     text = out.parent / "text"
     text.write_text("to be or not to be\n" * 100)
     fixed = ["train", "--plain", "--backend=numpy", "--iters=2", *SIZES, "--data", str(text)]
-    return CliRunner().invoke(main, [*fixed, "--out", str(out), *words])
+    return CliRunner().invoke(group, [*fixed, "--out", str(out), *words])
 
 
 @pytest.mark.parametrize("code", DENIED)
@@ -221,7 +221,7 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path, trained: Path, name: str, res
 @pytest.mark.parametrize("command", [["sample", "--checkpoint"], ["info"], ["train", "--resume"]])
 def test_a_pipe_is_no_checkpoint(tmp_path: Path, command: list[str]) -> None:
     os.mkfifo(tmp_path / "pipe")
-    done = CliRunner().invoke(main, [*command, str(tmp_path / "pipe")])
+    done = CliRunner().invoke(group, [*command, str(tmp_path / "pipe")])
     assert (done.exit_code, done.output.count("\n")) == (1, 1)
     assert "regular file" in done.output
 
@@ -240,9 +240,10 @@ def test_a_flush_that_the_disk_refused_is_written_again(
     def refuse(_: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+    with monkeypatch.context() as patch:
         patch.setattr(files, "flush", refuse)
-        log.sync()
+        with pytest.raises(OSError, match="Input/output"):
+            log.sync()
     written = list[bytes]()
     with monkeypatch.context() as patch:
         patch.setattr(type(log), "flush", lambda self: written.append(b"".join(self._waiting)))
