@@ -280,6 +280,8 @@ def _last_row(block: bytes) -> dict[str, Any]:
 def _settings(file: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-        return {n: v if isinstance(v, str | int | float | list) else str(v) for n, v in values.items()}
+        return {
+            n: v if isinstance(v, str | int | float | list) else str(v) for n, v in values.items()
+        }
     except (OSError, ValueError, RecursionError):
         return {}  # no readable settings beside the metrics file
