@@ -261,7 +261,9 @@ def _numbers(line: bytes) -> dict[str, Any]:
 
 def _value(row: dict[str, Any], name: str) -> float:
     value = row.get(name)
-    if type(value) in (int, float) and abs(value) < 1e300:
+    if isinstance(value, bool):
+        return math.nan
+    if isinstance(value, int | float) and abs(value) < 1e300:
         return float(value)
     return math.nan
 

@@ -126,7 +126,8 @@ def read(path: Path) -> CachedTokens | None:
         return None
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; set {FOLDER_VARIABLE} to another folder"
+            f"{path} cannot be read: {error.strerror or error}; "
+            f"set {FOLDER_VARIABLE} to another folder"
         ) from error
     if sha256(content).digest() != tail[:32]:
         return None

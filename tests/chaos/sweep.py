@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import itertools
 import json
 import os
@@ -136,7 +137,13 @@ class Sweep:
         return (*ends, self.rows())
 
     def prepare(self) -> list[Case]:
-        """Run once undisturbed, and return every case."""
+        """Run once in this process for what it imports, once undisturbed; return every case."""
+        from mlx_randygpt.cli import main
+
+        sys.argv = ["mlxgpt", *ARGUMENTS, "--out", str(self.out), "--data", str(self.text)]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main()
+        shutil.rmtree(self.out)
         assert self.start("--data", str(self.text), counting=True) == 0, self.said()
         self.expected = self.state()
         counts = json.loads((self.folder / "counts").read_text())
@@ -226,11 +233,6 @@ def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     preload_shim(folder)
     sweep = Sweep(folder)
-    import mlx_randygpt.backends.numpy.backend
-    import mlx_randygpt.backends.numpy.trained
-    import mlx_randygpt.cli.commands.train
-    import mlx_randygpt.cli.training.run  # noqa: F401
-
     began = time.monotonic()
     cases = sweep.prepare()
     every = int(os.environ.get("MLXGPT_SWEEP", "1"))

@@ -26,7 +26,7 @@ from mlx_randygpt.checkpoint import (
     UnreadableError,
     load_checkpoint,
     peek_step,
-    serialized,
+    serialize,
     write_atomically,
 )
 from mlx_randygpt.config import UserError
@@ -393,7 +393,7 @@ def make_newest(folder: Path, saved: Checkpoint) -> None:
     except CheckpointError:  # missing or damaged
         is_as_far = False
     if not is_as_far:
-        write_atomically(folder / NEWEST, serialized(saved))
+        write_atomically(folder / NEWEST, serialize(saved))
 
 
 def set_best_aside(folder: Path, step: int) -> str:
