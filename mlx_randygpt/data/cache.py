@@ -11,11 +11,12 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ DIGEST_BLOCK = 1 << 24  # bytes of tokens that one digest covers
 TAIL_BYTES = 32 + 8 + len(MAGIC)  # after the header
 FOLDER_VARIABLE = "MLXGPT_CACHE"  # environment variable for another folder
 MAX_UNUSED_DAYS = 90  # after which a file is removed
-CACHE_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json)")
+CACHE_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json|txt)")
 MAX_UINT16_VOCAB = 1 << 16  # larger vocabularies take four bytes per token
 Array = NDArray[Any]
 Buffer = bytes | memoryview
@@ -99,6 +100,23 @@ def write_small(path: Path, content: bytes) -> None:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         with files.replace(path, private=True) as file:
             file.write(content)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+def keep_text(stream: IO[bytes]) -> Path:
+    """Copy a text that can be read only once into the cache folder; return its file.
+
+    The name depends on the content, and a run that is resumed reads it again.
+    """
+    path, digest = default_folder() / f"{secrets.token_hex(16)}.txt", sha256()
+    try:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        with files.replace(path, private=True) as file:
+            while content := stream.read(1 << 20):
+                digest.update(content)
+                file.write(content)
+        return path.replace(path.with_name(f"{digest.hexdigest()[:32]}.txt"))
     except OSError as error:
         raise _write_error(path, error) from error
 
