@@ -259,3 +259,7 @@ def test_a_torn_line_of_any_length_is_removed(tmp_path: Path, whole: str, torn: 
     (tmp_path / "log").write_text(whole + torn)
     LogFile(tmp_path / "log", fresh=False).close()
     assert (tmp_path / "log").read_text() == whole
+
+
+def test_only_this_user_reads_the_samples(trained: Path) -> None:
+    assert (trained / "samples.jsonl").stat().st_mode & 0o777 == 0o600
