@@ -9,10 +9,15 @@ Tensors: every weight under its published name, moments as `optimizer.m.<name>` 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
+import os
 import reprlib
+import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -43,6 +48,10 @@ _T = TypeVar("_T")
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read or written. The message names the file and the reason."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that the system did not let us read: it can be intact."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +112,13 @@ def find_checkpoint(folder: Path) -> Path:
     The best of a run that was only evaluated before its first step does not count.
     """
     best, newest = folder / BEST, folder / NEWEST
-    if best.exists() and not (newest.exists() and peek_step(best) == 0):
-        return best
-    if newest.exists():
+    try:
+        has_newest = files.exists(newest)
+        if files.exists(best) and not (has_newest and peek_step(best) == 0):
+            return best
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if has_newest:
         return newest
     raise CheckpointError(
         f"there is neither {BEST} nor {NEWEST} in {folder}/; "
@@ -120,7 +133,7 @@ def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoi
     are checked but not returned, because generation and evaluation do not need them.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = find_checkpoint(path)
     header, tensors = _read(path)
     try:
@@ -187,41 +200,27 @@ def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def peek_step(path: Path) -> int:
     """Return the step in a checkpoint's header; CheckpointError if it cannot be read."""
+    with _opened(path) as (_, metadata):
+        return int(json.loads(metadata["header"])["step"])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yield a file and its metadata; errors in the block too become a CheckpointError."""
     try:
-        _check_tensor_count(path)
+        _check_file(path)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _verify_format(path, metadata)
-            return int(json.loads(metadata["header"])["step"])
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, *_UNREADABLE) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)})") from error
-
-
-def _check_tensor_count(path: Path) -> None:
-    """Raise ValueError if a file has more tensors than any model: reading takes 1 kB for each."""
-    with open(path, "rb") as file:
-        n_bytes = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
-        n_objects = file.read(n_bytes).count(b"{")  # the index has one per tensor
-    if n_objects > MAX_TENSORS:
-        raise ValueError(f"it has {n_objects} tensors; no model has more than {MAX_TENSORS}")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Params]:
-    """Return the header and tensors of a file after verifying its checksum."""
-    try:
-        _check_tensor_count(path)
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            _verify_format(path, metadata)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file, metadata
     except IsADirectoryError as error:
         raise CheckpointError(
             f"{path} is a folder; name the file, such as {path / NEWEST}"
         ) from error
-    except OSError as error:
+    except FileNotFoundError as error:
         raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except CheckpointError:
         raise
     except (SafetensorError, *_UNREADABLE) as error:
@@ -229,6 +228,35 @@ def _read(path: Path) -> tuple[dict[str, Any], Params]:
         raise CheckpointError(
             f"{path} is not a checkpoint of mlxgpt, or is truncated or damaged ({reason})"
         ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableError:
+    return UnreadableError(f"could not read {path}: {error.strerror or error}")
+
+
+def _check_file(path: Path) -> None:
+    """Raise OSError if a file cannot be opened, and ValueError if it is no file that we read.
+
+    More tensors than any model has are refused because reading takes 1 kB for each.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe never blocks
+    with open(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if stat.S_ISDIR(facts.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(facts.st_mode):
+            raise CheckpointError(f"{path} is a pipe or a device; a checkpoint is a regular file")
+        n_bytes = min(int.from_bytes(file.read(8), "little"), facts.st_size)
+        n_objects = file.read(n_bytes).count(b"{")  # the index has one per tensor
+        os.close(os.dup(descriptor))  # safe_open hides why it cannot open one more file
+    if n_objects > MAX_TENSORS:
+        raise ValueError(f"it has {n_objects} tensors; no model has more than {MAX_TENSORS}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Params]:
+    """Return header and tensors of a file, after checking its checksum."""
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(metadata["header"], tensors) != metadata["sha256"]:
         raise CheckpointError(f"{path} is damaged: its contents do not match its SHA-256")
     try:

@@ -7,6 +7,7 @@ keeps locked. Such a file without a lock was left by a process that died; `sweep
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -19,6 +20,7 @@ from typing import BinaryIO
 
 BUFFER_BYTES = 1 << 20
 MAX_NAME = 50  # characters of a file's name that its temporary name repeats; names are limited
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 TEMPORARY = re.compile(r"\.(.+)\.\d+(\.[0-9a-f]{8})?\.tmp")
 
 
@@ -30,6 +32,15 @@ def flush(descriptor: int) -> None:
             fcntl.fcntl(descriptor, full_flush)
             return
     os.fsync(descriptor)
+
+
+def exists(path: Path) -> bool:
+    """Return whether `path` exists; unlike Path.exists, raise OSError if that is unknown."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,9 +64,14 @@ def replace(
             yield file
             file.flush()
             flush(file.fileno())
-            if previous is not None and path.exists():
+            if previous is not None and exists(path):
                 _link(path, previous)
-            publish(temporary, path)
+            try:
+                publish(temporary, path)
+            except OSError:
+                if previous is not None and not exists(path):  # moved, without hard links
+                    os.replace(previous, path)
+                raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -145,9 +161,14 @@ def _create(path: Path, mode: int) -> tuple[Path, int]:
     while True:
         temporary = _temporary_path(path, "tmp")
         descriptor = os.open(temporary, flags, mode)
-        _lock(descriptor)
-        if temporary.exists():  # otherwise another process removed it before the lock
-            return temporary, descriptor
+        try:
+            _lock(descriptor)
+            if exists(temporary):  # otherwise another process removed it before the lock
+                return temporary, descriptor
+        except OSError:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise
         os.close(descriptor)
 
 
@@ -175,6 +196,10 @@ def _link(path: Path, other: Path) -> None:
     try:
         os.link(path, link)
         os.replace(link, other)
-        link.unlink(missing_ok=True)  # it still exists if `other` was the same file
-    except OSError:  # a file system without hard links
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
         os.replace(path, other)
+    finally:
+        with contextlib.suppress(OSError):
+            link.unlink()  # it still exists if `other` was the same file

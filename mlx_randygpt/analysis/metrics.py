@@ -28,6 +28,7 @@ NAMES = ("loss", "lr", "grad_norm", "tokens_per_second")  # of a step; an evalua
 MACHINE_SETTINGS = ("out", "data", "prompt", "threads", "backend")  # not compared between runs
 REPORT_SETTINGS = ("eval_every", "sample_every", "save_every", "log_every", "keep_every", "on_nan")
 N_BUCKETS = 2048  # per series; more than a picture has columns
+MAX_LINE = 1 << 22  # bytes; a longer line is skipped
 BLOCK = 1 << 18  # bytes parsed at a time; they fit into a core's cache
 _ROW = re.compile(  # a row of `metrics_row`, with floats to nine places
     rb'\{"step": (\d{1,15}), "loss": (\d+\.\d{1,9})\d*, '
@@ -195,15 +196,25 @@ def _decayed_sums(values: Array, keep: Array) -> Array:
 def _blocks_from_the_end(file: Path) -> Iterator[bytes]:
     """Yield whole lines, about `BLOCK` bytes at a time, from the end of the file."""
     with open(file, "rb") as handle:
-        at, rest = handle.seek(0, os.SEEK_END), b""
+        at = handle.seek(0, os.SEEK_END)
+        rest: list[bytes] = []  # the end of a line that begins earlier, its last part first
+        n_rest = 0
         while at:
             size = min(BLOCK, at)
             at -= size
             handle.seek(at)
-            block = handle.read(size) + rest
-            cut = block.find(b"\n") + 1 if at else 0
-            rest, block = block[:cut], block[cut:]
-            yield block
+            block = handle.read(size)
+            cut = block.find(b"\n") + 1
+            if at and not cut:  # inside a line that is longer than a block
+                n_rest += len(block)
+                rest = [*rest, block] if n_rest <= MAX_LINE else []
+                continue
+            tail = b"".join(reversed(rest)) if n_rest <= MAX_LINE else b"\n"
+            if at:
+                rest, n_rest = [block[:cut]], cut
+                yield block[cut:] + tail
+            else:
+                yield block + tail
 
 
 def _parse(block: bytes) -> tuple[Array, list[dict[str, Any]]]:
@@ -217,8 +228,8 @@ def _parse(block: bytes) -> tuple[Array, list[dict[str, Any]]]:
     if len(table) + len(evaluations) == block.count(b"\n") and block.endswith(b"\n"):
         for i, kind in enumerate(_KINDS):
             table[:, i] = np.fromiter(map(kind, texts[i + 1 :: 6]), np.float64, len(table))
-        return table, [row for line in evaluations if (row := _row(line))]
-    rows = [row for line in block.split(b"\n") if line and (row := _row(line))]
+        return table, [row for line in evaluations if (row := _numbers(line))]
+    rows = [row for line in block.split(b"\n") if line and (row := _numbers(line))]
     steps = [[_value(row, n) for n in ("step", *NAMES)] for row in rows if "val_loss" not in row]
     return np.array(steps).reshape(-1, 5), [row for row in rows if "val_loss" in row]
 
@@ -242,8 +253,16 @@ def _row(line: bytes) -> dict[str, Any]:
     return row if valid else {}
 
 
+def _numbers(line: bytes) -> dict[str, Any]:
+    """Return a row of metrics, with None for each value that is no finite number."""
+    row = _row(line)
+    return {name: row[name] if math.isfinite(_value(row, name)) else None for name in row}
+
+
 def _value(row: dict[str, Any], name: str) -> float:
     value = row.get(name)
+    if isinstance(value, bool):
+        return math.nan
     if isinstance(value, int | float) and abs(value) < 1e300:
         return float(value)
     return math.nan
@@ -256,12 +275,15 @@ def _drop_repeated(table: Array, earliest: float) -> Array:
 
 
 def _last_row(block: bytes) -> dict[str, Any]:
-    rows = (_row(line) for line in reversed(block.split(b"\n")) if line)
+    rows = (_numbers(line) for line in reversed(block.split(b"\n")) if line)
     return next(row for row in rows if row and "val_loss" not in row)
 
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        return {
+            n: v if isinstance(v, str | int | float | list) else str(v) for n, v in values.items()
+        }
     except (OSError, ValueError, RecursionError):
         return {}  # no readable settings beside the metrics file

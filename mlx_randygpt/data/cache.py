@@ -11,11 +11,12 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,15 @@ from numpy.typing import NDArray
 from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 
-MAGIC = b"mlxgptk1"
+MAGIC = b"mlxgptk2"
+DIGEST_BLOCK = 1 << 24  # bytes of tokens that one digest covers
 TAIL_BYTES = 32 + 8 + len(MAGIC)  # after the header
 FOLDER_VARIABLE = "MLXGPT_CACHE"  # environment variable for another folder
 MAX_UNUSED_DAYS = 90  # after which a file is removed
-CACHE_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json)")
+CACHE_FILE = re.compile(r"[0-9a-f]{32}\.(tokens|tokenizer\.json|txt)")
 MAX_UINT16_VOCAB = 1 << 16  # larger vocabularies take four bytes per token
 Array = NDArray[Any]
+Buffer = bytes | memoryview
 
 
 class CachedTokens(NamedTuple):
@@ -71,18 +74,19 @@ def write(
     """
     dtype = np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.uint32)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
         files.sweep(path.parent)
         _forget(path.parent, time.time() - MAX_UNUSED_DAYS * 86_400)
-        with files.replace(path) as file:
-            n_tokens = 0
+        with files.replace(path, private=True) as file:
+            n_tokens, digests = 0, BlockDigests()
             for block in blocks:
                 n_tokens += len(block)
-                file.write(block.astype(dtype).tobytes())
+                file.write(digests.add(block.astype(dtype).tobytes()))
             file.write(bytes(-n_tokens * dtype.itemsize % 8))  # align the starts to 8 bytes
             starts, facts = finish()
-            file.write(np.asarray(starts, np.int64).tobytes())
+            file.write(begins := np.asarray(starts, np.int64).tobytes())
             head = {"tokens": n_tokens, "dtype": dtype.name, "documents": len(starts), **facts}
+            head |= {"digests": digests.finish(), "starts_digest": _digest(begins)}
             content = json.dumps(head, sort_keys=True).encode()
             length = len(content).to_bytes(8, "little")
             file.write(content + sha256(content).digest() + length + MAGIC)
@@ -93,9 +97,26 @@ def write(
 def write_small(path: Path, content: bytes) -> None:
     """Write a small file beside the tokens, with the same guarantees."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replace(path) as file:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        with files.replace(path, private=True) as file:
             file.write(content)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+def keep_text(stream: IO[bytes]) -> Path:
+    """Copy a text that can be read only once into the cache folder; return its file.
+
+    The name depends on the content, and a run that is resumed reads it again.
+    """
+    path, digest = default_folder() / f"{secrets.token_hex(16)}.txt", sha256()
+    try:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        with files.replace(path, private=True) as file:
+            while content := stream.read(1 << 20):
+                digest.update(content)
+                file.write(content)
+        return path.replace(path.with_name(f"{digest.hexdigest()[:32]}.txt"))
     except OSError as error:
         raise _write_error(path, error) from error
 
@@ -119,8 +140,13 @@ def read(path: Path) -> CachedTokens | None:
                 return None
             file.seek(size - TAIL_BYTES - n_bytes)
             content = file.read(n_bytes)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}; "
+            f"set {FOLDER_VARIABLE} to another folder"
+        ) from error
     if sha256(content).digest() != tail[:32]:
         return None
     facts = json.loads(content)
@@ -129,12 +155,49 @@ def read(path: Path) -> CachedTokens | None:
     end += -end % 8
     if end + 8 * n_starts + n_bytes + TAIL_BYTES != size or not facts["tokens"]:
         return None
-    mark_used(path)
     tokens = np.memmap(path, dtype, "r", shape=(facts["tokens"],))
     starts = np.empty(0, np.int64)
     if n_starts:
         starts = np.asarray(np.memmap(path, np.int64, "r", offset=end, shape=(n_starts,)))
+    digests = BlockDigests()
+    digests.add(tokens.view(np.uint8).data)
+    if digests.finish() != facts["digests"] or _digest(starts.data) != facts["starts_digest"]:
+        return None
+    mark_used(path)
     return CachedTokens(tokens, starts, facts)
+
+
+class BlockDigests:
+    """The digests of consecutive blocks of DIGEST_BLOCK bytes, whatever parts they come in."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._hash, self._n = sha256(), 0
+
+    def add(self, content: Buffer) -> Buffer:
+        """Take the next bytes, and return them."""
+        rest = memoryview(content)
+        while rest:
+            part = rest[: DIGEST_BLOCK - self._n]
+            self._hash.update(part)
+            self._n, rest = self._n + len(part), rest[len(part) :]
+            if self._n == DIGEST_BLOCK:
+                self._end()
+        return content
+
+    def finish(self) -> list[str]:
+        """Return the digests of all blocks in hexadecimal."""
+        if self._n:
+            self._end()
+        return self._done
+
+    def _end(self) -> None:
+        self._done.append(self._hash.hexdigest())
+        self._hash, self._n = sha256(), 0
+
+
+def _digest(content: Buffer) -> str:
+    return sha256(content).hexdigest()
 
 
 def mark_used(path: Path) -> None:

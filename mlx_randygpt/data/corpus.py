@@ -110,7 +110,8 @@ class Loader:
             encoded = self._blocks(files, tokenizer, stats)
             cache.write(path, encoded, tokenizer.vocab_size, lambda: (stats.starts, _facts(stats)))
             cached = cache.read(path)
-            assert cached is not None
+        if cached is None:
+            raise DataError(f"{path} was damaged or removed as soon as it was written; start again")
         return tokenizer, self._corpus(files, cached.tokens, cached.starts, cached.facts)
 
     def learn(self, files: Sequence[Path], requested: Vocabulary) -> Tokenizer:

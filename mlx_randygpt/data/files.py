@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mlx_randygpt.data import DataError
+from mlx_randygpt.data import DataError, cache
 
 PROSE = (".txt", ".md", ".markdown", ".rst", ".org", ".tex", ".html")
 SOURCE = (
@@ -119,10 +119,12 @@ def _sample(reason: str) -> tuple[list[Path], str]:
 
 def _expand(name: str) -> Iterator[Path]:
     path = Path(os.path.expanduser(name))  # pathlib raises for an unknown ~user
-    if path.is_dir() and name:
+    if name == "-":
+        yield _kept_text(Path("/dev/stdin"))
+    elif path.is_dir() and name:
         yield from _texts_under(path)
     elif path.exists() and name:
-        yield path
+        yield path if path.is_file() else _kept_text(path)
     elif set(name) & set("*?["):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if not any(file.is_file() for file in files):
@@ -130,6 +132,11 @@ def _expand(name: str) -> Iterator[Path]:
         yield from (file for file in files if file.is_file())
     else:
         raise DataError(_no_such_file(name, path))
+
+
+def _kept_text(pipe: Path) -> Path:
+    with open(pipe, "rb") as stream:
+        return cache.keep_text(stream)
 
 
 def _texts_under(folder: Path) -> list[Path]:

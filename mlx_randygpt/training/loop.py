@@ -58,14 +58,17 @@ def train(
     out: Folder | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
+    sync_logs: Callable[[], object] = lambda: None,
 ) -> Iterator[Report]:
     """Train from the backend's step to `run.train.iters`; yield a report for every event.
 
     Every `save_every`, a snapshot is written to `out` by another thread (None: nothing is saved).
     When `should_stop` returns true, the current step is finished, both files are saved, and the
-    generator ends. Raises TrainingDiverged if the loss or the gradient stops being finite.
+    generator ends. The other thread calls `sync_logs` before it writes, so that the log lines of
+    all earlier reports are on the disk. Raises TrainingDiverged if the loss or the gradient stops
+    being finite.
     """
-    saver = Saver(run.train, out, clock)
+    saver = Saver(run.train, out, clock, sync_logs)
     try:
         yield from Trainer(run, backend, saver, should_stop, clock).run_to_target()
     finally:
@@ -245,8 +248,6 @@ class Trainer:
             best_step=self.step if is_best else old.best_step,
             plateau=old.plateau.observe(score.loss, run.train.patience, run.train.schedule),
         )
-        if is_best:
-            self.saver.save(BEST, self._checkpoint)
         yield EvalLog(
             step=self.step,
             val_loss=score.loss,
@@ -255,6 +256,8 @@ class Trainer:
             best_step=self.progress.best_step,
             seconds=self._seconds(),
         )
+        if is_best:
+            self.saver.save(BEST, self._checkpoint)  # after its report, which it implies
         waited = self.progress.plateau.evaluations_without_best
         note = overfitting(self.recent_loss, score.loss, waited, self.progress.best_step)
         if note and not self.warned:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_randygpt import files
 from mlx_randygpt.checkpoint import (
     BEST,
     NEWEST,
@@ -44,15 +45,17 @@ class CheckpointWriter:
     """A thread that writes snapshots; of several for one path it writes only the newest.
 
     A snapshot that could not be written stays in memory and is tried again every `retry_seconds`
-    and in `close`. The first failure of a path is reported, and the last.
+    and in `close`. The first failure of a path is reported, and the last. Before each write, `sync`
+    puts the logs on the disk; if it raises OSError, only the last try writes without them.
     """
 
     def __init__(
         self,
         save: Callable[[Path, Checkpoint], None] = save_checkpoint,
         retry_seconds: float = RETRY_SECONDS,
+        sync: Callable[[], object] = lambda: None,
     ) -> None:
-        self._save, self._retry_seconds = save, retry_seconds
+        self._save, self._retry_seconds, self._sync = save, retry_seconds, sync
         self._waiting: dict[Path, Checkpoint] = {}
         self._failed: dict[Path, Checkpoint] = {}
         self._reported: set[Path] = set()  # whose failure was reported
@@ -91,11 +94,20 @@ class CheckpointWriter:
     def _write(self, path: Path, checkpoint: Checkpoint) -> None:
         error = ""
         try:
+            self._sync_logs(path)
             self._save(path, checkpoint)
         except Exception as failure:  # the run continues; screen and exit code report it
             error = str(failure)
         with self._changed:
             self._report(path, checkpoint, error)
+
+    def _sync_logs(self, path: Path) -> None:
+        try:
+            self._sync()
+        except OSError as error:
+            if not self._last_try:
+                reason = f"its log lines cannot be written: {error.strerror or error}"
+                raise CheckpointError(f"could not write {path}: {reason}") from error
 
     def _report(self, path: Path, checkpoint: Checkpoint, error: str) -> None:
         is_repeated = path in self._reported and not self._last_try
@@ -125,9 +137,15 @@ class CheckpointWriter:
 class Saver:
     """Decides when the state of a run is saved, and under which name."""
 
-    def __init__(self, config: TrainConfig, out: Folder | None, clock: Callable[[], float]) -> None:
-        self._config, self._out, self._clock = config, out, clock  # out None: save nothing
-        self._writer = CheckpointWriter() if out is not None else None
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Folder | None,  # None: save nothing
+        clock: Callable[[], float],
+        sync_logs: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._config, self._out, self._clock = config, out, clock
+        self._writer = CheckpointWriter(sync=sync_logs) if out is not None else None
         self._saved_at = clock()
 
     def due(self, step: int) -> bool:
@@ -160,13 +178,12 @@ class Saver:
         logs = sorted(self.close(), key=lambda log: log.best)
         if self._out is None or any(log.best for log in logs):
             return logs
-        if (best := self._locate() / BEST).exists():
-            try:
+        best = self._locate() / BEST
+        try:
+            if files.exists(best):
                 logs.append(save_log(best, load_checkpoint(best, weights_only=True)))
-            except CheckpointError as error:
-                logs.append(
-                    SaveLog(step=0, path=str(best), best=True, loss=math.nan, error=str(error))
-                )
+        except (CheckpointError, OSError) as error:
+            logs.append(SaveLog(step=0, path=str(best), best=True, loss=math.nan, error=str(error)))
         return logs
 
     def close(self) -> list[SaveLog]:

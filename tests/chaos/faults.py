@@ -37,7 +37,8 @@ def bound_by_permissions() -> list[str] | None:
     where that cannot be."""
     if os.geteuid() != 0:
         return []
-    return ["setpriv", "--bounding-set=-dac_override"] if shutil.which("setpriv") else None
+    without = "--bounding-set=-dac_override,-dac_read_search"
+    return ["setpriv", without] if shutil.which("setpriv") else None
 
 
 def remove(folder: Path) -> None:

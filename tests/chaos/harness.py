@@ -183,13 +183,16 @@ def assert_nothing_lost(run: Run, before: int) -> float:
 
 
 def assert_same_end(run: Run, undisturbed: Run, *, best: bool = True) -> None:
-    """The furthest checkpoint, the best one and every logged figure are those of the other run,
-    bit for bit."""
+    """Return if every logged figure, the newest checkpoint by its name and the best one are those
+    of the other run, bit for bit, and no row is missing."""
     got, expected = run.metrics(), undisturbed.metrics()
     for key, values in got.items():
         same = all(values.get(name) == expected[key].get(name) for name in FIGURES)
         assert same, f"another way: {key} {values} instead of {expected[key]}"
-    ends = [fingerprint(load_checkpoint(r.newest())) for r in (run, undisturbed)]
+    lost = sorted(expected.keys() - got.keys())
+    assert not lost, f"{len(lost)} rows are lost: {lost[:5]} in {run.out}"
+    assert run.newest() == run.out / NEWEST, f"stale: {run.newest()} is further than {NEWEST}"
+    ends = [fingerprint(load_checkpoint(r.out / NEWEST)) for r in (run, undisturbed)]
     assert ends[0] == ends[1], f"another end: {run.newest()}"
     if best:
         ends = [fingerprint(load_checkpoint(r.out / BEST)) for r in (run, undisturbed)]

@@ -125,7 +125,6 @@ def test_a_disk_that_was_full_for_a_while_costs_nothing(run: Run, undisturbed: R
     life.until(saved(run))
     assert life.finish().code == 0
     assert_same_end(run, undisturbed)
-    assert run.metrics().keys() == undisturbed.metrics().keys()
 
 
 @can_lock
@@ -202,3 +201,55 @@ def test_where_nothing_is_whole_nothing_is_written(run: Run) -> None:
     assert (life.code, life.errors.count("\n")) == (1, 1)
     assert all(str(path) in life.errors for path in before)
     assert {path: path.read_bytes() for path in run.files()} == before
+
+
+@can_lock
+def test_a_parent_that_cannot_be_searched_for_a_while_costs_nothing(
+    run: Run, undisturbed: Run
+) -> None:
+    life = run.launch(under=bound_by_permissions() or ())
+    life.until("eval 100 |")
+    run.out.parent.chmod(0o000)
+    life.until("✗ Could not save")
+    run.out.parent.chmod(0o755)
+    life.until(saved(run))
+    assert (life.finish().code, life.errors) == (0, "")
+    assert not any("moved" in line or "removed" in line for line in life.lines)
+    assert_same_end(run, undisturbed)
+
+
+@pytest.mark.parametrize("name", [NEWEST, BEST])
+def test_no_line_from_before_a_save_is_lost(run: Run, name: str) -> None:
+    words = ["--save-every=50", "--eval-every=70"]  # which no second, and no evaluation, flushes
+    life = run.launch(*words)
+    life.until(f"✓ Saved {run.out / name} (iter 50)" if name == NEWEST else "eval 70 |")
+    kill(life)
+    step = peek_step(run.out / name)
+    steps = {at for kind, at in run.metrics() if kind == "loss"}
+    assert steps >= set(range(1, step + 1))
+    assert name == NEWEST or ("val_loss", step) in run.metrics()
+
+
+@pytest.mark.parametrize("state", ["older", "damaged", "missing"])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_furthest_state_is_the_newest_before_nothing_is_left_to_train(
+    run: Run, state: str, named: bool
+) -> None:
+    """As after a kill between the two files of the last step."""
+    words = ["--iters=20", "--save-every=10"]
+    run.launch(*words).finish()
+    newest, best, previous = (run.out / name for name in (NEWEST, BEST, PREVIOUS))
+    shutil.copyfile(newest, best)
+    if state == "older":
+        shutil.copyfile(previous, newest)
+        os.utime(newest, (1, 1))
+        assert peek_step(newest) < 20
+    elif state == "damaged":
+        DAMAGES["zeros"](newest)
+    else:
+        newest.unlink()
+    life = run.launch(*([str(best)] if named else [])).finish()
+    assert (life.code, life.errors) == (0, "")
+    assert life.said("Already at iteration 20")
+    assert peek_step(newest) == 20
+    assert not list(run.out.glob(".*.tmp"))

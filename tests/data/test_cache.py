@@ -1,5 +1,6 @@
 """A cache is whole or not there, and its name says what it was made of."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError, cache
+from mlx_randygpt.data.corpus import Loader
+from mlx_randygpt.data.vocabulary import Vocabulary
 
 BLOCKS = [np.arange(5, dtype=np.int32), np.arange(5, 12, dtype=np.int32)]
 
@@ -50,6 +53,82 @@ def test_a_changed_byte_of_the_end_is_seen(tmp_path: Path) -> None:
     for at in range(whole.index(b"{"), len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         assert cache.read(path) is None
+
+
+@pytest.mark.parametrize("block", [5, 16, 1 << 24])
+def test_a_changed_bit_anywhere_is_seen(
+    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "DIGEST_BLOCK", block)
+    write(path := tmp_path / "a.tokens")
+    whole = path.read_bytes()
+    assert cache.read(path) is not None
+    for at in range(whole.index(b"{")):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert cache.read(path) is None
+
+
+def test_a_cache_that_is_damaged_is_made_again(tmp_path: Path, text: str) -> None:
+    (file := tmp_path / "a.txt").write_text(text)
+    loader = Loader(folder=tmp_path / "cache", small=0)
+    _, first = loader.load([file], Vocabulary())
+    expected = first.tokens.tolist()
+    path = next((tmp_path / "cache").glob("*.tokens"))
+    content = bytearray(path.read_bytes())
+    content[len(expected)] ^= 1
+    path.write_bytes(content)
+    _, again = loader.load([file], Vocabulary())
+    assert again.tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path := tmp_path / "a.tokens")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(DataError, match=os.strerror(code)):
+        cache.read(path)
+
+
+def test_only_this_user_reads_the_cache(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        write(tmp_path / "new" / "a.tokens")
+        cache.write_small(tmp_path / "new" / "b.json", b"{}")
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"new": 0o700, "a.tokens": 0o600, "b.json": 0o600}
+
+
+TWIN = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from mlx_randygpt.data import cache
+os.getpid = lambda: 7  # as in two containers
+path = Path(sys.argv[1])
+expected = np.arange(40_000) % 251
+wrong = 0
+for _ in range(50):
+    blocks = (expected[i : i + 1000] for i in range(0, 40_000, 1000))
+    cache.write(path, blocks, 300, lambda: ((0,), {}))
+    mapped = cache.read(path)
+    wrong += mapped is None or not np.array_equal(mapped.tokens, expected)
+print(wrong, os.getpid())
+"""
+
+
+def test_two_processes_of_one_number_share_a_cache(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWIN, str(tmp_path / "cache" / "a.tokens")]
+    twins = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [twin.communicate(timeout=60)[0] for twin in twins] == ["0 7\n"] * 2
+    assert os.listdir(tmp_path / "cache") == ["a.tokens"]
 
 
 def test_where_the_blocks_fail_nothing_is_left(tmp_path: Path) -> None:

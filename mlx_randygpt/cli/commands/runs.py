@@ -30,6 +30,8 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
             runs.append((file.parent, read_run(file.parent)))
         except MetricsError as error:
             click.echo(f"Skipped: {error}", err=True)
+        except OSError as error:
+            click.echo(f"Skipped: {file} cannot be read: {error.strerror}", err=True)
     if not runs:
         searched = ", ".join(map(str, folders)) or "."
         raise MetricsError(f"no run below {searched}; a run is a folder of `mlxgpt train --out`")
@@ -55,8 +57,8 @@ def facts(path: Path, record: Any) -> dict[str, Any]:
         "last_loss": evaluations[-1]["val_loss"] if evaluations else None,
         "train_loss": record.last.get("loss"),
         "step": record.last.get("step", 0),
-        "seconds": record.last.get("seconds", 0.0),
-        "tokens": record.last.get("tokens", 0),
+        "seconds": record.last.get("seconds") or 0.0,
+        "tokens": record.last.get("tokens") or 0,
     }
 
 

@@ -38,8 +38,8 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
 @click.option(
     "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File with the prompt.",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    help="File with the prompt; - is stdin.",
 )
 @sampling_options
 @click.option("--beams", default=1, show_default=True, help="Beams of a beam search; 1 samples.")
@@ -78,6 +78,7 @@ def command(
 ) -> None:
     """Generate text with a trained model. The same seed and settings give the same text."""
     from mlx_randygpt.cli.training.text import unknown_line
+    from mlx_randygpt.data.files import find_files
     from mlx_randygpt.data.reading import read_text
     from mlx_randygpt.sampling.filters import SampleConfig
 
@@ -92,7 +93,7 @@ def command(
         converse(loaded, config)
         return
     if prompt_file is not None:
-        prompt = read_text(prompt_file)
+        prompt = read_text(find_files([str(prompt_file)])[0])
     prompt = loaded.saved.train.prompt if prompt is None else prompt
     if line := unknown_line(loaded.tokenizer.unknown(prompt)):
         click.echo(line, err=True)

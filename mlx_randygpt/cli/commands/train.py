@@ -30,8 +30,8 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
 @click.option(
     "--data",
     multiple=True,
-    help="Text, source code, .jsonl, .parquet, .gz, .zst, train.bin, a folder or a glob; "
-    "repeatable.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a bundled sample]",
+    help="Text, source code, .jsonl, .parquet, .gz, .zst, train.bin, a folder, a glob, or - for "
+    "stdin; repeatable.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a bundled sample]",
 )
 @click.option(
     "--out",

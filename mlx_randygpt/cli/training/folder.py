@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
+import stat
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from mlx_randygpt import files
 from mlx_randygpt.analysis.metrics import metrics_row
@@ -19,16 +23,23 @@ from mlx_randygpt.checkpoint import (
     NEWEST,
     Checkpoint,
     CheckpointError,
+    UnreadableError,
     load_checkpoint,
     peek_step,
+    serialize,
+    write_atomically,
 )
 from mlx_randygpt.config import UserError
 from mlx_randygpt.training.reports import EvalLog, Report, SampleLog
 
 FLUSH_SECONDS = 1.0
-MAX_LINE = 1 << 20  # bytes; a line of metrics has about 200, a sample rarely 4,000
+MAX_LINE = 1 << 20  # bytes read at a time; a line has about 200, a sample rarely 4,000
+CHECKPOINT = re.compile(r"checkpoint.*\.safetensors", re.DOTALL)
 LOCK = ".lock"
-LOGS = ("metrics.jsonl", "samples.jsonl")
+MAX_OWNER = 100  # bytes read of a lock
+OWNER = re.compile(rb"\s*(\d{0,20})\s*")  # what a lock holds: the number of its process, or nothing
+SAMPLES = "samples.jsonl"  # private: it can repeat the text
+LOGS = ("metrics.jsonl", SAMPLES)
 LOG_NAMES = " and ".join(LOGS)
 
 
@@ -51,7 +62,10 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         parts = (self.path / LOCK, self.path, *self.path.parents)
-        self._created = [part for part in parts if not part.exists()]
+        try:
+            self._created = [part for part in parts if not files.exists(part)]
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
         self._lock = lock_folder(self.path)
         files.sweep(self.path)
         return self
@@ -66,31 +80,39 @@ class RunFolder:
         self._lock.close()
 
     def locate(self) -> Path:
-        """Return where the folder is now: follow it if it was moved, restore it if removed."""
-        old = self.path
-        if not is_at(self._lock, old / LOCK):
-            if lock_path := current_path(self._lock):
-                self.path = lock_path.parent
-                self.news.append(f"{old} was moved; this run continues in {self.path}.")
-            else:
-                with contextlib.suppress(FolderError):  # saving reports the reason and tries again
+        """Return where the folder is now: follow it if it was moved, restore it if removed.
+
+        A folder that cannot be reached stays: saving reports the reason and tries again.
+        """
+        with contextlib.suppress(OSError):
+            old = self.path
+            if not is_at(self._lock, old / LOCK):
+                if lock_path := current_path(self._lock):
+                    self.path = lock_path.parent
+                    self.news.append(f"{old} was moved; this run continues in {self.path}.")
+                else:
                     self._recreate()
         return self.path
 
     def _recreate(self) -> None:
         """Create the folder again, or one beside it if another run has the name by now."""
-        old = self.path
+        old, path = self.path, self.path
         try:
-            lock = lock_folder(old)
+            lock = lock_folder(path)
         except FolderInUse:
-            self.path = old.with_name(f"{old.name}-{os.getpid()}")
-            lock = lock_folder(self.path)
+            path = old.with_name(f"{old.name}-{os.getpid()}")
+            lock = lock_folder(path)
+        self.path = path
+        try:
+            if self._config_toml is not None:
+                self.begin(self._config_toml, fresh=False)
+        except FolderError:
+            self.path = old
+            lock.close()
+            raise
         self._lock.close()
         self._lock = lock
-        self.news.append(f"{old} was removed; this run continues in {self.path}, created again.")
-        if self._config_toml is not None:
-            self.logs.close()
-            self.begin(self._config_toml, fresh=False)
+        self.news.append(f"{old} was removed; this run continues in {path}, created again.")
 
     def begin(self, config_toml: str, *, fresh: bool) -> None:
         """Write config.toml and open the logs.
@@ -103,24 +125,39 @@ class RunFolder:
             for old in list_checkpoints(self.path) if fresh else ():
                 if old.name != NEWEST:
                     old.unlink()
-            (self.path / "config.toml").write_text(config_toml, encoding="utf-8", errors="replace")
+            with files.replace(self.path / "config.toml") as file:
+                file.write(config_toml.encode(errors="replace"))
             self.logs.open(self.path, fresh=fresh)
+            files.sync_folder(self.path)
         except OSError as error:
-            raise FolderError(f"{error.filename} cannot be written: {error.strerror}") from error
+            name = error.filename or self.path
+            raise FolderError(f"{name} cannot be written: {error.strerror}") from error
 
 
 class RunLogs:
-    """metrics.jsonl and samples.jsonl of a run; lines wait in memory while the disk is full."""
+    """metrics.jsonl and samples.jsonl of a run; lines wait in memory while the disk is full.
+
+    One thread records and flushes; another can call `sync`, which no `record` waits for.
+    """
 
     def __init__(self, note: Callable[[str], object]) -> None:
         self._note = note
         self._problem = ""  # why lines wait
         self._flushed_at = time.monotonic()
         self._files: list[LogFile] = []  # one for each of LOGS
+        self._writing = threading.RLock()
 
     def open(self, folder: Path, *, fresh: bool) -> None:
-        """Open both files; a fresh run empties them."""
-        self._files = [LogFile(folder / name, fresh) for name in LOGS]
+        """Open both files; a fresh run begins new ones, and the lines of open ones are copied."""
+        with self._writing, contextlib.ExitStack() as on_error:
+            opened = list[LogFile]()
+            for name in LOGS:
+                opened.append(LogFile(folder / name, fresh))
+                on_error.callback(opened[-1].close)
+            for old, new in zip(self._files, opened, strict=False):
+                new.replace(old)
+            on_error.pop_all()
+            self._files = opened
 
     def record(self, report: Report, log_every: int) -> None:
         """Append the line of a report, if it has one; it is written within about a second."""
@@ -130,16 +167,31 @@ class RunLogs:
         if isinstance(report, SampleLog):
             samples.add(asdict(report))
         is_old = time.monotonic() - self._flushed_at > FLUSH_SECONDS
-        if is_old or isinstance(report, EvalLog | SampleLog):
-            self.flush()
+        is_due = is_old or isinstance(report, EvalLog | SampleLog)
+        if is_due and self._writing.acquire(blocking=False):
+            try:
+                self.flush()
+            finally:
+                self._writing.release()
 
     def flush(self) -> None:
         """Write the waiting lines; report once that a disk refuses them, and once when it stops."""
-        self._flushed_at = time.monotonic()
+        with self._writing:
+            self._flushed_at = time.monotonic()
+            self._try_each(LogFile.flush)
+
+    def sync(self) -> None:
+        """Put every recorded line on the disk; raise OSError if that fails."""
+        with self._writing:
+            self._try_each(LogFile.sync)
+            if self._problem:
+                raise OSError(self._problem)
+
+    def _try_each(self, write: Callable[[LogFile], None]) -> None:
         before, self._problem = self._problem, ""
         for file in self._files:
             try:
-                file.flush()
+                write(file)
             except OSError as error:
                 self._problem = error.strerror or str(error)
         if self._problem and not before:
@@ -154,35 +206,48 @@ class RunLogs:
 
     def close(self) -> None:
         """Write what waits, if possible, and close the files."""
-        for file in self._files:
-            file.close()
+        with self._writing:
+            for file in self._files:
+                file.close()
 
 
 class LogFile:
     """A file of JSON lines to append to; opening it raises OSError.
 
-    A fresh run empties it; a resumed one removes an incomplete last line.
+    A fresh run begins a new file; a resumed one removes an incomplete last line.
     """
 
     def __init__(self, path: Path, fresh: bool) -> None:
-        if not fresh and path.exists():
-            _drop_torn_line(path)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         if fresh:
-            self._file.truncate(0)
-        self._waiting: list[str] = []
+            path.unlink(missing_ok=True)
+        self._file = open_own(path, os.O_APPEND, 0o600 if path.name == SAMPLES else 0o666)
+        _drop_torn_line(self._file)
+        self._waiting: list[bytes] = []
+        self._synced = os.fstat(self._file.fileno()).st_size  # bytes that are on the disk
+        self._sync_failed = False
 
     def __len__(self) -> int:
         """Return the number of waiting lines."""
-        return len(self._waiting)
+        return sum(lines.count(b"\n") for lines in self._waiting)
+
+    def replace(self, old: LogFile) -> None:
+        """Take over the content and the waiting lines of a file that was removed."""
+        self._file.truncate(0)
+        old._file.seek(0)
+        while content := old._file.read(MAX_LINE):
+            self._waiting = [content]
+            self.flush()
+        self._waiting = old._waiting
+        old._file.close()
 
     def add(self, values: object) -> None:
         """Add a line for the next `flush`."""
-        self._waiting.append(json.dumps(values) + "\n")
+        self._waiting.append(json.dumps(values).encode() + b"\n")
 
     def flush(self) -> None:
         """Write the waiting lines; on OSError all of them stay waiting and none is in the file."""
-        content = memoryview("".join(self._waiting).encode())
+        n = len(self._waiting)  # another thread can add more meanwhile
+        content = memoryview(b"".join(self._waiting[:n]))
         size = os.fstat(self._file.fileno()).st_size
         try:
             while content:
@@ -191,7 +256,24 @@ class LogFile:
             with contextlib.suppress(OSError):
                 self._file.truncate(size)
             raise
-        self._waiting.clear()
+        del self._waiting[:n]
+
+    def sync(self) -> None:
+        """Write the waiting lines and flush the file to the disk; raise OSError if that fails."""
+        descriptor = self._file.fileno()
+        if self._sync_failed:  # the system may take for written what is not: write it again
+            size = os.fstat(descriptor).st_size
+            unsure = os.pread(descriptor, size - self._synced, self._synced)
+            self._file.truncate(self._synced)
+            self._waiting.insert(0, unsure)
+            self._sync_failed = False
+        self.flush()
+        try:
+            files.flush(descriptor)
+        except OSError:
+            self._sync_failed = True
+            raise
+        self._synced = os.fstat(descriptor).st_size
 
     def close(self) -> None:
         """Write what waits, if possible, and close the file."""
@@ -200,13 +282,33 @@ class LogFile:
         self._file.close()
 
 
-def _drop_torn_line(path: Path) -> None:
+def open_own(path: Path, flags: int = 0, mode: int = 0o666) -> FileIO:
+    """Open or create a file of the folder to read and write; OSError if it is a link or no file."""
+    flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(error.errno, "it is a link; remove it", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file; remove it", str(path))
+    return FileIO(descriptor, "ab+" if flags & os.O_APPEND else "rb+")
+
+
+def _drop_torn_line(file: FileIO) -> None:
     """Remove an incomplete last line left by a crash."""
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - MAX_LINE))
-        tail = file.read()
-        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+    at = file.seek(0, os.SEEK_END)
+    while at:
+        n = min(at, MAX_LINE)
+        at = file.seek(at - n)
+        end = file.read(n).rfind(b"\n") + 1
+        if end:
+            break
+    else:
+        end = 0
+    file.truncate(at + end)
 
 
 # Checkpoints in a folder
@@ -214,8 +316,16 @@ def _drop_torn_line(path: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder: checkpoint.safetensors first, then the latest."""
-    paths = folder.glob("checkpoint*.safetensors")
-    return sorted(paths, key=lambda path: (path.name != NEWEST, -path.stat().st_mtime))
+    try:
+        with os.scandir(folder) as entries:  # glob would pass over a folder that it cannot read
+            names = [entry.name for entry in entries if CHECKPOINT.fullmatch(entry.name)]
+        paths = [folder / name for name in names]
+        times = {path: path.stat().st_mtime for path in paths if files.exists(path)}
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise FolderError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    return sorted(paths, key=lambda path: (path.name != NEWEST, -times.get(path, 0.0)))
 
 
 def refuse_checkpoints(
@@ -231,7 +341,8 @@ def refuse_checkpoints(
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     """Return the valid checkpoint of the highest step, and a line for each damaged file.
 
-    This is the checkpoint of a bare --resume. Raises CheckpointError if there is none.
+    This is the checkpoint of a bare --resume. Raises CheckpointError if there is none, or if the
+    system does not let one be read: it can be the furthest.
     """
     paths = list_checkpoints(folder)
     if not paths:
@@ -240,15 +351,24 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     for path in paths:
         try:
             steps[path] = peek_step(path)
+        except UnreadableError as error:
+            raise _cannot_choose(error) from error
         except CheckpointError as error:
             skipped.append(f"Skipped: {error}")
     for path in sorted(steps, key=lambda path: _rank(path, steps), reverse=True):
         try:
             return load_checkpoint(path), skipped
+        except UnreadableError as error:
+            raise _cannot_choose(error) from error
         except CheckpointError as error:
             skipped.append(f"Skipped: {error}")
     reasons = "; ".join(line.removeprefix("Skipped: ") for line in skipped)
     raise CheckpointError(f"no checkpoint in {folder} can be read: {reasons}")
+
+
+def _cannot_choose(error: UnreadableError) -> CheckpointError:
+    advice = "it can be intact: resume again once it can be read, or name another with --resume"
+    return CheckpointError(f"{error}; {advice}")
 
 
 def _rank(path: Path, steps: dict[Path, int]) -> tuple[bool, bool, int]:
@@ -264,10 +384,22 @@ def _rank(path: Path, steps: dict[Path, int]) -> tuple[bool, bool, int]:
     return is_newer and steps[path] > steps[newest], path == newest, steps[path]
 
 
+def make_newest(folder: Path, saved: Checkpoint) -> None:
+    """Replace checkpoint.safetensors by this state, unless it is as far."""
+    try:
+        is_as_far = peek_step(folder / NEWEST) >= saved.state.step
+    except UnreadableError:
+        raise
+    except CheckpointError:  # missing or damaged
+        is_as_far = False
+    if not is_as_far:
+        write_atomically(folder / NEWEST, serialize(saved))
+
+
 def set_best_aside(folder: Path, step: int) -> str:
     """Rename the best checkpoint if it is from beyond `step`; return a line about it, or ""."""
     best = folder / BEST
-    if not best.exists() or (best_step := peek_step(best)) <= step:
+    if not files.exists(best) or (best_step := peek_step(best)) <= step:
         return ""
     aside = best.with_name(f"checkpoint_best-{best_step}.safetensors")
     best.rename(aside)
@@ -285,55 +417,81 @@ def no_checkpoint(folder: Path) -> str:
 # Locks
 
 
-def lock_folder(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> FileIO:
     """Create the folder if needed, lock it and return its open lock file."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+            lock = open_own(folder / LOCK)
         except OSError as error:
-            reason = "it is a file, not a folder" if folder.is_file() else error.strerror
-            raise FolderError(
-                f"--out {folder} cannot be written: {reason}; give a folder that can"
-            ) from error
+            raise _cannot_write(folder, error) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderInUse(
-                f"{folder} is in use by another run (process {_owner(lock)}); "
-                "wait for it or give another --out"
-            ) from error
+            _take(lock, folder)
+            if is_at(lock, folder / LOCK):
+                if os.fstat(lock.fileno()).st_nlink == 1:
+                    break
+                (folder / LOCK).unlink()  # it is another file's content too: begin a new one
+        except FolderError:
+            lock.close()
+            raise
         except OSError as error:
             lock.close()
-            raise FolderError(
-                f"--out {folder} cannot be locked: {error.strerror}; give one on another disk"
-            ) from error
-        if is_at(lock, folder / LOCK):
-            break
+            raise _cannot_write(folder, error) from error
         lock.close()  # its holder has just removed it
     with contextlib.suppress(OSError):  # on a full disk the lock still holds
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"{os.getpid()}\n".encode())
     return lock
 
 
-def _owner(lock: TextIO) -> str:
-    with lock:
-        lock.seek(0)
-        return lock.read().strip() or "unknown"
+def _take(lock: FileIO, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FolderInUse(
+            f"{folder} is in use by another run (process {_owner(lock)}); "
+            "wait for it or give another --out"
+        ) from error
+    except OSError as error:
+        raise FolderError(
+            f"--out {folder} cannot be locked: {error.strerror}; give one on another disk"
+        ) from error
+    if not OWNER.fullmatch(content := lock.read(MAX_OWNER)):
+        raise FolderError(
+            f"{folder / LOCK} holds {content[:20]!r}, not the number of a process; "
+            "move it away or give another --out"
+        )
 
 
-def is_at(file: TextIO, path: Path) -> bool:
-    """Return whether an open file is the one at `path`."""
+def _cannot_write(folder: Path, error: OSError) -> FolderError:
+    reason = error.strerror
+    if isinstance(error, FileExistsError):
+        reason = "it is a file, not a folder"
+    elif error.filename and Path(error.filename).name == LOCK:
+        reason = f"{error.filename}: {reason}"
+    return FolderError(f"--out {folder} cannot be written: {reason}; give a folder that can")
+
+
+def _owner(lock: FileIO) -> str:
+    lock.seek(0)
+    number = OWNER.fullmatch(lock.read(MAX_OWNER))
+    return number[1].decode() if number and number[1] else "unknown"
+
+
+def is_at(file: FileIO, path: Path) -> bool:
+    """Return whether an open file is the one at `path`; OSError if that is unknown."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def current_path(file: TextIO) -> Path | None:
-    """Return where an open file is now, or None if it was removed or the system does not know."""
+def current_path(file: FileIO) -> Path | None:
+    """Return where an open file is now, or None if it was removed or the system does not know.
+
+    Raises OSError if the path cannot be reached.
+    """
     try:
         if macos := getattr(fcntl, "F_GETPATH", None):
             raw = fcntl.fcntl(file, macos, bytes(1024)).rstrip(b"\0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt import settings
-from mlx_randygpt.checkpoint import BEST, NEWEST, peek_step
+from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, peek_step
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import parameter_count, trained_count
@@ -88,7 +89,9 @@ def resume_line(request: TrainRequest, run: Run) -> str:
 def recovery_line(request: TrainRequest, run: Run) -> str:
     """Return which state of a failed run is on the disk, and the command that resumes it."""
     newest = request.out / NEWEST
-    saved = f"Saved last: {newest} (iter {peek_step(newest)}). " if newest.exists() else ""
+    saved = ""
+    with contextlib.suppress(CheckpointError):  # missing or not readable now
+        saved = f"Saved last: {newest} (iter {peek_step(newest)}). "
     return f"{saved}Go on with: {resume_line(request, run)}"
 
 
@@ -97,7 +100,7 @@ def sample_line(request: TrainRequest) -> str:
     words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
     if request.out != DEFAULT_OUT:
         best = request.out / BEST
-        words += ["--checkpoint", str(best if best.exists() else request.out / NEWEST)]
+        words += ["--checkpoint", str(best if os.path.exists(best) else request.out / NEWEST)]
     return shlex.join(words)
 
 

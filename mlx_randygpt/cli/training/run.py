@@ -192,7 +192,8 @@ def _show_reports(session: Session, saves: dict[str, SaveLog]) -> EndLog | None:
     """Train and pass on every report; collect those of files in `saves`."""
     run, view, folder, team = session.run, session.view, session.folder, session.team
     end: EndLog | None = None
-    for report in train(run, session.backend, folder.locate, team.group.should_stop):
+    stop, sync = team.group.should_stop, folder.logs.sync
+    for report in train(run, session.backend, folder.locate, stop, sync_logs=sync):
         while folder.news:
             view.note(folder.news.pop(0))
         folder.logs.record(report, run.train.log_every)

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt import settings
+from mlx_randygpt import files, settings
 from mlx_randygpt.backends.base import BackendError
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, kept_name, load_checkpoint
 from mlx_randygpt.cli.loading import without_adapters
 from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
-from mlx_randygpt.cli.training.folder import RunFolder, newest_checkpoint, refuse_checkpoints
+from mlx_randygpt.cli.training.folder import (
+    RunFolder,
+    make_newest,
+    newest_checkpoint,
+    refuse_checkpoints,
+)
 from mlx_randygpt.cli.training.request import TrainRequest
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data import DataError
@@ -68,15 +73,20 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
         saved, skipped = newest_checkpoint(folder.path)
         _, train = settings.resolve_resume(request.options, saved.model, saved.train)
         if finished := finished_line(saved, train):
+            make_newest(folder.path, saved)
             return Source(saved, tuple(skipped), finished)
         return Source(checkpoint_before_decay(saved, train.iters, folder.path), tuple(skipped))
     if request.resume:
         saved = _load_file(request.resume)
-        if request.resume.resolve().parent != request.out.resolve():
+        is_own = request.resume.resolve().parent == request.out.resolve()
+        if not is_own:
             advice = f"to continue from {request.resume}, give --out another folder"
             refuse_checkpoints(folder.path, advice)
         _, train = settings.resolve_resume(request.options, saved.model, saved.train)
-        return Source(saved, finished=finished_line(saved, train))
+        finished = finished_line(saved, train)
+        if finished and is_own:
+            make_newest(folder.path, saved)
+        return Source(saved, finished=finished)
     if not request.overwrite:
         refuse_checkpoints(folder.path)
     if request.init_from:
@@ -272,7 +282,7 @@ def checkpoint_before_decay(saved: Checkpoint, iters: int, folder: Path) -> Chec
     if old.schedule != "trapezoid" or iters <= old.iters or saved.state.step <= start:
         return saved
     paths = (folder / kept_name(step) for step in range(start, 0, -1))
-    path = next((path for path in paths if path.exists()), None)
+    path = next((path for path in paths if files.exists(path)), None)
     return load_checkpoint(path) if path else saved
 
 

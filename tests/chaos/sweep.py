@@ -1,0 +1,257 @@
+"""Every system call of a saving run made to fail in turn: python tests/chaos/sweep.py FOLDER
+
+Each run is forked from one process that has imported everything, with shim.c preloaded: it strikes
+the n-th call of one kind below the run's folder. Prints one JSON object. MLXGPT_SWEEP=N takes every
+N-th case (1: all), MLXGPT_SWEEP_SHARD=I/K a part of them. Linux with a C compiler only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+SHIM = "MLXGPT_SWEEP_SHIM"
+KINDS = ("open", "write", "fsync", "rename", "link", "unlink", "stat")
+ERROR, SHORT, KILL_BEFORE, KILL_AFTER = range(4)
+ERRORS = ("EIO", "ENOSPC", "EACCES", "EMFILE", "EINTR", "ESTALE", "EROFS")
+FAULTS = {name: (ERROR, getattr(errno, name)) for name in ERRORS}
+FAULTS |= {"killed before": (KILL_BEFORE, 0), "killed after": (KILL_AFTER, 0)}
+LASTING = ("EIO", "ENOSPC")  # also: this call and all later ones of its kind
+ITERS, SECONDS = 6, 60
+ARGUMENTS = f"""train --plain --backend=numpy --threads=1 --iters={ITERS} --n-layer=1 --n-head=1
+--n-embd=8 --block-size=8 --batch-size=2 --save-every=2 --eval-every=3 --sample-every=4
+--dropout=0.1""".split()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault: which call is struck, and how."""
+
+    kind: int
+    n: int
+    fault: str
+    lasting: bool = False
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.kind]} {self.n}{'+' if self.lasting else ''}: {self.fault}"
+
+
+def preload_shim(folder: Path) -> None:
+    """Compile the shim and start this script again with it."""
+    if SHIM in os.environ:
+        return
+    shim = folder / "shim.so"
+    source = Path(__file__).with_name("shim.c")
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    compiler = compiler if shutil.which(compiler) else "cc"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(shim), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    os.environ |= {SHIM: str(shim), "LD_PRELOAD": str(shim)}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+class Sweep:
+    """The runs, and what they have shown."""
+
+    def __init__(self, folder: Path) -> None:
+        from harness import fingerprint
+
+        self.fingerprint = fingerprint
+        self.shim = ctypes.CDLL(os.environ[SHIM])
+        self.folder, self.text = folder, folder / "text"
+        self.text.write_text("to be or not to be, that is the question\n" * 100)
+        self.out = folder / "run" / "out"
+        self.outcome: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def start(self, *words: str, case: Case | None = None, counting: bool = False) -> int:
+        """Run the command in a forked process; return its exit code, negative for a signal."""
+        if pid := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = 99
+        try:
+            signal.alarm(SECONDS)
+            said = os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            sys.argv = ["mlxgpt", *ARGUMENTS, "--out", str(self.out), *words]
+            if case is not None:
+                how, error = FAULTS.get(case.fault, (SHORT, 0))
+                last = 1 << 30 if case.lasting else case.n
+                self._arm(case.kind, case.n, last, how, error)
+            elif counting:
+                self._arm(-1, 0, 0, 0, 0)
+            from mlx_randygpt.cli import main
+
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            if counting:
+                counts = [self.shim.shim_count(kind) for kind in range(len(KINDS))]
+                (self.folder / "counts").write_text(json.dumps(counts))
+            elif case is not None:
+                (self.folder / "fired").write_text(str(self.shim.shim_fired()))
+            os._exit(code)
+
+    def _arm(self, kind: int, first: int, last: int, how: int, error: int) -> None:
+        self.shim.shim_arm(os.fsencode(self.out.parent), kind, first, last, how, error)
+
+    def said(self) -> str:
+        return (self.folder / "said").read_text(errors="replace")
+
+    def rows(self) -> dict[tuple[str, int], object]:
+        """Return the figures of every row of metrics.jsonl."""
+        names = ("loss", "lr", "grad_norm", "val_loss", "tokens")
+        rows = {}
+        for line in (self.out / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            key = "loss" if "loss" in row else "val_loss", row["step"]
+            rows[key] = [row.get(name) for name in names]
+        return rows
+
+    def state(self) -> tuple[object, ...]:
+        """Return what the end of a run is compared by."""
+        from mlx_randygpt.checkpoint import BEST, NEWEST, load_checkpoint
+
+        ends = [self.fingerprint(load_checkpoint(self.out / name)) for name in (NEWEST, BEST)]
+        return (*ends, self.rows())
+
+    def prepare(self) -> list[Case]:
+        """Run once in this process for what it imports, once undisturbed; return every case."""
+        from mlx_randygpt.cli import main
+
+        sys.argv = ["mlxgpt", *ARGUMENTS, "--out", str(self.out), "--data", str(self.text)]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            main()
+        shutil.rmtree(self.out)
+        assert self.start("--data", str(self.text), counting=True) == 0, self.said()
+        self.expected = self.state()
+        counts = json.loads((self.folder / "counts").read_text())
+        self.counts = dict(zip(KINDS, counts, strict=True))
+        faults = [(fault, False) for fault in FAULTS] + [(fault, True) for fault in LASTING]
+        cases = [
+            Case(kind, n, fault, lasting)
+            for kind, total in enumerate(counts)
+            for n, (fault, lasting) in itertools.product(range(1, total + 1), faults)
+        ]
+        short = KINDS.index("write")
+        return cases + [Case(short, n, "short write") for n in range(1, counts[short] + 1)]
+
+    def try_case(self, case: Case) -> None:
+        """Strike one run and check what it leaves, then let it reach its target and compare."""
+        shutil.rmtree(self.out.parent, ignore_errors=True)
+        self.out.parent.mkdir()
+        (self.folder / "fired").write_text("1")
+        code = self.start("--data", str(self.text), case=case)
+        self.outcome["runs"] += 1
+        self.outcome["not struck"] += (self.folder / "fired").read_text() == "0"
+        self.outcome[f"code {code}"] += 1
+        try:
+            self._check_death(case, code)
+            self._check_end()
+        except AssertionError as failure:
+            self.failures.append(f"{case}: code {code}: {failure}")
+        except Exception as failure:
+            self.failures.append(f"{case}: code {code}: {type(failure).__name__} {failure}")
+
+    def _check_death(self, case: Case, code: int) -> None:
+        from mlx_randygpt.checkpoint import NEWEST, load_checkpoint, peek_step
+
+        said = self.said()
+        killed = case.fault.startswith("killed")
+        assert code in ((-signal.SIGKILL, 0, 1) if killed else (0, 1)), said
+        assert "Traceback" not in said, said
+        assert "unexpected" not in said, said
+        files = [*self.out.glob("checkpoint*.safetensors")]
+        for path in files:
+            load_checkpoint(path)  # raises if it is not whole
+        steps = {path.name: peek_step(path) for path in files}
+        for name, step in re.findall(r"✓ Saved \S*/(checkpoint\S*) .*?[@ ](\d+)\)", said):
+            assert steps.get(name, -1) >= int(step), f"false Saved: {name} {step}, {steps}"
+        furthest = max(steps.values(), default=-1)
+        if furthest >= 0 and not case.lasting:
+            rows = {step for kind, step in self.rows_so_far() if kind == "loss"}
+            lost = set(range(1, furthest + 1)) - rows
+            assert not lost or "are lost" in said, f"rows {lost} are lost before {furthest}"
+        if code == 0 and not case.lasting:
+            assert steps.get(NEWEST) == ITERS, f"code 0 with {steps}: {said}"
+            assert not list(self.out.glob(".*.tmp")), [*self.out.iterdir()]
+
+    def rows_so_far(self) -> dict[tuple[str, int], object]:
+        """Return the whole rows, without a torn last one."""
+        with contextlib.suppress(FileNotFoundError):
+            path = self.out / "metrics.jsonl"
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
+            return self.rows()
+        return {}
+
+    def _check_end(self) -> None:
+        from mlx_randygpt.checkpoint import NEWEST
+
+        before = self.said()
+        words = ["--resume"] if [*self.out.glob("checkpoint*.safetensors")] else []
+        data = [] if words else ["--data", str(self.text)]
+        code = self.start(*words, *data)
+        assert code == 0, f"cannot go on: {self.said()}"
+        assert (self.out / NEWEST).exists(), "no newest file"
+        end, rows = self.state()[:2], self.state()[2]
+        assert end == self.expected[:2], f"another end: {before} {self.said()}"
+        assert isinstance(rows, dict)
+        assert isinstance(self.expected[2], dict)
+        wrong = [key for key in rows if rows[key] != self.expected[2][key]]
+        assert not wrong, f"other rows: {wrong}"
+        lost = self.expected[2].keys() - rows.keys()
+        assert not lost or "are lost" in before, f"lost rows: {sorted(lost)}: {before}"
+        self.outcome["ends compared"] += 1
+        self.outcome["losses reported"] += bool(lost)
+        assert not list(self.out.glob(".*.tmp")), [*self.out.iterdir()]
+
+
+def main() -> None:
+    """Try the cases that the environment asks for."""
+    folder = Path(sys.argv[1]).resolve()
+    preload_shim(folder)
+    sweep = Sweep(folder)
+    began = time.monotonic()
+    cases = sweep.prepare()
+    every = int(os.environ.get("MLXGPT_SWEEP", "1"))
+    shard, shards = map(int, os.environ.get("MLXGPT_SWEEP_SHARD", "0/1").split("/"))
+    for case in cases[::every][shard::shards]:
+        sweep.try_case(case)
+    print(  # noqa: T201
+        json.dumps(
+            {
+                "calls": sweep.counts,
+                "cases": len(cases),
+                **sweep.outcome,
+                "seconds": round(time.monotonic() - began, 1),
+                "failures": sweep.failures,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

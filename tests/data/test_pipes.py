@@ -1,0 +1,64 @@
+"""Text comes from stdin or a pipe, which can be read only once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TEXT = "to be or not to be, that is the question\n" * 100
+M = f"{sys.executable} -m mlx_randygpt"
+TRAIN = (
+    f"{M} train --plain --backend=numpy --iters=2 --n-layer=1 --n-head=1 --n-embd=8 "
+    "--block-size=8 --batch-size=2 --out out"
+)
+
+
+def shell(folder: Path, line: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in a folder that has the text."""
+    (folder / "text").write_text(TEXT)
+    environ = os.environ | {
+        "MLXGPT_CACHE": str(folder / "cache"),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environ,
+    )
+
+
+@pytest.mark.parametrize(
+    "data", ["--data - < text", "--data - < <(cat text)", "--data <(cat text)", "--data pipe"]
+)
+def test_a_run_reads_a_pipe_and_is_resumed(tmp_path: Path, data: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    feed = "cat text > pipe & " if data.endswith("pipe") else ""
+    done = shell(tmp_path, f"{feed}{TRAIN} {data}")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(TEXT):,} characters" in done.stdout
+    done = shell(tmp_path, f"{M} train --plain --backend=numpy --resume --out out --iters 4")
+    assert (done.returncode, "has changed" in done.stdout) == (0, False), done.stderr
+    (kept,) = (tmp_path / "cache").glob("*.txt")
+    assert (kept.read_text(), kept.stat().st_mode & 0o777) == (TEXT, 0o600)
+
+
+@pytest.mark.parametrize("prompt", ["--prompt-file - < text", "--prompt-file <(cat text)"])
+def test_a_prompt_comes_from_a_pipe(tmp_path: Path, prompt: str) -> None:
+    assert shell(tmp_path, f"{TRAIN} --data text").returncode == 0
+    done = shell(tmp_path, f"{M} sample --checkpoint out --backend numpy --max-tokens 2 {prompt}")
+    assert (done.returncode, done.stdout.startswith(TEXT)) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\xff", b"a\0b" * 100])
+def test_a_pipe_without_text_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bytes").write_bytes(content)
+    done = shell(tmp_path, f"{TRAIN} --data <(cat bytes)")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
