@@ -78,7 +78,10 @@ class Streams:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token and its alternatives, by the model alone, before any filter."""
+    """A token and its alternatives, by the model alone, before any ban or filter.
+
+    Tokens that generation never picks are not among the alternatives.
+    """
 
     token: int
     logprob: float
@@ -149,8 +152,9 @@ class Continuation:
 def extend(texts: Sequence[Continuation], logits: Array) -> list[int]:
     """Draw the next token of each text from logits (n, V), append it, and return all of them."""
     scores = np.array(logits, np.float64)
-    scores[:, texts[0].banned] = -np.inf  # of one model, so of one tokenizer
     logprobs = {i: log_softmax(scores[i]) for i, w in enumerate(texts) if w.n_likely is not None}
+    banned = texts[0].banned  # of one model, so of one tokenizer
+    scores[:, banned] = -np.inf
     for text, row in zip(texts, scores, strict=True):
         penalise(row, text.config, text.prompt, text.sample.ids)
     p = probabilities(scores, [text.config for text in texts])
@@ -159,14 +163,16 @@ def extend(texts: Sequence[Continuation], logits: Array) -> list[int]:
     for i, text in enumerate(texts):
         tokens[i] = text.forced[0] if text.forced else tokens[i]
         if i in logprobs:
-            text.sample.choices.append(_choice(tokens[i], logprobs[i], text.n_likely or 0))
+            text.sample.choices.append(_choice(tokens[i], logprobs[i], text.n_likely or 0, banned))
         text.take(tokens[i])
     return tokens
 
 
-def _choice(token: int, logprobs: Array, n: int) -> Choice:
-    best = np.argsort(-logprobs, kind="stable")[:n]
-    pairs = tuple((int(i), float(logprobs[i])) for i in best)
+def _choice(token: int, logprobs: Array, n: int, banned: Sequence[int]) -> Choice:
+    best = np.argsort(-logprobs, kind="stable")[: n + len(banned)].tolist()
+    never = set(banned)
+    writable = [i for i in best if i not in never][:n]
+    pairs = tuple((i, float(logprobs[i])) for i in writable)
     return Choice(token, float(logprobs[token]), pairs)
 
 

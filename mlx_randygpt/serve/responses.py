@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from mlx_randygpt.sampling.generate import Choice, Continuation, shown_length
@@ -71,8 +72,8 @@ class ResponseBuilder:
         ):  # a prompt's first token has no log-probability
             _append(rows, spell(text.prompt[0]), None, None, offset)
         for choice in choices:
-            likely = {spell(i): logprob for i, logprob in choice.likeliest}
-            _append(rows, spell(choice.token), choice.logprob, likely, offset)
+            likely = {spell(i): _finite(logprob) for i, logprob in choice.likeliest}
+            _append(rows, spell(choice.token), _finite(choice.logprob), likely, offset)
         return rows
 
     def _text(self, index: int, text: Continuation) -> Body:
@@ -162,4 +163,9 @@ def _entry(choice: Choice, spell: Callable[[int], str]) -> Body:
 
 
 def _token(text: str, logprob: float) -> Body:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode(errors="replace"))}
+
+
+def _finite(logprob: float) -> float | None:
+    """Return a log-probability as JSON can hold it."""
+    return logprob if isfinite(logprob) else None
