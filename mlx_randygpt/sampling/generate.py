@@ -141,8 +141,13 @@ class Continuation:
         if token == self._eos:
             sample.finish_reason = "stop"
             return
+        at = len(sample.text)
         sample.text += piece
-        ends = [at for stop in stops if (at := sample.text.find(stop)) >= 0]
+        ends = [
+            end
+            for stop in stops
+            if (end := sample.text.find(stop, max(0, at - len(stop) + 1))) >= 0
+        ]
         if ends:
             sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
         elif len(sample.ids) >= self.config.max_tokens:
@@ -223,7 +228,11 @@ def shown_length(text: str, stops: Sequence[str]) -> int:
 
     A possible beginning of a stop text is held back.
     """
-    for n in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
-        if any(stop.startswith(text[-n:]) for stop in stops):
-            return len(text) - n
-    return len(text)
+    held = 0
+    for stop in stops:
+        begin = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+        while 0 <= begin < len(text) - held:
+            if stop.startswith(text[begin:]):
+                held = len(text) - begin
+            begin = text.find(stop[0], begin + 1)
+    return len(text) - held
