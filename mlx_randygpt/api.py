@@ -34,6 +34,7 @@ from mlx_randygpt.settings import resolve
 from mlx_randygpt.state import Array, Params, TrainState
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.training.loop import Run
+from mlx_randygpt.words import unify_newlines
 
 
 def new_run(
@@ -81,7 +82,7 @@ class LoadedModel:
 
     def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
         """Yield a continuation of `prompt` piece by piece."""
-        ids = self.tokenizer.encode(prompt).tolist() or [self.tokenizer.bos]
+        ids = self.tokenizer.encode(unify_newlines(prompt)).tolist() or [self.tokenizer.bos]
         config, shown = SampleConfig(**sampling), 0
         for [sample] in generate(self.backend, self.config, self.tokenizer, ids, config):
             if len(sample.text) > shown:

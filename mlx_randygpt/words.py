@@ -44,6 +44,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours:,.1f} h" if hours < 72 else f"{hours / 24:,.0f} days"
 
 
+def unify_newlines(text: str) -> str:
+    r"""Return text that came from outside without byte order mark, "\r\n" and "\r" as "\n"."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def one_line(error: object) -> str:
     """Return the text of an error as one printable line of at most MAX_REASON characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())

@@ -21,7 +21,7 @@ from mlx_randygpt.config import ConfigError, ModelConfig, UserError
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Generated, generate, shown_length
 from mlx_randygpt.tokenizers import Tokenizer
-from mlx_randygpt.words import one_line
+from mlx_randygpt.words import one_line, unify_newlines
 
 SETTINGS = {  # command -> (field of SampleConfig, its type, what it does)
     "/temp": ("temperature", float, "temperature; 0 always picks the likeliest"),
@@ -72,7 +72,7 @@ class Conversation:
     def answer(self, prompt: str, should_stop: Callable[[], bool]) -> Iterator[str]:
         """Yield the answer piece by piece; what was generated before a stop is kept."""
         config = replace(self.config, seed=self.config.seed + self.answered)
-        fresh = not self.history
+        fresh, prompt = not self.history, unify_newlines(prompt)
         context = self.history + "\n" * (not fresh and not self.history.endswith("\n")) + prompt
         ids = self.tokenizer.encode(context).tolist() or [self.tokenizer.bos]
         sample, shown = Generated(), 0

@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_randygpt.config import ConfigError, UserError
 from mlx_randygpt.state import Array
+from mlx_randygpt.words import unify_newlines
 
 WIDE_VOCAB = 1024  # with more tokens than this, only the likely ones are sorted
 RANGES = {  # the valid values of each setting
@@ -51,6 +52,7 @@ class SampleConfig:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(map(unify_newlines, self.stop)))
         for name in ("max_tokens", "top_k", "seed"):
             if (value := getattr(self, name)) < 0:
                 raise ConfigError(f"{name}={value} is negative; it must be at least 0")

@@ -78,7 +78,10 @@ class Streams:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token and its alternatives, by the model alone, before any filter."""
+    """A token and its alternatives, by the model alone, before any ban or filter.
+
+    Tokens that generation never picks are not among the alternatives.
+    """
 
     token: int
     logprob: float
@@ -138,8 +141,13 @@ class Continuation:
         if token == self._eos:
             sample.finish_reason = "stop"
             return
+        at = len(sample.text)
         sample.text += piece
-        ends = [at for stop in stops if (at := sample.text.find(stop)) >= 0]
+        ends = [
+            end
+            for stop in stops
+            if (end := sample.text.find(stop, max(0, at - len(stop) + 1))) >= 0
+        ]
         if ends:
             sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
         elif len(sample.ids) >= self.config.max_tokens:
@@ -149,8 +157,9 @@ class Continuation:
 def extend(texts: Sequence[Continuation], logits: Array) -> list[int]:
     """Draw the next token of each text from logits (n, V), append it, and return all of them."""
     scores = np.array(logits, np.float64)
-    scores[:, texts[0].banned] = -np.inf  # of one model, so of one tokenizer
     logprobs = {i: log_softmax(scores[i]) for i, w in enumerate(texts) if w.n_likely is not None}
+    banned = texts[0].banned  # of one model, so of one tokenizer
+    scores[:, banned] = -np.inf
     for text, row in zip(texts, scores, strict=True):
         penalise(row, text.config, text.prompt, text.sample.ids)
     p = probabilities(scores, [text.config for text in texts])
@@ -159,14 +168,16 @@ def extend(texts: Sequence[Continuation], logits: Array) -> list[int]:
     for i, text in enumerate(texts):
         tokens[i] = text.forced[0] if text.forced else tokens[i]
         if i in logprobs:
-            text.sample.choices.append(_choice(tokens[i], logprobs[i], text.n_likely or 0))
+            text.sample.choices.append(_choice(tokens[i], logprobs[i], text.n_likely or 0, banned))
         text.take(tokens[i])
     return tokens
 
 
-def _choice(token: int, logprobs: Array, n: int) -> Choice:
-    best = np.argsort(-logprobs, kind="stable")[:n]
-    pairs = tuple((int(i), float(logprobs[i])) for i in best)
+def _choice(token: int, logprobs: Array, n: int, banned: Sequence[int]) -> Choice:
+    best = np.argsort(-logprobs, kind="stable")[: n + len(banned)].tolist()
+    never = set(banned)
+    writable = [i for i in best if i not in never][:n]
+    pairs = tuple((i, float(logprobs[i])) for i in writable)
     return Choice(token, float(logprobs[token]), pairs)
 
 
@@ -217,7 +228,11 @@ def shown_length(text: str, stops: Sequence[str]) -> int:
 
     A possible beginning of a stop text is held back.
     """
-    for n in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
-        if any(stop.startswith(text[-n:]) for stop in stops):
-            return len(text) - n
-    return len(text)
+    held = 0
+    for stop in stops:
+        begin = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+        while 0 <= begin < len(text) - held:
+            if stop.startswith(text[begin:]):
+                held = len(text) - begin
+            begin = text.find(stop[0], begin + 1)
+    return len(text) - held

@@ -6,17 +6,20 @@ asynchronous and does not touch the weights. Needs the extra `serve`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.state import Params
-from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer, token_speller
 
 MAX_TOKENS = 1 << 15  # of one text
 MAX_CHOICES = 64  # texts of one request: prompts times n
 MAX_LOGPROBS = 20
+MAX_COST = 1 << 19  # of one request: texts times tokens times (1 + alternatives)
 MAX_BODY_BYTES = 1 << 20
 BODY_SECONDS = 30.0  # for a body to arrive
 
@@ -35,6 +38,11 @@ class ServedModel:
     prompt: str = ""  # of the run
     # name -> (step, loss)
     curve: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    @cached_property
+    def spell(self) -> Callable[[int], str]:
+        """Return a function from a token id to its text, which keeps what it returned."""
+        return cache(token_speller(self.tokenizer))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from mlx_randygpt.backends.base import resident_bytes
 from mlx_randygpt.serve import ApiError, ServedModel, Settings
 from mlx_randygpt.serve.engine import Engine, Request
-from mlx_randygpt.serve.http import App, Guard, error_response, json_response, read_body
+from mlx_randygpt.serve.http import App, Guard, dump, error_response, json_response, read_body
 from mlx_randygpt.serve.inspection import describe_run, map_attention
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.serve.models import AttentionBody, B, ChatBody, CompletionBody, PlainBody, parse
@@ -103,10 +103,15 @@ class Api:
         if request.method != "POST":
             return await self._page(request)
         generation = await self._read(request, PlainBody, read_plain)
-        [text] = await self._submit(generation).wait(request)
+        [text] = await (await self._submit(generation)).wait(request)
         usage = generation.usage([text])
         del usage["total_tokens"]
-        body = {"text": text.sample.text, "model": self._served.name, "usage": usage}
+        body = {
+            "text": text.sample.text,
+            "model": self._served.name,
+            "usage": usage,
+            "warnings": list(generation.warnings),
+        }
         return json_response(body)
 
     async def _generate(
@@ -119,10 +124,12 @@ class Api:
             created=int(time.time()),
             is_chat=is_chat,
         )
-        submission = self._submit(generation)
+        submission = await self._submit(generation)
         if generation.stream:
             return submission.stream(builder)
-        return json_response(builder.whole(await submission.wait(request)))
+        texts = await submission.wait(request)
+        content = await asyncio.to_thread(lambda: dump(builder.whole(texts)))
+        return Response(content, media_type="application/json")
 
     async def _read(
         self,
@@ -130,11 +137,18 @@ class Api:
         model: type[B],
         read: Callable[[B, ServedModel, Settings, int], GenerationRequest],
     ) -> GenerationRequest:
-        body = parse(await read_body(request), model)
-        return read(body, self._served, self._settings, secrets.randbelow(1 << 31))
+        content, seed = await read_body(request), secrets.randbelow(1 << 31)
 
-    def _submit(self, generation: GenerationRequest) -> Submission:
-        return Submission(generation, self._served, self._engine, self._metrics)
+        def check() -> GenerationRequest:
+            body, ignored = parse(content, model)
+            generation = read(body, self._served, self._settings, seed)
+            return generation.with_ignored(ignored)
+
+        return await asyncio.to_thread(check)
+
+    async def _submit(self, generation: GenerationRequest) -> Submission:
+        texts = await asyncio.to_thread(generation.continuations, self._served)
+        return Submission(texts, self._engine, self._metrics, each_token=generation.stream)
 
     # Other routes
 
@@ -170,7 +184,7 @@ class Api:
         return json_response(facts)
 
     async def _attention(self, request: HttpRequest) -> Response:
-        body = parse(await read_body(request), AttentionBody)
+        body, _ = await asyncio.to_thread(parse, await read_body(request), AttentionBody)
         async with self._attention_lock:  # one at a time: each is a forward pass
             attention = await asyncio.to_thread(map_attention, self._served, body)
         return json_response(attention)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,11 +20,13 @@ from pydantic import (
     StrictBool,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from mlx_randygpt.serve import MAX_CHOICES, MAX_LOGPROBS, MAX_TOKENS, ApiError
 
+MAX_ENTRIES = 1024  # of an object
 MAX_INTEGER = 2**53 - 1  # larger integers differ between JSON parsers
 WRONG_TYPE = "invalid_type"
 TYPES = {  # pydantic's type errors -> JSON's name of the type that would be right
@@ -44,6 +46,13 @@ def _to_int(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _check_size(value: object) -> object:
+    """Refuse a large object before its entries are checked."""
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise PydanticCustomError("too_long", "too long", {"max_length": MAX_ENTRIES})
+    return value
+
+
 def _check_string(value: object) -> object:
     if not isinstance(value, str):
         raise PydanticCustomError("string_type", "not a string")
@@ -59,7 +68,7 @@ Tokens = Annotated[list[Token], Field(min_length=1, max_length=1 << 20, fail_fas
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
 MaxTokens = Annotated[Integer, Field(ge=0, le=MAX_TOKENS)]
-Seed = Annotated[Integer, Field(ge=0, le=MAX_INTEGER)]
+Seed = Annotated[Integer, Field(ge=-1, le=MAX_INTEGER)]  # -1: draw one
 Share = Annotated[Number, Field(ge=0, le=1)]
 Penalty = Annotated[Number, Field(ge=-100, le=100)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
@@ -67,9 +76,34 @@ StopTexts = Annotated[list[StopText], Field(max_length=16, fail_fast=True)]
 
 
 class Body(BaseModel):
-    """An object without unknown fields."""
+    """An object; null is the same as leaving a field out.
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    Unknown fields that would change the text are refused, others are ignored.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), json_schema_extra={"additionalProperties": True}
+    )
+    _nullable: ClassVar[tuple[str, ...]] = ()  # fields in which null is a value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_fields_with_effect(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        _check_size(value)
+        fields = cls.model_fields
+        nullable = {*cls._nullable, *(n for n, field in fields.items() if field.default is None)}
+        return {
+            name: x
+            for name, x in value.items()
+            if (name in nullable if x is None else name in fields) or changes_text(name, x)
+        }
+
+    @classmethod
+    def ignored(cls, value: dict[str, Any]) -> list[str]:
+        """Return the names of the fields of a valid object that have no meaning here."""
+        return [name for name, x in value.items() if x is not None and name not in cls.model_fields]
 
 
 class StreamOptions(Body):
@@ -92,7 +126,14 @@ class SamplingBody(Body):
     repetition_penalty: Annotated[Number, Field(ge=0.001, le=1000)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[Text, Penalty], Field(max_length=1024)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Text, Penalty],
+            BeforeValidator(_check_size),
+            WithJsonSchema({"type": "object", "maxProperties": MAX_ENTRIES}),
+        ]
+        | None
+    ) = None
     stop: StopText | StopTexts | None = None
     seed: Seed | None = None
     n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -128,8 +169,14 @@ class TextPart(Body):
 class Message(Body):
     """One message of a chat."""
 
+    _nullable = ("content",)
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
+    content: (
+        Text
+        | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
+        | None  # empty
+    )
     name: Text | None = None
     refusal: None = None
 
@@ -169,16 +216,70 @@ class AttentionBody(Body):
 
 B = TypeVar("B", bound=Body)
 
+# Names of other servers' settings; those of this server's are added below.
+OTHER_SETTINGS = set(
+    """audio bad_words chat_template chat_template_kwargs continue_final_message do_sample
+    early_stopping function_call functions grammar ignore_eos json_schema length_penalty
+    logits_processors max_length max_new_tokens min_length min_tokens modalities n_predict
+    no_repeat_ngram_size num_beams num_predict options prediction reasoning reasoning_effort
+    repeat_last_n repeat_penalty response_format samplers stop_token_ids structured_outputs system
+    template tfs_z tool_calls tool_choice tools top_a top_n_sigma use_beam_search verbosity
+    web_search_options""".split()  # noqa: SIM905
+)
+OTHER_PREFIXES = ("guided_", "mirostat", "dry_", "xtc_", "dynatemp_")
+WITHOUT_EFFECT = {"model", "user", "store", "metadata", "service_tier", "safety_identifier",
+                  "prompt_cache_key", "refusal"}  # fmt: skip
+SETTINGS = OTHER_SETTINGS | (
+    {*CompletionBody.model_fields, *ChatBody.model_fields} - WITHOUT_EFFECT
+)
+NEUTRAL: tuple[Any, ...] = (
+    False,
+    0,
+    "",
+    [],
+    {},
+    "none",
+    "auto",
+    "default",
+    "text",
+    ["text"],
+    {"type": "text"},
+)
 
-def parse(content: bytes, model: type[B]) -> B:
-    """Return a request's body as its model; raise ApiError 400, which names field and value."""
+
+def _shorten(name: str) -> set[str]:
+    """Return a name, compared without case and punctuation, and all with one letter less."""
+    letters = "".join(c for c in name[:40].lower() if c.isalnum())
+    return {letters, *(letters[:i] + letters[i + 1 :] for i in range(len(letters)))}
+
+
+SIMILAR = frozenset().union(*(_shorten(name) for name in SETTINGS if len(name) > 4))
+
+
+def changes_text(name: str, value: object) -> bool:
+    """Return whether a field is, or is close to, a setting, and its value is not a usual default.
+
+    A misspelled setting would otherwise be left out without notice.
+    """
+    if value is None or any(value is x or (value == x) for x in NEUTRAL):
+        return False
+    if name in SETTINGS or name.startswith(OTHER_PREFIXES):
+        return True
+    return 4 <= len(name) <= 40 and not SIMILAR.isdisjoint(_shorten(name))
+
+
+def parse(content: bytes, model: type[B]) -> tuple[B, list[str]]:
+    """Return a request's body as its model, and the names of the fields that were ignored.
+
+    Raises ApiError 400, which names field and value.
+    """
     try:
         value = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ApiError(400, f"the body is not valid JSON: {reason}") from error
     try:
-        return model.model_validate(value)
+        return model.model_validate(value), model.ignored(value)
     except ValidationError as error:
         raise _api_error(error.errors(include_url=False), value, model) from None
 
@@ -202,7 +303,10 @@ def _api_error(errors: list[ErrorDetails], body: Any, model: type[Body]) -> ApiE
 
     best = max(range(len(errors)), key=rank)
     error, path = errors[best], paths[best]
-    at = _spell(path, error["type"] == "extra_forbidden")
+    at = _spell(path)
+    if error["type"] == "extra_forbidden":
+        message = f"Unknown parameter: {reprlib.repr(at)}; it would change the text"
+        return ApiError(400, message, param=at, code="unknown_parameter")
     if error["type"] not in TYPES:
         return ApiError(400, f"{at or 'the body'} {_complaint(error)}", param=at or None)
     types = [TYPES[error["type"]]]
@@ -220,8 +324,6 @@ def _complaint(error: ErrorDetails) -> str:
     kind, value, limits = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
         return "is missing"
-    if kind == "extra_forbidden":
-        return "is not a known field"
     if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
         units: dict[type, str] = {str: "characters", dict: "entries", list: "items"}
         unit = units[type(value)]
@@ -246,14 +348,15 @@ def _path(error: ErrorDetails, value: Any) -> list[int | str]:
         if is_index or (isinstance(value, dict) and part in value):
             value = value[part]
             path.append(part)
-    return path + list(error["loc"][-1:] if error["type"] == "missing" else ())
+    if error["type"] == "missing" and path[-1:] != list(error["loc"][-1:]):
+        path += error["loc"][-1:]
+    return path
 
 
-def _spell(path: list[int | str], last_is_foreign: bool) -> str:
-    """Spell a path as `messages[1].content`; names the client chose are quoted."""
+def _spell(path: list[int | str]) -> str:
+    """Spell a path as `messages[1].content`."""
     spelled = ""
-    for i, part in enumerate(path):
-        foreign = (last_is_foreign and i == len(path) - 1) or path[:i] == ["logit_bias"]
-        name = reprlib.repr(part)[:40] if foreign else str(part)
+    for part in path:
+        name = str(part) if len(str(part)) <= 40 else f"{str(part)[:40]}…"
         spelled += f"[{part}]" if isinstance(part, int) else f".{name}" if spelled else name
     return spelled

@@ -5,6 +5,9 @@ Everything that can be wrong with a request is an ApiError here, before a text j
 
 from __future__ import annotations
 
+import reprlib
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +15,12 @@ from typing import Any
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation
-from mlx_randygpt.serve import MAX_CHOICES, MAX_TOKENS, ApiError, ServedModel, Settings
+from mlx_randygpt.serve import MAX_CHOICES, MAX_COST, MAX_TOKENS, ApiError, ServedModel, Settings
 from mlx_randygpt.serve.models import ChatBody, CompletionBody, PlainBody, SamplingBody
+from mlx_randygpt.words import unify_newlines
 
+ANY_SEED = -1
+MAX_SHOWN = 10  # unknown characters in a warning
 ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 ENDS = ("\nUser:", "\nSystem:")  # where an answer ends
 FILTERS = (
@@ -50,6 +56,34 @@ class GenerationRequest:
     include_usage: bool = False
     echo: bool = False
     n_likely: int | None = None  # None: no log-probabilities
+    warnings: tuple[str, ...] = ()  # what was done differently than the request may expect
+
+    @property
+    def cost(self) -> int:
+        """Return how many tokens and alternatives the answer can have."""
+        scored = self.echo and self.n_likely is not None
+        n_forced = sum(len(p.ids) for p in self.prompts) if scored else 0
+        n_tokens = self.n * (len(self.prompts) * self.config.max_tokens + n_forced)
+        return n_tokens * (1 + (self.n_likely or 0))
+
+    def with_ignored(self, names: Sequence[str]) -> GenerationRequest:
+        """Return the request with a warning about fields without meaning here."""
+        if not names:
+            return self
+        shown = ", ".join(reprlib.repr(name) for name in names[:MAX_SHOWN])
+        more = ", …" if len(names) > MAX_SHOWN else ""
+        return replace(self, warnings=(*self.warnings, f"ignored fields: {shown}{more}"))
+
+    def check_cost(self) -> GenerationRequest:
+        """Return the request; raise ApiError 400 if the answer could be too large."""
+        if self.cost > MAX_COST:
+            message = (
+                f"{len(self.prompts) * self.n} texts times max_tokens={self.config.max_tokens}"
+                f" with {self.n_likely or 0} alternatives is {self.cost} tokens;"
+                f" at most {MAX_COST} are possible: lower n, max_tokens or logprobs"
+            )
+            raise ApiError(400, message, param="max_tokens")
+        return self
 
     def continuations(self, served: ServedModel) -> list[Continuation]:
         """Return one continuation for each text, prompt by prompt."""
@@ -102,7 +136,8 @@ def read_completion(
         include_usage=_include_usage(body),
         echo=bool(body.echo),
         n_likely=body.logprobs,
-    )
+        warnings=_warn(prompts, served),
+    ).check_cost()
 
 
 def read_chat(
@@ -115,15 +150,18 @@ def read_chat(
     config = _config(body, settings, drawn_seed)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-    messages = [(m.role, _join(m.content)) for m in body.messages]
+    messages = [(m.role, unify_newlines(_join(m.content))) for m in body.messages]
+    prompt, n_dropped = transcript(messages, served)
+    dropped = (f"the {n_dropped} oldest messages do not fit into the context and were left out",)
     return GenerationRequest(
-        prompts=[transcript(messages, served)],
+        prompts=[prompt],
         config=replace(config, stop=(*config.stop, *ENDS)),
         n=body.n or 1,
         stream=bool(body.stream),
         include_usage=_include_usage(body),
         n_likely=body.top_logprobs or 0 if body.logprobs else None,
-    )
+        warnings=(*_warn([prompt], served), *(dropped if n_dropped else ())),
+    ).check_cost()
 
 
 def read_plain(
@@ -132,21 +170,30 @@ def read_plain(
     """Read `POST /`: prompt, max_tokens, temperature and seed, with no other filter."""
     sampling = SamplingBody(top_p=1.0, **body.model_dump(exclude={"prompt"}))
     config = _config(sampling, settings, drawn_seed)
-    return GenerationRequest(prompts=[_prompt(body.prompt, served)], config=config)
+    prompts = [_prompt(body.prompt, served)]
+    request = GenerationRequest(prompts=prompts, config=config, warnings=_warn(prompts, served))
+    return request.check_cost()
 
 
-def transcript(messages: Sequence[tuple[str, str]], served: ServedModel) -> Prompt:
+def transcript(messages: Sequence[tuple[str, str]], served: ServedModel) -> tuple[Prompt, int]:
     """Return messages as `User: …` and `Assistant: …` lines, followed by `Assistant:`.
 
-    The oldest messages are dropped until the rest fits into the context; the last must fit.
+    The oldest messages are dropped until the rest fits into the context; the last must fit. Also
+    returns how many were dropped.
     """
     lines = [f"{ROLES[role]}: {content}\n" for role, content in messages]
-    for first in range(len(lines)):
-        prompt = _prompt("".join(lines[first:]) + "Assistant:", served)
-        if len(prompt.ids) <= served.model.block_size:
-            return prompt
+
+    def prompt_from(first: int) -> Prompt:
+        return _prompt("".join(lines[first:]) + "Assistant:", served)
+
+    def fits(first: int) -> bool:
+        return len(prompt_from(first).ids) <= served.model.block_size
+
+    # by bisection, since every attempt encodes the rest of the conversation
+    first = bisect_left(range(len(lines) - 1), True, key=fits)
+    prompt = prompt_from(first)
     _check_length(prompt, served)
-    return prompt
+    return prompt, first
 
 
 def check_name(name: str, served: ServedModel) -> None:
@@ -165,12 +212,32 @@ def _prompt(prompt: str | list[int], served: ServedModel) -> Prompt:
     """Return text or token ids as both; an empty text becomes BOS."""
     tokenizer = served.tokenizer
     if isinstance(prompt, str):
+        prompt = unify_newlines(prompt)
         return Prompt(prompt, tokenizer.encode(prompt).tolist() or [tokenizer.bos])
     last = tokenizer.vocab_size - 1
     if max(prompt) > last:
         message = f"prompt has token {max(prompt)}; token ids are 0 to {last}"
         raise ApiError(400, message, param="prompt")
     return Prompt(tokenizer.decode(prompt), prompt)
+
+
+def _warn(prompts: Sequence[Prompt], served: ServedModel) -> tuple[str, ...]:
+    """Return what the model does not see of the prompts."""
+    warnings, size = [], served.model.block_size
+    unknown = Counter[str]()
+    for text in dict.fromkeys(prompt.text for prompt in prompts):
+        unknown.update(served.tokenizer.unknown(text))
+    if unknown:
+        shown = ", ".join(repr(char) for char, _ in unknown.most_common(MAX_SHOWN))
+        more = ", …" if len(unknown) > MAX_SHOWN else ""
+        n = sum(unknown.values())
+        are = "characters of the prompt are" if n > 1 else "character of the prompt is"
+        warnings.append(f"{n} {are} unknown to the model: {shown}{more}")
+    if longest := max((n for p in prompts if (n := len(p.ids)) > size), default=0):
+        warnings.append(
+            f"the prompt has {longest} tokens, the context {size}; only the end was used"
+        )
+    return tuple(warnings)
 
 
 def _check_length(prompt: Prompt, served: ServedModel) -> None:
@@ -193,6 +260,8 @@ def _config(body: SamplingBody, settings: Settings, drawn_seed: int) -> SampleCo
     seed = drawn_seed if settings.seed is None else settings.seed
     changes: dict[str, Any] = {"seed": seed}
     changes |= {k: value for k in FILTERS if (value := getattr(body, k)) is not None}
+    if body.seed == ANY_SEED:
+        changes["seed"] = drawn_seed
     if body.stop is not None:
         changes["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if body.logit_bias is not None:
@@ -216,4 +285,6 @@ def _include_usage(body: SamplingBody) -> bool:
 
 
 def _join(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+    if isinstance(content, str):
+        return content
+    return "".join(part.text for part in content or ())

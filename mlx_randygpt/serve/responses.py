@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import isfinite
+from typing import Any, NamedTuple
 
-from mlx_randygpt.sampling.generate import Choice, Continuation, shown_length
+from mlx_randygpt.sampling.generate import Continuation, shown_length
 from mlx_randygpt.serve import ServedModel
 from mlx_randygpt.serve.requests import GenerationRequest
-from mlx_randygpt.tokenizers import token_speller
 
 Body = dict[str, Any]
+
+MAX_ENTRIES = 256  # tokens and alternatives in a chunk of a stream, which is built in one go
 
 
 @dataclass(frozen=True)
@@ -56,30 +59,32 @@ class ResponseBuilder:
             self.generation.prompts[index // self.generation.n].text if self.generation.echo else ""
         )
 
-    def logprobs(
-        self, text: Continuation, part: slice = slice(None), offset: int = 0
-    ) -> Body | None:
-        """Return log-probabilities of a part of the choices, which begins at character `offset`."""
+    def logprobs(self, rows: Sequence[Row], length: int) -> Body:
+        """Return log-probabilities in the format of the API; the text has `length` characters."""
+        spell = self.served.spell
+        if self.is_chat:
+            return {"content": [_entry(row, spell) for row in rows], "refusal": None}
+        return {
+            "tokens": [spell(row.token) for row in rows],
+            "token_logprobs": [_finite(row.logprob) for row in rows],
+            "top_logprobs": [
+                None if row.likeliest is None else {spell(i): _finite(p) for i, p in row.likeliest}
+                for row in rows
+            ],
+            "text_offset": [min(row.begin, length) for row in rows],
+        }
+
+    def _all_logprobs(self, index: int, text: Continuation) -> Body | None:
         if self.generation.n_likely is None:
             return None
-        choices, spell = text.sample.choices[part], token_speller(self.served.tokenizer)
-        if self.is_chat:
-            return {"content": [_entry(choice, spell) for choice in choices], "refusal": None}
-        rows: Body = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        if (
-            self.generation.echo and part.start is None
-        ):  # a prompt's first token has no log-probability
-            _append(rows, spell(text.prompt[0]), None, None, offset)
-        for choice in choices:
-            likely = {spell(i): logprob for i, logprob in choice.likeliest}
-            _append(rows, spell(choice.token), choice.logprob, likely, offset)
-        return rows
+        length = len(self.prefix(index)) + len(text.sample.text)
+        return self.logprobs(Rows(self, index, text).take(sys.maxsize), length)
 
     def _text(self, index: int, text: Continuation) -> Body:
         return {
             "index": index,
             "text": self.prefix(index) + text.sample.text,
-            "logprobs": self.logprobs(text),
+            "logprobs": self._all_logprobs(index, text),
             "finish_reason": text.sample.finish_reason,
         }
 
@@ -88,7 +93,7 @@ class ResponseBuilder:
         return {
             "index": index,
             "message": message,
-            "logprobs": self.logprobs(text),
+            "logprobs": self._all_logprobs(index, text),
             "finish_reason": text.sample.finish_reason,
         }
 
@@ -108,7 +113,58 @@ class ResponseBuilder:
             "model": self.served.name,
             "system_fingerprint": self.served.fingerprint,
             "seed": self.generation.config.seed,
+            "warnings": list(self.generation.warnings),
         }
+
+
+class Row(NamedTuple):
+    """A token with its log-probability, and the character at which it begins in the text."""
+
+    token: int
+    logprob: float | None  # None: the first of a prompt
+    likeliest: Sequence[tuple[int, float]] | None
+    begin: int
+
+
+class Rows:
+    """The tokens of one growing text in order, those of an echoed prompt included.
+
+    A token of a stop text that was cut off begins where the text ends.
+    """
+
+    def __init__(self, builder: ResponseBuilder, index: int, text: Continuation) -> None:
+        generation, self._text = builder.generation, text
+        prompt = generation.prompts[index // generation.n].ids
+        self._n_prompt = len(prompt) if generation.echo else 0
+        self._prefix = len(builder.prefix(index))
+        self._new_decoder = builder.served.tokenizer.decoder
+        self._decode = self._new_decoder()
+        self._n = self.end = 0  # rows taken; where the last of them ends
+
+    def take(self, most: int, shown: int = sys.maxsize) -> list[Row]:
+        """Return at most `most` of the next rows that begin before the character `shown`."""
+        rows: list[Row] = []
+        while len(rows) < most and self._is_ready() and self.end < shown:
+            rows.append(self._next())
+        return rows
+
+    def _is_ready(self) -> bool:
+        return self._n < len(self._text.sample.choices) + (self._n_prompt > 0)
+
+    def _next(self) -> Row:
+        if self._n == self._n_prompt > 0:  # the prompt's text is as it was sent, not as decoded
+            self._decode, self.end = self._new_decoder(), self._prefix
+        begin = self.end
+        if self._n_prompt and self._n == 0:
+            row = Row(self._text.prompt[0], None, None, begin)
+        else:
+            choice = self._text.sample.choices[self._n - (self._n_prompt > 0)]
+            row = Row(choice.token, choice.logprob, choice.likeliest, begin)
+        self.end += len(self._decode(row.token))
+        if self._n < self._n_prompt:
+            self.end = min(self.end, self._prefix)
+        self._n += 1
+        return row
 
 
 class StreamState:
@@ -116,50 +172,55 @@ class StreamState:
 
     def __init__(self, builder: ResponseBuilder, index: int, text: Continuation) -> None:
         self._builder, self._index, self._text = builder, index, text
-        self._n_characters = self._n_choices = self._offset = 0  # sent; where those choices end
+        self._prefix, self._n_likely = builder.prefix(index), builder.generation.n_likely
+        self._rows = None if self._n_likely is None else Rows(builder, index, text)
+        self._sent = 0  # characters, prefix included
         self._begun = self.done = False
 
     def pieces(self) -> list[Body]:
-        """Return the chunks with what is new since the last call."""
+        """Return chunks with what is new since the last call, MAX_ENTRIES of it at most."""
         sample = self._text.sample
         finish = sample.finish_reason or None  # read before the text: the engine sets it last
-        n_choices, text = len(sample.choices), sample.text
+        text, pieces, logprobs = sample.text, list[Body](), None
         ready = len(text) if finish else shown_length(text, self._text.config.stop)
-        new, pieces = text[self._n_characters : max(ready, self._n_characters)], list[Body]()
-        if not (new or finish):
+        if not (ready or finish):
             return []
-        if not self._begun:
-            new = self._builder.prefix(self._index) + new
-            if self._builder.is_chat:
-                pieces.append(self._builder.opening(self._index))
-        logprobs = self._logprobs(n_choices)
-        pieces.append(self._builder.piece(self._index, new, logprobs, finish))
-        self._n_characters, self._n_choices = max(ready, self._n_characters), n_choices
+        length = end = len(self._prefix) + ready
+        rows: list[Row] = []
+        if self._rows is not None:
+            most = max(1, MAX_ENTRIES // (1 + (self._n_likely or 0)))
+            rows = self._rows.take(most, sys.maxsize if finish else length)
+            logprobs = self._builder.logprobs(rows, length)
+            if len(rows) == most:  # the rest comes with the next chunk
+                end, finish = min(self._rows.end, length), None
+        if not (rows or end > self._sent or finish):
+            return []
+        if self._builder.is_chat and not self._begun:
+            pieces.append(self._builder.opening(self._index))
+        pieces.append(self._builder.piece(self._index, self._take(text, end), logprobs, finish))
         self._begun, self.done = True, finish is not None
         return pieces
 
-    def _logprobs(self, n_choices: int) -> Body | None:
-        """Return log-probabilities of the choices that were not sent yet."""
-        part = slice(self._n_choices if self._begun else None, n_choices)
-        rows = self._builder.logprobs(self._text, part, self._offset)
-        if rows and rows.get("tokens"):
-            self._offset = rows["text_offset"][-1] + len(rows["tokens"][-1])
-        return rows
+    def _take(self, text: str, end: int) -> str:
+        """Return the characters that were not sent yet, up to `end`."""
+        begin, self._sent, n = self._sent, max(self._sent, end), len(self._prefix)
+        return self._prefix[begin:end] + text[max(begin - n, 0) : max(end - n, 0)]
 
 
-def _append(rows: Body, token: str, logprob: float | None, top: Body | None, first: int) -> None:
-    """Append a token, which begins where the last one ended; the first one at `first`."""
-    at = rows["text_offset"][-1] + len(rows["tokens"][-1]) if rows["tokens"] else first
-    values = {"tokens": token, "token_logprobs": logprob, "top_logprobs": top, "text_offset": at}
-    for name, value in values.items():
-        rows[name].append(value)
-
-
-def _entry(choice: Choice, spell: Callable[[int], str]) -> Body:
+def _entry(row: Row, spell: Callable[[int], str]) -> Body:
     """Return one token in the format of the chat API."""
-    others = [_token(spell(i), p) for i, p in choice.likeliest]
-    return {**_token(spell(choice.token), choice.logprob), "top_logprobs": others}
+    others = [_token(spell(i), p) for i, p in row.likeliest or ()]
+    return {**_token(spell(row.token), row.logprob), "top_logprobs": others}
 
 
-def _token(text: str, logprob: float) -> Body:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
+def _token(text: str, logprob: float | None) -> Body:
+    return {
+        "token": text,
+        "logprob": _finite(logprob),
+        "bytes": list(text.encode(errors="replace")),
+    }
+
+
+def _finite(logprob: float | None) -> float | None:
+    """Return a log-probability as JSON can hold it."""
+    return logprob if logprob is not None and isfinite(logprob) else None

@@ -11,11 +11,10 @@ from collections.abc import AsyncIterator, Sequence
 from starlette.requests import Request as HttpRequest
 
 from mlx_randygpt.sampling.generate import Continuation
-from mlx_randygpt.serve import ApiError, ServedModel
+from mlx_randygpt.serve import ApiError
 from mlx_randygpt.serve.engine import Engine, Full, Request
 from mlx_randygpt.serve.http import EventStream, event, until_disconnect
 from mlx_randygpt.serve.metrics import Metrics
-from mlx_randygpt.serve.requests import GenerationRequest
 from mlx_randygpt.serve.responses import ResponseBuilder, StreamState
 
 
@@ -23,14 +22,11 @@ class Submission:
     """The texts of one HTTP request in the engine; ApiError 503 if its queue is full."""
 
     def __init__(
-        self, generation: GenerationRequest, served: ServedModel, engine: Engine, metrics: Metrics
+        self, texts: Sequence[Continuation], engine: Engine, metrics: Metrics, *, each_token: bool
     ) -> None:
         self._metrics = metrics
         self._changed = asyncio.Event()
-        self._requests = [
-            Request(text, self._changed.set, each_token=generation.stream)
-            for text in generation.continuations(served)
-        ]
+        self._requests = [Request(text, self._changed.set, each_token=each_token) for text in texts]
         try:
             engine.submit([request for request in self._requests if not request.finished])
         except Full as error:
@@ -47,10 +43,8 @@ class Submission:
         finally:
             watch.cancel()
             self._cancel()
-        if errors := [r.error for r in self._requests if r.error is not None]:
-            raise ApiError(500, "the model failed; the request can be repeated") from errors[0]
-        if any(request.cancelled for request in self._requests):
-            raise ApiError(503, "the server is stopping", code="stopping")
+        if failed := [r for r in self._requests if r.error or r.cancelled]:
+            raise _failure(failed[0]) from failed[0].error
         return [request.continuation for request in self._requests]
 
     def stream(self, builder: ResponseBuilder) -> EventStream:
@@ -66,6 +60,13 @@ class Submission:
         self._changed.set()
 
 
+def _failure(request: Request) -> ApiError:
+    """Return the error of a text that failed, or was cancelled because the server stops."""
+    if request.error is not None:
+        return ApiError(500, "the model failed; the request can be repeated")
+    return ApiError(503, "the server is stopping", code="stopping")
+
+
 async def _events(
     requests: Sequence[Request], changed: asyncio.Event, builder: ResponseBuilder
 ) -> AsyncIterator[bytes]:
@@ -73,12 +74,17 @@ async def _events(
     states = [StreamState(builder, i, r.continuation) for i, r in enumerate(requests)]
     while not all(state.done for state in states):
         changed.clear()
-        failed = any(request.error or request.cancelled for request in requests)
-        pieces = [piece for state in states if not state.done for piece in state.pieces()]
-        if pieces:
-            yield b"".join(map(event, pieces))
-        if failed:
-            yield event(ApiError(500, "the text could not be finished").body())
+        ended = [request for request in requests if request.error or request.cancelled]
+        n_sent = 0
+        for state in states:
+            if not state.done and (pieces := state.pieces()):
+                n_sent += 1
+                yield b"".join(map(event, pieces))
+                await asyncio.sleep(0)  # a chunk is small, and others come between two
+        if n_sent:
+            continue
+        if ended:
+            yield event(_failure(ended[0]).body())
             return
         if not all(state.done for state in states):
             await changed.wait()

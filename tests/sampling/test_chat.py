@@ -49,6 +49,12 @@ def test_the_first_answer_is_that_of_sample_and_the_next_reads_it(talk: Conversa
     assert say(talk, "The king") == written(talk, f"The old{first}\nThe king", 6)
 
 
+@pytest.mark.parametrize("line", ["The old\r\nship", "The old\rship", "\ufeffThe old\nship"])
+def test_text_from_outside_has_one_kind_of_line_end(talk: Conversation, line: str) -> None:
+    assert say(talk, line) == written(talk, "The old\nship", 5)
+    assert SampleConfig(stop=("\r\n", "a\rb")).stop == ("\n", "a\nb")
+
+
 def test_an_answer_that_was_stopped_counts_as_said(talk: Conversation) -> None:
     parts: list[str] = []
     for part in talk.answer("The", lambda: len(parts) >= 3):

@@ -192,7 +192,7 @@ def test_models_are_listed(client: Any) -> None:
         ({"logit_bias": {"9999": 1}}, openai.BadRequestError, "logit_bias", None),
         ({"logit_bias": {"e": 1}}, openai.BadRequestError, "logit_bias", None),
         ({"stream_options": {}}, openai.BadRequestError, "stream_options", None),
-        ({"extra_body": {"topk": 1}}, openai.BadRequestError, "'topk'", None),
+        ({"extra_body": {"topk": 1}}, openai.BadRequestError, "topk", "unknown_parameter"),
     ],
 )  # fmt: skip
 def test_errors_are_those_of_the_client(
@@ -387,7 +387,7 @@ def test_the_description_has_a_schema_for_every_body(host: Host) -> None:
     prompts = schemas["CompletionBody"]["properties"]["prompt"]["anyOf"]
     assert [prompt["type"] for prompt in prompts] == ["string", "array", "array", "array"]
     assert schemas["PlainBody"]["required"] == ["prompt"]
-    assert schemas["Message"]["additionalProperties"] is False
+    assert schemas["Message"]["additionalProperties"] is True
 
 
 # Clients that misbehave

@@ -81,6 +81,7 @@ def command(
     from mlx_randygpt.data.files import find_files
     from mlx_randygpt.data.reading import read_text
     from mlx_randygpt.sampling.filters import SampleConfig
+    from mlx_randygpt.words import unify_newlines
 
     _check_usage(ctx.params)
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
@@ -94,7 +95,7 @@ def command(
         return
     if prompt_file is not None:
         prompt = read_text(find_files([str(prompt_file)])[0])
-    prompt = loaded.saved.train.prompt if prompt is None else prompt
+    prompt = unify_newlines(loaded.saved.train.prompt if prompt is None else prompt)
     if line := unknown_line(loaded.tokenizer.unknown(prompt)):
         click.echo(line, err=True)
     printer = Printer("" if no_echo else prompt, config, json or num_samples > 1 or show_probs)

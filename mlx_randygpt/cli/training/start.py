@@ -34,6 +34,7 @@ from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.loop import Run
 from mlx_randygpt.training.schedule import decay_start
+from mlx_randygpt.words import unify_newlines
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ def complete(
     model, train = configs
     if machine.backend == "numpy":
         train = _choose_threads(request.options, train, machine)
-    if not train.prompt:
-        train = replace(train, prompt=default_prompt(corpus, tokenizer))
+    prompt = unify_newlines(train.prompt) or default_prompt(corpus, tokenizer)
+    train = replace(train, prompt=prompt)
     train, micro_batch_note = fit_micro_batch(request.options, model, train, machine.backend)
     check_length(corpus, model.block_size)
     dropped = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(train.prompt))

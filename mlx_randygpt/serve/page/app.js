@@ -61,15 +61,16 @@ async function write(prompt) {
   show(prompt, body);
   setBusy(true);
   const started = performance.now();
-  let n = 0, reason = "";
+  let n = 0, reason = "", warnings = "";
   try {
     for await (const event of events(await request("/v1/completions", body, control.signal))) {
+      warnings = (event.warnings ?? []).map((warning) => `; ${warning}`).join("");
       const [choice] = event.choices;
       if (!choice) continue;
       n += append(choice.logprobs, choice.text);
       reason = choice.finish_reason ?? "";
       const rate = Math.round(n / ((performance.now() - started) / 1000));
-      showStatus(`${n} tokens, ${rate}/s${reason === "stop" ? ", ended on its own" : ""}`);
+      showStatus(`${n} tokens, ${rate}/s${reason === "stop" ? ", ended on its own" : ""}${warnings}`);
     }
   } catch (error) {
     if (error.name === "AbortError") showStatus(`stopped after ${n} tokens`);
