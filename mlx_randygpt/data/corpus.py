@@ -24,6 +24,7 @@ from mlx_randygpt.data.files import find_files, is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers.subword import KINDS
 
 TRAIN_SHARE = 0.9
 PROMPT_TOKENS = 1 << 20  # tokens at the beginning of a text that decide the default prompt
@@ -117,9 +118,15 @@ class Loader:
     def learn(self, files: Sequence[Path], requested: Vocabulary) -> Tokenizer:
         """Learn the tokenizer from the text of the files."""
         size = self._size(files)
-        texts = (piece.text for piece in self._pieces(files, "Learning the vocabulary"))
+
+        def texts() -> Iterator[str]:
+            for piece in self._pieces(files, "Learning the vocabulary"):
+                yield piece.text
+            if requested.kind in KINDS:
+                self.progress("Merging pairs into tokens", 0, size)
+
         try:
-            return requested.learn(texts, size)
+            return requested.learn(texts(), size)
         except ValueError as error:
             if isinstance(error, DataError):
                 raise

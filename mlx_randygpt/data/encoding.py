@@ -51,14 +51,17 @@ def blocks(
 
     Only a small part of the text is in memory at a time.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[tuple[Ids, list[int], dict[str, int]]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[tuple[Ids, list[int], dict[str, int]]]] = deque()
+    try:
         for job in _group(pieces, stats):
             waiting.append(pool.submit(_encode, job, tokenizer))
             if len(waiting) > threads + 1:
                 yield _count_block(waiting.popleft().result(), stats)
         while waiting:
             yield _count_block(waiting.popleft().result(), stats)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, only the jobs in progress are awaited
 
 
 def _group(pieces: Iterable[Piece], stats: TextStats) -> Iterator[list[Piece]]:

@@ -10,6 +10,7 @@ import codecs
 import json
 import re
 import reprlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ BOS_NAMES = (BOS, "<s>", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>", "[CL
 EOS_NAMES = (EOS, "</s>", "<|eos|>", "<|end_of_text|>", END_OF_TEXT, "[SEP]")
 INNER = "⋯"  # prefix of a WordPiece inside a word; unlike "##" it is no byte's character
 MAX_WORD_BYTES = 64  # longest word for WordPiece, whose search takes cubic time
+MAX_RUN = 4096  # characters; learning takes quadratic time in the length of a word
+LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}(?=\S)|\s{{{MAX_RUN}}}(?=\s)")
+POLL_SECONDS = 0.1  # between looks for Ctrl-C while the library learns
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's notation of a single byte
 
 
@@ -71,7 +75,9 @@ class SubwordTokenizer:
                 f"{MIN_VOCAB_SIZE[kind]} to {LIMITS['vocab_size']}, since every byte is a token"
             )
         learn = _learn_bpe if kind == "bpe" else _learn_wordpiece
-        return cls(kind, learn(_library(), map(_replace_surrogates, texts), vocab_size).to_str())
+        runs = (run for text in texts for run in _cut_long_runs(_replace_surrogates(text)))
+        library = _library()
+        return cls(kind, _interruptibly(lambda: learn(library, runs, vocab_size)).to_str())
 
     @classmethod
     def from_file(cls, content: str) -> SubwordTokenizer:
@@ -262,6 +268,41 @@ def _replace_surrogates(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _cut_long_runs(text: str) -> Iterator[str]:
+    """Cut a text inside its runs of more than MAX_RUN characters with or without white space.
+
+    Text without spaces, such as DNA, Chinese or minified code, would otherwise be one word.
+    """
+    start = 0
+    for run in LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
+
+
+def _interruptibly(compute: Callable[[], Any]) -> Any:
+    """Return the result of `compute`, in a thread of its own so that Ctrl-C is noticed.
+
+    The library does not look for signals. After Ctrl-C its thread ends with the process.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(compute())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _learn_bpe(library: Any, texts: Iterator[str], vocab_size: int) -> Any:

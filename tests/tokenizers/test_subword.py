@@ -1,6 +1,11 @@
 """Subwords spell every text, agree with the library they come from, and stream whole characters."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +14,7 @@ import pytest
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.files import sample_corpus_path
-from mlx_randygpt.tokenizers import tokenizer_from_json
+from mlx_randygpt.tokenizers import subword, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS, MIN_VOCAB_SIZE, SubwordTokenizer, byte_characters
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -172,6 +177,62 @@ def test_what_a_foreign_tokenizer_loses_is_counted(words: SubwordTokenizer) -> N
 def test_damaged_json_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenizer_from_json(data)
+
+
+NO_SPACES = {
+    "dna": "".join(random.Random(1).choices("ACGT", k=250_000)),
+    "chinese": "".join(random.Random(1).choices([chr(0x4E00 + i) for i in range(500)], k=80_000)),
+    "minified": "f(a,b){c=1};" * 20_000,
+    "blank": " " * 200_000,
+    "digits": "0123456789" * 20_000,
+}
+
+
+@pytest.mark.parametrize("name", NO_SPACES)
+def test_text_without_spaces_is_cut_to_learn(name: str) -> None:
+    """Words of 250,000 characters took 42 s, quadratic in their length; pieces take about 2 s."""
+    runs = list(subword._cut_long_runs(NO_SPACES[name]))
+    assert "".join(runs) == NO_SPACES[name]
+    assert max(map(len, runs)) <= subword.MAX_RUN
+    if name in ("dna", "chinese"):
+        tokenizer = SubwordTokenizer.train("bpe", [NO_SPACES[name]], 500)
+        assert tokenizer.decode(tokenizer.encode(NO_SPACES[name])) == NO_SPACES[name]
+
+
+def test_text_with_spaces_is_not_cut(text: str) -> None:
+    assert list(subword._cut_long_runs(text)) == [text]
+
+
+LEARN = """
+from mlx_randygpt.tokenizers.subword import SubwordTokenizer
+def texts():
+    for i in range(4_000):
+        yield "".join(chr(97 + j * (i + j) % 26) for j in range(3_000))
+        if i == 0:
+            print("learning", flush=True)
+    print("merging", flush=True)
+try:
+    SubwordTokenizer.train("bpe", texts(), 60_000)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["learning", "merging"])
+def test_ctrl_c_interrupts_learning(moment: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", LEARN], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != moment:
+        pass
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    while (line := process.stdout.readline().strip()) not in ("interrupted", ""):
+        pass
+    assert line == "interrupted"
+    assert time.monotonic() - start < 1  # measured: 0.1 s
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.slow
