@@ -12,12 +12,18 @@ from mlx_randygpt.words import clean_text
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """Print one JSON object; numbers that are not finite become null."""
+    """Print one JSON object; numbers that are not finite become null.
+
+    Escapes stand for what is not ASCII if stdout is not UTF-8.
+    """
     import json
 
     from mlx_randygpt.checkpoint import to_strict_json
 
-    click.echo(json.dumps(to_strict_json(values), ensure_ascii=False))
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    ascii_only = encoding.lower().replace("_", "-") not in ("utf-8", "utf8")
+    line = json.dumps(to_strict_json(values), ensure_ascii=ascii_only)
+    click.echo("".join(c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" for c in line))
 
 
 def show(renderable: Any) -> None:

@@ -159,9 +159,9 @@ def read(path: Path) -> CachedTokens | None:
     starts = np.empty(0, np.int64)
     if n_starts:
         starts = np.asarray(np.memmap(path, np.int64, "r", offset=end, shape=(n_starts,)))
-    digests = BlockDigests()
-    digests.add(tokens.view(np.uint8).data)
-    if digests.finish() != facts["digests"] or _digest(starts.data) != facts["starts_digest"]:
+    if _file_digests(path, tokens.nbytes) != facts["digests"]:
+        return None
+    if _digest(starts.data) != facts["starts_digest"]:
         return None
     mark_used(path)
     return CachedTokens(tokens, starts, facts)
@@ -194,6 +194,19 @@ class BlockDigests:
     def _end(self) -> None:
         self._done.append(self._hash.hexdigest())
         self._hash, self._n = sha256(), 0
+
+
+def _file_digests(path: Path, n_bytes: int) -> list[str]:
+    """Return the digests of the first `n_bytes` of a file, which are read, not mapped.
+
+    The pages of a map would count as resident memory.
+    """
+    digests = BlockDigests()
+    with path.open("rb") as file:
+        while n_bytes and (part := file.read(min(n_bytes, 1 << 20))):
+            digests.add(part)
+            n_bytes -= len(part)
+    return digests.finish()
 
 
 def _digest(content: Buffer) -> str:

@@ -280,7 +280,7 @@ def test_info_tells_the_rank_and_what_is_trained(trained: Path) -> None:
     assert found["trained_parameters"] == 576
     assert found["model"]["lora_targets"] == "c_attn,c_fc"
     assert (
-        "Adapters    rank 2, alpha 16, beside c_attn,c_fc: 576 parameters"
+        "Adapters    rank 2, alpha 16, on c_attn,c_fc: 576 trained parameters"
         in call("info", path).stdout
     )
 

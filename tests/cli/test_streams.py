@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +50,14 @@ def test_a_run_with_all_streams_closed_is_saved(text: str, tmp_path: Path) -> No
     chat = f"chat --checkpoint run/{NEWEST} --backend numpy <&- >&-"
     code, told = shell(chat, tmp_path)  # its input has ended
     assert (code, "Error" in told) == (0, False)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_json_is_json_whatever_stdout_is_encoded_in(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "日本.txt").write_text("日本 and – tales. " * 300)
+    run = f"train --data 日本.txt --iters 1 --out run {SIZES} --plain > /dev/null 2>&1"
+    assert shell(run, tmp_path)[0] == 0
+    words = [sys.executable, "-m", "mlx_randygpt", "info", "run/checkpoint.safetensors", "--json"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, env=environment, check=True)
+    assert json.loads(done.stdout.decode(encoding))["data"]["paths"][0].endswith("日本.txt")

@@ -160,7 +160,7 @@ def test_sample_interactive_is_chat(checkpoint: Path) -> None:
     done = CliRunner().invoke(group, ["sample", "--interactive", *words], input="/len 5\nThe\n")
     assert (done.exit_code, len(done.stdout)) == (0, 6)
     wrong = CliRunner().invoke(group, ["sample", "--interactive", "--json", *words])
-    assert (wrong.exit_code, "takes no --json" in wrong.stderr) == (2, True)
+    assert (wrong.exit_code, "cannot use --json" in wrong.stderr) == (2, True)
 
 
 class Terminal:

@@ -125,10 +125,11 @@ class RunFolder:
             for old in list_checkpoints(self.path) if fresh else ():
                 if old.name != NEWEST:
                     old.unlink()
-            with files.replace(self.path / "config.toml") as file:
+            with open_own(self.path / "config.toml", os.O_TRUNC) as file:
                 file.write(config_toml.encode(errors="replace"))
             self.logs.open(self.path, fresh=fresh)
-            files.sync_folder(self.path)
+            with contextlib.suppress(OSError):  # a disk that refuses is reported by the first save
+                files.sync_folder(self.path)
         except OSError as error:
             name = error.filename or self.path
             raise FolderError(f"{name} cannot be written: {error.strerror}") from error

@@ -10,6 +10,7 @@ Legend: B batch, T new tokens, S keys seen, C n_embd, H heads, D = C/H, V vocab.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ from .configuration_mlxgpt import MLXGPTConfig
 
 EPS = 1e-5  # of every RMSNorm
 ROPE_BASE = 10000.0
+
+
+CACHE_FIELD = next(  # of an output; transformers renamed it in 5.24
+    field.name
+    for field in fields(CausalLMOutputWithPast)
+    if field.name in ("cache", "past_key_values")
+)
+REDUNDANT = ("cache_position",)  # arguments of older versions that the cache itself answers
 
 
 class WindowLayer(DynamicLayer):  # type: ignore[misc]
@@ -134,6 +143,13 @@ def shift(x: Tensor, real: Tensor | None, cache: WindowLayer | None, slot: int) 
     return torch.cat([torch.cat([before, read[:, :-1]], dim=1), x[..., half:]], dim=-1)
 
 
+def _refuse_others(others: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that this model does not have, unless it is off."""
+    for name, value in others.items():
+        if value is not None and value is not False and name not in REDUNDANT:
+            raise TypeError(f"this model has no argument {name}; its result would be without it")
+
+
 class Attention(nn.Module):  # type: ignore[misc]
     """Causal self-attention; c_attn stacks query, key and value, with H heads of D rows each."""
 
@@ -229,17 +245,27 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
-        **_: Any,
+        cache: Cache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return the logits and, with `labels`, the loss.
 
         `attention_mask` (B, tokens so far) is 0 at padding, on either side. Only the last
         `logits_to_keep` logits are returned, 0 for all. `labels` are shifted here; -100 is ignored.
+        The loss is their mean, or their sum divided by `num_items_in_batch`. `cache` is the name of
+        `past_key_values` since transformers 5.24; the output has it under both names.
         """
+        _refuse_others(others)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if None not in (cache, past_key_values) and cache is not past_key_values:
+            raise ValueError("cache and past_key_values are two names of one cache; give one")
+        cache = past_key_values if cache is None else cache
         use_cache = use_cache if use_cache is not None else not self.training
-        cache = self._cache(past_key_values) if use_cache or past_key_values else None
+        cache = self._cache(cache) if use_cache or cache is not None else None
         layers = cache.layers if cache else [None] * len(self.h)
         if cache and input_ids is not None and self.config.position == "learned":
             input_ids = self._begin_again(input_ids, attention_mask, cache.layers)
@@ -250,19 +276,25 @@ class MLXGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         for block, layer in zip(self.h, layers, strict=True):
             x = block(x, positions, mask, real, layer)
         x = rms(x) if self.config.final_norm else x
-        logits = self.lm_head(x[:, -logits_to_keep:])  # (B, T, V)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept])  # (B, T, V)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(logits.device)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            scores, n = logits[:, :-1].flatten(0, 1).float(), num_items_in_batch
+            how = "mean" if n is None else "sum"
+            loss = F.cross_entropy(scores, targets.flatten(), reduction=how)
+            loss = loss if n is None else loss / n
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: cache})
+        if CACHE_FIELD != "cache":
+            output.cache = cache
         return output.to_tuple() if return_dict is False else output
 
     def _cache(self, cache: Cache | None) -> WindowCache:
         """Return `cache`, or a new one if it is None, or empty and of another kind."""
         if isinstance(cache, WindowCache):
             return cache
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and not (isinstance(cache, Cache) and cache.get_seq_length() == 0):
             raise ValueError(f"a cache of another model ({type(cache).__name__}); pass its own")
         return WindowCache(self.config)
 

@@ -156,6 +156,59 @@ def test_a_cache_of_another_model_is_refused(loaded: Any) -> None:
         model(rows(np.zeros(3)), past_key_values=cache)
 
 
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_both_names(loaded: Any, recipe: str, name: str, text: str) -> None:
+    saved, model, _ = loaded(recipe)
+    ids = tokenizer_from_json(saved.tokenizer).encode(text)[:60]
+    ours, cache, at = streamed(saved, ids), None, 0
+    for n in (20, 1, 39):
+        found = model(rows(ids[at : at + n]), use_cache=True, **{name: cache})
+        assert np.abs(found.logits[0].detach().numpy() - ours[at : at + n]).max() < 1e-4
+        assert found.cache is found.past_key_values
+        cache, at = found.get(name, found.cache), at + n
+    assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kv_cache", ()),
+        ("head_mask", torch.ones(2, 4)),
+        ("token_type_ids", torch.ones(1, 3)),
+        ("output_attentions", True),
+        ("output_hidden_states", True),
+        ("shift_labels", torch.ones(1, 3)),
+        ("layer_past", 0),
+    ],
+)
+def test_unknown_arguments_are_refused(loaded: Any, name: str, value: Any) -> None:
+    _, model, _ = loaded("modern")
+    with pytest.raises(TypeError, match=f"no argument {name}"):
+        model(rows(np.zeros(3)), **{name: value})
+    model(rows(np.zeros(3)), **{name: None})
+
+
+def test_arguments_that_contradict_each_other_are_refused(loaded: Any) -> None:
+    _, model, _ = loaded("modern")
+    ids = rows(np.zeros(3))
+    one, two = (model(ids, use_cache=True).cache for _ in range(2))
+    with pytest.raises(ValueError, match="two names of one cache"):
+        model(ids, cache=one, past_key_values=two)
+    model(ids, cache=one, past_key_values=one)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=torch.zeros(1, 3, 64))
+    with pytest.raises(ValueError, match="a cache of another model"):
+        model(ids, cache=((ids, ids),))
+
+
+def test_the_loss_of_accumulated_batches_is_divided_by_their_tokens(loaded: Any) -> None:
+    _, model, _ = loaded("modern")
+    ids = rows(np.arange(20))
+    mean, share = (model(ids, labels=ids, num_items_in_batch=n).loss.item() for n in (None, 38))
+    assert share == pytest.approx(mean / 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["char", "bpe", "wordpiece"])
 def test_the_tokenizer_is_ours(loaded: Any, kind: str, text: str) -> None:
     saved, _, theirs = loaded("modern", kind)
