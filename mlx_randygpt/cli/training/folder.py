@@ -125,7 +125,9 @@ class RunFolder:
             for old in list_checkpoints(self.path) if fresh else ():
                 if old.name != NEWEST:
                     old.unlink()
-            with open_own(self.path / "config.toml", os.O_TRUNC) as file:
+            settings = self.path / "config.toml"
+            settings.unlink(missing_ok=True)  # it may be a link to another file
+            with open_own(settings, os.O_EXCL) as file:
                 file.write(config_toml.encode(errors="replace"))
             self.logs.open(self.path, fresh=fresh)
             with contextlib.suppress(OSError):  # a disk that refuses is reported by the first save
