@@ -248,7 +248,7 @@ NEUTRAL: tuple[Any, ...] = (
 
 
 def _shorten(name: str) -> set[str]:
-    """Return a name, compared without case and punctuation, and all with one letter less."""
+    """Return a name in lower-case letters, and every variant of it with one letter left out."""
     letters = "".join(c for c in name[:40].lower() if c.isalnum())
     return {letters, *(letters[:i] + letters[i + 1 :] for i in range(len(letters)))}
 

@@ -51,7 +51,7 @@ class Team:
 
     @property
     def suffix(self) -> str:
-        """The end of the line about the backend: `, 4 ranks`, or nothing."""
+        """Return the end of the line about the backend: `, 4 ranks`, or ""."""
         return f", {self.group.size} ranks" if self.group.size > 1 else ""
 
     @property
