@@ -11,18 +11,31 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mlx_randygpt.config import missing
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.files import kind
+from mlx_randygpt.words import one_line
 
 CHUNK_BYTES = 1 << 20
 MAX_PIECE = 1 << 18  # characters
 MAX_TRIES = 1000  # spaces to try when looking for a word boundary
+MAX_NAMES = 20  # fields of a row that a message lists
+MAX_NAME = 40  # characters of each
+JSON_TYPES: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
 Seen = Callable[[int], None]  # bytes of the file that were read since the last call
 
 
@@ -210,15 +223,33 @@ def _json_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(reading.text_field), str):
-            columns = (
-                f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
-            )
-            raise DataError(
-                f"{file}: line {number} has no text under {reading.text_field!r}{columns}; "
-                "choose another with --text-field"
-            )
-        yield _with_newlines(row[reading.text_field])
+        yield _with_newlines(_row_text(row, reading.text_field, f"{file}: line {number}"))
+
+
+def _row_text(row: Any, field: str, place: str) -> str:
+    """Return the text of a row; raise DataError with the reason if it has none."""
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{place} is {JSON_TYPES[type(row)]}, not an object such as {{{json.dumps(field)}: …}}"
+        )
+    if field not in row:
+        names = f"it has {_list_names(row)}" if row else "it is empty"
+        raise DataError(
+            f"{place} has no text under {field!r}; {names}; choose another with --text-field"
+        )
+    value = row[field]
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place} has {JSON_TYPES[type(value)]} under {field!r}, not a text; remove the row "
+            "or choose another field with --text-field"
+        )
+    return value
+
+
+def _list_names(names: Collection[str]) -> str:
+    shown = [one_line(name)[:MAX_NAME] for name in islice(names, MAX_NAMES)]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(shown) + more
 
 
 def _lines(parts: Iterator[str]) -> Iterator[str]:
@@ -243,7 +274,7 @@ def _parquet_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
             names = table.schema_arrow.names
             if reading.text_field not in names:
                 raise DataError(
-                    f"{file} has no column {reading.text_field!r}; it has {', '.join(names)}; "
+                    f"{file} has no column {reading.text_field!r}; it has {_list_names(names)}; "
                     "choose another with --text-field"
                 )
             n_rows, size = max(1, table.metadata.num_rows), file.stat().st_size
