@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.corpus import check_length, encode_corpus, load_corpus
+from mlx_randygpt.data.corpus import check_length, default_prompt, encode_corpus, load_corpus
 from mlx_randygpt.data.files import default_source, find_files, sample_corpus_path
 from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -50,6 +50,50 @@ def test_a_directory_with_a_train_bin_gives_its_token_files_alone(folder: Path) 
     for name in ("d/train.bin", "d/val.bin", "d/prepare.py", "d/input.txt"):
         write(name)
     assert find_files(["d"]) == [Path("d/train.bin"), Path("d/val.bin")]
+
+
+@pytest.mark.parametrize(
+    "name", ["training_args", "restraint", "pytorch_model", "retrain", "xtrain"]
+)
+def test_other_bin_files_do_not_hide_the_texts(folder: Path, name: str) -> None:
+    write(f"d/{name}.bin")
+    write("d/a.txt")
+    assert find_files(["d"]) == [Path("d/a.txt")]
+
+
+@pytest.mark.parametrize("name", ["train", "X_train_000001", "tiny_shakespeare_train", "a-train-2"])
+def test_texts_beside_token_files_are_left_out_with_a_line(folder: Path, name: str) -> None:
+    for file in (f"d/{name}.bin", "d/training_args.bin", "d/a.txt", "d/b.txt"):
+        write(file)
+    lines = list[str]()
+    assert find_files(["d"], lines.append) == [Path(f"d/{name}.bin")]
+    assert lines == [
+        f"Left out: 2 texts of d, which holds token files ({name}.bin); "
+        "name texts to train on them."
+    ]
+
+
+def test_a_device_is_not_a_text(folder: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"^/dev/zero is a device; give a file, a folder or a pipe$"
+    ):
+        find_files(["/dev/zero"])
+
+
+def test_a_pipe_without_a_writer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_randygpt.data.files.WRITER_SECONDS", 0)
+    os.mkfifo("pipe")
+    with pytest.raises(DataError, match=r"^pipe is a pipe that no process has opened for writing"):
+        find_files(["pipe"])
+
+
+@pytest.mark.parametrize("text", ["one line, no end", " x", "龍龍龍", "ROMEO:", "a\nb"])
+@pytest.mark.parametrize("size", [0, 1])
+def test_the_default_prompt_is_in_the_vocabulary_of_its_text(text: str, size: int) -> None:
+    tokenizer = CharTokenizer.train(text, size or 512)
+    prompt = default_prompt(encode_corpus({"a": text}, tokenizer), tokenizer)
+    assert prompt
+    assert size or (not tokenizer.unknown(prompt) and prompt in text)
 
 
 def test_a_file_named_twice_is_read_once_and_the_order_stays(folder: Path) -> None:

@@ -27,7 +27,7 @@ READING = ("encoding", "text_field")  # options that read other text from the sa
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
     if paths:
-        return find_files(paths)
+        return find_files(paths, lambda line: click.echo(line, err=True))
     files, note = default_source(Path(), download_shakespeare)
     click.echo(note, err=True)
     return files
