@@ -68,6 +68,11 @@ def kind(file: Path) -> str:
     return os.path.splitext(name)[1]
 
 
+def is_packed(file: Path) -> bool:
+    """Return whether the text of a file can be much longer than the file."""
+    return file.name.lower().endswith((*PACKED, ".parquet"))
+
+
 def is_tokens(file: Path) -> bool:
     """Return whether a file holds token ids, in the format of nanoGPT or llm.c."""
     return file.name.lower().endswith(TOKENS)

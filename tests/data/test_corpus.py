@@ -137,10 +137,10 @@ def test_line_ends_and_the_byte_order_mark_are_normalised(folder: Path) -> None:
     [
         (b"", "^a.txt is empty"),
         (b"\xef\xbb\xbf", "^a.txt is empty"),
-        (b"ok\r\nok\n\xff", r"byte 0xff at offset 7 \(line 3\); .* iconv -f latin1 -t utf-8 a.txt"),
+        (b"ok\r\nok\n\xff", r"byte 0xff at offset 7 \(line 3\); .*give .*--encoding"),
         (b"\xe4", r"not UTF-8 text: byte 0xe4 at offset 0 \(line 1\)"),
         (b"a\nb\0", r"binary, not text: a NUL byte at offset 3 \(line 2\)$"),
-        ("hi".encode("utf-16"), "UTF-16, not UTF-8; convert it, e.g. iconv -f utf-16"),
+        ("hi".encode("utf-16"), "UTF-16, not UTF-8; give --encoding utf-16$"),
     ],
 )
 def test_what_is_not_utf8_text_is_refused_with_the_place(
