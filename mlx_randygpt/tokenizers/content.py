@@ -45,16 +45,19 @@ def check_ids(content: Mapping[str, Any]) -> None:
     model, added = content.get("model"), content.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # Unigram: the id is the position
-        vocab = {name: i for i, entry in enumerate(vocab) if (name := _name_of(entry)) is not None}
+        names = enumerate(map(_name_of, vocab))
+        vocab = {name: i for i, name in names if name is not None}
     elif isinstance(vocab, dict):
         _check_vocab(vocab)
     else:
         vocab = {}
     ids, n = dict(vocab), _count(model)
     for token in added if isinstance(added, list) else []:
-        name, id_ = (token.get("content"), token.get("id")) if isinstance(token, dict) else (0, 0)
+        name, id_ = (
+            (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, 0)
+        )
         if not isinstance(name, str):
-            continue
+            continue  # for the library to refuse
         expected = ids.setdefault(name, n)
         n += expected == n
         if type(id_) is not int or id_ != expected:
