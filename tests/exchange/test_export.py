@@ -320,3 +320,25 @@ def test_gguf_holds_every_weight(model: Make, tmp_path: Path) -> None:
         ("blk.1.ffn_down.weight", "h.1.mlp.c_proj.weight"),
     ):  # fmt: skip
         np.testing.assert_array_equal(tensors[theirs], ours[name])
+
+
+def test_gguf_marks_special_tokens_alone_as_control(model: Make, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    saved = model("gpt2", "bpe")
+    content = json.loads(json.dumps(saved.tokenizer))
+    first = len(content["tokenizer"]["model"]["vocab"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for i, special in enumerate((False, True)):
+        token = {"id": first + i, "content": f"<{special}>", **flags, "special": special}
+        content["tokenizer"]["added_tokens"].append(token)
+    rng = np.random.default_rng(1)
+    weights = dict(saved.state.params)
+    more = rng.standard_normal((2, saved.model.n_embd)).astype(np.float32)
+    weights["wte.weight"] = np.concatenate([weights["wte.weight"], more])
+    sizes = replace(saved.model, vocab_size=first + 2)
+    state = replace(saved.state, params=weights)
+    export(replace(saved, model=sizes, tokenizer=content, state=state), "gguf", tmp_path / "x")
+    reader = gguf.GGUFReader(tmp_path / "x" / "model.gguf")
+    kinds = reader.fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[first:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
+    assert kinds[:3] == [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
