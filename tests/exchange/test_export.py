@@ -21,9 +21,11 @@ from mlx_randygpt.cli import group
 from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.export import build_files, export
-from mlx_randygpt.exchange.exporters.card import card, licences
+from mlx_randygpt.exchange.exporters.card import TESTED, card, licences
 from mlx_randygpt.exchange.exporters.tokenizer import token_names, tokenizer_json
 from mlx_randygpt.tokenizers import tokenizer_from_json
+
+ROOT = Path(__file__).parents[2]
 
 Make = Callable[..., Checkpoint]
 KINDS = ("char", "bpe", "wordpiece")
@@ -169,6 +171,14 @@ def test_a_model_from_elsewhere_is_told_as_such(model: Make) -> None:
     assert "seed 42" not in text
     files = build_files(foreign, "safetensors", "x")
     assert not [name for name, content in files.items() if b"/home/me" in content]
+
+
+@pytest.mark.parametrize("recipe", ["modern", "gpt2"])
+def test_the_card_lists_the_versions_that_the_docs_name(model: Make, recipe: str) -> None:
+    text, docs = card(model(recipe), "hf", "x"), (ROOT / "docs/exchange.md").read_text()
+    for library, versions in TESTED.items():
+        assert f"{library} (tested with {versions})" in text
+        assert f"{library} {versions}" in docs
 
 
 def test_the_card_knows_the_licences_of_the_library() -> None:

@@ -76,11 +76,12 @@ def test_logits_are_ours_on_1000_tokens(loaded: Any, recipe: str, kind: str, tex
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", ["char", "bpe"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_generate_writes_what_we_write(
-    loaded: Any, recipe: str, use_cache: bool, text: str
+    loaded: Any, recipe: str, kind: str, use_cache: bool, text: str
 ) -> None:
-    saved, model, _ = loaded(recipe)
+    saved, model, _ = loaded(recipe, kind)
     prompt = tokenizer_from_json(saved.tokenizer).encode(text)[:30]
     words = {"max_new_tokens": 200, "do_sample": False, "use_cache": use_cache}
     found = model.generate(rows(prompt), attention_mask=rows(prompt * 0 + 1), **words)
