@@ -9,7 +9,7 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers import gpt2, nanogpt, native, randygpt
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import read_json
-from mlx_randygpt.exchange.importers.torch_file import MAGIC
+from mlx_randygpt.exchange.importers.torch_file import MAGIC, refuse_legacy
 
 _FORMAT_OF_MODEL_TYPE = {"gpt2": "gpt2", "mlxgpt": "mlxgpt", "randygpt": "randygpt-hf"}
 _FOLDER_READERS: dict[str, Callable[[Path, Path | None], ImportedModel]] = {
@@ -64,6 +64,7 @@ def detect(source: Path) -> str:
         return "randygpt"
     if first.startswith(MAGIC):
         return "nanogpt"
+    refuse_legacy(source)
     raise ExchangeError(
         f"{source} is neither a .bin file of randyGPT nor a file of torch.save in the format of "
         "PyTorch 1.6 and later; name its format with --format"

@@ -21,15 +21,16 @@ from mlx_randygpt.training.reports import perplexity
 
 UNKNOWN = "unknown: add it"
 N_NAMES = 20  # file names that are listed
+TESTED = {"mlx-lm": "0.32.2", "transformers": "5.0.0 and 5.24.0"}  # versions
 RUN = {
-    "hf": """With mlx-lm, from the folder above:
+    "hf": """With mlx-lm (tested with {mlx_lm}), from the folder above:
 
 ```sh
 mlx_lm.generate --model {name}{flag} --prompt "{prompt}" --temp 0.8 --top-p 0.9
 mlx_lm.convert --hf-path {name}{flag} --mlx-path {small} -q
 ```
 
-With transformers and PyTorch:
+With transformers (tested with {transformers}) and PyTorch:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,6 +117,8 @@ def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
         flag=" --trust-remote-code" if own else "",
         argument=", trust_remote_code=True" if own else "",
         most=200 if own else max(1, size - len(prompt)),
+        mlx_lm=TESTED["mlx-lm"],
+        transformers=TESTED["transformers"],
         note=OWN_CODE if own else LEARNED.format(size=size),
     )
 

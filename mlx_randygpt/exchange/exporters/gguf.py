@@ -29,7 +29,7 @@ LAYER = {  # our name -> that of llama.cpp
     "mlp.c_proj": "ffn_down",
 }
 ALL_FLOAT32 = 0  # general.file_type
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 
 
 def gguf_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
@@ -98,9 +98,11 @@ def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
     """Add the vocabulary sorted by id, its merges and the special tokens."""
     content, tokenizer = saved.tokenizer["tokenizer"], tokenizer_from_json(saved.tokenizer)
     names = token_names(content)
-    special = {token["id"] for token in content["added_tokens"]}
+    kind_of = dict.fromkeys(names, NORMAL)
+    for token in content["added_tokens"]:
+        kind_of[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     ids = range(tokenizer.vocab_size)
-    kinds = [CONTROL if i in special else NORMAL if i in names else UNUSED for i in ids]
+    kinds = [kind_of.get(i, UNUSED) for i in ids]
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
