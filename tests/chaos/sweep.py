@@ -2,8 +2,8 @@
 
 Each run is forked from one process that has imported everything, with shim.c preloaded: it strikes
 the n-th call of one kind below the run's folder. The runs are those of SCENARIOS: a new one, one
-that resumes, one that keeps checkpoints, a fine-tuning. Prints one JSON object. MLXGPT_SWEEP=N takes
-every N-th case (1: all), MLXGPT_SWEEP_SHARD=I/K a part of them. Linux with a C compiler only.
+that resumes, one that keeps checkpoints, a fine-tuning. Prints one JSON object. MLXGPT_SWEEP=N
+takes every N-th case (1: all), MLXGPT_SWEEP_SHARD=I/K a part of them. Linux with a C compiler only.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FAULTS = {name: (ERROR, getattr(errno, name)) for name in ERRORS}
 FAULTS |= {"killed before": (KILL_BEFORE, 0), "killed after": (KILL_AFTER, 0)}
 LASTING = ("EIO", "ENOSPC")  # also: this call and all later ones of its kind
 ITERS, SECONDS = 6, 60
-ARGUMENTS = f"""train --plain --backend=numpy --threads=1 --iters={ITERS} --n-layer=1 --n-head=1
+ARGUMENTS = f"""train --plain --backend=numpy --threads=1 --iters={ITERS}
 --batch-size=2 --save-every=2 --eval-every=3 --sample-every=4 --dropout=0.1""".split()
-SIZES = "--n-layer=1 --n-head=1 --n-embd=8 --block-size=8".split()
+SIZES = ["--n-layer=1", "--n-head=1", "--n-embd=8", "--block-size=8"]
 
 
 @dataclass(frozen=True)
