@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_randygpt.backends.base import Backend, StepResult
-from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint
+from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.data.windows import Documents, sample_batch
 from mlx_randygpt.progress import Progress
@@ -257,7 +257,7 @@ class Trainer:
             seconds=self._seconds(),
         )
         if is_best:
-            self.saver.save(BEST, self._checkpoint)  # after its report, which it implies
+            self.saver.save_best(self.step, self._checkpoint)  # after its report, which it implies
         waited = self.progress.plateau.evaluations_without_best
         note = overfitting(self.recent_loss, score.loss, waited, self.progress.best_step)
         if note and not self.warned:

@@ -485,6 +485,25 @@ def test_milestones_are_kept(faked: Callable[..., tuple[Run, Fake]], tmp_path: P
     assert len({path.name for path in tmp_path.iterdir()} - {PREVIOUS}) == 4
 
 
+def test_a_kept_checkpoint_is_written_before_the_best_of_its_step(
+    faked: Callable[..., tuple[Run, Fake]], tmp_path: Path
+) -> None:
+    """A kill between them would leave a run that resumes beyond the kept one's step."""
+    run, backend = faked(iters=8, keep_every=4, eval_every=4)
+    saves = [Path(e.path).name for e in of(SaveLog, list(train(run, backend, tmp_path)))]  # type: ignore[arg-type]
+    for step in (4, 8):
+        assert saves.count(name := f"checkpoint-{step}.safetensors") == 1
+        assert BEST in saves[saves.index(name) :]
+    run, backend = faked(iters=4, keep_every=4, eval_every=4)
+    order: list[str] = []
+    saver = Saver(run.train, tmp_path, lambda: 0.0)
+    saver.save = lambda name, _: order.append(name)  # type: ignore[method-assign]
+    saver.save_best(4, lambda: None)  # type: ignore[arg-type, return-value]
+    saver.save_due(4, lambda: None)  # type: ignore[arg-type, return-value]
+    saver.close()
+    assert order == ["checkpoint-4.safetensors", BEST]
+
+
 def test_the_best_is_the_lowest_not_the_latest(
     faked: Callable[..., tuple[Run, Fake]], tmp_path: Path
 ) -> None:
