@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.analysis.metrics import RunRecord
 
 STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red", "white")
+MIN_WIDTH, MAX_WIDTH = 30, 120  # columns of a chart; a narrower terminal wraps or cuts it
 AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the others
 
 
@@ -74,7 +75,7 @@ def _draw(records: list[RunRecord], span: float) -> None:
     from mlx_randygpt.words import clean_text
 
     console = Console(highlight=False)
-    width = min(console.width, 120) if console.is_terminal else 80
+    width = max(MIN_WIDTH, min(console.width, MAX_WIDTH)) if console.is_terminal else 80
     for i, label in enumerate(labels(records)):
         line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean_text(label))
         console.print(line, soft_wrap=not console.is_terminal)
