@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
     n_rows, last = HEIGHTS[name != "loss"], int(max(step for step, _ in points))
     size = (width - AXIS - 3, n_rows)
     if name in ("loss", "grad_norm"):  # whose first values can exceed the chart
-        area = frame(points, (), (0, last), size)
+        area = frame([*chain(*lines)], [*chain(*marks)], (0, last), size)
     else:
         low, high = limits(np.array([value for _, value in points]), log=False)
         area = Frame(0, last, low, high, *size)
