@@ -326,6 +326,14 @@ def test_a_text_learned_by_heart_is_told_once(make_run: Make) -> None:
     assert "Overfitting: training loss" in notes[0].text
 
 
+def test_a_resumed_run_warns_at_once(faked: Callable[..., tuple[Run, Fake]]) -> None:
+    past = Progress(val_loss=3.0, eval_step=0, best_loss=2.0, plateau=Plateau(2.0, 3))
+    run, backend = faked(iters=2)
+    reports = list(train(replace(run, progress=past, recent_loss=1.0), backend))  # type: ignore[arg-type]
+    assert isinstance(reports[0], NoteLog)
+    assert "training loss 1.000, validation loss 3.000" in reports[0].text
+
+
 def test_a_text_that_is_learned_is_no_overfitting(make_run: Make) -> None:
     run, backend = make_run("modern", on="the cat sat. " * 300, iters=60, eval_every=5)
     assert not any(isinstance(report, NoteLog) for report in train(run, backend))
