@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -89,6 +90,7 @@ def closed(request: bytes) -> bytes:
         (b"GET /health HTTP/1.0\r\nHost: localhost\r\nHost: evil.com" + END, 400),
         (b"GET /health HTTP/1.1" + END, 400),
         (b"GET /health HTTP/2.0\r\nHost: localhost" + END, 400),
+        (b"\r\n\r\nGET / HTTP/1.1\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00" + END, 400),
         (b"GET /health HTTP/1.0" + END, 200),
         (CHUNKED + b"1\r\na\r\n" * 20_000, 413),
@@ -136,10 +138,10 @@ def test_a_websocket_is_refused_without_a_line_of_log(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("sent", [b"", b"\r\n\r\n", b"GET / HTTP/1.1\r\nHo"])
+@pytest.mark.parametrize("sent", [b"", b"GET", b"GET / HTTP/1.1\r\nHo"])
 def test_a_header_that_does_not_arrive_ends_the_connection(sent: bytes, host: Host) -> None:
     with closing(connect(host)) as connection:
-        connection.sendall(sent + HEALTH[:5] if sent == END else sent)
+        connection.sendall(sent)
         assert ask(host, closed(HEALTH))[0] == 200  # the server knows of both by now
         later(host, limits.SECONDS["header"] + 1)
         status, body = read(connection)
@@ -158,12 +160,14 @@ def test_a_body_that_nobody_reads_does_not_keep_a_connection(host: Host) -> None
         connection.sendall(CHUNKED.replace(b"/v1/completions", b"/nowhere"))
         assert b"404" in connection.recv(1 << 16)
         later(host, limits.SECONDS["rest"] + 1)
-        with pytest.raises(ConnectionResetError):
-            read(connection)
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(1 << 16):
+                pass
 
 
 def test_a_client_that_does_not_read_loses_its_connection(host: Host) -> None:
-    body = {"prompt": "a", "max_tokens": 3000, "n": 8, "logprobs": 20, "seed": 1}
+    body = {"prompt": "a", "max_tokens": 3000, "n": 8, "logprobs": 20, "stream": True}
+    body["logit_bias"] = {str(host.run.tokenizer.eos): -100}
     with closing(socket.socket()) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", host.port))
@@ -180,7 +184,8 @@ def test_when_the_server_stops_answers_end_with_an_error(
     host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(limits, "GRACE_SECONDS", 0.0)
-    body = {"prompt": "a", "max_tokens": 32768, "n": 4}
+    eos = str(host.run.tokenizer.eos)
+    body = {"prompt": "a", "max_tokens": 32768, "n": 4, "logit_bias": {eos: -100}}
     with (
         closing(connect(host)) as whole,
         closing(connect(host)) as stream,
@@ -190,8 +195,8 @@ def test_when_the_server_stops_answers_end_with_an_error(
         whole.sendall(post(body))
         stream.sendall(post({**body, "stream": True}))
         assert stream.recv(1)
-        while host.metrics.value("streams") < 8:
-            pass
+        while host.metrics.value("streams") != 8:
+            later(host, 0)
         host.stop()
         status, answer = read(whole)
         rest = stream.makefile("rb").read()
@@ -206,6 +211,7 @@ def test_failures_to_accept_are_one_line_of_log(
     host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     context = {"message": "socket.accept() out of system resource", "exception": OSError(24, "x")}
+    assert ask(host, closed(HEALTH))[0] == 200  # it runs
     for _ in range(1000):
         host.server.loop.call_soon_threadsafe(host.server.loop.call_exception_handler, context)
     later(host, 0)
@@ -215,8 +221,7 @@ def test_failures_to_accept_are_one_line_of_log(
 def test_the_requests_in_flight_have_a_budget() -> None:
     from mlx_randygpt.serve import MAX_COST_TOGETHER, ApiError
 
-    in_flight, first, second = InFlight(), Any, Any
-    first, second = object(), object()
+    in_flight, first, second = InFlight(), object(), object()
     in_flight.add(first, MAX_COST_TOGETHER)  # type: ignore[arg-type]
     with pytest.raises(ApiError, match="try again later"):
         in_flight.add(second, 1)  # type: ignore[arg-type]
