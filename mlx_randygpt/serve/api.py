@@ -8,6 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
@@ -18,9 +19,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_randygpt.backends.base import resident_bytes
-from mlx_randygpt.serve import ApiError, ServedModel, Settings
+from mlx_randygpt.config import UserError
+from mlx_randygpt.serve import N_THREADS, ApiError, ServedModel, Settings
 from mlx_randygpt.serve.engine import Engine, Request
-from mlx_randygpt.serve.http import App, Guard, dump, error_response, json_response, read_body
+from mlx_randygpt.serve.http import (
+    App,
+    Bodies,
+    Guard,
+    PieceResponse,
+    cut,
+    dump,
+    error_response,
+    json_response,
+)
 from mlx_randygpt.serve.inspection import describe_run, map_attention
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.serve.models import AttentionBody, B, ChatBody, CompletionBody, PlainBody, parse
@@ -33,7 +44,7 @@ from mlx_randygpt.serve.requests import (
     read_plain,
 )
 from mlx_randygpt.serve.responses import ResponseBuilder
-from mlx_randygpt.serve.submission import Submission
+from mlx_randygpt.serve.submission import InFlight, Submission
 from mlx_randygpt.tokenizers import TokenizerError
 
 PAGE = {  # path -> file in page/, media type
@@ -52,6 +63,7 @@ class Api:
     ) -> None:
         self._served, self._settings, self._engine = served, settings, engine
         self._metrics = metrics
+        self._bodies, self._in_flight = Bodies(), InFlight()
         self._attention_lock = asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
@@ -87,8 +99,13 @@ class Api:
             loop.call_soon_threadsafe(_notify, requests)
 
         self._engine.deliver = deliver
+        loop.set_default_executor(ThreadPoolExecutor(N_THREADS))
         yield
         await asyncio.to_thread(self._engine.stop)
+
+    def stop(self) -> None:
+        """End all texts: streams with an error event, whole answers with 503."""
+        self._in_flight.stop()
 
     # Texts
 
@@ -105,7 +122,11 @@ class Api:
         if request.method != "POST":
             return await self._page(request)
         generation = await self._read(request, PlainBody, read_plain)
-        [text] = await (await self._submit(generation)).wait(request)
+        submission = await self._submit(generation)
+        try:
+            [text] = await submission.wait(request)
+        finally:
+            submission.close()
         usage = generation.usage([text])
         del usage["total_tokens"]
         body = {
@@ -129,9 +150,14 @@ class Api:
         submission = await self._submit(generation)
         if generation.stream:
             return submission.stream(builder)
-        texts = await submission.wait(request)
-        content = await asyncio.to_thread(lambda: dump(builder.whole(texts)))
-        return Response(content, media_type="application/json")
+        try:
+            texts = await submission.wait(request)
+            content = await asyncio.to_thread(lambda: dump(builder.whole(texts)))
+        except BaseException:
+            submission.close()
+            raise
+        headers = {"content-type": "application/json", "content-length": str(len(content))}
+        return PieceResponse(cut(content), submission.close, headers)
 
     async def _read(
         self,
@@ -139,18 +165,29 @@ class Api:
         model: type[B],
         read: Callable[[B, ServedModel, Settings, int], GenerationRequest],
     ) -> GenerationRequest:
-        content, seed = await read_body(request), secrets.randbelow(1 << 31)
+        seed = secrets.randbelow(1 << 31)
 
-        def check() -> GenerationRequest:
+        def check(content: bytes) -> GenerationRequest:
             body, ignored = parse(content, model)
-            generation = read(body, self._served, self._settings, seed)
+            try:
+                generation = read(body, self._served, self._settings, seed)
+            except UserError as error:  # of the tokenizer
+                raise ApiError(400, f"the text cannot be encoded: {error}") from error
             return generation.with_ignored(ignored)
 
-        return await asyncio.to_thread(check)
+        async with self._bodies.read(request) as content:
+            return await asyncio.to_thread(check, content)
 
     async def _submit(self, generation: GenerationRequest) -> Submission:
         texts = await asyncio.to_thread(generation.continuations, self._served)
-        return Submission(texts, self._engine, self._metrics, each_token=generation.stream)
+        return Submission(
+            texts,
+            self._engine,
+            self._metrics,
+            self._in_flight,
+            cost=generation.cost,
+            each_token=generation.stream,
+        )
 
     # Other routes
 
@@ -186,7 +223,8 @@ class Api:
         return json_response(facts)
 
     async def _attention(self, request: HttpRequest) -> Response:
-        body, _ = await asyncio.to_thread(parse, await read_body(request), AttentionBody)
+        async with self._bodies.read(request) as content:
+            body, _ = await asyncio.to_thread(parse, content, AttentionBody)
         async with self._attention_lock:  # one at a time: each is a forward pass
             attention = await asyncio.to_thread(map_attention, self._served, body)
         return json_response(attention)

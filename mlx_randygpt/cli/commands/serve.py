@@ -25,10 +25,10 @@ from mlx_randygpt.config import UserError, missing
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.serve import ServedModel
+    from mlx_randygpt.serve.api import Api
     from mlx_randygpt.tokenizers import Tokenizer
 
 N_POINTS = 1000  # of a loss curve on the page
-GRACE_SECONDS = 5  # for running texts when the server stops
 
 
 class ServeError(UserError, RuntimeError):
@@ -92,6 +92,7 @@ def command(
     from mlx_randygpt.serve import Settings
     from mlx_randygpt.serve.api import Api
     from mlx_randygpt.serve.engine import Engine
+    from mlx_randygpt.serve.http import is_loopback
     from mlx_randygpt.serve.metrics import Metrics
 
     path, saved, tokenizer = read(checkpoint)
@@ -101,7 +102,6 @@ def command(
         api_key=api_key,
         defaults=SampleConfig(stop=stop, logit_bias=bias, **filters),
         seed=None if seed_source is click.core.ParameterSource.DEFAULT else filters["seed"],
-        loopback_only=host in ("localhost", "127.0.0.1", "::1"),
     )
     served, metrics = _describe_model(name, path, saved, tokenizer), Metrics()
     if quantize is not None:
@@ -118,25 +118,20 @@ def command(
             n_waiting=queue,
         )
         engine.start()
-        _serve(Api(served, settings, engine, metrics).app(), listening, host)
+        # a name for another machine is not checked: the server cannot know all of its own
+        is_local = is_loopback(listening.getsockname()[0])
+        names = ("localhost", host.lower()) if is_local else None
+        settings = replace(settings, host_names=names)
+        _serve(Api(served, settings, engine, metrics), listening)
 
 
-def _serve(app: Any, listening: socket.socket, host: str) -> None:
-    import uvicorn
+def _serve(api: Api, listening: socket.socket) -> None:
+    from mlx_randygpt.serve.server import Server, connection_limit
 
-    port = listening.getsockname()[1]
+    host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=65,
-        server_header=False,
-        ws="none",
-        lifespan="on",
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(api.app(), listening, api.stop, connection_limit()).serve_until_signal()
 
 
 def _require_extra() -> None:
@@ -153,6 +148,8 @@ def _require_extra() -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; raise ServeError if the port is taken or not allowed."""
+    if not host:
+        raise ServeError("--host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
