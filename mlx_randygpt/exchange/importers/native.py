@@ -34,7 +34,7 @@ def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
     path, stored = gpt2.stored_in(source)
     params = params_of(path, model, stored)
     refuse_others(path, stored.keys() - params.keys())
-    tokenizer = _tokenizer(vocab or source, model.vocab_size)
+    tokenizer = read_tokenizer(vocab or source, model.vocab_size)
     return ImportedModel(MODEL_TYPE, source, model, params, tokenizer, recipe=_recipe(model))
 
 
@@ -60,7 +60,7 @@ def _recipe(model: ModelConfig) -> str:
     return "classic"
 
 
-def _tokenizer(path: Path, size: int) -> Tokenizer:
+def read_tokenizer(path: Path, size: int) -> Tokenizer:
     """Read the tokenizer; a character vocabulary becomes a CharTokenizer (needs no library)."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.name == "tokenizer.json" and file.is_file():

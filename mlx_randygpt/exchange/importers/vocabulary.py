@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlx_randygpt.tokenizers.chars import FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # names to try in a folder, in this order
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 RANDY_SPECIAL = ("<|bos|>", "<|eos|>")
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -44,6 +45,26 @@ def tokenizer_at(path: Path, size: int) -> Tokenizer:
     if "model" not in content:
         content = _byte_level(content, path)
     return _call_for(path, lambda: _subword(content, size))
+
+
+def byte_level_bpe(
+    path: Path,
+    names: Sequence[str],
+    merges: Sequence[Sequence[str]],
+    added: Mapping[int, str],
+    special: Container[int],
+) -> Tokenizer:
+    """Build GPT-2's kind of BPE from the names of all ids, its merges and the added tokens.
+
+    `special` are the ids of added tokens that have no text.
+    """
+    if len(set(names)) < len(names):
+        raise ExchangeError(f"{path} has two tokens of one name")
+    content = _bpe({name: i for i, name in enumerate(names)}, merges, BYTE_LEVEL, BYTE_LEVEL)
+    content["added_tokens"] = [
+        {"id": i, "content": name, **FLAGS, "special": i in special} for i, name in added.items()
+    ]
+    return _call_for(path, lambda: _subword(content, len(names)))
 
 
 def table_of_text(path: Path, size: int) -> Tokenizer:
@@ -193,9 +214,8 @@ def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
     if n == size:
         return tokenizer
     padded_content = json.loads(tokenizer.content)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     padded_content["added_tokens"] += [
-        {"id": i, "content": f"<|unused_{i}|>", **flags, "special": True} for i in range(n, size)
+        {"id": i, "content": f"<|unused_{i}|>", **FLAGS, "special": True} for i in range(n, size)
     ]
     padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": padded_content})
     if padded.vocab_size != size:
