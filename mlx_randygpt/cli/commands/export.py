@@ -66,6 +66,6 @@ def command(
     click.echo(f"Description and instructions: {output / 'README.md'}")
     if kind in ("hf", "mlx-lm") and not saved.model.is_gpt2 and find_misfit(saved.model):
         click.echo(
-            "Note: this folder contains code of mlxgpt. A model trained with --recipe portable runs "
-            "without it, also in vLLM, llama.cpp, Ollama and LM Studio (--format gguf)."
+            "Note: this folder contains code of mlxgpt. A model of --recipe portable needs none, "
+            "and runs in vLLM, llama.cpp, Ollama and LM Studio too (--format gguf)."
         )
