@@ -35,6 +35,7 @@ MAY_IMPORT = {  # third parties, and the modules that name them
     "threadpoolctl": ("cli", "backends.", "planning.machine"),
     "signal": ("cli",),
     "tokenizers": ("tokenizers.subword",),
+    "charset_normalizer": ("data.recognition",),
     "pyarrow": ("data.",),
     "zstandard": ("data.",),
 }

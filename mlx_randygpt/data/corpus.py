@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError, cache, token_files
 from mlx_randygpt.data.encoding import TextStats, blocks
-from mlx_randygpt.data.files import find_files, is_tokens, kind
-from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
+from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
+from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
@@ -100,7 +100,7 @@ class Loader:
                     "--tokenizer tokenizer.json (GPT-2's for files of nanoGPT and llm.c)"
                 )
         stats = TextStats()
-        if self._size(files) <= self.small:
+        if self._is_small(files):
             tokenizer = self._tokenizer(files, requested)
             tokens = np.concatenate([*self._blocks(files, tokenizer, stats)])
             return tokenizer, self._corpus(files, tokens, np.array(stats.starts), _facts(stats))
@@ -117,7 +117,7 @@ class Loader:
 
     def learn(self, files: Sequence[Path], requested: Vocabulary) -> Tokenizer:
         """Learn the tokenizer from the text of the files."""
-        size = self._size(files)
+        size = self._text_bytes(files) if requested.kind in KINDS else self._size(files)
 
         def texts() -> Iterator[str]:
             for piece in self._pieces(files, "Learning the vocabulary"):
@@ -160,8 +160,11 @@ class Loader:
 
     def _pieces(self, files: Sequence[Path], activity: str) -> Iterator[Piece]:
         seen = self._seen(activity, self._size(files))
-        for file in files:
-            yield from pieces(file, self.reading, seen)
+        for i, file in enumerate(files):
+            try:
+                yield from pieces(file, self.reading, seen)
+            except DataError as error:
+                raise explain_all(error, files[i + 1 :], self.reading) from error
 
     def _seen(self, activity: str, size: int) -> Seen:
         done = 0
@@ -172,6 +175,25 @@ class Loader:
             self.progress(activity, done, size)
 
         return seen
+
+    def _is_small(self, files: Sequence[Path]) -> bool:
+        """Return whether the text fits into memory; packed files are read to know."""
+        if self._size(files) > self.small:
+            return False
+        return self._text_bytes(files, self.small) <= self.small
+
+    def _text_bytes(self, files: Sequence[Path], enough: float = float("inf")) -> int:
+        """Return about how many bytes the text of files has; stop counting beyond `enough`.
+
+        The sizes of packed files say little about it, so these are read.
+        """
+        packed = [file for file in files if is_packed(file)]
+        n_bytes = self._size([file for file in files if not is_packed(file)])
+        for piece in self._pieces(packed, "Measuring the text"):
+            n_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
+            if n_bytes > enough:
+                break
+        return n_bytes
 
     def _size(self, files: Sequence[Path]) -> int:
         try:

@@ -9,7 +9,7 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers import arcee, gguf, gpt2, nanogpt, native, randygpt
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import read_json
-from mlx_randygpt.exchange.importers.torch_file import MAGIC
+from mlx_randygpt.exchange.importers.torch_file import MAGIC, refuse_legacy
 
 _FORMAT_OF_MODEL_TYPE = {
     "arcee": "arcee",
@@ -74,6 +74,7 @@ def detect(source: Path) -> str:
         return "nanogpt"
     if first.startswith(gguf.LETTERS):
         return "gguf"
+    refuse_legacy(source)
     raise ExchangeError(
         f"{source} is neither a GGUF file, a .bin file of randyGPT nor a file of torch.save in the "
         "format of PyTorch 1.6 and later; name its format with --format"
@@ -92,9 +93,9 @@ def _detect_folder(source: Path) -> str:
         )
     if (source / nanogpt.CHECKPOINT).is_file():
         return "nanogpt"
-    if (source / gguf.GGUF).is_file():
+    if (source / gguf.FILE_NAME).is_file():
         return "gguf"
     raise ExchangeError(
-        f"{source} holds neither a config.json, a {nanogpt.CHECKPOINT} nor a {gguf.GGUF}; "
+        f"{source} holds neither a config.json, a {nanogpt.CHECKPOINT} nor a {gguf.FILE_NAME}; "
         "name the file"
     )

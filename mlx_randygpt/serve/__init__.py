@@ -36,6 +36,7 @@ class ServedModel:
     fingerprint: str  # of the weights
     step: int
     prompt: str = ""  # of the run
+    options: tuple[str, ...] = ()  # with which `mlxgpt sample` loads the same weights
     # name -> (step, loss)
     curve: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 

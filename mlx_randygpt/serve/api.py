@@ -34,6 +34,7 @@ from mlx_randygpt.serve.requests import (
 )
 from mlx_randygpt.serve.responses import ResponseBuilder
 from mlx_randygpt.serve.submission import Submission
+from mlx_randygpt.tokenizers import TokenizerError
 
 PAGE = {  # path -> file in page/, media type
     "/": ("index.html", "text/html"),
@@ -72,6 +73,7 @@ class Api:
         handlers: dict[Any, Any] = {
             ApiError: lambda request, error: error_response(error),
             HTTPException: _http_error,
+            TokenizerError: lambda request, error: error_response(ApiError(400, str(error))),
             Exception: lambda request, error: error_response(ApiError(500, "internal error")),
         }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)

@@ -41,7 +41,7 @@ def describe_run(served: ServedModel, defaults: SampleConfig, backend_name: str)
         "vocab_size": model.vocab_size,
         "backend": backend_name,
         "prompt": served.prompt,
-        "options": _other_options(defaults),
+        "options": _other_options(served, defaults),
         "defaults": {name: getattr(defaults, name) for name in SHOWN_SETTINGS},
         "plain": {name: getattr(SampleConfig(), name) for name in SHOWN_SETTINGS},
     }
@@ -63,9 +63,9 @@ def map_attention(served: ServedModel, body: AttentionBody) -> dict[str, Any]:
     return {"tokens": [spell(int(i)) for i in ids], "weights": rows}
 
 
-def _other_options(config: SampleConfig) -> str:
-    """Return the settings that have no slider as options of the command line."""
-    words = []
+def _other_options(served: ServedModel, config: SampleConfig) -> str:
+    """Return the model and the settings that have no slider as options of the command line."""
+    words = list(served.options)
     for name in ("presence_penalty", "frequency_penalty"):
         if value := getattr(config, name):
             words += [f"--{name.replace('_', '-')}", str(value)]

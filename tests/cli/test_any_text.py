@@ -146,7 +146,7 @@ def test_bits_per_byte_of_a_step_are_those_of_its_bytes(tokenizer_file: str) -> 
         ("--data=a.txt --vocab-size=600", "vocab_size=600 is not in 1..512, the sizes"),
         ("--data=a.txt --tokenizer=a.txt", "--tokenizer a.txt: not a tokenizer.json (expected"),
         ("--data=a.txt --encoding=utf-99", "encoding='utf-99' is unknown; try utf-8"),
-        ("--data=wide.txt", "wide.txt is UTF-16, not UTF-8; convert it"),
+        ("--data=wide.txt", "wide.txt is UTF-16, not UTF-8; give --encoding utf-16"),
         ("--data=rows.jsonl", "has no text under 'text'; it has story; choose another with --t"),
         ("--data=train.bin", "train.bin holds token ids; give the tokenizer that made them"),
         ("--data=a.txt --respect-documents --block-size=5000", "the text has"),

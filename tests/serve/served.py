@@ -45,6 +45,7 @@ class Host:
             fingerprint="abc",
             step=3,
             prompt=run.train.prompt,
+            options=("--checkpoint", "my runs/tale.safetensors"),
             curve=CURVE,
         )
         build = self.build or (lambda: self.backend)

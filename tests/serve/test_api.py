@@ -368,7 +368,10 @@ def test_what_the_page_has_no_slider_for_is_told_as_options(lively_run: Any) -> 
     host.start()
     try:
         told = httpx.get(f"{host.url}/run").json()["options"]
-        assert told == " --presence-penalty 0.5 --logit-bias '#3=-2.0' --stop 'a b' --stop q"
+        assert told == (
+            " --checkpoint 'my runs/tale.safetensors' --presence-penalty 0.5"
+            " --logit-bias '#3=-2.0' --stop 'a b' --stop q"
+        )
         body = {"prompt": "The old", "seed": 3}
         answer = post(host, "/v1/completions", body).json()["choices"][0]["text"]
         settings = {"stop": ("a b", "q"), "presence_penalty": 0.5, "logit_bias": bias}

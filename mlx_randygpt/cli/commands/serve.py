@@ -105,7 +105,8 @@ def command(
     )
     served, metrics = _describe_model(name, path, saved, tokenizer), Metrics()
     if quantize is not None:
-        served = replace(served, params={})
+        options = (*served.options, "--quantize", str(quantize))
+        served = replace(served, params={}, options=options)
     weights = [saved]  # handed to the engine; quantising then releases their memory
     del saved
     with _listen(host, port) as listening:
@@ -185,6 +186,7 @@ def _describe_model(
         fingerprint=digest.hexdigest()[:12],
         step=saved.state.step,
         prompt=saved.train.prompt,
+        options=("--checkpoint", str(path)),
         curve=_read_curve(path.parent / "metrics.jsonl"),
     )
 

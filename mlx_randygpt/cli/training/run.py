@@ -42,6 +42,7 @@ from mlx_randygpt.cli.training.start import (
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
 from mlx_randygpt.screen.dashboard import make_view
+from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SaveLog
@@ -100,6 +101,11 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
     team.agree(agreed_values(run, backend_name))
     backend = team.make_backend(backend_name, run.model, run.train, start.state)
     notes = [*start.notes, *filter(None, [documents_note(run)])]
+    history = History()
+    if request.resuming:
+        past = request.resume.parent if request.resume else folder.path
+        history = read_history(past, backend.step, run.progress)
+        run = replace(run, recent_loss=history.recent_loss)
     info = RunInfo(
         model=describe_model(run.model),
         data=text.describe(start.corpus, run.tokenizer),
@@ -109,6 +115,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         out=str(request.out),
         iters=run.train.iters,
         start_step=backend.step,
+        history=history,
     )
     del source, saved, start  # the backend has its own copy of the state
     loggers = Loggers(request.options.get("log", ()), notes.append)

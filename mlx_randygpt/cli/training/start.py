@@ -15,6 +15,7 @@ from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.folder import (
     RunFolder,
+    make_best,
     make_newest,
     newest_checkpoint,
     refuse_checkpoints,
@@ -72,6 +73,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
     """Load the checkpoint that the request names; raise if another run would be overwritten."""
     if request.resume_newest:
         saved, skipped = newest_checkpoint(folder.path)
+        make_best(folder.path, saved)
         _, train = settings.resolve_resume(request.options, saved.model, saved.train)
         if finished := finished_line(saved, train):
             make_newest(folder.path, saved)

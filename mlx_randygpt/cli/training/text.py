@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_randygpt import settings
+from mlx_randygpt.backends.ranks.group import is_ranked
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.data import cache
+from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
 from mlx_randygpt.data.files import default_source, find_files
@@ -26,8 +27,10 @@ READING = ("encoding", "text_field")  # options that read other text from the sa
 
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
+    if "-" in paths and is_ranked():
+        raise DataError("several ranks have no stdin, so --data - is not possible; name a file")
     if paths:
-        return find_files(paths)
+        return find_files(paths, lambda line: click.echo(line, err=True))
     files, note = default_source(Path(), download_shakespeare)
     click.echo(note, err=True)
     return files

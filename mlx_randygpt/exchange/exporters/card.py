@@ -22,15 +22,16 @@ from mlx_randygpt.training.reports import perplexity
 
 UNKNOWN = "unknown: add it"
 N_NAMES = 20  # file names that are listed
+TESTED = {"mlx-lm": "0.32.2", "transformers": "5.0.0 and 5.24.0"}  # versions
 RUN = {
-    "mlx-lm": """With mlx-lm, from the folder above:
+    "mlx-lm": """With mlx-lm (tested with {mlx_lm}), from the folder above:
 
 ```sh
 mlx_lm.generate --model {name}{flag} --prompt "{prompt}" --temp 0.8 --top-p 0.9
 mlx_lm.convert --hf-path {name}{flag} --mlx-path {small} -q
 ```
 """,
-    "transformers": """With transformers and PyTorch:
+    "transformers": """With transformers (tested with {transformers}) and PyTorch:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,6 +139,8 @@ def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
         prompt=prompt,
         flag=" --trust-remote-code" if own else "",
         argument=", trust_remote_code=True" if own else "",
+        mlx_lm=TESTED["mlx-lm"],
+        transformers=TESTED["transformers"],
         most=max(1, size - len(prompt)) if ends_there else 200,
     )
     return text + (OWN_CODE if own else CONTEXT.format(size=size) if ends_there else "")

@@ -34,7 +34,7 @@ LAYER = {  # our name -> that of llama.cpp's gpt2
 }
 OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # type of the matrices -> general.file_type
 Q8_0_BLOCK = 32  # values that share a scale
-NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 2, 3, 5  # kinds of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # kinds of tokens
 
 
 def gguf_files(saved: Checkpoint, name: str, outtype: str = "f32") -> dict[str, bytes]:
@@ -133,9 +133,11 @@ def byte_level_bpe(
 ) -> tuple[list[str], list[int], list[str]]:
     """Return the names and kinds of the tokens of a tokenizer.json by id, and its merges."""
     names = token_names(content)
-    special = {token["id"] for token in content["added_tokens"]}
+    kind_of = dict.fromkeys(names, NORMAL)
+    for token in content["added_tokens"]:
+        kind_of[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     ids = range(tokenizer.vocab_size)
-    kinds = [CONTROL if i in special else NORMAL if i in names else UNUSED for i in ids]
+    kinds = [kind_of.get(i, UNUSED) for i in ids]
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
     return [names.get(i, f"[unused{i}]") for i in ids], kinds, merges
 

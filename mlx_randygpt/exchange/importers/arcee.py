@@ -17,13 +17,13 @@ from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.importers import gpt2
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
-from mlx_randygpt.exchange.importers.native import read_tokenizer
 from mlx_randygpt.exchange.importers.tensors import (
     LazyTensor,
     read_float32,
     read_json,
     refuse_others,
 )
+from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Params
@@ -55,7 +55,7 @@ def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
     file, stored = gpt2.stored_in(source)
     tied = config.get("tie_word_embeddings") is True
     params = weights(file, model, stored, arcee.HF, tied=tied)
-    tokenizer = read_tokenizer(vocab or source, model.vocab_size)
+    tokenizer = tokenizer_at(vocab or source, model.vocab_size)
     return ImportedModel(arcee.MODEL_TYPE, source, model, params, tokenizer, recipe=RECIPE)
 
 
@@ -91,7 +91,7 @@ def weights(
     return params
 
 
-def build_model(source: Path, sizes: Mapping[str, int]) -> ModelConfig:
+def build_model(source: Path, sizes: Mapping[str, Any]) -> ModelConfig:
     """Return the configuration of an Arcee with these sizes; raise ExchangeError for bad ones."""
     try:
         return ModelConfig(**RECIPES[RECIPE]["model"], **sizes)

@@ -17,7 +17,6 @@ from mlx_randygpt.config import ARCHS, ConfigError, ModelConfig, missing
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.exporters.gguf import (
     CONTROL,
-    GGUF,
     NORMAL,
     UNUSED,
     gpt2_names,
@@ -33,6 +32,7 @@ from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.words import one_line
 
+FILE_NAME = "model.gguf"  # in an exported folder
 LETTERS = b"GGUF"  # with which a file begins
 SIZES = {  # our name -> that after the architecture's
     "block_size": "context_length",
@@ -52,7 +52,7 @@ TOKENS = "tokenizer.ggml.tokens"
 
 def read_file(source: Path, vocab: Path | None) -> ImportedModel:
     """Read the model in a GGUF file, or in the folder that `mlxgpt export` wrote it to."""
-    path = source / GGUF if source.is_dir() else source
+    path = source / FILE_NAME if source.is_dir() else source
     settings, stored = _read(path)
     arch = settings.get("general.architecture")
     if arch not in FIXED:
@@ -117,7 +117,7 @@ def _model(
         for name, value in settings.items()
         if name.startswith(f"{arch}.")
     }
-    sizes = {ours: whole(own, theirs, path) for ours, theirs in SIZES.items()}
+    sizes: dict[str, Any] = {ours: whole(own, name, path) for ours, name in SIZES.items()}
     sizes["vocab_size"] = _vocab_size(path, stored)
     expected = FIXED[arch] | {
         "feed_forward_length": 4 * sizes["n_embd"],

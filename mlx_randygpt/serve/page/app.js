@@ -292,7 +292,7 @@ async function loadModel() {
   $("seed").value = model.defaults.seed;
   $("prompt").value = model.prompt;
   for (const [id, n] of [["layer", model.n_layer], ["head", model.n_head]])
-    $(id).replaceChildren(...Array.from({ length: n }, (_, i) => new Option(i, i)));
+    $(id).replaceChildren(...Array.from({ length: n }, (_, i) => new Option(i + 1, i)));
 }
 
 const theme = localStorage.getItem("theme");
