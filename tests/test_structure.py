@@ -32,7 +32,7 @@ MAY_IMPORT = {  # third parties, and the modules that name them
     "h11": ("serve.server",),
     "pydantic": ("serve.models", "serve.openapi", "cli.commands.serve"),
     "prometheus_client": ("serve.metrics", "cli.commands.serve"),
-    "gguf": ("exchange.exporters.gguf",),
+    "gguf": ("exchange.exporters.gguf", "exchange.importers.gguf"),
     "threadpoolctl": ("cli", "backends.", "planning.machine"),
     "signal": ("cli",),
     "tokenizers": ("tokenizers.subword",),

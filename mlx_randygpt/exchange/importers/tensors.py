@@ -153,11 +153,20 @@ def params_of(
     tensors: Mapping[str, LazyTensor],
     transposed: Container[str] = (),
 ) -> Params:
-    """Return the weights of the model, float32 and finite.
+    """Return the weights of the model, float32 and finite; see `read_float32`."""
+    return read_float32(source, parameter_shapes(model), tensors, transposed)
+
+
+def read_float32(
+    source: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, LazyTensor],
+    transposed: Container[str] = (),
+) -> Params:
+    """Return the tensors that `shapes` names, float32 and finite.
 
     All shapes are checked before any tensor is read. Those in `transposed` are stored as (in, out).
     """
-    shapes = parameter_shapes(model)
     for name, shape in shapes.items():
         if name not in tensors:
             raise ExchangeError(f"{source} lacks the tensor {name}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # names to try in a folder
 RANDY_SPECIAL = ("<|bos|>", "<|eos|>")
 ADDED_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
+PLAIN = dict.fromkeys(FLAGS, False)
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -50,6 +51,26 @@ def tokenizer_at(path: Path, size: int) -> Tokenizer:
     if characters := _characters(content, size):
         return characters
     return _call_for(path, lambda: _subword(content, size))
+
+
+def byte_level_bpe(
+    path: Path,
+    names: Sequence[str],
+    merges: Sequence[Sequence[str]],
+    added: Mapping[int, str],
+    special: Container[int],
+) -> Tokenizer:
+    """Build GPT-2's kind of BPE from the names of all ids, its merges and the added tokens.
+
+    `special` are the ids of added tokens that have no text.
+    """
+    if len(set(names)) < len(names):
+        raise ExchangeError(f"{path} has two tokens of one name")
+    content = _bpe({name: i for i, name in enumerate(names)}, merges, BYTE_LEVEL, BYTE_LEVEL)
+    content["added_tokens"] = [
+        {"id": i, "content": name, **PLAIN, "special": i in special} for i, name in added.items()
+    ]
+    return _call_for(path, lambda: _subword(content, len(names)))
 
 
 def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
@@ -261,9 +282,8 @@ def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
     if n == size:
         return tokenizer
     padded_content = json.loads(tokenizer.content)
-    flags = dict.fromkeys(FLAGS, False)
     padded_content["added_tokens"] += [
-        {"id": i, "content": f"<|unused_{i}|>", **flags, "special": True} for i in range(n, size)
+        {"id": i, "content": f"<|unused_{i}|>", **PLAIN, "special": True} for i in range(n, size)
     ]
     padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": padded_content})
     if padded.vocab_size != size:
