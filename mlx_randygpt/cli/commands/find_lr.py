@@ -68,6 +68,8 @@ def command(
     tokenizer, corpus = text.load(
         text.files_of(data), text.reading(given), text.requested_tokenizer(given)
     )
+    for line in text.tokenizer_lines(corpus, tokenizer):
+        click.echo(line, err=True)
     model, train = settings.resolve_new(given | {"iters": iters}, tokenizer.vocab_size)
     check_length(corpus, model.block_size)
     name, reason = choose(backend)
