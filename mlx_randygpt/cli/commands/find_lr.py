@@ -68,13 +68,13 @@ def command(
     tokenizer, corpus = text.load(
         text.files_of(data), text.reading(given), text.requested_tokenizer(given)
     )
-    for line in text.tokenizer_lines(corpus, tokenizer):
-        click.echo(line, err=True)
     model, train = settings.resolve_new(given | {"iters": iters}, tokenizer.vocab_size)
     check_length(corpus, model.block_size)
     name, reason = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     engine = make_backend(name, model, train, state)
+    for line in text.tokenizer_lines(corpus, tokenizer):
+        click.echo(line, err=True)
     click.echo(f"Backend: {describe_backend(engine, reason)}", err=True)
     trials = list(
         range_test(engine, model, train, corpus.train, lowest=lowest, highest=highest, steps=iters)
