@@ -58,12 +58,12 @@ tokenizer_options = options(
     click.option(
         "--tokenizer",
         metavar="NAME",
-        help="char, bpe, wordpiece, or the path of a tokenizer.json.  [default: char]",
+        help="auto, char, bpe, wordpiece, or the path of a tokenizer.json.  [default: auto]",
     ),
     click.option(
         "--vocab-size",
         type=int,
-        help="Size of the vocabulary.  [default: at most 512 characters, or 1024 tokens]",
+        help="Size of the vocabulary.  [default: at most 512 characters, else by the text]",
     ),
     section="Text",
 )

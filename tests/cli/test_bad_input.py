@@ -177,7 +177,11 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("data prepare --data=none.txt", 1, "no such file: 'none.txt'"),
     ("data prepare --data=text.txt --vocab-size=many", 2, "'many' is not a valid integer"),
     ("data prepare --data=text.txt --vocab-size=-1", 1, "vocab_size=-1 is not in 1..512"),
-    ("data prepare --data=text.txt --tokenizer=no.json", 1, "--tokenizer no.json is not char, bpe"),
+    (
+        "data prepare --data=text.txt --tokenizer=no.json",
+        1,
+        "--tokenizer no.json is not auto, char, bpe",
+    ),
     (f"{FIND} --data=none.txt", 1, "no such file: 'none.txt'"),
     (f"{FIND} --block-size=9999", 1, "a context of 9999 needs at least"),
     # sample

@@ -77,11 +77,10 @@ def command(
     **filters: Any,
 ) -> None:
     """Generate text with a trained model. The same seed and settings give the same text."""
-    from mlx_randygpt.cli.training.text import unknown_line
     from mlx_randygpt.data.files import find_files
     from mlx_randygpt.data.reading import read_text
     from mlx_randygpt.sampling.filters import SampleConfig
-    from mlx_randygpt.words import unify_newlines
+    from mlx_randygpt.words import unify_newlines, unknown_line
 
     _check_usage(ctx.params)
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
