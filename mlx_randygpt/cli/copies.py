@@ -43,7 +43,10 @@ class TrainingText:
 def load_training_text(
     saved: Checkpoint, tokenizer: Tokenizer, data: Sequence[str]
 ) -> TrainingText:
-    """Load the text of `data`, or that of the run; raise DataError if it cannot be read."""
+    """Load the text of `data`, or that of the run; raise DataError if it cannot be read.
+
+    A line on stderr reports if the run's own text has changed.
+    """
     from mlx_randygpt.cli.training import text
     from mlx_randygpt.data import DataError
 
@@ -60,7 +63,10 @@ def load_training_text(
         if data:
             raise
         raise DataError(f"the training text: {error}; give it with --data") from error
-    return TrainingText(corpus, tokenizer, corpus.sha256 != saved.data.get("sha256"))
+    changed = corpus.sha256 != saved.data.get("sha256")
+    if changed and not data:
+        click.echo(CHANGED, err=True)
+    return TrainingText(corpus, tokenizer, changed)
 
 
 def copies_line(sample: str, copies: Copies) -> str:

@@ -38,6 +38,8 @@ class ServedModel:
     prompt: str = ""  # of the run
     # name -> (step, loss)
     curve: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    # a generated text -> what it copies; None without --check
+    find_copies: Callable[[str], dict[str, Any]] | None = None
 
     @cached_property
     def spell(self) -> Callable[[int], str]:

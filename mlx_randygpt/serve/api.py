@@ -21,9 +21,17 @@ from mlx_randygpt.backends.base import resident_bytes
 from mlx_randygpt.serve import ApiError, ServedModel, Settings
 from mlx_randygpt.serve.engine import Engine, Request
 from mlx_randygpt.serve.http import App, Guard, dump, error_response, json_response, read_body
-from mlx_randygpt.serve.inspection import describe_run, map_attention
+from mlx_randygpt.serve.inspection import describe_run, map_attention, report_copies
 from mlx_randygpt.serve.metrics import Metrics
-from mlx_randygpt.serve.models import AttentionBody, B, ChatBody, CompletionBody, PlainBody, parse
+from mlx_randygpt.serve.models import (
+    AttentionBody,
+    B,
+    ChatBody,
+    CompletionBody,
+    CopiesBody,
+    PlainBody,
+    parse,
+)
 from mlx_randygpt.serve.openapi import describe
 from mlx_randygpt.serve.requests import (
     GenerationRequest,
@@ -51,7 +59,7 @@ class Api:
     ) -> None:
         self._served, self._settings, self._engine = served, settings, engine
         self._metrics = metrics
-        self._attention_lock = asyncio.Lock()
+        self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
     def app(self) -> App:
@@ -68,6 +76,7 @@ class Api:
             Route("/openapi.json", self._openapi),
             Route("/run", self._run),
             Route("/attention", self._attention, methods=["POST"]),
+            Route("/copies", self._copies, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: lambda request, error: error_response(error),
@@ -188,6 +197,12 @@ class Api:
         async with self._attention_lock:  # one at a time: each is a forward pass
             attention = await asyncio.to_thread(map_attention, self._served, body)
         return json_response(attention)
+
+    async def _copies(self, request: HttpRequest) -> Response:
+        body, _ = await asyncio.to_thread(parse, await read_body(request), CopiesBody)
+        async with self._copies_lock:  # one at a time: each reads the whole text
+            copies = await asyncio.to_thread(report_copies, self._served, body)
+        return json_response(copies)
 
     async def _page(self, request: HttpRequest) -> Response:
         content, media_type = self._files[request.url.path]

@@ -31,6 +31,7 @@ class Host:
     n_waiting: int = 64
     port: int = 0
     keeps_params: bool = True  # for attention maps
+    find_copies: Callable[[str], dict[str, Any]] | None = None
     build: Callable[[], Any] | None = None  # in the engine's thread, where not `backend`
 
     def start(self) -> None:
@@ -46,6 +47,7 @@ class Host:
             step=3,
             prompt=run.train.prompt,
             curve=CURVE,
+            find_copies=self.find_copies,
         )
         build = self.build or (lambda: self.backend)
         limits = {"n_streams": self.n_streams, "n_waiting": self.n_waiting}

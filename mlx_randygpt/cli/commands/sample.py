@@ -15,9 +15,11 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import Loaded, load, parse_biases
 from mlx_randygpt.cli.options import (
     backend_option,
+    check_options,
     checkpoint_option,
     json_option,
     quantize_option,
+    require_check,
     sampling_options,
 )
 from mlx_randygpt.cli.output import print_json, show
@@ -52,12 +54,7 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--num-samples", default=1, show_default=True, help="Texts to generate.")
 @click.option("--no-echo", is_flag=True, help="Do not print the prompt.")
 @click.option("--show-probs", is_flag=True, help="Colour tokens by probability; list alternatives.")
-@click.option("--check", is_flag=True, help="Report what is copied from the training text.")
-@click.option(
-    "--data",
-    multiple=True,
-    help="With --check: the training text; repeatable.  [default: the run's own]",
-)
+@check_options
 @click.option("--interactive", is_flag=True, help="Chat; the same as `mlxgpt chat`.")
 @quantize_option
 @backend_option
@@ -85,7 +82,7 @@ def command(
     **filters: Any,
 ) -> None:
     """Generate text with a trained model. The same seed and settings give the same text."""
-    from mlx_randygpt.cli.copies import CHANGED, copies_json, load_training_text, show_copies
+    from mlx_randygpt.cli.copies import copies_json, load_training_text, show_copies
     from mlx_randygpt.cli.training.text import unknown_line
     from mlx_randygpt.data.files import find_files
     from mlx_randygpt.data.reading import read_text
@@ -103,8 +100,6 @@ def command(
         converse(loaded, config)
         return
     original = load_training_text(loaded.saved, loaded.tokenizer, data) if check else None
-    if original and original.changed and not data:
-        click.echo(CHANGED, err=True)
     if prompt_file is not None:
         prompt = read_text(find_files([str(prompt_file)])[0])
     prompt = unify_newlines(loaded.saved.train.prompt if prompt is None else prompt)
@@ -152,8 +147,7 @@ def _check_usage(given: dict[str, Any]) -> None:
         for name, option in (("num_samples", "--num-samples"), ("show_probs", "--show-probs")):
             if given[name] > 1 or given[name] is True:
                 raise click.UsageError(f"--beams finds one text; it cannot use {option}")
-    if given["data"] and not given["check"]:
-        raise click.UsageError("--data is the text that --check compares with; add --check")
+    require_check(given["check"], given["data"])
     if given["interactive"]:
         is_set = {
             "--json": given["json"],
