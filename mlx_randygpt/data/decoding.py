@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -41,6 +42,7 @@ def decoded(tokens: Array, tokenizer: Tokenizer, size: int = CHUNK_TOKENS) -> It
                 yield Piece(text, begins, ends)
                 begins = False
         position = stop
+        _release(tokens)
 
 
 def _next_cut(tokens: Array, tokenizer: Tokenizer, start: int, size: int) -> int:
@@ -52,3 +54,10 @@ def _next_cut(tokens: Array, tokenizer: Tokenizer, start: int, size: int) -> int
         ):
             return stop
     return min(least + CONTEXT, len(tokens)) if least < len(tokens) else least
+
+
+def _release(tokens: Array) -> None:
+    """Release the pages of a memory map that were read, which count as resident memory."""
+    mapped = getattr(tokens, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
