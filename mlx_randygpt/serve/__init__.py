@@ -42,6 +42,8 @@ class ServedModel:
     options: tuple[str, ...] = ()  # with which `mlxgpt sample` loads the same weights
     # name -> (step, loss)
     curve: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    # a generated text -> what it copies; None without --check
+    find_copies: Callable[[str], dict[str, Any]] | None = None
 
     @cached_property
     def spell(self) -> Callable[[int], str]:

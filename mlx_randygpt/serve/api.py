@@ -32,9 +32,17 @@ from mlx_randygpt.serve.http import (
     error_response,
     json_response,
 )
-from mlx_randygpt.serve.inspection import describe_run, map_attention
+from mlx_randygpt.serve.inspection import describe_run, map_attention, report_copies
 from mlx_randygpt.serve.metrics import Metrics
-from mlx_randygpt.serve.models import AttentionBody, B, ChatBody, CompletionBody, PlainBody, parse
+from mlx_randygpt.serve.models import (
+    AttentionBody,
+    B,
+    ChatBody,
+    CompletionBody,
+    CopiesBody,
+    PlainBody,
+    parse,
+)
 from mlx_randygpt.serve.openapi import describe
 from mlx_randygpt.serve.requests import (
     GenerationRequest,
@@ -64,7 +72,7 @@ class Api:
         self._served, self._settings, self._engine = served, settings, engine
         self._metrics = metrics
         self._bodies, self._in_flight = Bodies(), InFlight()
-        self._attention_lock = asyncio.Lock()
+        self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
     def app(self) -> App:
@@ -81,6 +89,7 @@ class Api:
             Route("/openapi.json", self._openapi),
             Route("/run", self._run),
             Route("/attention", self._attention, methods=["POST"]),
+            Route("/copies", self._copies, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: lambda request, error: error_response(error),
@@ -228,6 +237,13 @@ class Api:
         async with self._attention_lock:  # one at a time: each is a forward pass
             attention = await asyncio.to_thread(map_attention, self._served, body)
         return json_response(attention)
+
+    async def _copies(self, request: HttpRequest) -> Response:
+        async with self._bodies.read(request) as content:
+            body, _ = await asyncio.to_thread(parse, content, CopiesBody)
+        async with self._copies_lock:  # one at a time: each reads the whole text
+            copies = await asyncio.to_thread(report_copies, self._served, body)
+        return json_response(copies)
 
     async def _page(self, request: HttpRequest) -> Response:
         content, media_type = self._files[request.url.path]

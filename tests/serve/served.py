@@ -31,6 +31,7 @@ class Host:
     n_connections: int = 100
     port: int = 0
     keeps_params: bool = True  # for attention maps
+    find_copies: Callable[[str], dict[str, Any]] | None = None
     build: Callable[[], Any] | None = None  # in the engine's thread, where not `backend`
 
     def start(self) -> None:
@@ -47,6 +48,7 @@ class Host:
             prompt=run.train.prompt,
             options=("--checkpoint", "my runs/tale.safetensors"),
             curve=CURVE,
+            find_copies=self.find_copies,
         )
         build = self.build or (lambda: self.backend)
         limits = {"n_streams": self.n_streams, "n_waiting": self.n_waiting}

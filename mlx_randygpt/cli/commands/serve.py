@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import build, parse_biases, read
 from mlx_randygpt.cli.options import (
     backend_option,
+    check_options,
     checkpoint_option,
     quantize_option,
+    require_check,
     sampling_options,
 )
 from mlx_randygpt.config import UserError, missing
@@ -65,6 +68,7 @@ class ServeError(UserError, RuntimeError):
     help="Texts that can wait; more are refused with 503.",
 )
 @sampling_options
+@check_options
 @quantize_option
 @backend_option
 @click.pass_context
@@ -80,6 +84,8 @@ def command(
     queue: int,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
+    check: bool,
+    data: tuple[str, ...],
     backend: str,
     quantize: int | None,
     **filters: Any,
@@ -87,6 +93,7 @@ def command(
     """Serve a trained model: the OpenAI API, and a page in the browser."""
     from mlx_randygpt.sampling.filters import SampleConfig
 
+    require_check(check, data)
     SampleConfig(stop=stop, **filters)  # check the options before loading anything
     _require_extra()
     from mlx_randygpt.serve import Settings
@@ -104,6 +111,8 @@ def command(
         seed=None if seed_source is click.core.ParameterSource.DEFAULT else filters["seed"],
     )
     served, metrics = _describe_model(name, path, saved, tokenizer), Metrics()
+    if check:
+        served = replace(served, find_copies=_copies_finder(saved, tokenizer, data))
     if quantize is not None:
         options = (*served.options, "--quantize", str(quantize))
         served = replace(served, params={}, options=options)
@@ -186,6 +195,16 @@ def _describe_model(
         options=("--checkpoint", str(path)),
         curve=_read_curve(path.parent / "metrics.jsonl"),
     )
+
+
+def _copies_finder(
+    saved: Checkpoint, tokenizer: Tokenizer, data: tuple[str, ...]
+) -> Callable[[str], dict[str, Any]]:
+    """Load the training text; return a function from a text to what it copies."""
+    from mlx_randygpt.cli.copies import copies_json, load_training_text
+
+    original = load_training_text(saved, tokenizer, data)
+    return lambda text: copies_json(text, original.find([text])[0], original.changed)
 
 
 def _read_curve(path: Path) -> dict[str, list[tuple[float, float]]]:
