@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from mlx_randygpt import files
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig, UserError
-from mlx_randygpt.model import parameter_shapes
+from mlx_randygpt.model import parameter_shapes, second_moment_shapes
 from mlx_randygpt.progress import Plateau, Progress
 from mlx_randygpt.state import Params, TrainState
 from mlx_randygpt.tokenizers import tokenizer_from_json
@@ -151,7 +151,7 @@ def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoi
     for name, tensor in tensors.items():
         kind, _, weight = name.removeprefix("optimizer.").partition(".")
         moments.setdefault(kind, {})[weight] = tensor
-    _verify_shapes(path, model, params, moments)
+    _verify_shapes(path, (model, train), params, moments)
     state = TrainState(step, params, {} if weights_only else moments)
     return Checkpoint(
         model=model,
@@ -327,22 +327,23 @@ def _verify_format(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _verify_shapes(
-    path: Path, model: ModelConfig, params: Params, moments: dict[str, Params]
+    path: Path, configs: tuple[ModelConfig, TrainConfig], params: Params, moments: dict[str, Params]
 ) -> None:
-    shapes = parameter_shapes(model)
+    shapes = parameter_shapes(configs[0])
     if missing := shapes.keys() - params.keys():
         raise CheckpointError(f"{path} lacks the weight {min(missing)}")
     if unknown := moments.keys() - set(_MOMENTS):
         raise CheckpointError(
             f"{path} has tensors of an unknown kind, {reprlib.repr(min(unknown))}"
         )
-    groups = (params, *moments.values())
-    for name, array in (pair for group in groups for pair in group.items()):
-        if array.dtype != np.float32 or shapes.get(name) != array.shape:
-            raise CheckpointError(
-                f"{path}: {reprlib.repr(name)} is {array.dtype} {array.shape}, expected float32 "
-                f"{shapes.get(name, 'no such weight')}"
-            )
+    for kind, arrays in {"": params, **moments}.items():
+        expected = shapes | (second_moment_shapes(*configs) if kind == "v" else {})
+        for name, array in arrays.items():
+            if array.dtype != np.float32 or expected.get(name) != array.shape:
+                raise CheckpointError(
+                    f"{path}: {reprlib.repr(name)} is {array.dtype} {array.shape}, expected "
+                    f"float32 {expected.get(name, 'no such weight')}"
+                )
 
 
 def _digest(header: str, tensors: Params) -> str:

@@ -21,8 +21,8 @@ IGNORED = -1  # a target that is not counted
 class TrainState:
     """A consistent copy of the state of one run: float32 arrays that nothing else writes to.
 
-    `moments["m"]` has an entry per trained weight, `moments["v"]` only for those that AdamW
-    updates. Missing moments are zero.
+    `moments["m"]` has an entry per trained weight, `moments["v"]` those of
+    `model.second_moment_shapes`. Missing moments are zero.
     """
 
     step: int  # optimizer steps taken

@@ -216,6 +216,16 @@ def test_a_short_text_is_said_to_be_short() -> None:
     assert "Short text: " not in done("train --plain --backend=numpy --resume --iters=2")
 
 
+def test_a_short_text_decides_preset_and_steps_and_a_resumed_run_keeps_them() -> None:
+    said = done("train --plain --backend=numpy --threads=1 --data=a.txt")
+    line = next(line for line in said.splitlines() if line.startswith("Chosen for a text of"))
+    train = load_checkpoint(Path("checkpoints", NEWEST)).train
+    assert train.preset == "tiny"
+    assert f"preset tiny and {train.iters} steps; --preset and --iters decide otherwise" in line
+    assert train.iters < 50
+    assert "Nothing to train" in done("train --plain --backend=numpy --resume")
+
+
 def test_prepare_makes_what_train_then_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_text, "Loader", partial(Loader, small=0))
     made = json.loads(done("data prepare --data=rows.jsonl --text-field=story --json"))

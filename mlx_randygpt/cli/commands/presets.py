@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import click
@@ -46,18 +47,16 @@ def sizes(name: str, recipe: str) -> dict[str, Any]:
     two; `training_bytes` counts two for every weight.
     """
     from mlx_randygpt import settings
-    from mlx_randygpt.model import parameter_count, parameters
+    from mlx_randygpt.model import parameter_count, second_moment_shapes
 
     model, train = settings.resolve_new({"preset": name, "recipe": recipe}, VOCAB_SIZE)
-    n, by_muon = parameter_count(model), 0
-    if train.optimizer == "muon":
-        by_muon = sum(weight.size for weight in parameters(model) if weight.is_block_matrix)
+    n, shapes = parameter_count(model), second_moment_shapes(model, train).values()
     return {
         "name": name,
         **{size: getattr(model, size) for size in SIZES},
         "parameters": n,
         "training_bytes": 16 * n,
-        "checkpoint_bytes": 4 * (3 * n - by_muon),
+        "checkpoint_bytes": 4 * (2 * n + sum(prod(shape) for shape in shapes)),
     }
 
 

@@ -26,7 +26,9 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
 
 
 @click.command("train", cls=Command)
-@click.option("--iters", type=int, help="Step to train to; on resume, the total.  [default: 1000]")
+@click.option(
+    "--iters", type=int, help="Step to train to; on resume, the total.  [default: 1000, or rule]"
+)
 @click.option(
     "--data",
     multiple=True,
@@ -90,7 +92,7 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
     ),
     grad_accum_option,
     optimizer_option,
-    click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]"),
+    click.option("--lr", type=float, help="Peak learning rate.  [default: recipe, or rule]"),
     click.option(
         "--min-lr", type=float, help="Learning rate at the end of the decay.  [default: recipe]"
     ),

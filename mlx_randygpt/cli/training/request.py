@@ -19,7 +19,14 @@ from mlx_randygpt.words import format_count
 
 LAUNCH = "MLXGPT_LAUNCH"  # how `mlxgpt launch` was called, for the command that resumes
 DEFAULT_OUT = Path("checkpoints")
-RECIPE_ONLY = ("adamw_lr_ratio", "beta1", "beta2", "adam_eps", "momentum")  # without options
+RECIPE_ONLY = (
+    "adamw_lr_ratio",
+    "beta1",
+    "beta2",
+    "adam_eps",
+    "momentum",
+    "muon_beta2",
+)  # without options
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,11 @@ def new(request: TrainRequest, machine: Machine) -> Start:
     )
     model, train = settings.resolve_new(options, tokenizer.vocab_size, len(corpus.train))
     train, notes = complete(request, (model, train), machine, tokenizer, corpus)
-    notes += [dropout_note(options, model, train, corpus), text.advice(corpus, model)]
+    notes += [
+        settings.choices_note(options, train, len(corpus.train)),
+        dropout_note(options, model, train, corpus),
+        text.advice(corpus, model),
+    ]
     return Start(
         tokenizer=tokenizer,
         corpus=corpus,
