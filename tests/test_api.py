@@ -33,7 +33,7 @@ def test_options_follow_the_rules_of_the_command_line() -> None:
     run, _ = gpt.new_run(text=TEXT, backend="numpy", preset="mini", iters=50)
     assert (run.model, run.train.warmup) == (
         gpt.resolve(31, len(run.train_tokens), preset="mini", iters=50)[0],
-        5,
+        1,
     )
     with pytest.raises(ConfigError, match="n_layers is not an option"):
         gpt.new_run(text=TEXT, n_layers=2)
