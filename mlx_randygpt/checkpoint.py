@@ -20,10 +20,10 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, BinaryIO, TypeVar, get_args, get_type_hints
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from numpy.typing import NDArray
 
 from mlx_randygpt import files
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig, UserError
@@ -42,6 +42,7 @@ _MOMENTS = ("m", "v")
 MAX_TENSORS = 3 * (4 * LIMITS["n_layer"] + 3) + 1000  # slack for braces inside header strings
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 MAX_INTEGER = 1 << 63
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 Parts = list[bytes | memoryview]  # of a file, in order
 _T = TypeVar("_T")
 
@@ -200,19 +201,22 @@ def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def peek_step(path: Path) -> int:
     """Return the step in a checkpoint's header; CheckpointError if it cannot be read."""
-    with _opened(path) as (_, metadata):
+    with _opened(path) as (_, _, metadata):
         return int(json.loads(metadata["header"])["step"])
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Yield a file and its metadata; errors in the block too become a CheckpointError."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, list[int]], dict[str, str]]]:
+    """Yield a file at its first tensor, the shapes of its tensors in order, and its metadata.
+
+    Errors in the block too become a CheckpointError.
+    """
     try:
-        _check_file(path)
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+        with _open_regular(path) as file:
+            index = _read_index(file)
+            metadata = index.pop("__metadata__", {})
             _verify_format(path, metadata)
-            yield file, metadata
+            yield file, _in_order(index, file), metadata
     except IsADirectoryError as error:
         raise CheckpointError(
             f"{path} is a folder; name the file, such as {path / NEWEST}"
@@ -223,7 +227,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
         raise _unreadable(path, error) from error
     except CheckpointError:
         raise
-    except (SafetensorError, *_UNREADABLE) as error:
+    except _UNREADABLE as error:
         reason = one_line(error)
         raise CheckpointError(
             f"{path} is not a checkpoint of mlxgpt, or is truncated or damaged ({reason})"
@@ -234,29 +238,73 @@ def _unreadable(path: Path, error: OSError) -> UnreadableError:
     return UnreadableError(f"could not read {path}: {error.strerror or error}")
 
 
-def _check_file(path: Path) -> None:
-    """Raise OSError if a file cannot be opened, and ValueError if it is no file that we read.
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a regular file; it is read, not mapped.
+
+    A map that another process truncates would end this process with SIGBUS.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe never blocks
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise CheckpointError(f"{path} is a pipe or a device; a checkpoint is a regular file")
+    return open(descriptor, "rb")
+
+
+def _read_index(file: BinaryIO) -> dict[str, Any]:
+    """Return the index of a safetensors file; raise one of _UNREADABLE if it has none.
 
     More tensors than any model has are refused because reading takes 1 kB for each.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe never blocks
-    with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if stat.S_ISDIR(facts.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(facts.st_mode):
-            raise CheckpointError(f"{path} is a pipe or a device; a checkpoint is a regular file")
-        n_bytes = min(int.from_bytes(file.read(8), "little"), facts.st_size)
-        n_objects = file.read(n_bytes).count(b"{")  # the index has one per tensor
-        os.close(os.dup(descriptor))  # safe_open hides why it cannot open one more file
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(_n_bytes_left(file), MAX_HEADER_BYTES):
+        raise ValueError(f"its header should have {length} bytes")
+    text = file.read(length)
+    n_objects = text.count(b"{")  # the index has one per tensor
     if n_objects > MAX_TENSORS:
         raise ValueError(f"it has {n_objects} tensors; no model has more than {MAX_TENSORS}")
+    return dict(json.loads(text))
+
+
+def _in_order(index: dict[str, Any], file: BinaryIO) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in the order of the file, which they have to fill."""
+    end = 0
+    shapes = {}
+    for name, entry in sorted(index.items(), key=lambda item: list(item[1]["data_offsets"])):
+        shape, span = entry["shape"], entry["data_offsets"]
+        if entry["dtype"] != "F32":
+            raise ValueError(f"{reprlib.repr(name)} is {reprlib.repr(entry['dtype'])}, not 'F32'")
+        if not all(type(n) is int and n >= 0 for n in (*shape, *span)):
+            raise ValueError(f"the place of {reprlib.repr(name)} is {reprlib.repr(entry)}")
+        if span != [end, end + 4 * math.prod(shape)]:
+            raise ValueError(f"{reprlib.repr(name)} should be at {end}, not at {span}")
+        end, shapes[name] = span[1], shape
+    if end != _n_bytes_left(file):
+        raise ValueError(f"its tensors should have {end} bytes, not {_n_bytes_left(file)}")
+    return shapes
+
+
+def _n_bytes_left(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size - file.tell()
+
+
+def _read_tensor(file: BinaryIO, shape: list[int]) -> NDArray[np.float32]:
+    tensor = np.empty(shape, "<f4")
+    rest = tensor.reshape(-1).view(np.uint8).data
+    while rest:
+        n = file.readinto(rest)  # type: ignore[attr-defined]
+        if not n:
+            raise ValueError("it ended while it was read")
+        rest = rest[n:]
+    return tensor
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Params]:
     """Return header and tensors of a file, after checking its checksum."""
-    with _opened(path) as (file, metadata):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _opened(path) as (file, shapes, metadata):
+        tensors = {name: _read_tensor(file, shape) for name, shape in shapes.items()}
     if _digest(metadata["header"], tensors) != metadata["sha256"]:
         raise CheckpointError(f"{path} is damaged: its contents do not match its SHA-256")
     try:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 BUFFER_BYTES = 1 << 20
 MAX_NAME = 50  # characters of a file's name that its temporary name repeats; names are limited
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-TEMPORARY = re.compile(r"\.(.+)\.\d+(\.[0-9a-f]{8})?\.tmp")
+TEMPORARY = re.compile(r"\.(.+?)\.\d+(\.[0-9a-f]{8})?\.tmp")
 
 
 def flush(descriptor: int) -> None:

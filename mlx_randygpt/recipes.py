@@ -64,3 +64,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }  # fmt: skip
+RECIPES["portable"] = {  # modern without what no published architecture has: it is an Arcee
+    "model": {**RECIPES["modern"]["model"], "qk_norm": False, "token_shift": False},
+    "train": RECIPES["modern"]["train"],
+}

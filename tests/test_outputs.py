@@ -28,7 +28,12 @@ def test_a_disk_that_refuses_leaves_the_older_file(
 
 
 @pytest.mark.parametrize(
-    "left", [".model.safetensors.123.tmp", ".model.safetensors.9.0a1b2c3d.tmp"]
+    "left",
+    [
+        ".model.safetensors.123.tmp",
+        ".model.safetensors.9.0a1b2c3d.tmp",
+        ".model.safetensors.9.12345678.tmp",  # a random part without letters
+    ],
 )
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_the_next_write_sweeps_what_a_dead_process_left(

@@ -86,6 +86,7 @@ def page(records: Sequence[RunRecord], span: float) -> str:
     title = escape(" · ".join(record.name for record in records))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="generator" content="mlxgpt">'
         f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
         "<style>:root{color-scheme:light dark}body{margin:0}svg{display:block;max-width:1100px;"
         "margin:auto}@media (prefers-color-scheme:dark){body{background:#111827}}</style>"

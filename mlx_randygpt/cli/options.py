@@ -58,12 +58,12 @@ tokenizer_options = options(
     click.option(
         "--tokenizer",
         metavar="NAME",
-        help="char, bpe, wordpiece, or the path of a tokenizer.json.  [default: char]",
+        help="auto, char, bpe, wordpiece, or the path of a tokenizer.json.  [default: auto]",
     ),
     click.option(
         "--vocab-size",
         type=int,
-        help="Size of the vocabulary.  [default: at most 512 characters, or 1024 tokens]",
+        help="Size of the vocabulary.  [default: at most 512 characters, else by the text]",
     ),
     section="Text",
 )
@@ -194,6 +194,17 @@ def fit_micro_batch(
 
 # A trained model and its samples
 
+check_options = options(
+    click.option(
+        "--check", is_flag=True, help="Report what generated text copies from the training text."
+    ),
+    click.option(
+        "--data",
+        multiple=True,
+        help="With --check: the training text; repeatable.  [default: the run's own]",
+    ),
+)
+
 
 def _check_bits(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
     if value not in (None, 8, 4):
@@ -206,6 +217,14 @@ checkpoint_option = click.option(
     type=click.Path(path_type=Path),
     help="Checkpoint file.  [default: the best of checkpoints/, else the newest]",
 )
+
+
+def require_check(check: bool, data: tuple[str, ...]) -> None:
+    """Raise UsageError if `--data` is given without `--check`."""
+    if data and not check:
+        raise click.UsageError("--data is the text that --check compares with; add --check")
+
+
 quantize_option = click.option(
     "--quantize",
     type=int,

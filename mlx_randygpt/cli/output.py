@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_randygpt.words import clean_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_json(values: dict[str, Any]) -> None:
@@ -26,18 +29,23 @@ def print_json(values: dict[str, Any]) -> None:
     click.echo("".join(c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" for c in line))
 
 
-def show(renderable: Any) -> None:
-    """Print a rich renderable; in a pipe, print plain text as wide as it needs to be."""
+def stdout_console() -> Console:
+    """Return a console on stdout, as wide as the terminal; in a pipe, wide enough for anything."""
     from rich.console import Console
 
     at_terminal = sys.stdout.isatty()
-    console = Console(
+    return Console(
         width=None if at_terminal else 1000,
         force_terminal=at_terminal,
         markup=False,
         highlight=False,
         emoji=False,
     )
+
+
+def show(renderable: Any) -> None:
+    """Print a rich renderable; in a pipe, print plain text as wide as it needs to be."""
+    console = stdout_console()
     with console.capture() as captured:
         console.print(renderable)
     for line in captured.get().removesuffix("\n").split("\n"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import file_digest
 from itertools import count
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError, cache, token_files
 from mlx_randygpt.data.encoding import TextStats, blocks
-from mlx_randygpt.data.files import find_files, is_tokens, kind
-from mlx_randygpt.data.reading import Piece, Reading, Seen, pieces
-from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
+from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
+from mlx_randygpt.data.vocabulary import AUTO, Choice, Vocabulary, choose_tokenizer, learn
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
 
@@ -48,6 +48,7 @@ class Corpus:
     n_bytes: int = 0  # of the text in UTF-8
     n_train: int | None = None  # tokens; None: nine tenths
     unknown: dict[str, int] = field(default_factory=dict)  # characters that were dropped
+    choice: Choice | None = None  # why it has its tokenizer; None: that was given
 
     @cached_property
     def train(self) -> Array:
@@ -100,12 +101,13 @@ class Loader:
                     "--tokenizer tokenizer.json (GPT-2's for files of nanoGPT and llm.c)"
                 )
         stats = TextStats()
-        if self._size(files) <= self.small:
-            tokenizer = self._tokenizer(files, requested)
+        if self._is_small(files):
+            tokenizer, choice = self._tokenizer(files, requested)
             tokens = np.concatenate([*self._blocks(files, tokenizer, stats)])
-            return tokenizer, self._corpus(files, tokens, np.array(stats.starts), _facts(stats))
+            corpus = self._corpus(files, tokens, np.array(stats.starts), _facts(stats))
+            return tokenizer, replace(corpus, choice=choice)
         content = self._content(files)
-        tokenizer = self._cached_tokenizer(files, requested, content)
+        tokenizer, choice = self._cached_tokenizer(files, requested, content)
         path = self.folder / f"{cache.key(content, tokenizer.to_json())}.tokens"
         if (cached := cache.read(path)) is None:
             encoded = self._blocks(files, tokenizer, stats)
@@ -113,42 +115,55 @@ class Loader:
             cached = cache.read(path)
         if cached is None:
             raise DataError(f"{path} was damaged or removed as soon as it was written; start again")
-        return tokenizer, self._corpus(files, cached.tokens, cached.starts, cached.facts)
+        corpus = self._corpus(files, cached.tokens, cached.starts, cached.facts)
+        return tokenizer, replace(corpus, choice=choice)
 
-    def learn(self, files: Sequence[Path], requested: Vocabulary) -> Tokenizer:
-        """Learn the tokenizer from the text of the files."""
-        size = self._size(files)
+    def learn(
+        self, files: Sequence[Path], requested: Vocabulary
+    ) -> tuple[Tokenizer, Choice | None]:
+        """Learn the tokenizer from the text of the files; the text decides if that is requested."""
+        size = self._size(files) if requested.kind == "char" else self._text_bytes(files)
+        n_counted = 0 if requested.kind in KINDS else 1  # passes that count characters
 
         def texts() -> Iterator[str]:
+            nonlocal n_counted
+            n_counted -= 1
             for piece in self._pieces(files, "Learning the vocabulary"):
                 yield piece.text
-            if requested.kind in KINDS:
+            if n_counted < 0:
                 self.progress("Merging pairs into tokens", 0, size)
 
         try:
-            return requested.learn(texts(), size)
+            return learn(requested, texts, size)
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(str(error)) from error
 
-    def _tokenizer(self, files: Sequence[Path], requested: Tokenizer | Vocabulary) -> Tokenizer:
-        return self.learn(files, requested) if isinstance(requested, Vocabulary) else requested
+    def _tokenizer(
+        self, files: Sequence[Path], requested: Tokenizer | Vocabulary
+    ) -> tuple[Tokenizer, Choice | None]:
+        if isinstance(requested, Vocabulary):
+            return self.learn(files, requested)
+        return requested, None
 
     def _cached_tokenizer(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary, content: str
-    ) -> Tokenizer:
+    ) -> tuple[Tokenizer, Choice | None]:
         """Return the tokenizer; one learned from a long text is cached beside its tokens."""
         if not isinstance(requested, Vocabulary):
-            return requested
-        path = self.folder / f"{cache.key(content, asdict(requested))}.tokenizer.json"
+            return requested, None
+        path = self.folder / f"{cache.key(content, requested.key)}.tokenizer.json"
         try:
-            tokenizer = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            tokenizer = tokenizer_from_json(saved)
+            choice = Choice(**saved["choice"]) if requested.kind == AUTO else None
             cache.mark_used(path)
-        except (OSError, ValueError):  # missing or damaged
-            tokenizer = self.learn(files, requested)
-            cache.write_small(path, json.dumps(tokenizer.to_json()).encode())
-        return tokenizer
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
+            tokenizer, choice = self.learn(files, requested)
+            reason = {"choice": asdict(choice)} if choice else {}
+            cache.write_small(path, json.dumps(tokenizer.to_json() | reason).encode())
+        return tokenizer, choice
 
     def _blocks(
         self, files: Sequence[Path], tokenizer: Tokenizer, stats: TextStats
@@ -160,8 +175,11 @@ class Loader:
 
     def _pieces(self, files: Sequence[Path], activity: str) -> Iterator[Piece]:
         seen = self._seen(activity, self._size(files))
-        for file in files:
-            yield from pieces(file, self.reading, seen)
+        for i, file in enumerate(files):
+            try:
+                yield from pieces(file, self.reading, seen)
+            except DataError as error:
+                raise explain_all(error, files[i + 1 :], self.reading) from error
 
     def _seen(self, activity: str, size: int) -> Seen:
         done = 0
@@ -172,6 +190,25 @@ class Loader:
             self.progress(activity, done, size)
 
         return seen
+
+    def _is_small(self, files: Sequence[Path]) -> bool:
+        """Return whether the text fits into memory; packed files are read to know."""
+        if self._size(files) > self.small:
+            return False
+        return self._text_bytes(files, self.small) <= self.small
+
+    def _text_bytes(self, files: Sequence[Path], enough: float = float("inf")) -> int:
+        """Return about how many bytes the text of files has; stop counting beyond `enough`.
+
+        The sizes of packed files say little about it, so these are read.
+        """
+        packed = [file for file in files if is_packed(file)]
+        n_bytes = self._size([file for file in files if not is_packed(file)])
+        for piece in self._pieces(packed, "Measuring the text"):
+            n_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
+            if n_bytes > enough:
+                break
+        return n_bytes
 
     def _size(self, files: Sequence[Path]) -> int:
         try:
@@ -206,14 +243,15 @@ class Loader:
 def load_corpus(
     *paths: str | Path,
     text: str | None = None,
-    tokenizer: str | Tokenizer = "char",
+    tokenizer: str | Tokenizer = AUTO,
     vocab_size: int = 0,
     reading: Reading | None = None,
 ) -> tuple[Tokenizer, Corpus]:
     """Return the tokenizer and the corpus of files, folders and globs, or of a `text`.
 
-    `tokenizer` is a kind to learn ("char", "bpe", "wordpiece"), the path of a tokenizer.json, or a
-    tokenizer; `vocab_size` limits a learned one. Long texts are cached on the disk.
+    `tokenizer` is a kind to learn ("char", "bpe", "wordpiece"; "auto": characters if they cover
+    the text, else bpe), the path of a tokenizer.json, or a tokenizer; `vocab_size` limits a learned
+    one. The `choice` of the corpus is why it has this tokenizer. Long texts are cached on the disk.
     """
     if bool(paths) == (text is not None):
         raise DataError("load_corpus takes either paths or text=, and exactly one of the two")
@@ -221,9 +259,11 @@ def load_corpus(
     loader = Loader(reading or Reading(), cache.default_folder(), os.cpu_count() or 1)
     if text is None:
         return loader.load(find_files([str(path) for path in paths]), requested)
+    choice = None
     if isinstance(requested, Vocabulary):
-        requested = requested.learn([text], len(text.encode("utf-8", "surrogatepass")))
-    return requested, encode_corpus({"text": text}, requested)
+        n_bytes = len(text.encode("utf-8", "surrogatepass"))
+        requested, choice = learn(requested, lambda: [text], n_bytes)
+    return requested, replace(encode_corpus({"text": text}, requested), choice=choice)
 
 
 def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:

@@ -9,10 +9,13 @@ import difflib
 import glob
 import os
 import re
+import select
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mlx_randygpt.data import DataError, cache
+from mlx_randygpt.data.own_files import is_own
 
 PROSE = (".txt", ".md", ".markdown", ".rst", ".org", ".tex", ".html")
 SOURCE = (
@@ -46,10 +49,14 @@ SOURCE = (
     ".ts",
     ".zig",
 )
+Note = Callable[[str], None]  # shows a line about files that are left out
 ROWS = (".jsonl", ".ndjson", ".parquet")  # many documents in a file
+WRITER_SECONDS = 10  # for a process to open the other end of a pipe
 PACKED = (".gz", ".zst")
 SUFFIXES = (*PROSE, *SOURCE, *ROWS)
 TOKENS = ".bin"
+TOKEN_NAMES = re.compile(r"(.+[_.-])?(train|val|valid|validation)([_-]\d+)?")  # nanoGPT, llm.c
+TRAIN = re.compile(r"(^|[_.-])train([_.-]|$)")
 VALIDATION = re.compile(r"(^|[_.-])(val|valid|validation)([_.-]|$)")
 
 
@@ -59,6 +66,11 @@ def kind(file: Path) -> str:
     for packed in PACKED:
         name = name.removesuffix(packed)
     return os.path.splitext(name)[1]
+
+
+def is_packed(file: Path) -> bool:
+    """Return whether the text of a file can be much longer than the file."""
+    return file.name.lower().endswith((*PACKED, ".parquet"))
 
 
 def is_tokens(file: Path) -> bool:
@@ -71,16 +83,16 @@ def is_validation(file: Path) -> bool:
     return bool(VALIDATION.search(file.stem.lower()))
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str], note: Note = lambda line: None) -> list[Path]:
     """Return the files of paths, folders and globs, each file once, in the order of the paths.
 
     A folder stands for the texts in it at any depth, sorted and without hidden files, or for its
-    token files if it holds a train.bin.
+    token files if it holds a train.bin. What this program wrote is left out of folders and globs.
     """
     files: dict[Path, Path] = {}
     for name in paths:
         try:
-            for file in _expand(name):
+            for file in _expand(name, note):
                 files.setdefault(file.resolve(), file)
         except OSError as error:
             raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
@@ -117,29 +129,53 @@ def _sample(reason: str) -> tuple[list[Path], str]:
     return [sample_corpus_path()], f"Text: the sample corpus inside the package ({reason})"
 
 
-def _expand(name: str) -> Iterator[Path]:
+def _expand(name: str, note: Note) -> Iterator[Path]:
     path = Path(os.path.expanduser(name))  # pathlib raises for an unknown ~user
     if name == "-":
         yield _kept_text(Path("/dev/stdin"))
     elif path.is_dir() and name:
-        yield from _texts_under(path)
+        yield from _texts_under(path, note)
     elif path.exists() and name:
         yield path if path.is_file() else _kept_text(path)
     elif set(name) & set("*?["):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if not any(file.is_file() for file in files):
             raise DataError(f"no file matches {name!r} (looked in {Path.cwd()})")
-        yield from (file for file in files if file.is_file())
+        yield from _without_own([file for file in files if file.is_file()], name, note)
     else:
         raise DataError(_no_such_file(name, path))
 
 
 def _kept_text(pipe: Path) -> Path:
-    with open(pipe, "rb") as stream:
+    """Copy the text of stdin or a pipe; raise DataError for a device, or if nobody writes."""
+    descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
+            raise DataError(f"{pipe} is a device; give a file, a folder or a pipe")
+        if stat.S_ISFIFO(mode) and not _has_writer(descriptor):
+            raise DataError(
+                f"{pipe} is a pipe that no process has opened for writing in "
+                f"{WRITER_SECONDS} s; start the writer first"
+            )
+        os.set_blocking(descriptor, True)
         return cache.keep_text(stream)
 
 
-def _texts_under(folder: Path) -> list[Path]:
+def _has_writer(pipe: int) -> bool:
+    """Wait until a pipe has content or an end; return False if nobody opens it in time."""
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN)
+    if poller.poll(WRITER_SECONDS * 1000):
+        return True
+    try:
+        os.read(pipe, 1)  # nothing is there to be lost
+    except BlockingIOError:  # a writer that has not written yet
+        return True
+    return False
+
+
+def _texts_under(folder: Path, note: Note) -> list[Path]:
     def stop(error: OSError) -> None:
         raise error
 
@@ -148,15 +184,41 @@ def _texts_under(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += (Path(parent, name) for name in names)
     visible = sorted(file for file in files if _is_visible_file(file))
-    tokens = [file for file in visible if is_tokens(file)]
-    if any("train" in file.stem.lower() for file in tokens):
+    texts = [file for file in visible if kind(file) in SUFFIXES]
+    tokens = [file for file in visible if is_tokens(file) and _is_split(file)]
+    if any(TRAIN.search(file.stem.lower()) for file in tokens):
+        if texts:
+            note(
+                f"Left out: {_count(len(texts), 'text')} of {folder}, which holds token files "
+                f"({tokens[0].name}); name texts to train on them."
+            )
         return tokens
-    if texts := [file for file in visible if kind(file) in SUFFIXES]:
+    if texts := _without_own(texts, str(folder), note):
         return texts
     raise DataError(
         f"{folder} holds no text: no .txt, .md, .jsonl or .parquet file in it or below, and no "
         "source code or train.bin"
     )
+
+
+def _is_split(file: Path) -> bool:
+    return bool(TOKEN_NAMES.fullmatch(file.stem.lower()))
+
+
+def _without_own(files: list[Path], place: str, note: Note) -> list[Path]:
+    """Return the files without those that this program wrote, and report how many these are."""
+    own = {file for file in files if is_own(file)}
+    if own:
+        first = next(file for file in files if file in own)
+        note(
+            f"Left out: {_count(len(own), 'file')} of {place} that mlxgpt wrote ({first.name}); "
+            "name files to read them."
+        )
+    return [file for file in files if file not in own]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' if n > 1 else ''}"
 
 
 def _is_visible_file(file: Path) -> bool:

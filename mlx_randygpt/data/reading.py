@@ -11,18 +11,31 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mlx_randygpt.config import missing
-from mlx_randygpt.data import DataError
+from mlx_randygpt.data import DataError, recognition
 from mlx_randygpt.data.files import kind
+from mlx_randygpt.words import one_line
 
 CHUNK_BYTES = 1 << 20
 MAX_PIECE = 1 << 18  # characters
 MAX_TRIES = 1000  # spaces to try when looking for a word boundary
+MAX_NAMES = 20  # fields of a row, or files, that a message lists
+MAX_NAME = 40  # characters of each
+JSON_TYPES: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
 Seen = Callable[[int], None]  # bytes of the file that were read since the last call
 
 
@@ -124,26 +137,21 @@ def _decode(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
     utf8 = codecs.lookup(encoding).name == "utf-8"
     offset, first = 0, True
     for chunk in _chunks(file, seen):
-        if utf8 and not offset and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(
-                f"{file} is UTF-16, not UTF-8; {_iconv(file, 'utf-16')}, or give --encoding utf-16"
-            )
+        if not offset:
+            _refuse_other_formats(file, chunk, utf8)
         if utf8 and (nul := chunk.find(0)) >= 0:
-            half = chunk[nul % 2 :: 2]
-            if half.count(0) > 0.8 * len(half):  # as in UTF-16 of mostly Latin letters
-                name = f"utf-16-{'be' if (offset + nul) % 2 == 0 else 'le'}"
-                raise DataError(f"{file} looks like {name}, not UTF-8; give --encoding {name}")
-            position = _locate(file, offset + nul)
-            raise DataError(f"{file} is binary, not text: a NUL byte {position}")
+            raise DataError(_describe_nul(file, chunk, offset, nul))
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            at = offset + len(chunk) - len(error.object) + error.start
+            start = error.start if isinstance(error.object, bytes) else 0
+            at = offset + len(chunk) - len(error.object) + start
             raise DataError(
-                f"{file} is not {encoding.upper()} text: byte {error.object[error.start]:#04x} "
-                f"{_locate(file, at)}; if it is in an older encoding, {_iconv(file, 'latin1')}"
-                ", or give --encoding"
+                f"{file} is not {encoding.upper()} text: byte {error.object[start]:#04x} "
+                f"{_locate(file, at)}; {_other_encoding(error.object[max(0, start - 4096) :])}"
             ) from error
+        except UnicodeError as error:  # such as UTF-16 without a byte order mark
+            raise DataError(f"{file} is not {encoding.upper()} text: {one_line(error)}") from error
         if not utf8 and "\0" in text:
             raise DataError(f"{file} is binary, not {encoding} text: it holds a NUL character")
         offset += len(chunk)
@@ -151,6 +159,29 @@ def _decode(file: Path, encoding: str, seen: Seen) -> Iterator[str]:
             text, first = text.removeprefix("\ufeff"), False
         if text:
             yield text
+
+
+def _refuse_other_formats(file: Path, head: bytes, utf8: bool) -> None:
+    if found := recognition.recognise(head):
+        raise DataError(f"{file} is {found.name}, not text; {found.advice}")
+    if utf8 and (name := recognition.utf_by_mark(head)):
+        raise DataError(f"{file} is {name.upper()}, not UTF-8; give --encoding {name}")
+
+
+def _describe_nul(file: Path, chunk: bytes, offset: int, nul: int) -> str:
+    """Return why a chunk with a NUL byte is not UTF-8 text."""
+    zeros, others = chunk[nul % 2 :: 2], chunk[1 - nul % 2 :: 2]
+    # In UTF-16 of mostly Latin letters, every other byte is zero.
+    if zeros.count(0) > 0.8 * len(zeros) and others.count(0) < 0.2 * len(others):
+        name = f"utf-16-{'be' if (offset + nul) % 2 == 0 else 'le'}"
+        return f"{file} looks like {name}, not UTF-8; give --encoding {name}"
+    return f"{file} is binary, not text: a NUL byte {_locate(file, offset + nul)}"
+
+
+def _other_encoding(sample: bytes) -> str:
+    if name := recognition.guess_encoding(sample):
+        return f"it looks like {name}: give --encoding {name} if that is right"
+    return "give its encoding with --encoding, such as cp1252"
 
 
 def _chunks(file: Path, seen: Seen) -> Iterator[bytes]:
@@ -189,7 +220,7 @@ def _unzstd(raw: IO[bytes]) -> Iterator[bytes]:
     unpacker = zstandard.ZstdDecompressor()
     frame = unpacker.decompressobj()
     try:
-        while packed := raw.read(CHUNK_BYTES >> 4):  # a small part can decompress to a large one
+        while packed := raw.read(CHUNK_BYTES >> 8):  # a small part can decompress to a large one
             while packed:
                 frame = unpacker.decompressobj() if frame.eof else frame
                 if chunk := frame.decompress(packed):
@@ -210,15 +241,33 @@ def _json_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get(reading.text_field), str):
-            columns = (
-                f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
-            )
-            raise DataError(
-                f"{file}: line {number} has no text under {reading.text_field!r}{columns}; "
-                "choose another with --text-field"
-            )
-        yield _with_newlines(row[reading.text_field])
+        yield _with_newlines(_row_text(row, reading.text_field, f"{file}: line {number}"))
+
+
+def _row_text(row: Any, field: str, place: str) -> str:
+    """Return the text of a row; raise DataError with the reason if it has none."""
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{place} is {JSON_TYPES[type(row)]}, not an object such as {{{json.dumps(field)}: …}}"
+        )
+    if field not in row:
+        names = f"it has {_list_names(row)}" if row else "it is empty"
+        raise DataError(
+            f"{place} has no text under {field!r}; {names}; choose another with --text-field"
+        )
+    value = row[field]
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place} has {JSON_TYPES[type(value)]} under {field!r}, not a text; remove the row "
+            "or choose another field with --text-field"
+        )
+    return value
+
+
+def _list_names(names: Collection[str]) -> str:
+    shown = [one_line(name)[:MAX_NAME] for name in islice(names, MAX_NAMES)]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(shown) + more
 
 
 def _lines(parts: Iterator[str]) -> Iterator[str]:
@@ -243,7 +292,7 @@ def _parquet_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
             names = table.schema_arrow.names
             if reading.text_field not in names:
                 raise DataError(
-                    f"{file} has no column {reading.text_field!r}; it has {', '.join(names)}; "
+                    f"{file} has no column {reading.text_field!r}; it has {_list_names(names)}; "
                     "choose another with --text-field"
                 )
             n_rows, size = max(1, table.metadata.num_rows), file.stat().st_size
@@ -279,5 +328,16 @@ def _locate(file: Path, offset: int) -> str:
     return f"at offset {offset} (line {n_lines})"
 
 
-def _iconv(file: Path, encoding: str) -> str:
-    return f"convert it, e.g. iconv -f {encoding} -t utf-8 {file} > {file.stem}-utf8{file.suffix}"
+def explain_all(first: DataError, rest: Sequence[Path], reading: Reading) -> DataError:
+    """Return one error about a file and about all later files that cannot be read either."""
+    errors = [str(first)]
+    for file in rest:
+        try:
+            for _ in pieces(file, reading):
+                pass
+        except DataError as error:
+            errors.append(str(error))
+    if len(errors) == 1:
+        return first
+    more = f"; and {len(errors) - MAX_NAMES} more" if len(errors) > MAX_NAMES else ""
+    return DataError(f"{len(errors)} files cannot be read: {'; '.join(errors[:MAX_NAMES])}{more}")

@@ -6,13 +6,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers import gpt2, nanogpt, native, randygpt
+from mlx_randygpt.exchange.importers import arcee, gguf, gpt2, nanogpt, native, randygpt
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import read_json
-from mlx_randygpt.exchange.importers.torch_file import MAGIC
+from mlx_randygpt.exchange.importers.torch_file import MAGIC, refuse_legacy
 
-_FORMAT_OF_MODEL_TYPE = {"gpt2": "gpt2", "mlxgpt": "mlxgpt", "randygpt": "randygpt-hf"}
+_FORMAT_OF_MODEL_TYPE = {
+    "arcee": "arcee",
+    "gpt2": "gpt2",
+    "mlxgpt": "mlxgpt",
+    "randygpt": "randygpt-hf",
+}
 _FOLDER_READERS: dict[str, Callable[[Path, Path | None], ImportedModel]] = {
+    "arcee": arcee.read_folder,
     "gpt2": gpt2.read_folder,
     "mlxgpt": native.read_folder,
     "randygpt-hf": randygpt.read_folder,
@@ -46,6 +52,8 @@ def read_foreign(
         if not source.is_dir():
             raise ExchangeError(f"{source} is a file; {kind} is a folder with a config.json")
         return _FOLDER_READERS[kind](source, vocab)
+    if kind == "gguf":
+        return gguf.read_file(source, vocab)
     if kind == "nanogpt":
         return nanogpt.read_checkpoint(source, vocab, activation)
     return randygpt.read_bin(source, vocab, sizes or {})
@@ -64,9 +72,12 @@ def detect(source: Path) -> str:
         return "randygpt"
     if first.startswith(MAGIC):
         return "nanogpt"
+    if first.startswith(gguf.LETTERS):
+        return "gguf"
+    refuse_legacy(source)
     raise ExchangeError(
-        f"{source} is neither a .bin file of randyGPT nor a file of torch.save in the format of "
-        "PyTorch 1.6 and later; name its format with --format"
+        f"{source} is neither a GGUF file, a .bin file of randyGPT nor a file of torch.save in the "
+        "format of PyTorch 1.6 and later; name its format with --format"
     )
 
 
@@ -82,6 +93,9 @@ def _detect_folder(source: Path) -> str:
         )
     if (source / nanogpt.CHECKPOINT).is_file():
         return "nanogpt"
+    if (source / gguf.FILE_NAME).is_file():
+        return "gguf"
     raise ExchangeError(
-        f"{source} holds neither a config.json nor a {nanogpt.CHECKPOINT}; name the file"
+        f"{source} holds neither a config.json, a {nanogpt.CHECKPOINT} nor a {gguf.FILE_NAME}; "
+        "name the file"
     )

@@ -66,10 +66,16 @@ class Frame:
 def frame(
     points: Sequence[Point], marks: Sequence[Point], steps: tuple[int, int], size: tuple[int, int]
 ) -> Frame:
-    """Return the frame of a line and marks, at least one in total, between two steps."""
-    values = sorted(value for _, value in (*points, *marks))
-    high = values[math.ceil(len(values) * (1 - CUT)) - 1]
-    return Frame(*steps, values[0], max(high, values[0] + 1e-3), *size)
+    """Return the frame of a line and marks, at least one in total, between two steps.
+
+    The highest values of the line can leave the top; of the marks only one at step 0, which shows
+    an untrained model.
+    """
+    line = sorted(value for _, value in points or marks)
+    inside = [value for step, value in marks if step > 0]
+    low = min([line[0], *(value for _, value in marks)])
+    high = max([line[math.ceil(len(line) * (1 - CUT)) - 1], *inside, low + 1e-3])
+    return Frame(*steps, low, high, *size)
 
 
 def draw(points: Sequence[Point], frame: Frame) -> list[str]:

@@ -15,7 +15,15 @@ from rich.text import Text
 
 from mlx_randygpt.screen.curve import Frame, draw, frame
 from mlx_randygpt.screen.plain import PlainLog
-from mlx_randygpt.screen.run_summary import Clock, RunInfo, RunSummary, numbers, outcome
+from mlx_randygpt.screen.run_summary import (
+    Clock,
+    Event,
+    RunInfo,
+    RunSummary,
+    Urgency,
+    numbers,
+    outcome,
+)
 from mlx_randygpt.training.reports import EvalLog, Report, SampleLog
 from mlx_randygpt.words import clean_text, format_clock
 
@@ -25,6 +33,15 @@ BESIDE_COLUMNS = 110  # from this width on, the sample is beside the curve
 TILE_COLUMNS = 80  # from this width on, the numbers are in tiles
 # Columns of a tile at width 80 (up to 1.5 times as many), and the colour of its line in the curve.
 TILE_STYLES = ((12, "cyan"), (18, "magenta"), (16, ""), (16, ""), (16, ""))
+EVENT_STYLES = {
+    Urgency.SAVED: "green",
+    Urgency.NOTE: "bold",
+    Urgency.WARNING: "magenta",
+    Urgency.ERROR: "red",
+}
+MAX_NOTICES = 4  # rows of messages that stay
+RISING = "red"  # the colour of a validation loss above the one before
+ABOVE = "▴"  # in the top row: a validation loss above the curve
 AXIS = 9  # columns left of the curve
 # Sections with their minimum rows, the most important first.
 SECTIONS = (
@@ -75,7 +92,7 @@ class Dashboard:
 
     def note(self, text: str) -> None:
         """Show a message at once, and again in the summary."""
-        self._run.add_event(text, clean_text(text))
+        self._run.add_event(text, Event(clean_text(text)))
         self._draw()
 
     def release_terminal(self) -> None:
@@ -110,7 +127,8 @@ def make_view(
 def screen(run: RunSummary, console: Console, width: int, height: int) -> list[Text]:
     """Return the whole screen, at most `height` lines of at most `width` columns."""
     beside = width >= BESIDE_COLUMNS
-    rows = _rows(height, width, beside)
+    n_events = len(_events(run, console, width, MAX_NOTICES + 1))
+    rows = _rows(height, width, beside, n_events)
     curve_width = width * 11 // 20 if beside else width
     curve = _curve(run, curve_width, rows["curve"])
     sample_width = width - curve_width - 2 if beside else width
@@ -127,7 +145,7 @@ def screen(run: RunSummary, console: Console, width: int, height: int) -> list[T
         *_numbers(run, width)[: rows["numbers"]],
         *curve,
         *sample,
-        *[_event(run)] * rows["event"],
+        *_events(run, console, width, rows["event"]),
         *[_footer(run.info, width)] * rows["footer"],
     ]
     for line in lines:
@@ -136,13 +154,20 @@ def screen(run: RunSummary, console: Console, width: int, height: int) -> list[T
     return lines[:height]
 
 
-def _rows(height: int, width: int, beside: bool) -> dict[str, int]:
-    """Return the rows of each section: the minimum first, the rest for curve and sample."""
+def _rows(height: int, width: int, beside: bool, n_events: int) -> dict[str, int]:
+    """Return the rows of each section: the minimum, what messages need, the rest for the curve.
+
+    Below BESIDE_COLUMNS the curve shares the rest with the sample.
+    """
     rows: dict[str, int] = {}
     for name, minimum in SECTIONS:
         n_rows = minimum + (name == "numbers" and width < TILE_COLUMNS)
         rows[name] = n_rows if n_rows <= height and not (name == "sample" and beside) else 0
         height -= rows[name]
+    if rows["event"]:
+        extra = max(min(n_events - 1, height), 0)
+        rows["event"] += extra
+        height -= extra
     more = min(12, (height * 2 + 2) // 3 if rows["sample"] else height) if rows["curve"] else 0
     rows["curve"] += more
     if beside:
@@ -188,17 +213,20 @@ def _progress(run: RunSummary, width: int) -> Text:
 
 
 def _numbers(run: RunSummary, width: int) -> list[Text]:
+    colours = [colour for _, colour in TILE_STYLES]
+    if run.val_rises:
+        colours[1] = RISING
+    styles = [f"bold {colour}" for colour in colours]
     if width < TILE_COLUMNS:
         return [
-            Text.assemble((f" {name:14}", "dim"), (f"{value:13}", "bold"), ", ".join(details))
-            for name, value, *details in numbers(run)
+            Text.assemble((f" {name:14}", "dim"), (f"{value:13}", style), ", ".join(details))
+            for (name, value, *details), style in zip(numbers(run), styles, strict=False)
         ]
     rows = [Text(" ") for _ in range(4)]
-    for number, (columns, colour) in zip(numbers(run), TILE_STYLES, strict=False):
+    for number, (columns, _), style in zip(numbers(run), TILE_STYLES, styles, strict=False):
         tile = int(columns * min(width / TILE_COLUMNS, 1.5))
-        styles = ("dim", f"bold {colour}", "", "")
-        for i, (row, style) in enumerate(zip(rows, styles, strict=True)):
-            row.append(f"{number[i] if i < len(number) else '':{tile}}", style)
+        for i, row in enumerate(rows):
+            row.append(f"{number[i] if i < len(number) else '':{tile}}", ("dim", style, "", "")[i])
     return rows
 
 
@@ -214,13 +242,12 @@ def _curve(run: RunSummary, width: int, height: int) -> list[Text]:
     if len(points) < 2 or not height:
         waiting = Text(" The curve starts with the second step.", "dim")
         return _section(rule, [waiting], height)
-    steps = (run.info.start_step, run.step)
+    steps = (run.first_step, run.step)
     area = frame(points, marks, steps, (max(width - AXIS - 1, 1), height - 2))
     rows = [Text(line, "cyan") for line in draw(points, area)]
     for x, y in map(area.dot, marks):
-        if y >= 0:
-            row, column = rows[y // 4], x // 2
-            rows[y // 4] = Text.assemble(row[:column], ("●", "magenta"), row[column + 1 :])
+        row, column, mark = rows[max(y, 0) // 4], x // 2, "●" if y >= 0 else ABOVE
+        rows[max(y, 0) // 4] = Text.assemble(row[:column], (mark, "magenta"), row[column + 1 :])
     labelled = [Text.assemble((_label(area, i), "dim"), row) for i, row in enumerate(rows)]
     first = Text(" " * AXIS + f"step {area.first:,}", "dim")
     return [rule, *labelled, _ends(first, Text(f"{area.last:,} ", "dim"), width)]
@@ -253,9 +280,20 @@ def _text(log: SampleLog, console: Console, width: int, height: int) -> list[Tex
     return [Text.assemble(" ", line) for line in lines[:height]]
 
 
-def _event(run: RunSummary) -> Text:
-    line, style = list(run.events.values())[-1] if run.events else ("", "")
-    return Text(f" {line}", style)
+def _events(run: RunSummary, console: Console, width: int, height: int) -> list[Text]:
+    """Return the messages that stay, the most urgent first, then the newest saved file."""
+    events = list(run.events.values())
+    stay = [event for event in reversed(events) if event.urgency > Urgency.SAVED]
+    saved = [event for event in events if event.urgency is Urgency.SAVED][-1:]
+    n_rows = max(height - len(saved), 1)
+    lines: list[Text] = []
+    for event in sorted(stay, key=lambda event: -event.urgency):
+        wrapped = Text(event.line, EVENT_STYLES[event.urgency]).wrap(console, max(width - 1, 1))
+        lines += wrapped if len(lines) + len(wrapped) <= n_rows else []
+        if not lines:
+            lines = wrapped[:n_rows]
+    lines += [Text(event.line, EVENT_STYLES[event.urgency]) for event in saved]
+    return [Text.assemble(" ", line) for line in lines[:height]] or [Text()] * min(height, 1)
 
 
 def _footer(info: RunInfo, width: int) -> Text:
@@ -272,4 +310,4 @@ def summary(run: RunSummary, console: Console) -> list[Text]:
     if run.sample:
         lines.append(_rule(console.width, "sample", f"step {run.sample.step:,}"))
         lines += _text(run.sample, console, console.width - 2, 6)
-    return lines + [Text(line, style) for line, style in run.events.values()]
+    return lines + [Text(event.line, EVENT_STYLES[event.urgency]) for event in run.events.values()]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 
 from mlx_randygpt.screen.curve import Curve
+from mlx_randygpt.screen.history import History
 from mlx_randygpt.training.reports import (
     EndLog,
     EvalLog,
@@ -30,6 +32,23 @@ MAX_EVENTS = 10  # messages and saved files to keep for the end
 ENDINGS = {"stopped": ", stopped on request", "patience": ", stopped early: no new best"}
 
 
+class Urgency(IntEnum):
+    """How much a message matters: from a note on, it stays on the screen."""
+
+    SAVED = 0
+    NOTE = 1
+    WARNING = 2
+    ERROR = 3
+
+
+@dataclass(frozen=True)
+class Event:
+    """A message or a saved file, in one line."""
+
+    line: str
+    urgency: Urgency = Urgency.NOTE
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """The constant facts of a run, worded as they are shown."""
@@ -42,6 +61,7 @@ class RunInfo:
     out: str
     iters: int
     start_step: int = 0
+    history: History = field(default_factory=History)  # of the steps up to start_step
 
 
 class RunSummary:
@@ -55,17 +75,23 @@ class RunSummary:
         self.evaluation: EvalLog | None = None
         self.sample: SampleLog | None = None
         self.end: EndLog | None = None
-        self.events: dict[str, tuple[str, str]] = {}  # by path or text: line, style
+        self.events: dict[str, Event] = {}  # by path or text, the newest last
         self.loss = math.nan  # moving average
+        self.val_rises = False  # the last evaluation was worse than the one before
         self._tokens_per_step = 0.0
         self._clock = clock
         self._started = self._first_at = clock()
+        for step, loss in info.history.losses:
+            self._add_loss(step, loss)
+        for evaluation in info.history.evaluations:
+            self.add(evaluation)
 
     def add(self, report: Report) -> None:
         """Take a report into account."""
         if isinstance(report, StepLog):
             self._add_step(report)
         elif isinstance(report, EvalLog):
+            self.val_rises = bool(self.evaluation and report.val_loss > self.evaluation.val_loss)
             self.evaluation = report
             self.val_losses.add(report.step, report.val_loss)
         elif isinstance(report, SampleLog):
@@ -73,16 +99,17 @@ class RunSummary:
         elif isinstance(report, EndLog):
             self.end = report
         elif isinstance(report, NoteLog):
-            self.add_event(report.text, clean_text(report.text), "magenta")
+            self.add_event(report.text, Event(clean_text(report.text), Urgency.WARNING))
         else:
-            self.add_event(report.path, save_line(report), "red" if report.error else "green")
+            urgency = Urgency.ERROR if report.error else Urgency.SAVED
+            self.add_event(report.path, Event(save_line(report), urgency))
 
-    def add_event(self, key: str, line: str, style: str = "bold") -> None:
+    def add_event(self, key: str, event: Event) -> None:
         """Keep a line for the end, in place of an older one with the same key."""
         self.events.pop(key, None)  # the newest comes last
-        self.events[key] = (line, style)
+        self.events[key] = event
         if len(self.events) > MAX_EVENTS:
-            del self.events[next(iter(self.events))]
+            del self.events[min(self.events, key=lambda key: self.events[key].urgency)]
 
     def _add_step(self, log: StepLog) -> None:
         if self.last is None:
@@ -91,15 +118,23 @@ class RunSummary:
         elif log.step > self.last.step:
             self._tokens_per_step = (log.tokens - self.last.tokens) / (log.step - self.last.step)
         self.last = log
-        if math.isfinite(log.loss):
-            old = self.loss if math.isfinite(self.loss) else log.loss
-            self.loss = old + SMOOTHING * (log.loss - old)
-            self.losses.add(log.step, self.loss)
+        self._add_loss(log.step, log.loss)
+
+    def _add_loss(self, step: float, loss: float) -> None:
+        if math.isfinite(loss):
+            old = self.loss if math.isfinite(self.loss) else loss
+            self.loss = old + SMOOTHING * (loss - old)
+            self.losses.add(step, self.loss)
 
     @property
     def step(self) -> int:
         """Return the step of the last report."""
         return self.last.step if self.last else self.info.start_step
+
+    @property
+    def first_step(self) -> int:
+        """Return the first step that is known."""
+        return 0 if self.info.history.losses else self.info.start_step
 
     @property
     def steps_per_second(self) -> float:
@@ -169,7 +204,9 @@ def numbers(run: RunSummary) -> list[tuple[str, ...]]:
     """Return the current numbers: a name, the value, up to two details."""
     log, val = run.last, run.evaluation
     if log is None:
-        return [("loss", "–", "first step …"), ("validation", "–"), ("best", "–")]
+        loss = f"{run.loss:.4f}" if math.isfinite(run.loss) else "–"
+        first = ("loss", loss, "first step …")
+        return [first, *(_validation(val) if val else [("validation", "–"), ("best", "–")])]
     pace = (f"{log.tokens_per_second:,.0f} tok/s", _speed(run.steps_per_second))
     return [
         ("loss", f"{run.loss:.4f}", f"raw {log.loss:.4f}", f"{log.bits_per_byte:.2f} bpb"),

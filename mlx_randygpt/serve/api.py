@@ -8,6 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
@@ -18,12 +19,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_randygpt.backends.base import resident_bytes
-from mlx_randygpt.serve import ApiError, ServedModel, Settings
+from mlx_randygpt.config import UserError
+from mlx_randygpt.serve import N_THREADS, ApiError, ServedModel, Settings
 from mlx_randygpt.serve.engine import Engine, Request
-from mlx_randygpt.serve.http import App, Guard, dump, error_response, json_response, read_body
-from mlx_randygpt.serve.inspection import describe_run, map_attention
+from mlx_randygpt.serve.http import (
+    App,
+    Bodies,
+    Guard,
+    PieceResponse,
+    cut,
+    dump,
+    error_response,
+    json_response,
+)
+from mlx_randygpt.serve.inspection import describe_run, map_attention, report_copies
 from mlx_randygpt.serve.metrics import Metrics
-from mlx_randygpt.serve.models import AttentionBody, B, ChatBody, CompletionBody, PlainBody, parse
+from mlx_randygpt.serve.models import (
+    AttentionBody,
+    B,
+    ChatBody,
+    CompletionBody,
+    CopiesBody,
+    PlainBody,
+    parse,
+)
 from mlx_randygpt.serve.openapi import describe
 from mlx_randygpt.serve.requests import (
     GenerationRequest,
@@ -33,7 +52,8 @@ from mlx_randygpt.serve.requests import (
     read_plain,
 )
 from mlx_randygpt.serve.responses import ResponseBuilder
-from mlx_randygpt.serve.submission import Submission
+from mlx_randygpt.serve.submission import InFlight, Submission
+from mlx_randygpt.tokenizers import TokenizerError
 
 PAGE = {  # path -> file in page/, media type
     "/": ("index.html", "text/html"),
@@ -51,7 +71,8 @@ class Api:
     ) -> None:
         self._served, self._settings, self._engine = served, settings, engine
         self._metrics = metrics
-        self._attention_lock = asyncio.Lock()
+        self._bodies, self._in_flight = Bodies(), InFlight()
+        self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
     def app(self) -> App:
@@ -68,10 +89,12 @@ class Api:
             Route("/openapi.json", self._openapi),
             Route("/run", self._run),
             Route("/attention", self._attention, methods=["POST"]),
+            Route("/copies", self._copies, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
             ApiError: lambda request, error: error_response(error),
             HTTPException: _http_error,
+            TokenizerError: lambda request, error: error_response(ApiError(400, str(error))),
             Exception: lambda request, error: error_response(ApiError(500, "internal error")),
         }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
@@ -85,8 +108,13 @@ class Api:
             loop.call_soon_threadsafe(_notify, requests)
 
         self._engine.deliver = deliver
+        loop.set_default_executor(ThreadPoolExecutor(N_THREADS))
         yield
         await asyncio.to_thread(self._engine.stop)
+
+    def stop(self) -> None:
+        """End all texts: streams with an error event, whole answers with 503."""
+        self._in_flight.stop()
 
     # Texts
 
@@ -103,7 +131,11 @@ class Api:
         if request.method != "POST":
             return await self._page(request)
         generation = await self._read(request, PlainBody, read_plain)
-        [text] = await (await self._submit(generation)).wait(request)
+        submission = await self._submit(generation)
+        try:
+            [text] = await submission.wait(request)
+        finally:
+            submission.close()
         usage = generation.usage([text])
         del usage["total_tokens"]
         body = {
@@ -127,9 +159,14 @@ class Api:
         submission = await self._submit(generation)
         if generation.stream:
             return submission.stream(builder)
-        texts = await submission.wait(request)
-        content = await asyncio.to_thread(lambda: dump(builder.whole(texts)))
-        return Response(content, media_type="application/json")
+        try:
+            texts = await submission.wait(request)
+            content = await asyncio.to_thread(lambda: dump(builder.whole(texts)))
+        except BaseException:
+            submission.close()
+            raise
+        headers = {"content-type": "application/json", "content-length": str(len(content))}
+        return PieceResponse(cut(content), submission.close, headers)
 
     async def _read(
         self,
@@ -137,18 +174,29 @@ class Api:
         model: type[B],
         read: Callable[[B, ServedModel, Settings, int], GenerationRequest],
     ) -> GenerationRequest:
-        content, seed = await read_body(request), secrets.randbelow(1 << 31)
+        seed = secrets.randbelow(1 << 31)
 
-        def check() -> GenerationRequest:
+        def check(content: bytes) -> GenerationRequest:
             body, ignored = parse(content, model)
-            generation = read(body, self._served, self._settings, seed)
+            try:
+                generation = read(body, self._served, self._settings, seed)
+            except UserError as error:  # of the tokenizer
+                raise ApiError(400, f"the text cannot be encoded: {error}") from error
             return generation.with_ignored(ignored)
 
-        return await asyncio.to_thread(check)
+        async with self._bodies.read(request) as content:
+            return await asyncio.to_thread(check, content)
 
     async def _submit(self, generation: GenerationRequest) -> Submission:
         texts = await asyncio.to_thread(generation.continuations, self._served)
-        return Submission(texts, self._engine, self._metrics, each_token=generation.stream)
+        return Submission(
+            texts,
+            self._engine,
+            self._metrics,
+            self._in_flight,
+            cost=generation.cost,
+            each_token=generation.stream,
+        )
 
     # Other routes
 
@@ -184,10 +232,18 @@ class Api:
         return json_response(facts)
 
     async def _attention(self, request: HttpRequest) -> Response:
-        body, _ = await asyncio.to_thread(parse, await read_body(request), AttentionBody)
+        async with self._bodies.read(request) as content:
+            body, _ = await asyncio.to_thread(parse, content, AttentionBody)
         async with self._attention_lock:  # one at a time: each is a forward pass
             attention = await asyncio.to_thread(map_attention, self._served, body)
         return json_response(attention)
+
+    async def _copies(self, request: HttpRequest) -> Response:
+        async with self._bodies.read(request) as content:
+            body, _ = await asyncio.to_thread(parse, content, CopiesBody)
+        async with self._copies_lock:  # one at a time: each reads the whole text
+            copies = await asyncio.to_thread(report_copies, self._served, body)
+        return json_response(copies)
 
     async def _page(self, request: HttpRequest) -> Response:
         content, media_type = self._files[request.url.path]

@@ -214,6 +214,12 @@ class AttentionBody(Body):
     head: Annotated[Integer, Field(ge=0, le=4095)]
 
 
+class CopiesBody(Body):
+    """`POST /copies`."""
+
+    text: Text
+
+
 B = TypeVar("B", bound=Body)
 
 # Names of other servers' settings; those of this server's are added below.

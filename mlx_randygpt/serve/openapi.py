@@ -8,12 +8,19 @@ from pydantic.json_schema import models_json_schema
 
 from mlx_randygpt import __version__
 from mlx_randygpt.serve import ServedModel
-from mlx_randygpt.serve.models import AttentionBody, Body, ChatBody, CompletionBody, PlainBody
+from mlx_randygpt.serve.models import (
+    AttentionBody,
+    Body,
+    ChatBody,
+    CompletionBody,
+    CopiesBody,
+    PlainBody,
+)
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
-BODIES = (CompletionBody, ChatBody, PlainBody, AttentionBody)
+BODIES = (CompletionBody, ChatBody, PlainBody, AttentionBody, CopiesBody)
 
 
 def _object(**properties: Schema) -> Schema:
@@ -75,6 +82,13 @@ def describe(served: ServedModel, has_key: bool) -> Schema:
     completion, chat = "text_completion", "chat.completion"
     models = _object(object={"const": "list"}, data=_array(MODEL))
     plain = _object(text=TEXT, model=TEXT, usage=USAGE)
+    span = _object(start=INTEGER, stop=INTEGER, text=TEXT)
+    copies = _object(
+        share={"type": "number"},
+        longest=span,
+        passages=_array(span),
+        text_changed={"type": "boolean"},
+    )
     attention = _object(tokens=_array(TEXT), weights=weights)
     paths: dict[str, Schema] = {
         "/": {"get": page, **_post("Continue a prompt", PlainBody, plain)},
@@ -88,6 +102,7 @@ def describe(served: ServedModel, has_key: bool) -> Schema:
         "/metrics": {"get": metrics},
         "/run": {"get": _operation("The model, its run, and the server's settings", {})},
         "/attention": _post("Attention weights of one head", AttentionBody, attention),
+        "/copies": _post("What a text copies from the training text", CopiesBody, copies),
     }
     schemas = models_json_schema(
         [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"

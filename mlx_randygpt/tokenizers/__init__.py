@@ -10,8 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt.config import UserError
+
 NO_TOKEN = -1  # stands for a token that does not exist
 _CLASSES = {"char": ("chars", "CharTokenizer"), "table": ("chars", "FixedCharTokenizer")}
+
+
+class TokenizerError(UserError, ValueError):
+    """A tokenizer.json that is invalid, or that cannot encode a text."""
 
 
 class Tokenizer(Protocol):

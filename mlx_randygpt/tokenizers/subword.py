@@ -13,6 +13,7 @@ import reprlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.config import LIMITS, ConfigError, missing
+from mlx_randygpt.config import LIMITS, ConfigError, UserError, missing
+from mlx_randygpt.tokenizers import TokenizerError
+from mlx_randygpt.tokenizers.content import check_content
+from mlx_randygpt.words import one_line
 
 KINDS = ("bpe", "wordpiece")
 MIN_VOCAB_SIZE = {
@@ -77,7 +81,8 @@ class SubwordTokenizer:
         learn = _learn_bpe if kind == "bpe" else _learn_wordpiece
         runs = (run for text in texts for run in _cut_long_runs(_replace_surrogates(text)))
         library = _library()
-        return cls(kind, _interruptibly(lambda: learn(library, runs, vocab_size)).to_str())
+        with _one_line_errors("the text cannot be learned from"):
+            return cls(kind, _interruptibly(lambda: learn(library, runs, vocab_size)).to_str())
 
     @classmethod
     def from_file(cls, content: str) -> SubwordTokenizer:
@@ -129,7 +134,8 @@ class SubwordTokenizer:
         """Encode each text."""
         # Unlike `encode`, the library's batch method releases Python's lock, even for one text.
         batch = [_replace_surrogates(text) for text in texts]
-        encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
+        with _one_line_errors("the text cannot be encoded"):
+            encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
@@ -140,7 +146,7 @@ class SubwordTokenizer:
                 raise ValueError(f"token id {token} is not in 0..{self.vocab_size - 1}")
         if self._bytes is not None:
             return b"".join(map(self._bytes.__getitem__, tokens)).decode("utf-8", "replace")
-        return str(self._model.decode(tokens, skip_special_tokens=True))
+        return self._decode(tokens)
 
     def decoder(self) -> Callable[[int], str]:
         """Return a function from the next id to the text that it completes."""
@@ -157,7 +163,8 @@ class SubwordTokenizer:
         if self._unk is None:
             chars = self._characters
             return dict(Counter(c for c in text if chars and c not in chars).most_common())
-        encoding = self._model.encode(_replace_surrogates(text), add_special_tokens=False)
+        with _one_line_errors("the text cannot be encoded"):
+            encoding = self._model.encode(_replace_surrogates(text), add_special_tokens=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return dict(Counter(text[a:b] for id_, (a, b) in pairs if id_ == self._unk).most_common())
 
@@ -235,9 +242,12 @@ class SubwordTokenizer:
         if BYTE_TOKEN.fullmatch(self._names[token]):
             return 1
         before = self._anchor
-        longer = self._model.decode([before, token], skip_special_tokens=True)
-        shorter = self._model.decode([before], skip_special_tokens=True)
+        longer, shorter = self._decode([before, token]), self._decode([before])
         return max(0, len(longer.encode()) - len(shorter.encode()))
+
+    def _decode(self, tokens: list[int]) -> str:
+        with _one_line_errors("the tokens cannot be decoded"):
+            return str(self._model.decode(tokens, skip_special_tokens=True))
 
     @cached_property
     def _anchor(self) -> int:
@@ -249,18 +259,31 @@ class SubwordTokenizer:
 def _read(content: str) -> Any:
     """Build the library's tokenizer; it encodes text that looks like a special token as text."""
     library = _library()
-    try:
+    with _one_line_errors("not a tokenizer.json"):
+        fields = json.loads(content)
+        if isinstance(fields, dict):
+            check_content(fields)
         model = library.Tokenizer.from_str(content)
-    except BaseException as error:  # the library raises Exception, and its panics are BaseException
-        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
-            raise
-        raise ValueError(f"tokenizer: not a tokenizer.json ({error})") from error
     if not model.get_vocab_size():
-        raise ValueError("tokenizer: it has no tokens")
+        raise TokenizerError("tokenizer: it has no tokens")
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True
     return model
+
+
+@contextmanager
+def _one_line_errors(problem: str) -> Iterator[None]:
+    """Raise TokenizerError for whatever the library raises; its panics are BaseException."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError, AssertionError):
+        raise  # of the texts, or our own
+    except BaseException as error:
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        reason = str(error) if str(error).startswith("tokenizer: ") else ""
+        raise TokenizerError(reason or f"tokenizer: {problem} ({one_line(error)})") from error
 
 
 def _replace_surrogates(text: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_randygpt.backends.base import Backend, StepResult
-from mlx_randygpt.checkpoint import BEST, NEWEST, Checkpoint
+from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.data.windows import Documents, sample_batch
 from mlx_randygpt.progress import Progress
@@ -50,6 +50,7 @@ class Run:
     data: dict[str, Any]  # recorded in the checkpoint: where the text came from
     progress: Progress = field(default_factory=Progress)
     documents: Documents | None = None  # if set, each training window stays inside one document
+    recent_loss: float = math.nan  # of a resumed run: the moving average of its training loss
 
 
 def train(
@@ -128,7 +129,7 @@ class Trainer:
             None
         )  # weak reference: reuse the copy while a writer holds it
         self.skipped = 0  # consecutive steps
-        self.recent_loss = math.nan  # moving average of the training loss
+        self.recent_loss = run.recent_loss  # moving average of the training loss
         self.warned = False
 
     def run_to_target(self) -> Iterator[Report]:
@@ -136,6 +137,7 @@ class Trainer:
         config = self.run.train
         if self.step == 0:
             self.saver.save(NEWEST, self._checkpoint)  # from now on the folder belongs to this run
+        yield from self._warn()  # again, in a resumed run
         yield from self._evaluate()  # the untrained model first
         while self.step < config.iters and not self.should_stop() and not self._out_of_patience():
             previous, self.pending = self.pending, self._take_step()
@@ -257,13 +259,18 @@ class Trainer:
             seconds=self._seconds(),
         )
         if is_best:
-            self.saver.save(BEST, self._checkpoint)  # after its report, which it implies
-        waited = self.progress.plateau.evaluations_without_best
-        note = overfitting(self.recent_loss, score.loss, waited, self.progress.best_step)
+            self.saver.save_best(self.step, self._checkpoint)  # after its report, which it implies
+        yield from self._warn()
+        self.pace.restart()
+
+    def _warn(self) -> Iterator[Report]:
+        """Warn once if the last evaluation shows that the model overfits."""
+        progress = self.progress
+        waited = progress.plateau.evaluations_without_best
+        note = overfitting(self.recent_loss, progress.val_loss, waited, progress.best_step)
         if note and not self.warned:
             self.warned = True
             yield NoteLog(self.step, note)
-        self.pace.restart()
 
     def _sample(self) -> Iterator[Report]:
         run = self.run

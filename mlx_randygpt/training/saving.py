@@ -147,6 +147,7 @@ class Saver:
         self._config, self._out, self._clock = config, out, clock
         self._writer = CheckpointWriter(sync=sync_logs) if out is not None else None
         self._saved_at = clock()
+        self._kept = -1  # step of the last kept checkpoint
 
     def due(self, step: int) -> bool:
         """Return whether `save_due` would save."""
@@ -154,11 +155,18 @@ class Saver:
 
     def save_due(self, step: int, snapshot: Callable[[], Checkpoint]) -> None:
         """Queue what is due at this step: a kept checkpoint, the newest, both or nothing."""
-        if self._keep_due(step):
-            self.save(kept_name(step), snapshot)
+        self._keep(step, snapshot)
         if self._save_due(step):
             self.save(NEWEST, snapshot)
             self._saved_at = self._clock()
+
+    def save_best(self, step: int, snapshot: Callable[[], Checkpoint]) -> None:
+        """Queue the best checkpoint, after a kept one that is due at this step.
+
+        A run that is killed between the two resumes from the best one, beyond that step.
+        """
+        self._keep(step, snapshot)
+        self.save(BEST, snapshot)
 
     def save(self, name: str, snapshot: Callable[[], Checkpoint]) -> None:
         """Queue a snapshot under this name; does not block."""
@@ -193,6 +201,11 @@ class Saver:
     def _locate(self) -> Path:
         assert self._out is not None, "only a run with a folder saves"
         return Path(self._out() if callable(self._out) else self._out)
+
+    def _keep(self, step: int, snapshot: Callable[[], Checkpoint]) -> None:
+        if self._keep_due(step) and step != self._kept:
+            self.save(kept_name(step), snapshot)
+            self._kept = step
 
     def _keep_due(self, step: int) -> bool:
         config = self._config

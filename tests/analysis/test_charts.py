@@ -14,6 +14,7 @@ from metrics_files import evaluation, row, write
 
 from mlx_randygpt.analysis.charts import limits, ticks
 from mlx_randygpt.cli import group
+from mlx_randygpt.cli.commands.runs import fitting_columns
 
 
 @pytest.fixture
@@ -38,6 +39,14 @@ def test_the_terminal_shows_four_charts_in_80_columns(two: list[str]) -> None:
     assert "seed" not in done.stdout
     charts = done.stdout.splitlines()[2:]
     assert max(map(len, charts)) <= 80
+    assert "●" in done.stdout
+
+
+@pytest.mark.parametrize("columns", [1, 8, 12, 14, 30, 50])
+def test_a_narrow_terminal_gets_charts_of_the_least_width(two: list[str], columns: int) -> None:
+    environ = {"FORCE_COLOR": "1", "COLUMNS": str(columns), "TERM": "xterm"}
+    done = CliRunner().invoke(group, ["plot", *two], env=environ)
+    assert (done.exit_code, done.exception) == (0, None)
     assert "●" in done.stdout
 
 
@@ -124,6 +133,16 @@ def test_runs_are_listed_with_the_best_first(two: list[str], tmp_path: Path) -> 
     assert (found[0]["step"], found[0]["tokens"], found[0]["best_step"]) == (100, 6400, 100)
     assert "Skipped" in done.stderr
     assert "lr=0.2" in call("runs", str(tmp_path)).stdout
+
+
+def test_on_a_narrow_terminal_the_names_of_the_runs_stay() -> None:
+    names = ("best", "at step", "last", "train", "step", "time", "tokens")
+    cells = [{"run": name, **dict.fromkeys(names, "1.2345")} for name in ("runs/small", "b")]
+    assert fitting_columns(cells, 80) == list(names)
+    assert fitting_columns(cells, 50) == ["best", "at step", "last", "step"]
+    assert fitting_columns(cells, 22) == fitting_columns(cells, 5) == ["best"]
+    long = [cell | {"run": "a" * 70} for cell in cells]
+    assert fitting_columns(long, 83) == list(names)  # a long name is folded instead
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { OPEN, WRITE, FSYNC, RENAME, LINK, UNLINK, STAT, N_KINDS };
+enum { OPEN, WRITE, FSYNC, RENAME, LINK, UNLINK, STAT, READ, N_KINDS };
 enum { ERROR, SHORT, KILL_BEFORE, KILL_AFTER };
 
 static char folder[PATH_MAX];
@@ -90,6 +90,18 @@ ssize_t write(int descriptor, const void *bytes, size_t n) {
     if (struck && how == KILL_AFTER) kill(getpid(), SIGKILL);
     return result;
 }
+#define READING(name, at, ...)                                                                     \
+    ssize_t name(int descriptor, void *bytes, size_t n at) {                                       \
+        __typeof__(name) *real = REAL(name);                                                       \
+        int struck = n && is_ours(descriptor) && strikes(READ);                                    \
+        if (struck && how == ERROR) { errno = code; return -1; }                                   \
+        ssize_t result = real(descriptor, bytes, struck && how == SHORT ? (n + 1) / 2 : n __VA_ARGS__); \
+        if (struck && how == KILL_AFTER) kill(getpid(), SIGKILL);                                  \
+        return result;                                                                             \
+    }
+#define COMMA ,
+READING(read, ) READING(pread, COMMA off_t offset, COMMA offset)
+READING(pread64, COMMA off64_t offset, COMMA offset)
 int fsync(int descriptor) {
     __typeof__(fsync) *real = REAL(fsync);
     AROUND(FSYNC, is_ours(descriptor), real(descriptor));

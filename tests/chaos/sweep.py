@@ -1,8 +1,9 @@
 """Every system call of a saving run made to fail in turn: python tests/chaos/sweep.py FOLDER
 
 Each run is forked from one process that has imported everything, with shim.c preloaded: it strikes
-the n-th call of one kind below the run's folder. Prints one JSON object. MLXGPT_SWEEP=N takes every
-N-th case (1: all), MLXGPT_SWEEP_SHARD=I/K a part of them. Linux with a C compiler only.
+the n-th call of one kind below the run's folder. The runs are those of SCENARIOS: a new one, one
+that resumes, one that keeps checkpoints, a fine-tuning. Prints one JSON object. MLXGPT_SWEEP=N
+takes every N-th case (1: all), MLXGPT_SWEEP_SHARD=I/K a part of them. Linux with a C compiler only.
 """
 
 from __future__ import annotations
@@ -26,29 +27,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHIM = "MLXGPT_SWEEP_SHIM"
-KINDS = ("open", "write", "fsync", "rename", "link", "unlink", "stat")
+KINDS = ("open", "write", "fsync", "rename", "link", "unlink", "stat", "read")
 ERROR, SHORT, KILL_BEFORE, KILL_AFTER = range(4)
 ERRORS = ("EIO", "ENOSPC", "EACCES", "EMFILE", "EINTR", "ESTALE", "EROFS")
 FAULTS = {name: (ERROR, getattr(errno, name)) for name in ERRORS}
 FAULTS |= {"killed before": (KILL_BEFORE, 0), "killed after": (KILL_AFTER, 0)}
 LASTING = ("EIO", "ENOSPC")  # also: this call and all later ones of its kind
 ITERS, SECONDS = 6, 60
-ARGUMENTS = f"""train --plain --backend=numpy --threads=1 --iters={ITERS} --n-layer=1 --n-head=1
---n-embd=8 --block-size=8 --batch-size=2 --save-every=2 --eval-every=3 --sample-every=4
---dropout=0.1""".split()
+ARGUMENTS = f"""train --plain --backend=numpy --threads=1 --iters={ITERS}
+--batch-size=2 --save-every=2 --eval-every=3 --sample-every=4 --dropout=0.1""".split()
+SIZES = ["--n-layer=1", "--n-head=1", "--n-embd=8", "--block-size=8"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run that is struck."""
+
+    name: str
+    words: tuple[str, ...] = ()
+    resumes: int = 0  # from the newest checkpoint at this step
+    tunes: bool = False  # the weights of an older run
+
+
+SCENARIOS = (
+    Scenario("new"),
+    Scenario("resumed", resumes=4),
+    Scenario("kept", ("--keep-every=2",)),
+    Scenario("kept, resumed", ("--keep-every=2",), resumes=2),
+    Scenario("fine-tuning", ("--lora-rank=2",), tunes=True),
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One fault: which call is struck, and how."""
+    """One fault: which call of which run is struck, and how."""
 
+    scenario: Scenario
     kind: int
     n: int
     fault: str
     lasting: bool = False
 
     def __str__(self) -> str:
-        return f"{KINDS[self.kind]} {self.n}{'+' if self.lasting else ''}: {self.fault}"
+        call = f"{KINDS[self.kind]} {self.n}{'+' if self.lasting else ''}"
+        return f"{self.scenario.name}: {call}: {self.fault}"
 
 
 def preload_shim(folder: Path) -> None:
@@ -75,7 +97,9 @@ class Sweep:
         self.shim = ctypes.CDLL(os.environ[SHIM])
         self.folder, self.text = folder, folder / "text"
         self.text.write_text("to be or not to be, that is the question\n" * 100)
-        self.out = folder / "run" / "out"
+        self.out, self.base = folder / "run" / "out", folder / "base"
+        self.counts: dict[str, dict[str, int]] = {}
+        self.expected: dict[Scenario, dict[str, object]] = {}
         self.outcome: Counter[str] = Counter()
         self.failures: list[str] = []
 
@@ -129,46 +153,88 @@ class Sweep:
             rows[key] = [row.get(name) for name in names]
         return rows
 
-    def state(self) -> tuple[object, ...]:
-        """Return what the end of a run is compared by."""
-        from mlx_randygpt.checkpoint import BEST, NEWEST, load_checkpoint
+    def state(self) -> dict[str, object]:
+        """Return what the end of a run is compared by: its checkpoints by name, and its rows."""
+        from mlx_randygpt.checkpoint import PREVIOUS, load_checkpoint
 
-        ends = [self.fingerprint(load_checkpoint(self.out / name)) for name in (NEWEST, BEST)]
-        return (*ends, self.rows())
+        files = (path for path in self.out.glob("checkpoint*") if path.name != PREVIOUS)
+        ends = {path.name: self.fingerprint(load_checkpoint(path)) for path in files}
+        return {**ends, "rows": self.rows()}
+
+    def words(self, scenario: Scenario) -> list[str]:
+        """Return what the next process is given: it resumes if there is anything to resume."""
+        if [*self.out.glob("checkpoint*.safetensors")]:
+            return ["--resume", *scenario.words[: 0 if scenario.tunes else None]]
+        start = ["--init-from", str(self.folder / "older")] if scenario.tunes else SIZES
+        return [*start, *scenario.words, "--data", str(self.text)]
 
     def prepare(self) -> list[Case]:
-        """Run once in this process for what it imports, once undisturbed; return every case."""
+        """Run once in this process for what it imports, each scenario undisturbed; return cases."""
+        from mlx_randygpt.checkpoint import NEWEST
         from mlx_randygpt.cli import main
 
-        sys.argv = ["mlxgpt", *ARGUMENTS, "--out", str(self.out), "--data", str(self.text)]
+        sys.argv = ["mlxgpt", *ARGUMENTS, *self.words(SCENARIOS[0]), "--out", str(self.out)]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             main()
-        shutil.rmtree(self.out)
-        assert self.start("--data", str(self.text), counting=True) == 0, self.said()
-        self.expected = self.state()
+        shutil.copyfile(self.out / NEWEST, self.folder / "older")
+        return [case for scenario in SCENARIOS for case in self._cases(scenario)]
+
+    def _cases(self, scenario: Scenario) -> list[Case]:
+        if scenario.resumes:
+            self._make_base(scenario)
+        self._lay_out(scenario)
+        assert self.start(*self.words(scenario), counting=True) == 0, self.said()
+        self.expected[scenario] = self.state()
         counts = json.loads((self.folder / "counts").read_text())
-        self.counts = dict(zip(KINDS, counts, strict=True))
+        self.counts[scenario.name] = dict(zip(KINDS, counts, strict=True))
         faults = [(fault, False) for fault in FAULTS] + [(fault, True) for fault in LASTING]
         cases = [
-            Case(kind, n, fault, lasting)
+            Case(scenario, kind, n, fault, lasting)
             for kind, total in enumerate(counts)
             for n, (fault, lasting) in itertools.product(range(1, total + 1), faults)
         ]
-        short = KINDS.index("write")
-        return cases + [Case(short, n, "short write") for n in range(1, counts[short] + 1)]
+        short = [(kind, KINDS.index(kind)) for kind in ("write", "read")]
+        return cases + [
+            Case(scenario, number, n, f"short {kind}")
+            for kind, number in short
+            for n in range(1, counts[number] + 1)
+        ]
+
+    def _make_base(self, scenario: Scenario) -> None:
+        """Keep the folder of a run that was killed with its newest checkpoint at that step."""
+        from mlx_randygpt.checkpoint import NEWEST, peek_step
+
+        fresh = Scenario(scenario.name, scenario.words)
+        for n in itertools.count(1):
+            self._lay_out(fresh)
+            kill = Case(fresh, KINDS.index("rename"), n, "killed after")
+            assert self.start(*self.words(fresh), case=kill) == -signal.SIGKILL, self.said()
+            newest = self.out / NEWEST
+            if newest.exists() and peek_step(newest) == scenario.resumes:
+                break
+        for left in self.out.glob(".*.tmp"):
+            left.unlink()
+        shutil.copytree(self.out, self.base / scenario.name)
+
+    def _lay_out(self, scenario: Scenario) -> None:
+        """Begin with an empty folder, or that of the run to resume."""
+        shutil.rmtree(self.out.parent, ignore_errors=True)
+        self.out.parent.mkdir()
+        if scenario.resumes:
+            shutil.copytree(self.base / scenario.name, self.out)
 
     def try_case(self, case: Case) -> None:
         """Strike one run and check what it leaves, then let it reach its target and compare."""
-        shutil.rmtree(self.out.parent, ignore_errors=True)
-        self.out.parent.mkdir()
+        self._lay_out(case.scenario)
         (self.folder / "fired").write_text("1")
-        code = self.start("--data", str(self.text), case=case)
+        code = self.start(*self.words(case.scenario), case=case)
         self.outcome["runs"] += 1
+        self.outcome[f"runs: {case.scenario.name}"] += 1
         self.outcome["not struck"] += (self.folder / "fired").read_text() == "0"
         self.outcome[f"code {code}"] += 1
         try:
             self._check_death(case, code)
-            self._check_end()
+            self._check_end(case)
         except AssertionError as failure:
             self.failures.append(f"{case}: code {code}: {failure}")
         except Exception as failure:
@@ -206,22 +272,22 @@ class Sweep:
             return self.rows()
         return {}
 
-    def _check_end(self) -> None:
-        from mlx_randygpt.checkpoint import NEWEST
-
-        before = self.said()
-        words = ["--resume"] if [*self.out.glob("checkpoint*.safetensors")] else []
-        data = [] if words else ["--data", str(self.text)]
-        code = self.start(*words, *data)
+    def _check_end(self, case: Case) -> None:
+        before, expected = self.said(), self.expected[case.scenario]
+        code = self.start(*self.words(case.scenario))
         assert code == 0, f"cannot go on: {self.said()}"
-        assert (self.out / NEWEST).exists(), "no newest file"
-        end, rows = self.state()[:2], self.state()[2]
-        assert end == self.expected[:2], f"another end: {before} {self.said()}"
+        got = self.state()
+        rows, all_rows = got.pop("rows"), expected["rows"]
         assert isinstance(rows, dict)
-        assert isinstance(self.expected[2], dict)
-        wrong = [key for key in rows if rows[key] != self.expected[2][key]]
+        assert isinstance(all_rows, dict)
+        wrong = [name for name in got if got[name] != expected.get(name)]
+        assert not wrong, f"another end of {wrong}: {before} {self.said()}"
+        for name in expected.keys() - got.keys() - {"rows"}:
+            reported = case.lasting and f"Could not save {self.out / name}" in before
+            assert reported, f"no {name}: {before} {self.said()}"
+        wrong = [key for key in rows if rows[key] != all_rows[key]]
         assert not wrong, f"other rows: {wrong}"
-        lost = self.expected[2].keys() - rows.keys()
+        lost = all_rows.keys() - rows.keys()
         assert not lost or "are lost" in before, f"lost rows: {sorted(lost)}: {before}"
         self.outcome["ends compared"] += 1
         self.outcome["losses reported"] += bool(lost)

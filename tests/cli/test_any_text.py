@@ -23,6 +23,7 @@ from mlx_randygpt.cli.training import text as cli_text
 from mlx_randygpt.data import corpora
 from mlx_randygpt.data.corpus import Loader
 from mlx_randygpt.data.download import Remote
+from mlx_randygpt.tokenizers import tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 SMALL = "--plain --backend=numpy --n-layer=1 --n-head=2 --n-embd=8 --block-size=8 --batch-size=4"
@@ -141,12 +142,12 @@ def test_bits_per_byte_of_a_step_are_those_of_its_bytes(tokenizer_file: str) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--data=a.txt --tokenizer=bpee", "--tokenizer bpee is not char, bpe, wordpiece or a r"),
+        ("--data=a.txt --tokenizer=bpee", "--tokenizer bpee is not auto, char, bpe, wordpiece or"),
         ("--data=a.txt --tokenizer=bpe --vocab-size=9", "vocab_size=9 does not fit a bpe token"),
-        ("--data=a.txt --vocab-size=600", "vocab_size=600 is not in 1..512, the sizes"),
-        ("--data=a.txt --tokenizer=a.txt", "--tokenizer a.txt: not a tokenizer.json (expected"),
+        ("--data=a.txt --tokenizer=char --vocab-size=600", "vocab_size=600 is not in 1..512, the"),
+        ("--data=a.txt --tokenizer=a.txt", "--tokenizer a.txt: not a tokenizer.json ("),
         ("--data=a.txt --encoding=utf-99", "encoding='utf-99' is unknown; try utf-8"),
-        ("--data=wide.txt", "wide.txt is UTF-16, not UTF-8; convert it"),
+        ("--data=wide.txt", "wide.txt is UTF-16, not UTF-8; give --encoding utf-16"),
         ("--data=rows.jsonl", "has no text under 'text'; it has story; choose another with --t"),
         ("--data=train.bin", "train.bin holds token ids; give the tokenizer that made them"),
         ("--data=a.txt --respect-documents --block-size=5000", "the text has"),
@@ -233,6 +234,58 @@ def test_prepare_makes_what_train_then_uses(monkeypatch: pytest.MonkeyPatch) -> 
     before = {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()}
     done(f"train {SMALL} --iters=1 --data=rows.jsonl --text-field=story")
     assert {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()} == before
+
+
+@pytest.fixture
+def chinese() -> str:
+    """A text with more characters than a tokenizer of characters has, in zh.txt."""
+    text = "".join(chr(0x4E00 + i * i % 797) + "。" * (i % 9 == 0) for i in range(4000))
+    text += "".join(map(chr, range(0x5000, 0x5000 + 300)))
+    Path("zh.txt").write_text(text)
+    return text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_text_of_many_characters_is_read_without_loss(
+    chinese: str, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    if cached:
+        monkeypatch.setattr(cli_text, "Loader", partial(Loader, small=0))
+    prepared = call("data prepare --data=zh.txt --json")
+    assert json.loads(prepared.stdout)["tokenizer"] == "bpe"
+    before = {path: path.stat().st_mtime_ns for path in Path("cache").glob("*")}
+    assert bool(before) == cached
+    trained = done(f"train {SMALL} --iters=2 --schedule=constant --data=zh.txt --out=run")
+    tried = call(f"find-lr {SMALL.removeprefix('--plain ')} --iters=3 --data=zh.txt --json")
+    [line] = [line for line in prepared.stderr.splitlines() if "Tokenizer: " in line]
+    assert line.startswith("Tokenizer: byte-level BPE, ")
+    assert line in trained
+    assert line in tried.stderr
+    assert {path: path.stat().st_mtime_ns for path in Path("cache").glob("*")} == before
+    assert "dropped" not in prepared.output + trained + tried.output
+    saved = ended("run")
+    assert tokenizer_from_json(saved.tokenizer).unknown(chinese) == {}
+    done("train --config=run/config.toml --out=again --plain")
+    same(ended("again"), saved)
+
+
+def test_a_resumed_run_keeps_the_tokenizer_that_was_chosen(chinese: str) -> None:
+    pytest.importorskip("tokenizers")
+    done(f"train {SMALL} --iters=1 --data=zh.txt")
+    chosen = ended("checkpoints").tokenizer
+    Path("zh.txt").write_text(Path("a.txt").read_text())
+    told = done("train --plain --backend=numpy --iters=2 --resume --tokenizer=auto")
+    assert "Tokenizer: " not in told
+    assert ended("checkpoints").tokenizer == chosen
+
+
+@pytest.mark.parametrize("words", ["--tokenizer=char", "--vocab-size=300"])
+def test_what_characters_lose_is_said_and_what_avoids_it(chinese: str, words: str) -> None:
+    told = done(f"train {SMALL} --iters=1 --data=zh.txt {words}")
+    assert "Tokenizer: " not in told
+    [line] = [line for line in told.splitlines() if "were dropped" in line]
+    assert line.endswith(" % of the text; a new run with --tokenizer bpe loses none")
 
 
 def test_a_short_text_needs_no_cache() -> None:

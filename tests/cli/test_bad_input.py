@@ -125,9 +125,9 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (
         "import text.txt -o new",
         1,
-        "text.txt is neither a .bin file of randyGPT nor a file of torch",
+        "text.txt is neither a GGUF file, a .bin file of randyGPT nor",
     ),
-    ("import hollow -o new", 1, "hollow holds neither a config.json nor a ckpt.pt"),
+    ("import hollow -o new", 1, "hollow holds neither a config.json, a ckpt.pt nor a model.gguf"),
     ("import text.txt --format=nanogpt -o new", 1, "text.txt is truncated or damaged"),
     ("import text.txt --format=gpt2 -o new", 1, "text.txt is a file; gpt2 is a folder"),
     ("import other -o text.txt", 1, "text.txt exists already; --overwrite replaces it"),
@@ -157,7 +157,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("export --format=hf -o checkpoints", 1, "checkpoints is not empty"),
     ("export --format=hf -o checkpoints --overwrite", 1, "which no export writes"),
     ("export --format=hf -o text.txt/new", 1, "could not write"),
-    ("export --format=gguf -o new", 1, "only arch gpt2 fits"),
+    ("export --format=gguf -o new", 1, "--recipe portable fits"),
     ("export --format=adapters -o new", 1, "trained with --lora-rank"),
     ("inspect -o hollow/no/p.html", 1, "p.html cannot be written"),
     (f"{NEW} --log=paper", 2, "'paper' is not one of 'tensorboard', 'wandb', 'trackio'"),
@@ -177,7 +177,11 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("data prepare --data=none.txt", 1, "no such file: 'none.txt'"),
     ("data prepare --data=text.txt --vocab-size=many", 2, "'many' is not a valid integer"),
     ("data prepare --data=text.txt --vocab-size=-1", 1, "vocab_size=-1 is not in 1..512"),
-    ("data prepare --data=text.txt --tokenizer=no.json", 1, "--tokenizer no.json is not char, bpe"),
+    (
+        "data prepare --data=text.txt --tokenizer=no.json",
+        1,
+        "--tokenizer no.json is not auto, char, bpe",
+    ),
     (f"{FIND} --data=none.txt", 1, "no such file: 'none.txt'"),
     (f"{FIND} --block-size=9999", 1, "a context of 9999 needs at least"),
     # sample

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.corpus import check_length, encode_corpus, load_corpus
+from mlx_randygpt.data.corpus import check_length, default_prompt, encode_corpus, load_corpus
 from mlx_randygpt.data.files import default_source, find_files, sample_corpus_path
 from mlx_randygpt.data.reading import read_text
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -52,6 +52,50 @@ def test_a_directory_with_a_train_bin_gives_its_token_files_alone(folder: Path) 
     assert find_files(["d"]) == [Path("d/train.bin"), Path("d/val.bin")]
 
 
+@pytest.mark.parametrize(
+    "name", ["training_args", "restraint", "pytorch_model", "retrain", "xtrain"]
+)
+def test_other_bin_files_do_not_hide_the_texts(folder: Path, name: str) -> None:
+    write(f"d/{name}.bin")
+    write("d/a.txt")
+    assert find_files(["d"]) == [Path("d/a.txt")]
+
+
+@pytest.mark.parametrize("name", ["train", "X_train_000001", "tiny_shakespeare_train", "a-train-2"])
+def test_texts_beside_token_files_are_left_out_with_a_line(folder: Path, name: str) -> None:
+    for file in (f"d/{name}.bin", "d/training_args.bin", "d/a.txt", "d/b.txt"):
+        write(file)
+    lines = list[str]()
+    assert find_files(["d"], lines.append) == [Path(f"d/{name}.bin")]
+    assert lines == [
+        f"Left out: 2 texts of d, which holds token files ({name}.bin); "
+        "name texts to train on them."
+    ]
+
+
+def test_a_device_is_not_a_text(folder: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"^/dev/zero is a device; give a file, a folder or a pipe$"
+    ):
+        find_files(["/dev/zero"])
+
+
+def test_a_pipe_without_a_writer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_randygpt.data.files.WRITER_SECONDS", 0)
+    os.mkfifo("pipe")
+    with pytest.raises(DataError, match=r"^pipe is a pipe that no process has opened for writing"):
+        find_files(["pipe"])
+
+
+@pytest.mark.parametrize("text", ["one line, no end", " x", "龍龍龍", "ROMEO:", "a\nb"])
+@pytest.mark.parametrize("size", [0, 1])
+def test_the_default_prompt_is_in_the_vocabulary_of_its_text(text: str, size: int) -> None:
+    tokenizer = CharTokenizer.train(text, size or 512)
+    prompt = default_prompt(encode_corpus({"a": text}, tokenizer), tokenizer)
+    assert prompt
+    assert size or (not tokenizer.unknown(prompt) and prompt in text)
+
+
 def test_a_file_named_twice_is_read_once_and_the_order_stays(folder: Path) -> None:
     for name in ("z.txt", "d/a.txt", "d/b.log"):
         write(name)
@@ -93,10 +137,10 @@ def test_line_ends_and_the_byte_order_mark_are_normalised(folder: Path) -> None:
     [
         (b"", "^a.txt is empty"),
         (b"\xef\xbb\xbf", "^a.txt is empty"),
-        (b"ok\r\nok\n\xff", r"byte 0xff at offset 7 \(line 3\); .* iconv -f latin1 -t utf-8 a.txt"),
+        (b"ok\r\nok\n\xff", r"byte 0xff at offset 7 \(line 3\); .*give .*--encoding"),
         (b"\xe4", r"not UTF-8 text: byte 0xe4 at offset 0 \(line 1\)"),
         (b"a\nb\0", r"binary, not text: a NUL byte at offset 3 \(line 2\)$"),
-        ("hi".encode("utf-16"), "UTF-16, not UTF-8; convert it, e.g. iconv -f utf-16"),
+        ("hi".encode("utf-16"), "UTF-16, not UTF-8; give --encoding utf-16$"),
     ],
 )
 def test_what_is_not_utf8_text_is_refused_with_the_place(

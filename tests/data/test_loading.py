@@ -1,5 +1,6 @@
 """Short texts in memory, long ones through the cache: the same corpus, and nothing stale."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -132,6 +133,29 @@ def test_a_text_of_half_characters_alone_is_refused(tmp_path: Path) -> None:
     (file := tmp_path / "a.jsonl").write_text('{"text": "\\ud800"}')
     with pytest.raises(DataError, match="tokenizer: 0 characters"):
         load([file])
+
+
+@pytest.mark.parametrize(("n", "cached"), [(1, 0), (100, 1)])
+def test_what_counts_is_the_text_not_its_package(
+    tmp_path: Path, text: str, n: int, cached: int
+) -> None:
+    (file := tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode() * n))
+    limit = 2 * len(text.encode())
+    assert file.stat().st_size < limit
+    _, corpus = load([file], small=limit)
+    assert len(kept([file])) == cached
+    assert corpus.characters == n * len(text)
+
+
+def test_every_file_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
+    contents = [b"\xff", b"good", b"%PDF-1.7", b"", b"a\0b"]
+    files = [tmp_path / f"{i}.txt" for i in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=r"^4 files cannot be read: ") as caught:
+        load(files)
+    assert [file for file in files if str(file) in str(caught.value)] == files[:1] + files[2:]
+    assert "\n" not in str(caught.value)
 
 
 PEAK = """

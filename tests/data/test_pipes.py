@@ -11,6 +11,7 @@ import pytest
 
 TEXT = "to be or not to be, that is the question\n" * 100
 M = f"{sys.executable} -m mlx_randygpt"
+DATA_PREPARE = f"{M} data prepare --data -"
 TRAIN = (
     f"{M} train --plain --backend=numpy --iters=2 --n-layer=1 --n-head=1 --n-embd=8 "
     "--block-size=8 --batch-size=2 --out out"
@@ -62,3 +63,11 @@ def test_a_pipe_without_text_is_refused_in_one_line(tmp_path: Path, content: byt
     (tmp_path / "bytes").write_bytes(content)
     done = shell(tmp_path, f"{TRAIN} --data <(cat bytes)")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+
+
+def test_several_ranks_have_no_stdin(tmp_path: Path) -> None:
+    done = shell(tmp_path, f"MLX_RANK=0 {DATA_PREPARE} < text")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: several ranks have no stdin, so --data - is not possible; name a file\n",
+    )

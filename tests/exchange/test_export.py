@@ -21,9 +21,11 @@ from mlx_randygpt.cli import group
 from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.export import build_files, export
-from mlx_randygpt.exchange.exporters.card import card, licences
+from mlx_randygpt.exchange.exporters.card import TESTED, card, licences
 from mlx_randygpt.exchange.exporters.tokenizer import token_names, tokenizer_json
 from mlx_randygpt.tokenizers import tokenizer_from_json
+
+ROOT = Path(__file__).parents[2]
 
 Make = Callable[..., Checkpoint]
 KINDS = ("char", "bpe", "wordpiece")
@@ -171,6 +173,14 @@ def test_a_model_from_elsewhere_is_told_as_such(model: Make) -> None:
     assert not [name for name, content in files.items() if b"/home/me" in content]
 
 
+@pytest.mark.parametrize("recipe", ["modern", "gpt2"])
+def test_the_card_lists_the_versions_that_the_docs_name(model: Make, recipe: str) -> None:
+    text, docs = card(model(recipe), "hf", "x"), (ROOT / "docs/exchange.md").read_text()
+    for library, versions in TESTED.items():
+        assert f"{library} (tested with {versions})" in text
+        assert f"{library} {versions}" in docs
+
+
 def test_the_card_knows_the_licences_of_the_library() -> None:
     known = {"paths": [str(sample_corpus_path()), "/x/text8.txt"], "sha256": ""}
     assert licences(known) == [
@@ -270,9 +280,12 @@ def test_mistakes_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "kind", "changes", "reason"),
     [
-        ("modern", "bpe", {}, "only arch gpt2 fits"),
-        ("gpt2", "char", {}, "this model reads characters"),
-        ("gpt2", "table", {}, "this model reads characters"),
+        ("modern", "bpe", {}, "this model's QK-norm; a model trained with --recipe portable fits"),
+        ("classic", "char", {}, "this model's learned positions"),
+        ("portable", "char", {"token_shift": True}, "this model's token shift"),
+        ("portable", "char", {"n_embd": 60}, "this model's heads of odd width 15"),
+        ("portable", "wordpiece", {}, "this model has WordPiece"),
+        ("gpt2", "table", {}, "table of characters has none"),
         ("gpt2", "wordpiece", {}, "this model has WordPiece"),
         ("gpt2", "bpe", {"activation": "gelu"}, "has the tanh GELU"),
     ],
@@ -320,3 +333,25 @@ def test_gguf_holds_every_weight(model: Make, tmp_path: Path) -> None:
         ("blk.1.ffn_down.weight", "h.1.mlp.c_proj.weight"),
     ):  # fmt: skip
         np.testing.assert_array_equal(tensors[theirs], ours[name])
+
+
+def test_gguf_marks_special_tokens_alone_as_control(model: Make, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    saved = model("gpt2", "bpe")
+    content = json.loads(json.dumps(saved.tokenizer))
+    first = len(content["tokenizer"]["model"]["vocab"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for i, special in enumerate((False, True)):
+        token = {"id": first + i, "content": f"<{special}>", **flags, "special": special}
+        content["tokenizer"]["added_tokens"].append(token)
+    rng = np.random.default_rng(1)
+    weights = dict(saved.state.params)
+    more = rng.standard_normal((2, saved.model.n_embd)).astype(np.float32)
+    weights["wte.weight"] = np.concatenate([weights["wte.weight"], more])
+    sizes = replace(saved.model, vocab_size=first + 2)
+    state = replace(saved.state, params=weights)
+    export(replace(saved, model=sizes, tokenizer=content, state=state), "gguf", tmp_path / "x")
+    reader = gguf.GGUFReader(tmp_path / "x" / "model.gguf")
+    kinds = reader.fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[first:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
+    assert kinds[:3] == [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]

@@ -12,11 +12,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mlx_randygpt.screen.curve import Curve, Frame, draw
+from mlx_randygpt.screen.curve import Curve, Frame, draw, frame
 from mlx_randygpt.screen.dashboard import Dashboard, make_view, screen
+from mlx_randygpt.screen.history import History
 from mlx_randygpt.screen.plain import PlainLog
-from mlx_randygpt.screen.run_summary import RunInfo, RunSummary, save_line
-from mlx_randygpt.training.reports import EndLog, EvalLog, Report, SampleLog, SaveLog, StepLog
+from mlx_randygpt.screen.run_summary import Event, RunInfo, RunSummary, Urgency, save_line
+from mlx_randygpt.training.reports import (
+    EndLog,
+    EvalLog,
+    NoteLog,
+    Report,
+    SampleLog,
+    SaveLog,
+    StepLog,
+)
 from mlx_randygpt.words import clean_text, format_clock
 
 INFO = RunInfo(
@@ -187,7 +196,7 @@ def test_a_million_steps_keep_bounded_points() -> None:
 def test_events_are_bounded_and_the_newest_of_a_path_is_kept() -> None:
     tally = tally_of(*(SaveLog(i, f"c-{i % 50}", False, math.nan) for i in range(1000)))
     assert len(tally.events) == 10
-    assert list(tally.events.values())[-1] == ("✓ Saved c-49 (iter 999)", "green")
+    assert list(tally.events.values())[-1] == Event("✓ Saved c-49 (iter 999)", Urgency.SAVED)
 
 
 def test_a_line_is_drawn_from_corner_to_corner() -> None:
@@ -252,6 +261,68 @@ def test_the_summary_holds_the_outcome_and_what_was_said() -> None:
     lines = left.splitlines()
     interrupted = lines.index("Interrupted at iteration 600. Saving checkpoint...")
     assert lines[interrupted + 1] == "✓ Saved checkpoints/checkpoint.safetensors (iter 600)"
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (140, 45)])
+def test_every_validation_loss_is_inside_the_chart(size: tuple[int, int]) -> None:
+    far = [evaluation(n, 3.0 + n / 100, 3.0, 0) for n in (100, 200, 300, 400)]
+    run = tally_of(*(step(n, 4 * math.exp(-n / 50)) for n in range(1, 401)), *far)
+    picture = "\n".join(shown(run, *size)).split("loss")[-1]
+    assert picture.count("●") == 1 + len(far)  # and the legend
+
+
+def test_an_untrained_validation_loss_may_lie_above_the_chart() -> None:
+    area = frame([(n, 2.0) for n in range(10)], [(0, 4.5), (5, 3.0)], (0, 10), (20, 5))
+    assert (area.low, area.high) == (2.0, 3.0)
+    run = tally_of(*(step(n, 2.0) for n in range(1, 11)), evaluation(0, 4.5, 4.5, 0))
+    assert "▴" in "\n".join(shown(run))
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (140, 45)])
+def test_a_warning_stays_whatever_is_saved_after_it(size: tuple[int, int]) -> None:
+    run = tally_of(step(1), NoteLog(9, "Overfitting: " + "a long reason " * 12))
+    for i in range(50):
+        run.add(SaveLog(i, f"c-{i}", False, math.nan))
+        run.add(step(i))
+    text = "\n".join(shown(run, *size))
+    assert "Overfitting" in text
+    assert ("c-49" in text) == (size[1] > 20)
+
+
+def test_a_failed_save_comes_before_a_warning_until_it_succeeds() -> None:
+    failed = SaveLog(5, "c", False, math.nan, "disk full")
+    run = tally_of(step(1), failed, NoteLog(9, "Overfitting"), SaveLog(9, "d", False, math.nan))
+    text = "\n".join(shown(run, 80, 40))
+    assert -1 < text.index("disk full") < text.index("Overfitting") < text.index("Saved d")
+    run.add(SaveLog(10, "c", False, math.nan))
+    assert "disk full" not in "\n".join(shown(run, 80, 40))
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_rising_validation_loss_is_red(width: int) -> None:
+    for losses, red in (((2.0, 1.9), False), ((2.0, 1.9, 1.95), True), ((2.0, 2.1, 2.05), False)):
+        evaluations = [evaluation(n, loss, 1.9, 1) for n, loss in enumerate(losses)]
+        lines = screen(tally_of(step(1), *evaluations), terminal(), width, 24)
+        styles = {span.style for line in lines for span in line.spans}
+        assert ("bold red" in styles) == red
+
+
+def test_a_resumed_run_shows_what_it_did_before() -> None:
+    past = History(
+        losses=tuple((n, 4.0 - n / 200) for n in range(1, 301)),
+        evaluations=(evaluation(0, 4.5, 4.5, 0), evaluation(300, 3.1, 3.1, 300)),
+    )
+    info = replace(INFO, start_step=300, history=past)
+    text = "\n".join(shown(RunSummary(info, Now())))
+    assert text.count("●") == 2  # the legend and step 300
+    for part in ("3.1000", "at step 300", "step 300 of", "step 0"):
+        assert part in text
+    run = RunSummary(info, Now())
+    run.add(step(301, 2.5))
+    assert run.loss == pytest.approx(2.5, abs=0.1)  # smoothed with what came before
+    assert "bold red" not in {
+        span.style for line in screen(run, terminal(), 80, 24) for span in line.spans
+    }
 
 
 def test_an_early_stop_is_named_in_the_outcome() -> None:

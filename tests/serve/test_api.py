@@ -30,7 +30,7 @@ from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 MakeRun = Callable[..., tuple]  # type: ignore[type-arg]
-ENDPOINTS = ["/", "/v1/completions", "/v1/chat/completions", "/attention"]
+ENDPOINTS = ["/", "/v1/completions", "/v1/chat/completions", "/attention", "/copies"]
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +342,26 @@ def test_attention_wants_the_float_weights(lively_run: Any) -> None:
     assert "serve without --quantize" in answer.json()["error"]["message"]
 
 
+def test_copies_are_reported_if_the_server_has_the_training_text(lively_run: Any) -> None:
+    with_text = Host(*lively_run(), find_copies=lambda text: {"share": len(text) / 10})
+    with_text.start()
+    answer = post(with_text, "/copies", {"text": "The 🙂"})
+    too_long = post(with_text, "/copies", {"text": "a" * 65_537})
+    facts = httpx.get(f"{with_text.url}/run").json()
+    with_text.stop()
+    assert answer.json() == {"share": 0.5}
+    assert facts["check"] is True
+    assert too_long.status_code == 400
+    assert "at most 65,536" in too_long.json()["error"]["message"]
+
+
+def test_without_the_training_text_nothing_is_said_about_copies(host: Host) -> None:
+    answer = post(host, "/copies", {"text": "The old"})
+    assert answer.status_code == 404
+    assert "serve with --check" in answer.json()["error"]["message"]
+    assert httpx.get(f"{host.url}/run").json()["check"] is False
+
+
 def test_metrics_are_what_prometheus_reads(host: Host) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     before = host.metrics.value("generated_tokens_total")
@@ -368,7 +388,10 @@ def test_what_the_page_has_no_slider_for_is_told_as_options(lively_run: Any) -> 
     host.start()
     try:
         told = httpx.get(f"{host.url}/run").json()["options"]
-        assert told == " --presence-penalty 0.5 --logit-bias '#3=-2.0' --stop 'a b' --stop q"
+        assert told == (
+            " --checkpoint 'my runs/tale.safetensors' --presence-penalty 0.5"
+            " --logit-bias '#3=-2.0' --stop 'a b' --stop q"
+        )
         body = {"prompt": "The old", "seed": 3}
         answer = post(host, "/v1/completions", body).json()["choices"][0]["text"]
         settings = {"stop": ("a b", "q"), "presence_penalty": 0.5, "logit_bias": bias}

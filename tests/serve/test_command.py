@@ -97,3 +97,9 @@ def test_the_wheel_holds_the_page(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     page = {f"mlx_randygpt/serve/page/{name}" for name in ("index.html", "app.js", "style.css")}
     assert page < names
+
+
+def test_an_empty_host_is_one_line(checkpoint: Path) -> None:
+    done = CliRunner().invoke(group, [*words(checkpoint), "--host", "", "--port", "0"])
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: --host is empty; give an address")

@@ -25,6 +25,7 @@ from mlx_randygpt.serve.http import dump
 from mlx_randygpt.serve.responses import MAX_ENTRIES
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
 
@@ -34,8 +35,8 @@ def make_host(tiny_model: Any, tiny_train: Any, lively: Any) -> Iterator[Callabl
     """Start a server of a model that knows these characters; all are stopped at the end."""
     hosts = []
 
-    def start(chars: str = LETTERS, **settings: Any) -> Host:
-        tokenizer = CharTokenizer.train(chars)
+    def start(chars: str = LETTERS, tokenizer: Any = None, **settings: Any) -> Host:
+        tokenizer = tokenizer or CharTokenizer.train(chars)
         model = tiny_model("modern", vocab_size=tokenizer.vocab_size, block_size=64)
         train = tiny_train("modern")
         run = SimpleNamespace(model=model, train=train, tokenizer=tokenizer)
@@ -305,3 +306,25 @@ def test_large_json_is_the_same_in_pieces() -> None:
         {"": list(range(99))},
     ):
         assert json.loads(dump(value)) == json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a" * 34 + "!"}),
+        ("/v1/completions", {"prompt": "a" * 34 + "!", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 34 + "!"}]}),
+        ("/attention", {"text": "a" * 34 + "!", "layer": 0, "head": 0}),
+    ],
+)
+def test_a_text_that_the_tokenizer_fails_on_is_a_bad_request(
+    path: str, body: dict[str, Any], make_host: Callable[..., Host]
+) -> None:
+    pytest.importorskip("tokenizers")
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    model = {"type": "BPE", "vocab": {"a": 0, "!": 1}, "merges": []}
+    content = {"version": "1.0", "model": model, "pre_tokenizer": {**pattern, "invert": False}}
+    host = make_host(tokenizer=SubwordTokenizer.from_file(json.dumps(content)))
+    answer = httpx.post(f"{host.url}{path}", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "the text cannot be encoded" in answer.json()["error"]["message"]

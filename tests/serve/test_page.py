@@ -82,8 +82,20 @@ def test_what_is_written_is_the_text_of_the_command(page: Page, host: Host) -> N
     set_slider(page, "max_tokens", 40)
     assert write(page, "The king", 7) == host.text("The king", seed=7, max_tokens=40)
     expect(page.locator("#command")).to_have_text(
-        "mlxgpt sample --prompt 'The king' --max-tokens 40 --seed 7"
+        "mlxgpt sample --prompt 'The king' --max-tokens 40"
+        " --checkpoint 'my runs/tale.safetensors' --seed 7"
     )
+
+
+def test_the_longest_seed_is_shown_whole(page: Page) -> None:
+    page.locator("#seed").fill("9007199254740991")
+    assert page.locator("#seed").evaluate("field => field.scrollWidth <= field.clientWidth")
+
+
+def test_layers_and_heads_count_from_one(page: Page, host: Host) -> None:
+    for name, n in (("layer", host.run.model.n_layer), ("head", host.run.model.n_head)):
+        names = page.locator(f"#{name} option").all_inner_texts()
+        assert names == [str(i) for i in range(1, n + 1)]
 
 
 def test_a_slider_changes_the_text(page: Page, host: Host) -> None:

@@ -230,7 +230,7 @@ def test_ctrl_c_interrupts_learning(moment: str) -> None:
     while (line := process.stdout.readline().strip()) not in ("interrupted", ""):
         pass
     assert line == "interrupted"
-    assert time.monotonic() - start < 1  # measured: 0.1 s
+    assert time.monotonic() - start < 1  # measured: 0.03 s at most, on two busy cores
     process.kill()
     process.communicate()
 

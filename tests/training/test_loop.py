@@ -326,6 +326,14 @@ def test_a_text_learned_by_heart_is_told_once(make_run: Make) -> None:
     assert "Overfitting: training loss" in notes[0].text
 
 
+def test_a_resumed_run_warns_at_once(faked: Callable[..., tuple[Run, Fake]]) -> None:
+    past = Progress(val_loss=3.0, eval_step=0, best_loss=2.0, plateau=Plateau(2.0, 3))
+    run, backend = faked(iters=2)
+    reports = list(train(replace(run, progress=past, recent_loss=1.0), backend))  # type: ignore[arg-type]
+    assert isinstance(reports[0], NoteLog)
+    assert "training loss 1.000, validation loss 3.000" in reports[0].text
+
+
 def test_a_text_that_is_learned_is_no_overfitting(make_run: Make) -> None:
     run, backend = make_run("modern", on="the cat sat. " * 300, iters=60, eval_every=5)
     assert not any(isinstance(report, NoteLog) for report in train(run, backend))
@@ -483,6 +491,25 @@ def test_milestones_are_kept(faked: Callable[..., tuple[Run, Fake]], tmp_path: P
     for step in (4, 8):
         assert load_checkpoint(tmp_path / f"checkpoint-{step}.safetensors").state.step == step
     assert len({path.name for path in tmp_path.iterdir()} - {PREVIOUS}) == 4
+
+
+def test_a_kept_checkpoint_is_written_before_the_best_of_its_step(
+    faked: Callable[..., tuple[Run, Fake]], tmp_path: Path
+) -> None:
+    """A kill between them would leave a run that resumes beyond the kept one's step."""
+    run, backend = faked(iters=8, keep_every=4, eval_every=4)
+    saves = [Path(e.path).name for e in of(SaveLog, list(train(run, backend, tmp_path)))]  # type: ignore[arg-type]
+    for step in (4, 8):
+        assert saves.count(name := f"checkpoint-{step}.safetensors") == 1
+        assert BEST in saves[saves.index(name) :]
+    run, backend = faked(iters=4, keep_every=4, eval_every=4)
+    order: list[str] = []
+    saver = Saver(run.train, tmp_path, lambda: 0.0)
+    saver.save = lambda name, _: order.append(name)  # type: ignore[method-assign]
+    saver.save_best(4, lambda: None)  # type: ignore[arg-type, return-value]
+    saver.save_due(4, lambda: None)  # type: ignore[arg-type, return-value]
+    saver.close()
+    assert order == ["checkpoint-4.safetensors", BEST]
 
 
 def test_the_best_is_the_lowest_not_the_latest(

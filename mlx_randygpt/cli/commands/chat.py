@@ -76,9 +76,8 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
 
 
 def _respond(conversation: Conversation, line: str, ctrl_c: CtrlC) -> None:
-    from mlx_randygpt.cli.training.text import unknown_line
     from mlx_randygpt.sampling.chat import ChatError
-    from mlx_randygpt.words import unify_newlines
+    from mlx_randygpt.words import unify_newlines, unknown_line
 
     line = unify_newlines(line)
     if line.startswith("/"):

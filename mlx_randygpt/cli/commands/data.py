@@ -104,6 +104,8 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     files = text.files_of(data)
     tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
+    for line in text.tokenizer_lines(corpus, tokenizer):
+        click.echo(line, err=True)
     n_bytes = int(tokenizer.token_bytes()[corpus.tokens[:1_000_000]].sum())
     cached = getattr(corpus.tokens, "filename", None)
     values = {
@@ -112,6 +114,7 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
         "characters": corpus.characters,
         "tokens": len(corpus.tokens),
         "train_tokens": len(corpus.train),
+        "tokenizer": tokenizer.to_json()["type"],
         "vocab_size": tokenizer.vocab_size,
         "bytes_per_token": n_bytes / max(1, min(1_000_000, len(corpus.tokens))),
         "cache": str(cached) if cached else None,

@@ -72,7 +72,7 @@ def command(
     )
     files = text.files_of(data or saved.data["paths"])
     _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
-    if line := text.unknown_line(corpus.unknown):
+    for line in text.loss_lines(corpus, tokenizer):
         click.echo(line, err=True)
     if quantize is not None:  # compare in one type, and fail before the first evaluation
         saved = replace(saved, train=replace(saved.train, dtype="float32"))

@@ -73,6 +73,8 @@ def command(
     name, reason = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     engine = make_backend(name, model, train, state)
+    for line in text.tokenizer_lines(corpus, tokenizer):
+        click.echo(line, err=True)
     click.echo(f"Backend: {describe_backend(engine, reason)}", err=True)
     trials = list(
         range_test(engine, model, train, corpus.train, lowest=lowest, highest=highest, steps=iters)

@@ -45,14 +45,15 @@ def command(
     from mlx_randygpt.cli.training import text as texts
     from mlx_randygpt.config import ConfigError
     from mlx_randygpt.files import write
+    from mlx_randygpt.words import unknown_line
 
     path, saved, tokenizer = read(checkpoint)
     if text == "":
         raise ConfigError("--text '' is empty; give at least one character")
     files = texts.files_of(data or saved.data["paths"])
     _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
-    for dropped in (corpus.unknown, tokenizer.unknown(text or "")):
-        if line := texts.unknown_line(dropped):
+    for line in (*texts.loss_lines(corpus, tokenizer), unknown_line(tokenizer.unknown(text or ""))):
+        if line:
             click.echo(line, err=True)
     with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.analysis.metrics import RunRecord
 
 STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red", "white")
+MIN_WIDTH, MAX_WIDTH = 30, 120  # columns of a chart; a narrower terminal wraps or cuts it
 AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the others
 
 
@@ -74,7 +76,7 @@ def _draw(records: list[RunRecord], span: float) -> None:
     from mlx_randygpt.words import clean_text
 
     console = Console(highlight=False)
-    width = min(console.width, 120) if console.is_terminal else 80
+    width = max(MIN_WIDTH, min(console.width, MAX_WIDTH)) if console.is_terminal else 80
     for i, label in enumerate(labels(records)):
         line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean_text(label))
         console.print(line, soft_wrap=not console.is_terminal)
@@ -107,7 +109,7 @@ def chart(records: list[RunRecord], name: str, title: str, width: int, span: flo
     n_rows, last = HEIGHTS[name != "loss"], int(max(step for step, _ in points))
     size = (width - AXIS - 3, n_rows)
     if name in ("loss", "grad_norm"):  # whose first values can exceed the chart
-        area = frame(points, (), (0, last), size)
+        area = frame([*chain(*lines)], [*chain(*marks)], (0, last), size)
     else:
         low, high = limits(np.array([value for _, value in points]), log=False)
         area = Frame(0, last, low, high, *size)

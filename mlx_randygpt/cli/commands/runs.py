@@ -10,7 +10,11 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.cli.output import print_json, show, stdout_console
+
+GAP = 2  # columns between two columns
+MAX_NAME = 24  # columns of a name before a number has to make way for it
+DROPPED_FIRST = ("tokens", "time", "train", "last", "at step", "step")  # on a narrow terminal
 
 
 @click.command("runs", cls=Command)
@@ -63,41 +67,62 @@ def facts(path: Path, record: Any) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
-    """Show one line per run, then the settings that differ, to fit 80 columns."""
+    """Show one line per run, then the settings that differ."""
     from rich.table import Table
     from rich.text import Text
 
     from mlx_randygpt.analysis.charts import setting_text
+    from mlx_randygpt.words import clean_text
+
+    cells = [_cells(row) for row in rows]
+    shown = fitting_columns(cells, stdout_console().width)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    table.add_column("run", overflow="fold")
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in cells:
+        table.add_row(Text(row["run"], "bold"), *(row[name] for name in shown))
+    show(table)
+    grid = Table.grid(padding=(0, GAP, 0, 0))
+    grid.add_column(overflow="fold")
+    grid.add_column(overflow="fold")
+    for run, row in zip(rows, cells, strict=True):
+        settings = (f"{name}={setting_text(value)}" for name, value in run["settings"].items())
+        grid.add_row(Text(row["run"], "bold"), clean_text("  ".join(settings)))
+    if any(row["settings"] for row in rows):
+        show(Text("\nSettings that differ", "bold"))
+        show(grid)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
     from mlx_randygpt.words import clean_text, format_clock, format_count
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold")
-    for name in ("best", "at step", "last", "train", "step", "time", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        settings = "  ".join(
-            f"{name}={setting_text(value)}" for name, value in row["settings"].items()
-        )
-        table.add_row(
-            Text(clean_text(row["run"]), "bold"),
-            _loss(row["best_loss"]),
-            f"{row['best_step'] or 0:,}",
-            _loss(row["last_loss"]),
-            _loss(row["train_loss"]),
-            f"{row['step']:,}",
-            format_clock(row["seconds"]),
-            format_count(row["tokens"]),
-        )
-        row["line"] = clean_text(settings)
-    show(table)
-    if any(row["line"] for row in rows):
-        show(Text("\nSettings that differ", "bold"))
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(overflow="fold")
-        grid.add_column(overflow="fold")
-        for row in rows:
-            grid.add_row(Text(clean_text(row["run"]), "bold"), Text(row["line"]))
-        show(grid)
+    return {
+        "run": clean_text(row["run"]),
+        "best": _loss(row["best_loss"]),
+        "at step": f"{row['best_step'] or 0:,}",
+        "last": _loss(row["last_loss"]),
+        "train": _loss(row["train_loss"]),
+        "step": f"{row['step']:,}",
+        "time": format_clock(row["seconds"]),
+        "tokens": format_count(row["tokens"]),
+    }
+
+
+def fitting_columns(cells: list[dict[str, str]], width: int) -> list[str]:
+    """Return the columns that fit beside the names of the runs, in their order.
+
+    A name longer than MAX_NAME is folded if that saves a column. The lowest loss always stays.
+    """
+    from rich.cells import cell_len
+
+    sizes = {name: max(cell_len(row[name]) for row in cells) for name in cells[0]}
+    sizes = {name: max(size, len(name)) + GAP for name, size in sizes.items()}
+    free = width - min(sizes.pop("run"), MAX_NAME + GAP)
+    for name in DROPPED_FIRST:
+        if sum(sizes.values()) > free:
+            del sizes[name]
+    return list(sizes)
 
 
 def _loss(value: float | None) -> str:

@@ -15,9 +15,11 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import Loaded, load, parse_biases
 from mlx_randygpt.cli.options import (
     backend_option,
+    check_options,
     checkpoint_option,
     json_option,
     quantize_option,
+    require_check,
     sampling_options,
 )
 from mlx_randygpt.cli.output import print_json, show
@@ -52,6 +54,7 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--num-samples", default=1, show_default=True, help="Texts to generate.")
 @click.option("--no-echo", is_flag=True, help="Do not print the prompt.")
 @click.option("--show-probs", is_flag=True, help="Colour tokens by probability; list alternatives.")
+@check_options
 @click.option("--interactive", is_flag=True, help="Chat; the same as `mlxgpt chat`.")
 @quantize_option
 @backend_option
@@ -69,6 +72,8 @@ def command(
     stop: tuple[str, ...],
     no_echo: bool,
     show_probs: bool,
+    check: bool,
+    data: tuple[str, ...],
     interactive: bool,
     logit_bias: tuple[str, ...],
     backend: str,
@@ -77,11 +82,11 @@ def command(
     **filters: Any,
 ) -> None:
     """Generate text with a trained model. The same seed and settings give the same text."""
-    from mlx_randygpt.cli.training.text import unknown_line
+    from mlx_randygpt.cli.copies import copies_json, load_training_text, show_copies
     from mlx_randygpt.data.files import find_files
     from mlx_randygpt.data.reading import read_text
     from mlx_randygpt.sampling.filters import SampleConfig
-    from mlx_randygpt.words import unify_newlines
+    from mlx_randygpt.words import unify_newlines, unknown_line
 
     _check_usage(ctx.params)
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
@@ -93,6 +98,7 @@ def command(
 
         converse(loaded, config)
         return
+    original = load_training_text(loaded.saved, loaded.tokenizer, data) if check else None
     if prompt_file is not None:
         prompt = read_text(find_files([str(prompt_file)])[0])
     prompt = unify_newlines(loaded.saved.train.prompt if prompt is None else prompt)
@@ -110,13 +116,20 @@ def command(
     ):
         printer.update(samples)
     seconds = time.perf_counter() - started
+    texts = [sample.text for sample in samples]
     if json:
-        print_json(_report(samples, prompt, seconds, loaded))
+        rows = _report(samples, prompt, seconds, loaded)
+        for row, found in zip(rows, original.find(texts) if original else [], strict=False):
+            assert original
+            row["copies"] = copies_json(row["text"], found, original.changed)
+        print_json(rows[0] if len(rows) == 1 else {"samples": rows})
     elif show_probs:
         for sample in samples:
             show_choices("" if no_echo else prompt, sample, loaded.tokenizer)
     else:
         printer.end(samples)
+    if original and not json:
+        show_copies(texts, original.find(texts))
 
 
 def _check_usage(given: dict[str, Any]) -> None:
@@ -133,12 +146,14 @@ def _check_usage(given: dict[str, Any]) -> None:
         for name, option in (("num_samples", "--num-samples"), ("show_probs", "--show-probs")):
             if given[name] > 1 or given[name] is True:
                 raise click.UsageError(f"--beams finds one text; it cannot use {option}")
+    require_check(given["check"], given["data"])
     if given["interactive"]:
         is_set = {
             "--json": given["json"],
             "--beams": given["beams"] > 1,
             "--num-samples": given["num_samples"] > 1,
             "--show-probs": given["show_probs"],
+            "--check": given["check"],
             "--prompt": given["prompt"] is not None,
             "--prompt-file": bool(given["prompt_file"]),
         }
@@ -202,7 +217,7 @@ class Printer:
 
 def _report(
     samples: list[Generated], prompt: str, seconds: float, loaded: Loaded
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     total = sum(len(sample.ids) for sample in samples)
     rows = []
     for sample in samples:
@@ -226,7 +241,7 @@ def _report(
                 for choice in sample.choices
             ]
         rows.append(row)
-    return rows[0] if len(rows) == 1 else {"samples": rows}
+    return rows
 
 
 # Highest probability and its style, from surprising to expected: distinguishable without red and

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import build, parse_biases, read
 from mlx_randygpt.cli.options import (
     backend_option,
+    check_options,
     checkpoint_option,
     quantize_option,
+    require_check,
     sampling_options,
 )
 from mlx_randygpt.config import UserError, missing
@@ -25,10 +28,10 @@ from mlx_randygpt.config import UserError, missing
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.serve import ServedModel
+    from mlx_randygpt.serve.api import Api
     from mlx_randygpt.tokenizers import Tokenizer
 
 N_POINTS = 1000  # of a loss curve on the page
-GRACE_SECONDS = 5  # for running texts when the server stops
 
 
 class ServeError(UserError, RuntimeError):
@@ -65,6 +68,7 @@ class ServeError(UserError, RuntimeError):
     help="Texts that can wait; more are refused with 503.",
 )
 @sampling_options
+@check_options
 @quantize_option
 @backend_option
 @click.pass_context
@@ -80,6 +84,8 @@ def command(
     queue: int,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
+    check: bool,
+    data: tuple[str, ...],
     backend: str,
     quantize: int | None,
     **filters: Any,
@@ -87,11 +93,13 @@ def command(
     """Serve a trained model: the OpenAI API, and a page in the browser."""
     from mlx_randygpt.sampling.filters import SampleConfig
 
+    require_check(check, data)
     SampleConfig(stop=stop, **filters)  # check the options before loading anything
     _require_extra()
     from mlx_randygpt.serve import Settings
     from mlx_randygpt.serve.api import Api
     from mlx_randygpt.serve.engine import Engine
+    from mlx_randygpt.serve.http import is_loopback
     from mlx_randygpt.serve.metrics import Metrics
 
     path, saved, tokenizer = read(checkpoint)
@@ -101,11 +109,13 @@ def command(
         api_key=api_key,
         defaults=SampleConfig(stop=stop, logit_bias=bias, **filters),
         seed=None if seed_source is click.core.ParameterSource.DEFAULT else filters["seed"],
-        loopback_only=host in ("localhost", "127.0.0.1", "::1"),
     )
     served, metrics = _describe_model(name, path, saved, tokenizer), Metrics()
+    if check:
+        served = replace(served, find_copies=_copies_finder(saved, tokenizer, data))
     if quantize is not None:
-        served = replace(served, params={})
+        options = (*served.options, "--quantize", str(quantize))
+        served = replace(served, params={}, options=options)
     weights = [saved]  # handed to the engine; quantising then releases their memory
     del saved
     with _listen(host, port) as listening:
@@ -117,25 +127,20 @@ def command(
             n_waiting=queue,
         )
         engine.start()
-        _serve(Api(served, settings, engine, metrics).app(), listening, host)
+        # a name for another machine is not checked: the server cannot know all of its own
+        is_local = is_loopback(listening.getsockname()[0])
+        names = ("localhost", host.lower()) if is_local else None
+        settings = replace(settings, host_names=names)
+        _serve(Api(served, settings, engine, metrics), listening)
 
 
-def _serve(app: Any, listening: socket.socket, host: str) -> None:
-    import uvicorn
+def _serve(api: Api, listening: socket.socket) -> None:
+    from mlx_randygpt.serve.server import Server, connection_limit
 
-    port = listening.getsockname()[1]
+    host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=65,
-        server_header=False,
-        ws="none",
-        lifespan="on",
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(api.app(), listening, api.stop, connection_limit()).serve_until_signal()
 
 
 def _require_extra() -> None:
@@ -152,6 +157,8 @@ def _require_extra() -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; raise ServeError if the port is taken or not allowed."""
+    if not host:
+        raise ServeError("--host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -185,8 +192,19 @@ def _describe_model(
         fingerprint=digest.hexdigest()[:12],
         step=saved.state.step,
         prompt=saved.train.prompt,
+        options=("--checkpoint", str(path)),
         curve=_read_curve(path.parent / "metrics.jsonl"),
     )
+
+
+def _copies_finder(
+    saved: Checkpoint, tokenizer: Tokenizer, data: tuple[str, ...]
+) -> Callable[[str], dict[str, Any]]:
+    """Load the training text; return a function from a text to what it copies."""
+    from mlx_randygpt.cli.copies import copies_json, load_training_text
+
+    original = load_training_text(saved, tokenizer, data)
+    return lambda text: copies_json(text, original.find([text])[0], original.changed)
 
 
 def _read_curve(path: Path) -> dict[str, list[tuple[float, float]]]:

@@ -389,14 +389,24 @@ def _rank(path: Path, steps: dict[Path, int]) -> tuple[bool, bool, int]:
 
 def make_newest(folder: Path, saved: Checkpoint) -> None:
     """Replace checkpoint.safetensors by this state, unless it is as far."""
+    _advance(folder / NEWEST, saved)
+
+
+def make_best(folder: Path, saved: Checkpoint) -> None:
+    """Write the best checkpoint if it is this state and a kill came before its file."""
+    if saved.progress.best_step == saved.state.step > 0:
+        _advance(folder / BEST, saved)
+
+
+def _advance(path: Path, saved: Checkpoint) -> None:
     try:
-        is_as_far = peek_step(folder / NEWEST) >= saved.state.step
+        is_as_far = peek_step(path) >= saved.state.step
     except UnreadableError:
         raise
     except CheckpointError:  # missing or damaged
         is_as_far = False
     if not is_as_far:
-        write_atomically(folder / NEWEST, serialize(saved))
+        write_atomically(path, serialize(saved))
 
 
 def set_best_aside(folder: Path, step: int) -> str:

@@ -10,9 +10,11 @@ import click
 import numpy as np
 from rich.console import Console
 
+from mlx_randygpt.analysis.copies import find_copies
 from mlx_randygpt.backends import choose
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError
+from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.loading import describe_backend
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
@@ -41,10 +43,14 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
+from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.screen.dashboard import make_view
+from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
-from mlx_randygpt.training.reports import EndLog, SaveLog
+from mlx_randygpt.training.reports import EndLog, SampleLog, SaveLog
+
+MAX_SEARCHED_TOKENS = 1 << 24  # at the end of a run, so that it takes a few seconds at most
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
     team.agree(agreed_values(run, backend_name))
     backend = team.make_backend(backend_name, run.model, run.train, start.state)
     notes = [*start.notes, *filter(None, [documents_note(run)])]
+    history = History()
+    if request.resuming:
+        past = request.resume.parent if request.resume else folder.path
+        history = read_history(past, backend.step, run.progress)
+        run = replace(run, recent_loss=history.recent_loss)
     info = RunInfo(
         model=describe_model(run.model),
         data=text.describe(start.corpus, run.tokenizer),
@@ -109,6 +120,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         out=str(request.out),
         iters=run.train.iters,
         start_step=backend.step,
+        history=history,
     )
     del source, saved, start  # the backend has its own copy of the state
     loggers = Loggers(request.options.get("log", ()), notes.append)
@@ -176,7 +188,7 @@ def show_run(session: Session) -> int:
         for note in session.notes:
             view.note(note)
         try:
-            end = _show_reports(session, saves)
+            end, sample = _show_reports(session, saves)
         except TrainingDiverged as error:
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
@@ -185,13 +197,16 @@ def show_run(session: Session) -> int:
         logs.flush()
         for line in filter(None, (*session.folder.news, logs.unwritten())):
             view.note(line)
-    return _conclude(session, end, saves)
+    return _conclude(session, end, saves, sample)
 
 
-def _show_reports(session: Session, saves: dict[str, SaveLog]) -> EndLog | None:
-    """Train and pass on every report; collect those of files in `saves`."""
+def _show_reports(
+    session: Session, saves: dict[str, SaveLog]
+) -> tuple[EndLog | None, SampleLog | None]:
+    """Train and pass on every report; return the end and the last sample, collect `saves`."""
     run, view, folder, team = session.run, session.view, session.folder, session.team
     end: EndLog | None = None
+    sample: SampleLog | None = None
     stop, sync = team.group.should_stop, folder.logs.sync
     for report in train(run, session.backend, folder.locate, stop, sync_logs=sync):
         while folder.news:
@@ -205,11 +220,15 @@ def _show_reports(session: Session, saves: dict[str, SaveLog]) -> EndLog | None:
                 view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
         if isinstance(report, SaveLog):
             saves[Path(report.path).name] = report
+        if isinstance(report, SampleLog):
+            sample = report
         view.show(report)
-    return end
+    return end, sample
 
 
-def _conclude(session: Session, end: EndLog | None, saves: dict[str, SaveLog]) -> int:
+def _conclude(
+    session: Session, end: EndLog | None, saves: dict[str, SaveLog], sample: SampleLog | None
+) -> int:
     """Print how to continue, or raise CheckpointError if the last state is not on the disk."""
     request, view, team = session.located_request, session.view, session.team
     for save in sorted(saves.values(), key=lambda save: save.best):
@@ -225,5 +244,17 @@ def _conclude(session: Session, end: EndLog | None, saves: dict[str, SaveLog]) -
     if end is not None and end.reason == "stopped":
         click.echo(f"Go on with: {resume_line(request, session.run)}", file=session.console.file)
     elif end is not None:
+        if sample is not None:
+            click.echo(_copies_note(sample.text, session.run), file=session.console.file)
         click.echo(f"Let it write: {sample_line(request)}", file=session.console.file)
     return team.exit_code
+
+
+def _copies_note(sample: str, run: Run) -> str:
+    """Return the line about what the last sample has copied from the training text."""
+    if len(run.train_tokens) > MAX_SEARCHED_TOKENS:
+        return (
+            "Copied by the sample: not searched in a long text; mlxgpt sample --check searches it"
+        )
+    (copies,) = find_copies([sample], decoded(run.train_tokens, run.tokenizer))
+    return f"Copied by the sample: {copies_line(sample, copies)}"

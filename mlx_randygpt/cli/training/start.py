@@ -15,6 +15,7 @@ from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.folder import (
     RunFolder,
+    make_best,
     make_newest,
     newest_checkpoint,
     refuse_checkpoints,
@@ -24,7 +25,7 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import Corpus, check_length, default_prompt
 from mlx_randygpt.data.reading import Reading
-from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
 from mlx_randygpt.data.windows import Documents
 from mlx_randygpt.model import add_adapters, initial_params
 from mlx_randygpt.progress import Progress
@@ -34,7 +35,7 @@ from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.loop import Run
 from mlx_randygpt.training.schedule import decay_start
-from mlx_randygpt.words import unify_newlines
+from mlx_randygpt.words import unify_newlines, unknown_line
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
     """Load the checkpoint that the request names; raise if another run would be overwritten."""
     if request.resume_newest:
         saved, skipped = newest_checkpoint(folder.path)
+        make_best(folder.path, saved)
         _, train = settings.resolve_resume(request.options, saved.model, saved.train)
         if finished := finished_line(saved, train):
             make_newest(folder.path, saved)
@@ -219,8 +221,8 @@ def complete(
     train = replace(train, prompt=prompt)
     train, micro_batch_note = fit_micro_batch(request.options, model, train, machine.backend)
     check_length(corpus, model.block_size)
-    dropped = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(train.prompt))
-    return train, [*dropped, micro_batch_note]
+    dropped = unknown_line(tokenizer.unknown(train.prompt))
+    return train, [*text.tokenizer_lines(corpus, tokenizer), dropped, micro_batch_note]
 
 
 def _choose_threads(
@@ -297,7 +299,7 @@ def check_tokenizer(tokenizer: Tokenizer, options: Mapping[str, Any]) -> None:
     name, size = options.get("tokenizer"), options.get("vocab_size")
     if isinstance(tokenizer, CharTokenizer):
         size = size if size is not None and size < len(tokenizer.chars) else None  # a limit
-    if name is not None and name != kind and choose_tokenizer(name, 0) != tokenizer:
+    if name not in (None, AUTO, kind) and choose_tokenizer(name, 0) != tokenizer:
         raise ResumeError(
             f"Checkpoint tokenizer {kind} != tokenizer {name}; its weights need its own "
             "tokenizer: omit the option"
@@ -317,7 +319,7 @@ def check_vocabulary(tokenizer: Tokenizer, files: Sequence[Path], how: Reading) 
     if not isinstance(tokenizer, CharTokenizer):
         return
     with text.ProgressBar() as bar:
-        own = text.loader(how, bar).learn(files, Vocabulary())
+        own, _ = text.loader(how, bar).learn(files, Vocabulary())
     if own == tokenizer:
         return
     hint = "give the --data it was trained on, or --init-from to start a new run from its weights"

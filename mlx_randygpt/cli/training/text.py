@@ -11,23 +11,26 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_randygpt import settings
+from mlx_randygpt.backends.ranks.group import is_ranked
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.data import cache
+from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
 from mlx_randygpt.data.files import default_source, find_files
 from mlx_randygpt.data.reading import Reading
-from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.words import format_share, unknown_line
 
-N_SHOWN = 5  # kinds of unknown characters named in a message
 READING = ("encoding", "text_field")  # options that read other text from the same files
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
+    if "-" in paths and is_ranked():
+        raise DataError("several ranks have no stdin, so --data - is not possible; name a file")
     if paths:
-        return find_files(paths)
+        return find_files(paths, lambda line: click.echo(line, err=True))
     files, note = default_source(Path(), download_shakespeare)
     click.echo(note, err=True)
     return files
@@ -35,7 +38,7 @@ def files_of(paths: Sequence[str]) -> list[Path]:
 
 def requested_tokenizer(options: Mapping[str, Any]) -> Tokenizer | Vocabulary:
     """Return the tokenizer that the options of a new run ask for, or what learns it."""
-    return choose_tokenizer(options.get("tokenizer", "char"), options.get("vocab_size", 0))
+    return choose_tokenizer(options.get("tokenizer", AUTO), options.get("vocab_size", 0))
 
 
 def tokenizer_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,17 +112,20 @@ def download_shakespeare(path: Path) -> None:
         )
 
 
-def unknown_line(counts: Mapping[str, int]) -> str:
-    """Return one line about characters that were dropped, or ""."""
-    if not counts:
-        return ""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    names = ", ".join(f"{character!r} × {n}" for character, n in ordered[:N_SHOWN])
-    more = f" and {len(ordered) - N_SHOWN} more kinds" if len(ordered) > N_SHOWN else ""
-    total = sum(counts.values())
-    if total == 1:
-        return f"1 character is not in the vocabulary and was dropped: {names}"
-    return f"{total:,} characters are not in the vocabulary and were dropped: {names}{more}"
+def tokenizer_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """Return a line about the choice of the tokenizer and one about lost characters, if any."""
+    chosen = [corpus.choice.describe(tokenizer)] if corpus.choice else []
+    return chosen + loss_lines(corpus, tokenizer)
+
+
+def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """Return a line about the characters that the tokenizer has dropped, if any."""
+    if not (line := unknown_line(corpus.unknown)):
+        return []
+    if tokenizer.to_json()["type"] != "char":
+        return [line]
+    share = format_share(sum(corpus.unknown.values()) / corpus.characters)
+    return [f"{line}; {share} of the text; a new run with --tokenizer bpe loses none"]
 
 
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:

@@ -15,6 +15,7 @@ EXPORTED_NAMES = {  # a folder with any other file is not replaced
     "generation_config.json",
     "model.safetensors",
     "model.gguf",
+    "Modelfile",
     "tokenizer.json",
     "tokenizer_config.json",
     "configuration_mlxgpt.py",

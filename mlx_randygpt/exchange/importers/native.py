@@ -6,24 +6,18 @@ training in one of those programs.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from mlx_randygpt.checkpoint import dataclass_from_json
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS
 from mlx_randygpt.exchange.importers import gpt2
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import params_of, read_json, refuse_others
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.settings import MODEL_SIZES
-from mlx_randygpt.tokenizers import Tokenizer
-from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 MODEL_TYPE = "mlxgpt"
 
@@ -34,7 +28,7 @@ def read_folder(source: Path, vocab: Path | None) -> ImportedModel:
     path, stored = gpt2.stored_in(source)
     params = params_of(path, model, stored)
     refuse_others(path, stored.keys() - params.keys())
-    tokenizer = _tokenizer(vocab or source, model.vocab_size)
+    tokenizer = tokenizer_at(vocab or source, model.vocab_size)
     return ImportedModel(MODEL_TYPE, source, model, params, tokenizer, recipe=_recipe(model))
 
 
@@ -58,26 +52,3 @@ def _recipe(model: ModelConfig) -> str:
         if all(getattr(model, k) == v for k, v in switches.items()):
             return name
     return "classic"
-
-
-def _tokenizer(path: Path, size: int) -> Tokenizer:
-    """Read the tokenizer; a character vocabulary becomes a CharTokenizer (needs no library)."""
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if file.name == "tokenizer.json" and file.is_file():
-        names = _list_words(read_json(file))
-        characters, special = names[:-3], tuple(names[-3:])
-        if special == CHAR_SPECIALS and all(len(name) == 1 for name in characters):
-            with contextlib.suppress(ValueError):  # such as characters in another order
-                return CharTokenizer("".join(characters))
-    return tokenizer_at(path, size)
-
-
-def _list_words(content: Mapping[str, Any]) -> list[str]:
-    """Return the words of a vocabulary whose ids are 0, 1, 2, …; else an empty list."""
-    model = content.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict) or sorted(map(repr, vocab.values())) != sorted(
-        map(repr, range(len(vocab)))
-    ):
-        return []
-    return sorted(vocab, key=vocab.__getitem__)

@@ -87,7 +87,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
                 raise ExchangeError(
                     f"{path} has a header of {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read"
                 )
-            header = json.loads(file.read(size))
+            header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ExchangeError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -97,7 +97,35 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     if not isinstance(header, dict):
         raise ExchangeError(f"{path} has a damaged header (it is not an object)")
     header.pop("__metadata__", None)
-    return {name: _stored(path, name, entry, 8 + size, n_bytes) for name, entry in header.items()}
+    tensors = {
+        name: _stored(path, name, entry, 8 + size, n_bytes) for name, entry in header.items()
+    }
+    _check_layout(path, header, n_bytes - 8 - size)
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs; raise ValueError for a name that occurs twice."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {reprlib.repr(twice)} occurs twice")
+    return fields
+
+
+def _check_layout(path: Path, header: Mapping[str, Any], n_bytes: int) -> None:
+    """Raise ExchangeError unless the tensors, in any order, fill the `n_bytes` exactly once."""
+    end, before = 0, "the beginning"
+    spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    for start, stop, name in [*spans, (n_bytes, n_bytes, "the end of the file")]:
+        if start != end:
+            problem = "overlaps" if start < end else "leaves a gap after"
+            raise ExchangeError(
+                f"{path} is damaged: {reprlib.repr(name)} begins at byte {start:,} and {problem} "
+                f"{reprlib.repr(before)}, which ends at {end:,}"
+            )
+        end, before = stop, name
 
 
 def read_shards(folder: Path, index: str) -> dict[str, LazyTensor]:
@@ -125,11 +153,20 @@ def params_of(
     tensors: Mapping[str, LazyTensor],
     transposed: Container[str] = (),
 ) -> Params:
-    """Return the weights of the model, float32 and finite.
+    """Return the weights of the model, float32 and finite; see `read_float32`."""
+    return read_float32(source, parameter_shapes(model), tensors, transposed)
+
+
+def read_float32(
+    source: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, LazyTensor],
+    transposed: Container[str] = (),
+) -> Params:
+    """Return the tensors that `shapes` names, float32 and finite.
 
     All shapes are checked before any tensor is read. Those in `transposed` are stored as (in, out).
     """
-    shapes = parameter_shapes(model)
     for name, shape in shapes.items():
         if name not in tensors:
             raise ExchangeError(f"{source} lacks the tensor {name}")

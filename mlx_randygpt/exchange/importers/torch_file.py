@@ -33,6 +33,8 @@ from mlx_randygpt.words import one_line
 MAGIC = b"PK\x03\x04"
 LOCAL_BYTES = 30  # header before an entry; ends in the lengths of its name and extra field
 MAX_ENTRIES = 1 << 16
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # of PyTorch 0.1.10 to 1.5
+TAR, TAR_OFFSET = b"ustar", 257  # before
 STORAGES = {  # PyTorch's name -> kind in `tensors`, bytes per number
     "torch.DoubleStorage": ("F64", 8),
     "torch.FloatStorage": ("F32", 4),
@@ -235,6 +237,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        refuse_legacy(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 self._entries = _entries(path, archive)
@@ -343,6 +346,25 @@ class TorchFile:
                 f"{self._path} is truncated or damaged (its checksum does not match)"
             )
         return np.frombuffer(raw, FLOATS[storage.kind])
+
+
+def refuse_legacy(path: Path) -> None:
+    """Raise ExchangeError if the file is in a format that torch.save wrote before PyTorch 1.6.
+
+    It was a sequence of pickles that begins with a magic number, before version 0.1.10 a tar.
+    """
+    try:
+        with open(path, "rb") as file:
+            first = file.read(TAR_OFFSET + len(TAR))
+    except OSError as error:
+        raise ExchangeError(f"{path} cannot be read: {error.strerror or error}") from error
+    is_pickle = first[:1] == b"\x80" and LEGACY_MAGIC in first[:32]
+    if is_pickle or first[TAR_OFFSET:] == TAR:
+        raise ExchangeError(
+            f"{path} is in the format that torch.save wrote before PyTorch 1.6; save it anew with "
+            f"PyTorch: import torch; torch.save(torch.load({path.name!r}, map_location='cpu', "
+            "weights_only=True), 'new.bin')"
+        )
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

@@ -6,21 +6,26 @@ special tokens, which are never generated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS, tokenizer_json
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
 from mlx_randygpt.tokenizers import Tokenizer
-from mlx_randygpt.tokenizers.chars import FixedCharTokenizer
+from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # names to try in a folder, in this order
 RANDY_SPECIAL = ("<|bos|>", "<|eos|>")
+ADDED_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
+PLAIN = dict.fromkeys(FLAGS, False)
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -43,7 +48,57 @@ def tokenizer_at(path: Path, size: int) -> Tokenizer:
         return _call_for(path, lambda: _of_randygpt(content, size))
     if "model" not in content:
         content = _byte_level(content, path)
+    if characters := _characters(content, size):
+        return characters
     return _call_for(path, lambda: _subword(content, size))
+
+
+def byte_level_bpe(
+    path: Path,
+    names: Sequence[str],
+    merges: Sequence[Sequence[str]],
+    added: Mapping[int, str],
+    special: Container[int],
+) -> Tokenizer:
+    """Build GPT-2's kind of BPE from the names of all ids, its merges and the added tokens.
+
+    `special` are the ids of added tokens that have no text.
+    """
+    if len(set(names)) < len(names):
+        raise ExchangeError(f"{path} has two tokens of one name")
+    content = _bpe({name: i for i, name in enumerate(names)}, merges, BYTE_LEVEL, BYTE_LEVEL)
+    content["added_tokens"] = [
+        {"id": i, "content": name, **PLAIN, "special": i in special} for i, name in added.items()
+    ]
+    return _call_for(path, lambda: _subword(content, len(names)))
+
+
+def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
+    """Return the character tokenizer that was exported as this tokenizer.json, if one was."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type") != "WordLevel":
+        return None
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict):
+        return None
+    symbols = [""] * size
+    for name, token in vocab.items():
+        if type(token) is not int or not 0 <= token < size:
+            return None
+        symbols[token] = name
+    specials = len(CHAR_SPECIALS)
+    with contextlib.suppress(ValueError):  # such as words, or characters in another order
+        tokenizer: Tokenizer
+        if tuple(symbols[-specials:]) == CHAR_SPECIALS and all(
+            len(symbol) == 1 for symbol in symbols[:-specials]
+        ):
+            tokenizer = CharTokenizer("".join(symbols[:-specials]))
+        else:
+            tokenizer = FixedCharTokenizer(tuple(symbols))
+        exported = tokenizer_json(tokenizer)
+        if all(content.get(part) == exported[part] for part in ("model", "normalizer")):
+            return tokenizer
+    return None
 
 
 def table_of_text(path: Path, size: int) -> Tokenizer:
@@ -142,7 +197,41 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
     pairs = [
         line.rstrip("\r").split(" ") for line in lines if line and not line.startswith("#version")
     ]
-    return _bpe(ids, _pairs(pairs), BYTE_LEVEL, BYTE_LEVEL)
+    content = _bpe(ids, _pairs(pairs), BYTE_LEVEL, BYTE_LEVEL)
+    return content | {"added_tokens": _added_tokens(path.parent, ids)}
+
+
+def _added_tokens(folder: Path, ids: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the tokens that the files beside GPT-2's vocab.json add to it, by id."""
+    files = [folder / name for name in ADDED_FILES]
+    added, special, config = (read_json(file) if file.is_file() else {} for file in files)
+    special_names = {
+        name
+        for value in special.values()
+        for entry in (value if isinstance(value, list) else [value])
+        if isinstance(name := entry.get("content") if isinstance(entry, dict) else entry, str)
+    }
+    known = {**ids, **added}
+    tokens = {name: {"id": known[name]} for name in (*added, *special_names) if name in known}
+    decoder = config.get("added_tokens_decoder")
+    for token, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if not (isinstance(entry, dict) and isinstance(entry.get("content"), str)):
+            raise ExchangeError(f"{files[2]}: the added token {reprlib.repr(token)} has no content")
+        number = int(token) if token.isascii() and token.isdigit() and len(token) < 12 else token
+        flags = {name: entry[name] for name in FLAGS if type(entry.get(name)) is bool}
+        tokens[entry["content"]] = {"id": number, **flags}
+        if entry.get("special") is True:
+            special_names.add(entry["content"])
+    for name, token in tokens.items():
+        if type(token["id"]) is not int:
+            raise ExchangeError(
+                f"{folder}: the added token {reprlib.repr(name)} has the id "
+                f"{reprlib.repr(token['id'])}, which is not a whole number"
+            )
+    return [
+        {**dict.fromkeys(FLAGS, False), **token, "content": name, "special": name in special_names}
+        for name, token in sorted(tokens.items(), key=lambda item: item[1]["id"])
+    ]
 
 
 def _pairs(merges: Any) -> list[tuple[str, str]]:
@@ -193,9 +282,8 @@ def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
     if n == size:
         return tokenizer
     padded_content = json.loads(tokenizer.content)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     padded_content["added_tokens"] += [
-        {"id": i, "content": f"<|unused_{i}|>", **flags, "special": True} for i in range(n, size)
+        {"id": i, "content": f"<|unused_{i}|>", **PLAIN, "special": True} for i in range(n, size)
     ]
     padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": padded_content})
     if padded.vocab_size != size:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_randygpt import files
-from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, load_checkpoint
+from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, load_checkpoint, peek_step
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training.folder import (
     LOCK,
@@ -150,6 +150,17 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(FolderError, match="cannot be read: Permission denied"):
         refuse_checkpoints(trained)
+
+
+def test_a_best_checkpoint_that_was_still_to_come_is_written_on_resume(
+    tmp_path: Path, trained: Path
+) -> None:
+    """As after a kill between a kept checkpoint and the best one of its step."""
+    shutil.copytree(trained, out := tmp_path / "out")
+    assert load_checkpoint(out / NEWEST).progress.best_step == peek_step(out / NEWEST) == 4
+    (out / BEST).unlink()
+    assert train(out, "--resume", "--iters=4").exit_code == 0
+    assert peek_step(out / BEST) == 4
 
 
 # Links and foreign content

@@ -16,6 +16,7 @@ from foreign_files import gpt2, lively, nanogpt, save_torch, tensor
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.export import export
 from mlx_randygpt.exchange.importing import read_foreign
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.training.evaluation import evaluate
@@ -41,6 +42,15 @@ def test_its_characters_keep_their_ids(tmp_path: Path) -> None:
     assert found.tokenizer.decode([0, 1, 2, 23]) == "\nbcx"
     corpus = encode_corpus({"text": "bcb\nx"}, found.tokenizer)
     assert corpus.tokens.tolist() == [1, 2, 1, 0, 23]  # and nothing around them
+
+
+def test_its_characters_survive_an_export(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    first = read_foreign(nanogpt(tmp_path / "ckpt.pt", MODEL, lively(MODEL)))
+    export(first.checkpoint(), "hf", tmp_path / "hf")
+    again = read_foreign(tmp_path / "hf")
+    assert (again.tokenizer, again.model) == (first.tokenizer, first.model)
+    assert all(np.array_equal(again.params[name], w) for name, w in first.params.items())
 
 
 def test_what_the_file_does_not_say_is_told(tmp_path: Path) -> None:

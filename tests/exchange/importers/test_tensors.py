@@ -85,6 +85,44 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, reason: str)
     assert "\n" not in str(caught.value)
 
 
+def two(first: list[int], second: list[int], n: int = 3) -> dict[str, Any]:
+    """Two vectors of float32 at these bytes."""
+    spans = {"a": first, "b": second}
+    return {name: {"dtype": "F32", "shape": [n], "data_offsets": at} for name, at in spans.items()}
+
+
+TWICE = b'{"a":{"dtype":"F32","shape":[7],"data_offsets":[0,28]}'
+TWICE += b"," + TWICE[1:] + b"}"
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (two([0, 12], [0, 12]), "overlaps"),
+        (two([0, 12], [8, 20]), "overlaps"),
+        (two([8, 20], [0, 12]), "overlaps"),
+        (two([0, 12], [16, 28]), "leaves a gap"),
+        (two([4, 16], [16, 28]), "leaves a gap"),
+        (two([0, 12], [12, 24]), "leaves a gap"),  # at the end
+        (TWICE, "the name 'a' occurs twice"),
+        (b'{"a":{"dtype":"F32","dtype":"I32","shape":[7],"data_offsets":[0,28]}}', "occurs twice"),
+    ],
+)
+def test_tensors_fill_the_file_once(tmp_path: Path, header: Any, reason: str) -> None:
+    with pytest.raises(ExchangeError, match=reason) as caught:
+        read_safetensors(raw(tmp_path / "m.safetensors", header, bytes(28)))
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_may_be_listed_in_any_order(tmp_path: Path) -> None:
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [12, 12]}
+    header = two([12, 24], [0, 12]) | {"empty": empty}
+    data = np.arange(6, dtype="<f4").tobytes()
+    found = read_safetensors(raw(tmp_path / "m.safetensors", header, data))
+    assert found["a"].read().tolist() == [3, 4, 5]
+    assert found["empty"].read().tolist() == []
+
+
 @pytest.mark.parametrize("size", [1 << 62, 10_000, 49])
 def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, size: int) -> None:
     with pytest.raises(ExchangeError, match="truncated"):

@@ -16,6 +16,7 @@ from foreign_files import save_torch, tensor
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.importers.tensors import as_float32
 from mlx_randygpt.exchange.importers.torch_file import TorchFile
+from mlx_randygpt.exchange.importing import read_foreign
 
 VALUES = np.arange(24, dtype="<f4").reshape(4, 6)
 
@@ -162,5 +163,26 @@ def test_torch_itself_agrees(tmp_path: Path, protocol: int | None) -> None:
 def test_torch_files_of_before_2020_are_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ExchangeError, match="truncated or damaged"):
+        TorchFile(tmp_path / "a.pt")
+
+
+LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e8002") + bytes(300)
+TAR = bytes(257) + b"ustar" + bytes(300)
+
+
+@pytest.mark.parametrize("content", [LEGACY, LEGACY[:20], TAR], ids=["pickles", "short", "tar"])
+@pytest.mark.parametrize("format", ["auto", "nanogpt"])
+def test_a_file_of_before_pytorch_1_6_says_how_to_save_it_anew(
+    tmp_path: Path, content: bytes, format: str
+) -> None:
+    (tmp_path / "old.bin").write_bytes(content)
+    with pytest.raises(ExchangeError, match=r"before PyTorch 1\.6; save it anew .*torch\.save"):
+        read_foreign(tmp_path / "old.bin", format)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x02" + bytes(400), bytes(262)])
+def test_other_files_are_not_called_old(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(ExchangeError, match="truncated or damaged"):
         TorchFile(tmp_path / "a.pt")

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.exporters.tokenizer import tokenizer_json
 from mlx_randygpt.exchange.importers.vocabulary import table_of_text, tokenizer_at
 from mlx_randygpt.tokenizers import tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 
 pytest.importorskip("tokenizers")
 
@@ -197,3 +199,65 @@ def test_a_folder_without_a_vocabulary_says_what_was_looked_for(tmp_path: Path) 
     write(tmp_path / "vocab.json", {"a": 0})
     with pytest.raises(ExchangeError, match=r"merges\.txt cannot be read"):
         tokenizer_at(tmp_path, 3)
+
+
+CONFIG = {"added_tokens_decoder": {"261": {"content": "<tool>", "special": False},
+                                   "262": {"content": "<pad>", "special": True}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"<pad>": 262, "<tool>": 261},
+         "special_tokens_map": {"pad_token": "<pad>", "bos_token": END}},
+        {"added_tokens": {"<tool>": 261, "<pad>": 262},
+         "special_tokens_map": {"pad_token": {"content": "<pad>", "lstrip": False}}},
+        {"added_tokens": {"<tool>": 261, "<pad>": 262},
+         "special_tokens_map": {"additional_special_tokens": ["<pad>"]}},
+        {"tokenizer_config": CONFIG},
+        {"added_tokens": {"<tool>": 261}, "tokenizer_config": CONFIG},
+    ],
+)  # fmt: skip
+def test_tokens_added_to_gpt2s_two_files_are_read(gpt2: Path, files: dict[str, Any]) -> None:
+    for name, content in files.items():
+        write(gpt2 / f"{name}.json", content)
+    tokenizer = tokenizer_at(gpt2, 263)
+    ids = byte_level(261)
+    assert tokenizer.encode("in<tool>the").tolist() == [ids["in"], 261, ids["t"], ids["he"]]
+    assert tokenizer.decode([ids["in"], 261]) == "in<tool>"
+    assert 262 in tokenizer.never_sampled()
+    assert 261 not in tokenizer.never_sampled()
+    assert tokenizer.encode("<pad>").max() < 261  # special, so text is text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens", {"<a>": 1 << 31}),
+        ("added_tokens", {"<a>": 262}),
+        ("added_tokens", {"<a>": "261"}),
+        ("added_tokens", {"in": 261}),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "<a>"}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"261": "<a>"}}),
+    ],
+)
+def test_added_tokens_that_do_not_follow_are_refused(gpt2: Path, name: str, content: Any) -> None:
+    write(gpt2 / f"{name}.json", content)
+    with pytest.raises(ExchangeError, match="the added token") as caught:
+        tokenizer_at(gpt2, 300)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        FixedCharTokenizer(("b", "\n", "a")),
+        FixedCharTokenizer(("", "]", "^", "\\", "-", "é", "")),
+        CharTokenizer("\nab"),
+        CharTokenizer.train("<bos> é🙂"),
+    ],
+    ids=repr,
+)
+def test_exported_characters_come_back(tmp_path: Path, ours: Any) -> None:
+    write(tmp_path / "tokenizer.json", tokenizer_json(ours))
+    assert tokenizer_at(tmp_path, ours.vocab_size) == ours
