@@ -24,6 +24,7 @@ from mlx_randygpt import load
 from mlx_randygpt.checkpoint import Checkpoint, load_checkpoint
 from mlx_randygpt.exchange.arcee import find_misfit
 from mlx_randygpt.exchange.export import export
+from mlx_randygpt.state import Batch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -48,11 +49,13 @@ def text_of_mlx_lm(folder: Path, prompt: str, n: int, trust: bool) -> str:
 
 
 def text_of_llama_cpp(folder: Path, prompt: str, n: int, trust: bool) -> str:
-    """Return the greedy text of llama.cpp."""
+    """Return the greedy text of llama.cpp, with a cache in float32 as ours."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(folder / "model.gguf")
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = False
     server = xllamacpp.Server(params)
     body = {"prompt": prompt, "max_tokens": n, "temperature": 0.0}
@@ -82,9 +85,7 @@ def compare_losses(checkpoint: Path, saved: Checkpoint, data: Path, trust: bool)
     size = saved.model.block_size
     n = min(128, (len(tokens) - 1) // size)
     windows = np.lib.stride_tricks.sliding_window_view(tokens, size + 1)[::size][:n]
-    from mlx_randygpt.state import Batch
-
-    ours = model.backend.loss(Batch(windows[:, :-1], windows[:, 1:]))
+    ours = model.backend.loss(Batch.of(windows))
     with tempfile.TemporaryDirectory() as work:
         export(saved, "hf", Path(work, "hf"))
         theirs = loss_of_transformers(Path(work, "hf"), windows, trust)
@@ -92,7 +93,7 @@ def compare_losses(checkpoint: Path, saved: Checkpoint, data: Path, trust: bool)
 
 
 WRITERS: dict[str, tuple[str, Callable[..., str]]] = {  # module -> format, function
-    "transformers": ("hf", text_of_transformers),
+    "torch": ("hf", text_of_transformers),
     "mlx_lm": ("mlx-lm", text_of_mlx_lm),
     "xllamacpp": ("gguf", text_of_llama_cpp),
 }
@@ -121,11 +122,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             export(saved, kind, Path(work, "x"))
             text = write(Path(work, "x"), args.prompt, args.tokens, trust)
+        module = "transformers" if module == "torch" else module
         version = importlib.metadata.version(module.replace("_", "-"))
         verdict = "the same text" if text == ours else f"another text: {text!r}"
         print(f"{module} {version}: {verdict}")
         rows[module] = {"version": version, "text": text, "same": text == ours}
-    if args.data and importlib.util.find_spec("transformers"):
+    if args.data and importlib.util.find_spec("torch"):
         losses = compare_losses(args.checkpoint, saved, args.data, not published)
         difference = abs(losses["mlxgpt"] - losses["transformers"])
         print(f"loss over {losses['tokens']:,} tokens: {losses}, difference {difference:.1e}")
