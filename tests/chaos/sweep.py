@@ -235,10 +235,9 @@ class Sweep:
         try:
             self._check_death(case, code)
             self._check_end(case)
-        except AssertionError as failure:
-            self.failures.append(f"{case}: code {code}: {failure}")
         except Exception as failure:
             self.failures.append(f"{case}: code {code}: {type(failure).__name__} {failure}")
+            sys.stderr.write(f"{self.failures[-1]}\n")
 
     def _check_death(self, case: Case, code: int) -> None:
         from mlx_randygpt.checkpoint import NEWEST, load_checkpoint, peek_step
