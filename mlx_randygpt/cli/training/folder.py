@@ -97,11 +97,13 @@ class RunFolder:
         return self.path
 
     def _recreate(self) -> None:
-        """Create the folder again, or one beside it if another run has the name by now."""
+        """Create the folder again, or one beside it if the name is another run's or no folder's."""
         old, path = self.path, self.path
         try:
             lock = lock_folder(path)
-        except FolderInUse:
+        except FolderError as error:
+            if not isinstance(error.__cause__, BlockingIOError | FileExistsError):
+                raise
             path = old.with_name(f"{old.name}-{os.getpid()}")
             lock = lock_folder(path)
         self.path = path
@@ -122,7 +124,6 @@ class RunFolder:
         A fresh run empties the logs and removes another run's checkpoints, except the newest,
         which its own first one replaces.
         """
-        self._config_toml = config_toml
         try:
             for old in list_checkpoints(self.path) if fresh else ():
                 if old.name != NEWEST:
@@ -134,6 +135,7 @@ class RunFolder:
             self.logs.open(self.path, fresh=fresh)
             with contextlib.suppress(OSError):  # a disk that refuses is reported by the first save
                 files.sync_folder(self.path)
+            self._config_toml = config_toml
         except OSError as error:
             name = error.filename or self.path
             raise FolderError(f"{name} cannot be written: {error.strerror}") from error
