@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, get_args, get_type_hints
+from typing import Any, BinaryIO, NamedTuple, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,18 @@ class Checkpoint:
     data: dict[str, Any]  # paths, length in characters and SHA-256 of the text
     backend: str  # which wrote it, or the format it was imported from
     state: TrainState
+
+
+class Position(NamedTuple):
+    """The place of a state among those of its folder: the highest is the newest."""
+
+    generation: int
+    step: int
+
+
+def position_of(checkpoint: Checkpoint) -> Position:
+    """Return the position of a checkpoint."""
+    return Position(checkpoint.progress.generation, checkpoint.state.step)
 
 
 def kept_name(step: int) -> str:
@@ -201,8 +213,14 @@ def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def peek_step(path: Path) -> int:
     """Return the step in a checkpoint's header; CheckpointError if it cannot be read."""
+    return peek_position(path).step
+
+
+def peek_position(path: Path) -> Position:
+    """Return the position in a checkpoint's header; CheckpointError if it cannot be read."""
     with _opened(path) as (_, _, metadata):
-        return int(json.loads(metadata["header"])["step"])
+        header = json.loads(metadata["header"])
+        return Position(int(header["progress"].get("generation", 0)), int(header["step"]))
 
 
 @contextlib.contextmanager
@@ -394,8 +412,9 @@ def progress_from_json(values: object) -> Progress:
     plateau = dataclass_from_json(Plateau, drop_nulls(values["plateau"]))
     rest = {name: value for name, value in drop_nulls(values).items() if name != "plateau"}
     progress = replace(dataclass_from_json(Progress, rest), plateau=plateau)
-    counts = (plateau.evaluations_without_best, plateau.reductions, progress.rollbacks)
-    if min(*counts, progress.tokens, progress.best_step, progress.eval_step + 1) < 0:
+    of_plateau = (plateau.evaluations_without_best, plateau.reductions)
+    of_run = (progress.rollbacks, progress.generation, progress.tokens, progress.best_step)
+    if min(*of_plateau, *of_run, progress.eval_step + 1) < 0:
         raise ConfigError("progress has a count below 0")
     return progress
 

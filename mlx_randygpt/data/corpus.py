@@ -1,6 +1,6 @@
 """Corpora: files become one array of tokens, split into training and validation.
 
-Short texts are held in memory, long ones in a memory-mapped cache on the disk.
+Short texts are held in memory, long ones in a cache on the disk.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlx_randygpt.data import DataError, cache, token_files
 from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
+from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.data.vocabulary import AUTO, Choice, Vocabulary, choose_tokenizer, learn
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
@@ -41,7 +42,7 @@ class Corpus:
     """
 
     names: tuple[str, ...]  # of the files
-    tokens: Array  # (n,) int32, or a map of uint16 or uint32
+    tokens: Array | TokenFile  # (n,) int32; in a file uint16 or uint32
     starts: NDArray[np.int64]  # the first token of each document
     sha256: str  # of the documents in UTF-8, with a NUL between them; or of the token files
     characters: int = 0  # 0 for token files
@@ -51,12 +52,12 @@ class Corpus:
     choice: Choice | None = None  # why it has its tokenizer; None: that was given
 
     @cached_property
-    def train(self) -> Array:
+    def train(self) -> Array | TokenFile:
         """Return the first 90 % of the tokens, or those of the training files; a view."""
         return self.tokens[: self._n_train()]
 
     @cached_property
-    def val(self) -> Array:
+    def val(self) -> Array | TokenFile:
         """Return the tokens after `train`; a view."""
         return self.tokens[self._n_train() :]
 
@@ -230,7 +231,11 @@ class Loader:
         return cache.key(parts, asdict(self.reading))
 
     def _corpus(
-        self, files: Sequence[Path], tokens: Array, starts: Array, facts: dict[str, Any]
+        self,
+        files: Sequence[Path],
+        tokens: Array | TokenFile,
+        starts: Array,
+        facts: dict[str, Any],
     ) -> Corpus:
         names = tuple(map(str, files))
         n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
@@ -279,7 +284,7 @@ def default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
 
     It is the first of these that occurs near the beginning of the text.
     """
-    text = tokenizer.decode(corpus.tokens[:PROMPT_TOKENS])
+    text = tokenizer.decode(np.asarray(corpus.tokens[:PROMPT_TOKENS]))
     return "ROMEO:" if "ROMEO:" in text else "\n" if "\n" in text else text[:1] or "\n"
 
 

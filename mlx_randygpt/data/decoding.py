@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_randygpt.data.corpus import Array
 from mlx_randygpt.data.reading import Piece
+from mlx_randygpt.state import Tokens
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 CHUNK_TOKENS = 1 << 16  # decoded at a time
@@ -18,7 +17,7 @@ CONTEXT = 4  # tokens: a character has at most so many, one per byte
 HALF = "\ufffd"  # at the end of a text: perhaps half a character
 
 
-def decoded(tokens: Array, tokenizer: Tokenizer, size: int = CHUNK_TOKENS) -> Iterator[Piece]:
+def decoded(tokens: Tokens, tokenizer: Tokenizer, size: int = CHUNK_TOKENS) -> Iterator[Piece]:
     """Yield the text of (n,) tokens in pieces of about `size` tokens, none for an empty document.
 
     The pieces of a document add up to its decoded text. `ends` is set at its end, and where the
@@ -42,10 +41,9 @@ def decoded(tokens: Array, tokenizer: Tokenizer, size: int = CHUNK_TOKENS) -> It
                 yield Piece(text, begins, ends)
                 begins = False
         position = stop
-        _release(tokens)
 
 
-def _next_cut(tokens: Array, tokenizer: Tokenizer, start: int, size: int) -> int:
+def _next_cut(tokens: Tokens, tokenizer: Tokenizer, start: int, size: int) -> int:
     """Return where a piece from `start` ends: after about `size` tokens, not inside a character."""
     least = min(start + size, len(tokens))
     for stop in range(least, min(least + CONTEXT, len(tokens))):
@@ -54,10 +52,3 @@ def _next_cut(tokens: Array, tokenizer: Tokenizer, start: int, size: int) -> int
         ):
             return stop
     return min(least + CONTEXT, len(tokens)) if least < len(tokens) else least
-
-
-def _release(tokens: Array) -> None:
-    """Release the pages of a memory map that were read, which count as resident memory."""
-    mapped = getattr(tokens, "_mmap", None)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)

@@ -99,15 +99,18 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
 @json_option
 def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
     """Tokenize a text as `mlxgpt train` would, and report the result."""
+    import numpy as np
+
     from mlx_randygpt.cli.training import text
+    from mlx_randygpt.data.token_file import TokenFile
 
     given = {name: value for name, value in options.items() if value is not None}
     files = text.files_of(data)
     tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
     for line in text.tokenizer_lines(corpus, tokenizer):
         click.echo(line, err=True)
-    n_bytes = int(tokenizer.token_bytes()[corpus.tokens[:1_000_000]].sum())
-    cached = getattr(corpus.tokens, "filename", None)
+    n_bytes = int(tokenizer.token_bytes()[np.asarray(corpus.tokens[:1_000_000])].sum())
+    cached = corpus.tokens.file.path if isinstance(corpus.tokens, TokenFile) else None
     values = {
         "files": len(files),
         "documents": len(corpus.starts),
@@ -122,7 +125,7 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
     if json:
         print_json(values)
         return
-    values["cache"] = cached or "none: a short text is read into memory"
+    values["cache"] = values["cache"] or "none: a short text is read into memory"
     show_facts(
         (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
         for name, value in values.items()

@@ -23,7 +23,7 @@ from mlx_randygpt.cli.output import print_json
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
-    from mlx_randygpt.state import Array
+    from mlx_randygpt.state import Tokens
     from mlx_randygpt.tokenizers import Tokenizer
     from mlx_randygpt.training.evaluation import Score
 
@@ -108,7 +108,7 @@ def command(
 
 
 def _evaluate(
-    backend: Scorer, saved: Checkpoint, tokens: Array, batch_size: int, tokenizer: Tokenizer
+    backend: Scorer, saved: Checkpoint, tokens: Tokens, batch_size: int, tokenizer: Tokenizer
 ) -> Score:
     from mlx_randygpt.training.evaluation import evaluate
 

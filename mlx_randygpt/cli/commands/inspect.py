@@ -38,6 +38,7 @@ def command(
 
     The page is self-contained and makes no network requests.
     """
+    import numpy as np
     from threadpoolctl import threadpool_limits
 
     from mlx_randygpt.analysis.insight_page import page
@@ -57,7 +58,8 @@ def command(
             click.echo(line, err=True)
     with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))
-        html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens, samples)
+        val = np.asarray(corpus.val)
+        html = page(str(path), saved, tokenizer, val, text, max_tokens, samples)
     try:
         write(output, html.encode("utf-8", "replace"))
     except OSError as error:

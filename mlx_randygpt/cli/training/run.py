@@ -13,7 +13,7 @@ from rich.console import Console
 from mlx_randygpt.analysis.copies import find_copies
 from mlx_randygpt.backends import choose
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError
+from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position
 from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.loading import describe_backend
 from mlx_randygpt.cli.signals import StopSignals
@@ -23,7 +23,12 @@ from mlx_randygpt.cli.training.agreement import (
     checkpoint_without_arrays,
     start_message,
 )
-from mlx_randygpt.cli.training.folder import RunFolder, no_checkpoint, set_best_aside
+from mlx_randygpt.cli.training.folder import (
+    RunFolder,
+    generation_of,
+    no_checkpoint,
+    restore_best,
+)
 from mlx_randygpt.cli.training.loggers import Loggers
 from mlx_randygpt.cli.training.request import (
     TrainRequest,
@@ -122,11 +127,14 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         start_step=backend.step,
         history=history,
     )
-    del source, saved, start  # the backend has its own copy of the state
     loggers = Loggers(request.options.get("log", ()), notes.append)
     loggers.begin(request.out, asdict(run.model) | asdict(run.train))
     # From here on nothing is refused, so files of the folder can change.
-    moved = set_best_aside(folder.path, backend.step) if request.resume else ""
+    position = Position(run.progress.generation, backend.step if request.resuming else -1)
+    generation = generation_of(folder.path, position)
+    run = replace(run, progress=replace(run.progress, generation=generation))
+    moved = restore_best(folder.path, saved) if saved and request.resuming else ""
+    del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
     notes[:0] = [*skipped, *filter(None, [moved])]
     if (device := backend.device).endswith("(Metal)"):

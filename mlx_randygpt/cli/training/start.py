@@ -73,10 +73,10 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
     """Load the checkpoint that the request names; raise if another run would be overwritten."""
     if request.resume_newest:
         saved, skipped = newest_checkpoint(folder.path)
-        make_best(folder.path, saved)
         _, train = settings.resolve_resume(request.options, saved.model, saved.train)
         if finished := finished_line(saved, train):
             make_newest(folder.path, saved)
+            make_best(folder.path, saved)
             return Source(saved, tuple(skipped), finished)
         return Source(checkpoint_before_decay(saved, train.iters, folder.path), tuple(skipped))
     if request.resume:
@@ -89,6 +89,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
         finished = finished_line(saved, train)
         if finished and is_own:
             make_newest(folder.path, saved)
+            make_best(folder.path, saved)
         return Source(saved, finished=finished)
     if not request.overwrite:
         refuse_checkpoints(folder.path)
