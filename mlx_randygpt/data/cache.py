@@ -104,6 +104,16 @@ def write_small(path: Path, content: bytes) -> None:
         raise _write_error(path, error) from error
 
 
+def read_small(path: Path) -> bytes:
+    """Return the content of a small file, b"" if it is missing; DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        raise _read_error(path, error) from error
+
+
 def keep_text(stream: IO[bytes]) -> Path:
     """Copy a text that can be read only once into the cache folder; return its file.
 
@@ -128,6 +138,12 @@ def _write_error(path: Path, error: OSError) -> DataError:
     )
 
 
+def _read_error(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path} cannot be read: {error.strerror or error}; set {FOLDER_VARIABLE} to another folder"
+    )
+
+
 def read(path: Path) -> CachedTokens | None:
     """Map the tokens of a file; return None if it is missing or incomplete."""
     try:
@@ -143,10 +159,7 @@ def read(path: Path) -> CachedTokens | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; "
-            f"set {FOLDER_VARIABLE} to another folder"
-        ) from error
+        raise _read_error(path, error) from error
     if sha256(content).digest() != tail[:32]:
         return None
     facts = json.loads(content)

@@ -23,6 +23,7 @@ from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
 from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.files import resolve
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
 
@@ -62,7 +63,7 @@ class Corpus:
     def provenance(self, reading: Reading, *, respect_documents: bool = False) -> dict[str, Any]:
         """Return the `data` of a checkpoint: the source of the text and its reading options."""
         return {
-            "paths": [str(Path(name).resolve()) for name in self.names],
+            "paths": [str(resolve(Path(name))) for name in self.names],
             "characters": self.characters,
             "sha256": self.sha256,
             **asdict(reading),
@@ -143,9 +144,9 @@ class Loader:
             return requested
         path = self.folder / f"{cache.key(content, asdict(requested))}.tokenizer.json"
         try:
-            tokenizer = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+            tokenizer = tokenizer_from_json(json.loads(cache.read_small(path)))
             cache.mark_used(path)
-        except (OSError, ValueError):  # missing or damaged
+        except ValueError:  # missing or damaged
             tokenizer = self.learn(files, requested)
             cache.write_small(path, json.dumps(tokenizer.to_json()).encode())
         return tokenizer

@@ -17,6 +17,7 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS, tokenizer_json
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
+from mlx_randygpt.files import is_file, is_folder
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
@@ -35,8 +36,8 @@ BYTE_LEVEL = {
 
 def tokenizer_at(path: Path, size: int) -> Tokenizer:
     """Read the tokenizer in a file or folder, for a model with `size` ids."""
-    if path.is_dir():
-        file = next((path / name for name in FILES if (path / name).is_file()), None)
+    if is_folder(path):
+        file = next((path / name for name in FILES if is_file(path / name)), None)
         if file is None:
             raise ExchangeError(f"{path} holds no tokenizer; looked for {', '.join(FILES)}")
         path = file
@@ -183,7 +184,7 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _added_tokens(folder: Path, ids: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return the tokens that the files beside GPT-2's vocab.json add to it, by id."""
     files = [folder / name for name in ADDED_FILES]
-    added, special, config = (read_json(file) if file.is_file() else {} for file in files)
+    added, special, config = (read_json(file) if is_file(file) else {} for file in files)
     special_names = {
         name
         for value in special.values()
