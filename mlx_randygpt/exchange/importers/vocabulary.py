@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS, tokenizer_json
+from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, CHAR_SPECIALS, tokenizer_json
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
 from mlx_randygpt.files import is_file, is_folder
-from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
@@ -48,13 +48,16 @@ def tokenizer_at(path: Path, size: int) -> Tokenizer:
         return _call_for(path, lambda: _of_randygpt(content, size))
     if "model" not in content:
         content = _byte_level(content, path)
-    if characters := _characters(content, size):
+    if characters := _characters(content, size, path.with_name("tokenizer_config.json")):
         return characters
     return _call_for(path, lambda: _subword(content, size))
 
 
-def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
-    """Return the character tokenizer that was exported as this tokenizer.json, if one was."""
+def _characters(content: Mapping[str, Any], size: int, config: Path) -> Tokenizer | None:
+    """Return the character tokenizer that was exported as this tokenizer.json, if one was.
+
+    `config` is the tokenizer_config.json beside it, which records where a text begins.
+    """
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type") != "WordLevel":
         return None
@@ -66,7 +69,7 @@ def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
         if type(token) is not int or not 0 <= token < size:
             return None
         symbols[token] = name
-    specials = len(CHAR_SPECIALS)
+    specials, begin = len(CHAR_SPECIALS), _begin(config, size)
     with contextlib.suppress(ValueError):  # such as words, or characters in another order
         tokenizer: Tokenizer
         if tuple(symbols[-specials:]) == CHAR_SPECIALS and all(
@@ -74,11 +77,20 @@ def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
         ):
             tokenizer = CharTokenizer("".join(symbols[:-specials]))
         else:
-            tokenizer = FixedCharTokenizer(tuple(symbols))
+            tokenizer = FixedCharTokenizer(tuple(symbols), begin)
         exported = tokenizer_json(tokenizer)
         if all(content.get(part) == exported[part] for part in ("model", "normalizer")):
             return tokenizer
     return None
+
+
+def _begin(config: Path, size: int) -> int:
+    begin = read_json(config).get(BEGIN, NO_TOKEN) if is_file(config) else NO_TOKEN
+    if type(begin) is not int or not NO_TOKEN <= begin < size:
+        raise ExchangeError(
+            f"{config} has {BEGIN}={reprlib.repr(begin)}; it is an id from 0 to {size - 1}"
+        )
+    return begin
 
 
 def table_of_text(path: Path, size: int) -> Tokenizer:
