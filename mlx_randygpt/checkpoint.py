@@ -119,6 +119,14 @@ def serialize(checkpoint: Checkpoint) -> Parts:
     return [len(text).to_bytes(8, "little"), text, *(tensor.data for tensor in tensors.values())]
 
 
+def is_run_folder(path: Path) -> bool:
+    """Return whether `path` is a folder; raise UnreadableError if that is unknown."""
+    try:
+        return files.is_folder(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def find_checkpoint(folder: Path) -> Path:
     """Return the best checkpoint in a folder, else the newest; CheckpointError if it has neither.
 
@@ -146,7 +154,7 @@ def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoi
     are checked but not returned, because generation and evaluation do not need them.
     """
     path = Path(path)
-    if os.path.isdir(path):
+    if is_run_folder(path):
         path = find_checkpoint(path)
     header, tensors = _read(path)
     try:

@@ -1,4 +1,8 @@
-"""Atomic replacement of files and folders, and a flush that reaches the disk.
+"""What lies at a path, atomic replacement of files and folders, a flush that reaches the disk.
+
+What pathlib and glob answer for a path that cannot be reached depends on the reason and on the
+version of Python: missing, or nothing at all. Here missing is missing, and any other reason is an
+OSError with the path. `tests/test_structure.py` holds the package to these functions.
 
 New content goes to a temporary file in the same folder, `.NAME.PID.RANDOM.tmp`, which its writer
 keeps locked. Such a file without a lock was left by a process that died; `sweep` removes it.
@@ -14,7 +18,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,12 +39,70 @@ def flush(descriptor: int) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Return whether `path` exists; unlike Path.exists, raise OSError if that is unknown."""
+    """Return whether `path` exists, links followed; raise OSError if that is unknown."""
+    return _mode(path) != 0
+
+
+def is_file(path: Path) -> bool:
+    """Return whether `path` is a regular file; raise OSError if that is unknown."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder; raise OSError if that is unknown."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """Return the mode of what lies at `path`, or 0 if nothing does."""
     try:
-        path.stat()
+        return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return 0
+    except ValueError:  # a NUL or half a character, which no path contains
+        return 0
+
+
+def resolve(path: Path) -> Path:
+    """Return the absolute path with links followed; unlike Path.resolve, stop at circular ones."""
+    return Path(os.path.realpath(path))
+
+
+def walk(
+    folder: Path,
+    enter: Callable[[os.DirEntry[str]], bool],
+    on_error: Callable[[OSError], None],
+) -> Iterator[Path]:
+    """Yield whatever is not a folder below `folder`; `enter` chooses the folders to descend into.
+
+    A folder with several names is read once, under a name without links if it has one. What
+    cannot be read is reported to `on_error`, and the rest is read.
+    """
+    folders, links, seen = [folder], list[Path](), set[tuple[int, int]]()
+    while folders or links:
+        parent = folders.pop() if folders else links.pop()
+        try:
+            facts = os.stat(parent)
+            entries = [] if (facts.st_dev, facts.st_ino) in seen else _entries(parent)
+        except OSError as error:
+            on_error(error)
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:
+                on_error(error)
+                continue
+            if not is_folder:
+                yield parent / entry.name
+            elif enter(entry):
+                (links if entry.is_symlink() else folders).append(parent / entry.name)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
 
 
 def sync_folder(folder: Path) -> None:
@@ -92,7 +154,7 @@ def write(path: Path, content: bytes, *, private: bool = False) -> None:
     if not stat.S_ISREG(mode):
         path.write_bytes(content)
         return
-    with replace(Path(os.path.realpath(path)), private=private) as file:
+    with replace(resolve(path), private=private) as file:
         file.write(content)
 
 
@@ -113,18 +175,19 @@ def replace_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             _flush_path(file)
         sync_folder(temporary)
-        if path.exists():
+        if exists(path):
             path.rename(old)
         temporary.rename(path)
         sync_folder(path.parent)
     finally:
         os.close(descriptor)
         with contextlib.suppress(OSError):
-            if old.exists() and not path.exists():
+            if exists(old) and not exists(path):
                 old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if exists(path):
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def sweep(folder: Path, name: str = "") -> None:

@@ -99,6 +99,16 @@ def test_only_the_command_line_owns_the_process(name: str) -> None:
             assert node.id not in ("print", "input", "exit", "SystemExit")
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "files"])
+def test_files_alone_asks_what_lies_at_a_path(name: str) -> None:
+    """What pathlib and glob answer for a path out of reach may be "missing", or nothing at all."""
+    vague = {"exists", "lexists", "is_file", "is_dir", "isfile", "isdir", "glob", "rglob", "walk"}
+    vague |= {"resolve"}  # raises RuntimeError for a link to itself
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in vague or ast.unparse(node.func.value) == "files"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
 def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", PACKAGE, *arguments]

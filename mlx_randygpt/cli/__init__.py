@@ -6,8 +6,10 @@ Each command is a module of `cli.commands` and is imported when it is called, so
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 from typing import Any
 
 import click
@@ -90,6 +92,20 @@ def group() -> None:
     """
 
 
+def _leave_threads(code: object) -> None:
+    """After a signal, end the process at once if a thread is left that nothing can stop.
+
+    Learning a vocabulary is such a thread. Python's own end would take it away inside a library,
+    which then aborts the process. Whatever is to be saved is saved before the exit code is known.
+    """
+    is_left = any(thread.daemon for thread in threading.enumerate())
+    if is_left and isinstance(code, int) and code > 128:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
 def main() -> None:
     """Run the program `mlxgpt`."""
     end_on_ctrl_c()
@@ -101,5 +117,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # no character must end a run
     try:
         group(prog_name="mlxgpt", auto_envvar_prefix="MLXGPT")
+    except SystemExit as end:
+        _leave_threads(end.code)
+        raise
     except OSError as error:  # from --help and --version, which click prints
         raise SystemExit(f"Error: the output cannot be written: {error.strerror}") from None

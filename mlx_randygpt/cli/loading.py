@@ -66,9 +66,9 @@ def without_weights(saved: Checkpoint) -> Checkpoint:
 
 def default_checkpoint(path: Path | None) -> Path:
     """Return `path`, or the checkpoint in it if it is a folder; by default that of checkpoints/."""
-    from mlx_randygpt.checkpoint import find_checkpoint
+    from mlx_randygpt.checkpoint import find_checkpoint, is_run_folder
 
-    if path is not None and not path.is_dir():
+    if path is not None and not is_run_folder(path):
         return path
     return find_checkpoint(path or Path("checkpoints"))
 

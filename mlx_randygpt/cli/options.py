@@ -14,7 +14,25 @@ from typing import Any, TypeVar
 import click
 
 from mlx_randygpt.config import ARCHS, BACKENDS, DTYPES, OPTIMIZERS, ModelConfig, TrainConfig
+from mlx_randygpt.files import exists
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
+
+
+class ExistingFile(click.Path):
+    """A path of a file; click's own exists=True says that one it cannot reach does not exist."""
+
+    def __init__(self, *, allow_dash: bool = False) -> None:
+        super().__init__(exists=True, dir_okay=False, allow_dash=allow_dash, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path; fail with the reason if it is not that of a file, or `-`."""
+        try:
+            if value != "-":
+                exists(Path(value))
+        except OSError as error:
+            self.fail(f"{value} cannot be read: {error.strerror}", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]

@@ -105,6 +105,16 @@ def write_small(path: Path, content: bytes) -> None:
         raise _write_error(path, error) from error
 
 
+def read_small(path: Path) -> bytes:
+    """Return the content of a small file, b"" if it is missing; DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        raise _read_error(path, error) from error
+
+
 def keep_text(stream: IO[bytes]) -> Path:
     """Copy a text that can be read only once into the cache folder; return its file.
 
@@ -129,6 +139,12 @@ def _write_error(path: Path, error: OSError) -> DataError:
     )
 
 
+def _read_error(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path} cannot be read: {error.strerror or error}; set {FOLDER_VARIABLE} to another folder"
+    )
+
+
 def read(path: Path) -> CachedTokens | None:
     """Open the tokens of a file; return None if it is missing or incomplete."""
     try:
@@ -150,10 +166,7 @@ def read(path: Path) -> CachedTokens | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; "
-            f"set {FOLDER_VARIABLE} to another folder"
-        ) from error
+        raise _read_error(path, error) from error
     if end + 8 * n_starts + n_bytes + TAIL_BYTES != file.size:
         return None
     if _digest(begins) != facts["starts_digest"]:

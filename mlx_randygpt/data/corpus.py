@@ -24,6 +24,7 @@ from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
 from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.data.vocabulary import AUTO, Choice, Vocabulary, choose_tokenizer, learn
+from mlx_randygpt.files import resolve
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
 
@@ -64,7 +65,7 @@ class Corpus:
     def provenance(self, reading: Reading, *, respect_documents: bool = False) -> dict[str, Any]:
         """Return the `data` of a checkpoint: the source of the text and its reading options."""
         return {
-            "paths": [str(Path(name).resolve()) for name in self.names],
+            "paths": [str(resolve(Path(name))) for name in self.names],
             "characters": self.characters,
             "sha256": self.sha256,
             **asdict(reading),
@@ -156,11 +157,11 @@ class Loader:
             return requested, None
         path = self.folder / f"{cache.key(content, requested.key)}.tokenizer.json"
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = json.loads(cache.read_small(path))
             tokenizer = tokenizer_from_json(saved)
             choice = Choice(**saved["choice"]) if requested.kind == AUTO else None
             cache.mark_used(path)
-        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
+        except (ValueError, KeyError, TypeError):  # missing or damaged
             tokenizer, choice = self.learn(files, requested)
             reason = {"choice": asdict(choice)} if choice else {}
             cache.write_small(path, json.dumps(tokenizer.to_json() | reason).encode())

@@ -66,15 +66,16 @@ def command(
     SOURCE is a Hugging Face folder, a ckpt.pt or a .bin file. No code in it is run. The checkpoint
     works with eval, sample, info, serve and train --init-from.
     """
+    from mlx_randygpt import files
     from mlx_randygpt.checkpoint import save_checkpoint
     from mlx_randygpt.exchange import ExchangeError
     from mlx_randygpt.exchange.importing import read_foreign
 
-    if output.is_dir():
+    if files.is_folder(output):
         raise ExchangeError(
             f"{output} is a folder; name the file, such as {output / 'model.safetensors'}"
         )
-    if output.exists() and not overwrite:
+    if files.exists(output) and not overwrite:
         raise ExchangeError(f"{output} exists already; --overwrite replaces it")
     given_sizes = {name: value for name, value in sizes.items() if value is not None}
     imported = read_foreign(source, format, vocab=vocab, activation=activation, sizes=given_sizes)

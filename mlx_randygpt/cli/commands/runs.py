@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,29 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
     A FOLDER is a run, or contains runs at any depth; the default is the current folder.
     """
     from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, read_run
+    from mlx_randygpt.files import walk
 
-    files = sorted({f for folder in folders or (Path(),) for f in folder.rglob("metrics.jsonl")})
+    folders = folders or (Path(),)
+    unreadable: list[str] = []
+
+    def skip(error: OSError) -> None:
+        unreadable.append(f"{error.filename} cannot be read: {error.strerror}")
+        click.echo(f"Skipped: {unreadable[-1]}", err=True)
+
+    below = (walk(folder, lambda entry: not entry.is_symlink(), skip) for folder in folders)
+    places = sorted({path.parent for path in chain(*below) if path.name == "metrics.jsonl"})
     runs: list[tuple[Path, RunRecord]] = []
-    for file in files:
+    for folder in places:
         try:
-            runs.append((file.parent, read_run(file.parent)))
+            runs.append((folder, read_run(folder)))
         except MetricsError as error:
             click.echo(f"Skipped: {error}", err=True)
         except OSError as error:
-            click.echo(f"Skipped: {file} cannot be read: {error.strerror}", err=True)
+            skip(error)
     if not runs:
-        searched = ", ".join(map(str, folders)) or "."
-        raise MetricsError(f"no run below {searched}; a run is a folder of `mlxgpt train --out`")
+        searched = ", ".join(map(str, folders))
+        reason = unreadable[0] if unreadable else "a run is a folder of `mlxgpt train --out`"
+        raise MetricsError(f"no run below {searched}; {reason}")
     runs.sort(key=lambda run: float(run[1].best.get("val_loss", math.inf)))
     settings = differing_settings([record for _, record in runs])
     rows = [

@@ -14,6 +14,7 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import Loaded, load, parse_biases
 from mlx_randygpt.cli.options import (
+    ExistingFile,
     backend_option,
     check_options,
     checkpoint_option,
@@ -40,7 +41,7 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
 @click.option(
     "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    type=ExistingFile(allow_dash=True),
     help="File with the prompt; - is stdin.",
 )
 @sampling_options

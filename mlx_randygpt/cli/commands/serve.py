@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -176,12 +177,13 @@ def _describe_model(
     name: str | None, path: Path, saved: Checkpoint, tokenizer: Tokenizer
 ) -> ServedModel:
     """Return the model's facts; its default name is the run folder's."""
+    from mlx_randygpt.files import resolve
     from mlx_randygpt.serve import ServedModel
 
     digest = hashlib.sha256()
     for weight in saved.state.params.values():
         digest.update(weight.tobytes())
-    folders = path.resolve().parents
+    folders = resolve(path).parents
     folder = next((f.name for f in folders if f.name not in ("", "checkpoints")), "model")
     return ServedModel(
         name=name or folder,
@@ -208,15 +210,22 @@ def _copies_finder(
 
 
 def _read_curve(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return the run's losses, at most N_POINTS of each; none if the file is missing."""
+    """Return the run's losses, at most N_POINTS of each; none if the file is missing.
+
+    Damaged lines are skipped, a file that cannot be read is reported.
+    """
+    from mlx_randygpt.files import is_file
     from mlx_randygpt.screen.curve import Curve
 
     curves = {"loss": Curve(N_POINTS), "val_loss": Curve(N_POINTS)}
-    with contextlib.suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                report = json.loads(line)
-                for name, curve in curves.items():
-                    if name in report:
-                        curve.add(float(report["step"]), float(report[name]))
+    try:
+        with open(path if is_file(path) else os.devnull, "rb") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    report = json.loads(line)
+                    for name, curve in curves.items():
+                        if name in report:
+                            curve.add(float(report["step"]), float(report[name]))
+    except OSError as error:
+        click.echo(f"Left out: the curve; {path} cannot be read: {error.strerror}", err=True)
     return {name: curve.points for name, curve in curves.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt import settings
-from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, peek_step
+from mlx_randygpt.checkpoint import NEWEST, CheckpointError, peek_step
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import parameter_count, trained_count
@@ -106,8 +106,7 @@ def sample_line(request: TrainRequest) -> str:
     """Return the command that samples from this run's best checkpoint."""
     words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
     if request.out != DEFAULT_OUT:
-        best = request.out / BEST
-        words += ["--checkpoint", str(best if os.path.exists(best) else request.out / NEWEST)]
+        words += ["--checkpoint", str(request.out)]
     return shlex.join(words)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from mlx_randygpt.analysis.copies import find_copies
 from mlx_randygpt.backends import choose
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position
+from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
 from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.loading import describe_backend
 from mlx_randygpt.cli.signals import StopSignals
@@ -86,7 +86,7 @@ def train_command(request: TrainRequest) -> int:
     with StopSignals() as signals, Team(timeout) as team, overflow_is_checked:
         if team.rank > 0:
             return run_follower(request, team, signals)
-        if request.resume_newest and not request.out.is_dir():
+        if request.resume_newest and not is_run_folder(request.out):
             raise CheckpointError(no_checkpoint(request.out))
         with RunFolder(request.out) as folder:
             return run_leader(request, team, folder, signals)

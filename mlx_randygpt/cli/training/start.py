@@ -9,7 +9,14 @@ from typing import Any
 
 from mlx_randygpt import files, settings
 from mlx_randygpt.backends.base import BackendError
-from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, kept_name, load_checkpoint
+from mlx_randygpt.checkpoint import (
+    NEWEST,
+    Checkpoint,
+    CheckpointError,
+    is_run_folder,
+    kept_name,
+    load_checkpoint,
+)
 from mlx_randygpt.cli.loading import without_adapters
 from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
@@ -81,7 +88,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
         return Source(checkpoint_before_decay(saved, train.iters, folder.path), tuple(skipped))
     if request.resume:
         saved = _load_file(request.resume)
-        is_own = request.resume.resolve().parent == request.out.resolve()
+        is_own = files.resolve(request.resume).parent == files.resolve(request.out)
         if not is_own:
             advice = f"to continue from {request.resume}, give --out another folder"
             refuse_checkpoints(folder.path, advice)
@@ -99,7 +106,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
 
 
 def _load_file(path: Path) -> Checkpoint:
-    if path.is_dir():
+    if is_run_folder(path):
         raise CheckpointError(f"{path} is a folder; name the file, such as {path / NEWEST}")
     return load_checkpoint(path)
 

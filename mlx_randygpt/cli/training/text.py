@@ -29,10 +29,14 @@ def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
     if "-" in paths and is_ranked():
         raise DataError("several ranks have no stdin, so --data - is not possible; name a file")
+
+    def note(line: str) -> None:
+        click.echo(line, err=True)
+
     if paths:
-        return find_files(paths, lambda line: click.echo(line, err=True))
-    files, note = default_source(Path(), download_shakespeare)
-    click.echo(note, err=True)
+        return find_files(paths, note)
+    files, line = default_source(Path(), download_shakespeare, note)
+    note(line)
     return files
 
 

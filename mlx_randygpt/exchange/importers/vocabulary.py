@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS, tokenizer_json
+from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, CHAR_SPECIALS, tokenizer_json
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
-from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.files import is_file, is_folder
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
@@ -36,8 +37,8 @@ BYTE_LEVEL = {
 
 def tokenizer_at(path: Path, size: int) -> Tokenizer:
     """Read the tokenizer in a file or folder, for a model with `size` ids."""
-    if path.is_dir():
-        file = next((path / name for name in FILES if (path / name).is_file()), None)
+    if is_folder(path):
+        file = next((path / name for name in FILES if is_file(path / name)), None)
         if file is None:
             raise ExchangeError(f"{path} holds no tokenizer; looked for {', '.join(FILES)}")
         path = file
@@ -48,7 +49,7 @@ def tokenizer_at(path: Path, size: int) -> Tokenizer:
         return _call_for(path, lambda: _of_randygpt(content, size))
     if "model" not in content:
         content = _byte_level(content, path)
-    if characters := _characters(content, size):
+    if characters := _characters(content, size, path.with_name("tokenizer_config.json")):
         return characters
     return _call_for(path, lambda: _subword(content, size))
 
@@ -73,8 +74,11 @@ def byte_level_bpe(
     return _call_for(path, lambda: _subword(content, len(names)))
 
 
-def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
-    """Return the character tokenizer that was exported as this tokenizer.json, if one was."""
+def _characters(content: Mapping[str, Any], size: int, config: Path) -> Tokenizer | None:
+    """Return the character tokenizer that was exported as this tokenizer.json, if one was.
+
+    `config` is the tokenizer_config.json beside it, which records where a text begins.
+    """
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type") != "WordLevel":
         return None
@@ -86,7 +90,7 @@ def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
         if type(token) is not int or not 0 <= token < size:
             return None
         symbols[token] = name
-    specials = len(CHAR_SPECIALS)
+    specials, begin = len(CHAR_SPECIALS), _begin(config, size)
     with contextlib.suppress(ValueError):  # such as words, or characters in another order
         tokenizer: Tokenizer
         if tuple(symbols[-specials:]) == CHAR_SPECIALS and all(
@@ -94,11 +98,20 @@ def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
         ):
             tokenizer = CharTokenizer("".join(symbols[:-specials]))
         else:
-            tokenizer = FixedCharTokenizer(tuple(symbols))
+            tokenizer = FixedCharTokenizer(tuple(symbols), begin)
         exported = tokenizer_json(tokenizer)
         if all(content.get(part) == exported[part] for part in ("model", "normalizer")):
             return tokenizer
     return None
+
+
+def _begin(config: Path, size: int) -> int:
+    begin = read_json(config).get(BEGIN, NO_TOKEN) if is_file(config) else NO_TOKEN
+    if type(begin) is not int or not NO_TOKEN <= begin < size:
+        raise ExchangeError(
+            f"{config} has {BEGIN}={reprlib.repr(begin)}; it is an id from 0 to {size - 1}"
+        )
+    return begin
 
 
 def table_of_text(path: Path, size: int) -> Tokenizer:
@@ -204,7 +217,7 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _added_tokens(folder: Path, ids: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return the tokens that the files beside GPT-2's vocab.json add to it, by id."""
     files = [folder / name for name in ADDED_FILES]
-    added, special, config = (read_json(file) if file.is_file() else {} for file in files)
+    added, special, config = (read_json(file) if is_file(file) else {} for file in files)
     special_names = {
         name
         for value in special.values()
