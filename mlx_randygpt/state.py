@@ -6,7 +6,7 @@ Legend: B batch, T time (block_size).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,7 @@ class Tokens(Protocol):
     """Token ids (n,): an array, or a file that is read in windows."""
 
     def __len__(self) -> int: ...
-    @overload
-    def __getitem__(self, index: slice, /) -> Tokens: ...
-    @overload
-    def __getitem__(self, index: NDArray[np.int64], /) -> Array: ...
+    def __getitem__(self, positions: NDArray[np.int64], /) -> Array: ...
     def __array__(self) -> Array: ...
 
 

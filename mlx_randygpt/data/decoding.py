@@ -8,8 +8,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt.data.corpus import Array
 from mlx_randygpt.data.reading import Piece
-from mlx_randygpt.state import Tokens
+from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 CHUNK_TOKENS = 1 << 16  # decoded at a time
@@ -17,7 +18,9 @@ CONTEXT = 4  # tokens: a character has at most so many, one per byte
 HALF = "\ufffd"  # at the end of a text: perhaps half a character
 
 
-def decoded(tokens: Tokens, tokenizer: Tokenizer, size: int = CHUNK_TOKENS) -> Iterator[Piece]:
+def decoded(
+    tokens: Array | TokenFile, tokenizer: Tokenizer, size: int = CHUNK_TOKENS
+) -> Iterator[Piece]:
     """Yield the text of (n,) tokens in pieces of about `size` tokens, none for an empty document.
 
     The pieces of a document add up to its decoded text. `ends` is set at its end, and where the
@@ -43,7 +46,7 @@ def decoded(tokens: Tokens, tokenizer: Tokenizer, size: int = CHUNK_TOKENS) -> I
         position = stop
 
 
-def _next_cut(tokens: Tokens, tokenizer: Tokenizer, start: int, size: int) -> int:
+def _next_cut(tokens: Array | TokenFile, tokenizer: Tokenizer, start: int, size: int) -> int:
     """Return where a piece from `start` ends: after about `size` tokens, not inside a character."""
     least = min(start + size, len(tokens))
     for stop in range(least, min(least + CONTEXT, len(tokens))):

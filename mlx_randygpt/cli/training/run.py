@@ -264,5 +264,5 @@ def _copies_note(sample: str, run: Run) -> str:
         return (
             "Copied by the sample: not searched in a long text; mlxgpt sample --check searches it"
         )
-    (copies,) = find_copies([sample], decoded(run.train_tokens, run.tokenizer))
+    (copies,) = find_copies([sample], decoded(np.asarray(run.train_tokens), run.tokenizer))
     return f"Copied by the sample: {copies_line(sample, copies)}"
