@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import ARCHS, BACKENDS, DTYPES, OPTIMIZERS, ModelConfig, TrainConfig
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 
@@ -51,12 +52,17 @@ threads_option = click.option(
 
 # The text
 
+data_path = FilePath(readable=False, allow_dash=True)  # reading it names what is wrong
 data_option = click.option(
-    "--data", multiple=True, help="Text files or folders, as for `mlxgpt train`; repeatable."
+    "--data",
+    type=data_path,
+    multiple=True,
+    help="Text files or folders, as for `mlxgpt train`; repeatable.",
 )
 tokenizer_options = options(
     click.option(
         "--tokenizer",
+        type=FilePath(readable=False),
         metavar="NAME",
         help="char, bpe, wordpiece, or the path of a tokenizer.json.  [default: char]",
     ),
@@ -203,7 +209,7 @@ def _check_bits(ctx: click.Context, param: click.Parameter, value: int | None) -
 
 checkpoint_option = click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Checkpoint file.  [default: the best of checkpoints/, else the newest]",
 )
 quantize_option = click.option(

@@ -85,7 +85,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{NEW} --data=tex.txt", 1, "no such file: 'tex.txt'"),
     (f"{NEW} --data=tex.txt", 1, "is it text.txt?"),
     (f"{NEW} --data=*.rst", 1, "no file matches '*.rst'"),
-    (f"{NEW} --data=", 1, "no such file: ''"),
+    (f"{NEW} --data=", 2, "'--data': '' is empty; give a path, or leave it out"),
     (f"{NEW} --data=~nobodyofthatname/a.txt", 1, "no such file: '~nobodyofthatname/a.txt'"),
     (
         f"{NEW} --tokenizer=~nobodyofthatname/t.json",
@@ -96,7 +96,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{NEW} --data=empty.txt", 1, "empty.txt is empty; put text into it or leave it out"),
     (f"{NEW} --data=binary.txt", 1, "binary.txt is binary, not text: a NUL byte at offset 2"),
     (f"{NEW} --data=latin.txt", 1, "latin.txt is not UTF-8 text: byte 0xe9 at offset 3 (line 1)"),
-    (f"{NEW} --data=wide.txt", 1, "wide.txt is UTF-16, not UTF-8; convert it, e.g. iconv"),
+    (f"{NEW} --data=wide.txt", 1, "wide.txt is UTF-16, not UTF-8; give --encoding utf-16"),
     (f"{NEW} --data=bare.txt", 1, "bare.txt looks like utf-16-le, not UTF-8; give --encoding utf-"),
     (f"{NEW} --out=text.txt", 1, "--out text.txt cannot be written: it is a file, not a folder"),
     (f"{NEW} --out=text.txt/sub", 1, "--out text.txt/sub cannot be written: Not a directory"),

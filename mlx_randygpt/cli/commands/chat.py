@@ -20,6 +20,7 @@ from mlx_randygpt.cli.options import (
     sampling_options,
 )
 from mlx_randygpt.cli.signals import CtrlC
+from mlx_randygpt.cli.values import FilePath
 
 if TYPE_CHECKING:
     from mlx_randygpt.sampling.chat import Conversation
@@ -33,7 +34,7 @@ MAX_HISTORY = 1000  # lines
 @sampling_options
 @click.option(
     "--replay",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Replay a conversation that was saved with /save.",
 )
 @quantize_option

@@ -12,6 +12,7 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
 from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.values import FilePath
 
 if TYPE_CHECKING:
     from mlx_randygpt.check import Finding
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("check", cls=Command)
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Check at the weights of this model instead of those of small models.",
 )
 @json_option

@@ -15,6 +15,7 @@ from mlx_randygpt.cli.options import (
     tokenizer_options,
 )
 from mlx_randygpt.cli.output import print_json, show, show_facts
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.words import format_bytes
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def list_corpora(json: bool) -> None:
 @click.argument("name")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     default=Path("data"),
     show_default=True,
     help="Folder to put the texts in.",

@@ -13,6 +13,7 @@ from mlx_randygpt.cli.loading import build, read, require_mlx
 from mlx_randygpt.cli.options import (
     backend_option,
     checkpoint_option,
+    data_path,
     json_option,
     model_options,
     quantize_option,
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 @click.command("eval", cls=Command)
 @checkpoint_option
-@click.option("--data", multiple=True, help="Text to evaluate.  [default: the run's own]")
+@click.option(
+    "--data", type=data_path, multiple=True, help="Text to evaluate.  [default: the run's own]"
+)
 @click.option(
     "--split",
     type=click.Choice(["val", "train", "all"]),

@@ -10,12 +10,13 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
 from mlx_randygpt.cli.options import json_option
 from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.exchange import EXPORT_FORMATS
 from mlx_randygpt.words import format_bytes
 
 
 @click.command("export", cls=Command)
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=FilePath(path_type=Path))
 @click.option(
     "--format",
     "kind",
@@ -27,7 +28,7 @@ from mlx_randygpt.words import format_bytes
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     required=True,
     metavar="DIR",
     help="The folder to write.",

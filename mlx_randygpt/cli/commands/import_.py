@@ -10,6 +10,7 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
 from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import GPT2_ACTIVATIONS
 from mlx_randygpt.exchange import IMPORT_FORMATS
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("import", cls=Command)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=FilePath(path_type=Path))
 @click.option(
     "--format",
     type=click.Choice(["auto", *IMPORT_FORMATS]),
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     required=True,
     help="The checkpoint to write.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option(
     "--vocab",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Tokenizer: tokenizer.json, a folder, vocab.json, meta.pkl.  [default: beside SOURCE]",
 )
 @click.option(

@@ -8,22 +8,26 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
+from mlx_randygpt.cli.options import data_path
+from mlx_randygpt.cli.values import FilePath
 
 DEFAULT_TOKENS = 50_000
 
 
 @click.command("inspect", cls=Command)
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=FilePath(path_type=Path))
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False),
     default="inspect.html",
     show_default=True,
     help="The page to write.",
 )
 @click.option("--text", help="Text whose attention is shown.  [default: from the validation text]")
-@click.option("--data", multiple=True, help="Text to evaluate on.  [default: the run's own]")
+@click.option(
+    "--data", type=data_path, multiple=True, help="Text to evaluate on.  [default: the run's own]"
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),

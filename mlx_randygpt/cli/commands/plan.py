@@ -25,6 +25,7 @@ from mlx_randygpt.cli.options import (
     threads_option,
 )
 from mlx_randygpt.cli.output import print_json, show, show_facts
+from mlx_randygpt.cli.values import Number
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.words import format_bytes, format_duration
 
@@ -64,9 +65,11 @@ TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
     help="Devices that share each batch.",
 )
 @click.option(
-    "--link", type=float, help="GB/s between hosts, each way.  [default: that of the device]"
+    "--link",
+    type=Number(0, min_open=True),
+    help="GB/s between hosts, each way.  [default: that of the device]",
 )
-@click.option("--cost-per-hour", type=click.FloatRange(0), help="Price of one host per hour.")
+@click.option("--cost-per-hour", type=Number(0), help="Price of one host per hour.")
 @threads_option
 @backend_option
 @json_option

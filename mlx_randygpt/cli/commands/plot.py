@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.values import FilePath, Number
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -22,16 +23,14 @@ AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the
 
 
 @click.command("plot", cls=Command)
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=FilePath(path_type=Path))
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False),
     help="The picture to write: .svg, .html or .png.  [default: draw in the terminal]",
 )
-@click.option(
-    "--smooth", type=click.FloatRange(0), help="Steps to average over.  [default: 1 % of all]"
-)
+@click.option("--smooth", type=Number(0), help="Steps to average over.  [default: 1 % of all]")
 def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -> None:
     """Plot loss, learning rate, gradient norm and speed of one or more runs.
 

@@ -11,6 +11,7 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
 from mlx_randygpt.cli.output import print_json, show, stdout_console
+from mlx_randygpt.cli.values import FilePath
 
 GAP = 2  # columns between two columns
 MAX_NAME = 24  # columns of a name before a number has to make way for it
@@ -18,7 +19,7 @@ DROPPED_FIRST = ("tokens", "time", "train", "last", "at step", "step")  # on a n
 
 
 @click.command("runs", cls=Command)
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, type=FilePath(path_type=Path))
 @json_option
 def command(folders: tuple[Path, ...], json: bool) -> None:
     """Compare runs: best and last loss, steps, time, tokens, and settings that differ.

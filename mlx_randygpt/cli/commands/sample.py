@@ -21,6 +21,7 @@ from mlx_randygpt.cli.options import (
     sampling_options,
 )
 from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.cli.values import FilePath, Number
 from mlx_randygpt.words import clean_text
 
 if TYPE_CHECKING:
@@ -38,13 +39,14 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
 @click.option(
     "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    type=FilePath(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     help="File with the prompt; - is stdin.",
 )
 @sampling_options
 @click.option("--beams", default=1, show_default=True, help="Beams of a beam search; 1 samples.")
 @click.option(
     "--length-penalty",
+    type=Number(-10, 10),
     default=1.0,
     show_default=True,
     help="Length penalty of beams; above 1 favours long texts.",

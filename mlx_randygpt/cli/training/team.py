@@ -65,9 +65,9 @@ class Team:
         if LIFELINE in os.environ:
             descriptor = int(os.environ[LIFELINE])
             threading.Thread(target=_hold, args=(descriptor,), daemon=True).start()
+        if not 1 <= self._timeout <= 3600:
+            raise RankError(f"--rank-timeout {self._timeout:g} is not between 1 and 3600 s")
         if is_ranked():
-            if not 1 <= self._timeout <= 3600:
-                raise RankError(f"--rank-timeout {self._timeout:g} is not between 1 and 3600 s")
             self.group = _join()
         if self.group.size > 1:
             self._watch.connect(self.group)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mlx_randygpt import settings
 from mlx_randygpt.backends.ranks.group import is_ranked
-from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
@@ -38,7 +38,10 @@ def files_of(paths: Sequence[str]) -> list[Path]:
 
 def requested_tokenizer(options: Mapping[str, Any]) -> Tokenizer | Vocabulary:
     """Return the tokenizer that the options of a new run ask for, or what learns it."""
-    return choose_tokenizer(options.get("tokenizer", "char"), options.get("vocab_size", 0))
+    size = options.get("vocab_size")
+    if size == 0:
+        raise ConfigError("vocab_size=0 is too small; it must be at least 1, or left out")
+    return choose_tokenizer(options.get("tokenizer", "char"), size or 0)
 
 
 def tokenizer_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
