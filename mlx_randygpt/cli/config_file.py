@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlx_randygpt.cli.values import FilePath
+from mlx_randygpt.files import read_text
 from mlx_randygpt.words import one_line
 
 RESUME_NEWEST = "@newest"  # value of a bare --resume
@@ -32,7 +33,9 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     if path is None:
         return
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        content = tomllib.loads(read_text(path, "utf-8-sig"))
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror}", ctx, param) from error
     except (ValueError, RecursionError) as error:
         raise click.BadParameter(
             f"{path} is not a TOML file: {one_line(error)}", ctx, param

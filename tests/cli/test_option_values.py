@@ -4,6 +4,8 @@ nan and infinity as numbers, the empty path, and sizes of zero; and `~` and byte
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from mlx_randygpt import files
 from mlx_randygpt.checkpoint import NEWEST
 from mlx_randygpt.cli import COMMANDS, group
 
@@ -20,10 +23,14 @@ BASES = {  # what a command needs before it looks at the option
     "find-lr": "find-lr --data=text.txt --backend=numpy",
     "eval": f"eval --checkpoint=run/{NEWEST}",
     "data fetch": "data fetch text8",
-    "import": "import source -o new",
+    "import": "import exported --output=new",
     "plan": "plan --device=h100",
     "plot": "plot run",
-    "export": "export -o new",
+    "export": "export --output=new",
+    "sample": f"sample --checkpoint=run/{NEWEST} --backend=numpy",
+    "chat": f"chat --checkpoint=run/{NEWEST} --backend=numpy",
+    "inspect": f"inspect run/{NEWEST}",
+    "launch": "launch -- train",
 }
 NEEDS = {"--lora-alpha": f"--init-from=run/{NEWEST} --lora-rank=2"}
 
@@ -46,10 +53,20 @@ FLOATS = [
     if isinstance(param.type, click.types.FloatParamType)
 ]
 PATHS = [(words, param) for words, param in PARAMS if isinstance(param.type, click.Path)]
+READ = [(words, param) for words, param in PATHS if param.name not in ("output", "out")]
 
 
 def call(*words: str, **environ: str) -> Result:
     return CliRunner().invoke(group, words, auto_envvar_prefix="MLXGPT", env=environ)
+
+
+def words_with(command: str, param: click.Parameter, value: str) -> list[str]:
+    """The words of a call that gives one parameter this value."""
+    head, option = command.split(), f"{max(param.opts, key=len)}="
+    rest = BASES.get(command, command).split()[len(head) :]
+    if isinstance(param, click.Argument):
+        return [*head, value, *(word for word in rest if word.startswith("-"))]
+    return [*head, option + value, *(word for word in rest if not word.startswith(option))]
 
 
 def refusal(result: Result) -> str:
@@ -65,10 +82,12 @@ def run(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text and a run of it."""
     folder = tmp_path_factory.mktemp("values")
     (folder / "text.txt").write_text(text)
+    os.mkfifo(folder / "pipe")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         result = call(*TRAIN.split(), "--out=run")
-    assert result.exit_code == 0, result.output
+        assert result.exit_code == 0, result.output
+        assert call("export", f"run/{NEWEST}", "--output=exported").exit_code == 0
     return folder
 
 
@@ -95,13 +114,21 @@ def test_no_number_is_nan_or_infinite(command: str, option: str, value: str) -> 
 
 @pytest.mark.parametrize(("command", "param"), PATHS, ids=lambda x: getattr(x, "name", x))
 def test_no_path_is_empty(command: str, param: click.Parameter) -> None:
-    words = BASES.get(command, command).split()
-    if isinstance(param, click.Argument):
-        words.insert(len(command.split()), "")
-    else:
-        words.append(f"{max(param.opts, key=len)}=")
-    result = call(*words)
+    result = call(*words_with(command, param, ""))
     assert (result.exit_code, "'' is empty; give a path" in refusal(result)) == (2, True)
+
+
+@pytest.mark.parametrize(("command", "param"), READ, ids=lambda x: getattr(x, "name", x))
+def test_no_command_waits_for_ever_for_the_writer_of_a_pipe(
+    command: str, param: click.Parameter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "WRITER_SECONDS", 0)
+    signal.alarm(30)  # ends a read that waits
+    try:
+        line = refusal(call(*words_with(command, param, "pipe")))
+    finally:
+        signal.alarm(0)
+    assert "pipe" in line
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mlx_randygpt import settings
 from mlx_randygpt.backends.ranks.group import is_ranked
+from mlx_randygpt.cli.training.team import LIFELINE
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
-from mlx_randygpt.data.files import default_source, find_files
+from mlx_randygpt.data.files import default_source, find_files, is_pipe
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer
@@ -27,8 +29,11 @@ READING = ("encoding", "text_field")  # options that read other text from the sa
 
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
-    if "-" in paths and is_ranked():
-        raise DataError("several ranks have no stdin, so --data - is not possible; name a file")
+    pipe = next(filter(is_pipe, paths), "")
+    if pipe and (LIFELINE in os.environ or is_ranked()):
+        raise DataError(
+            f"ranks cannot read stdin or a pipe, so --data {pipe} is not possible; name a file"
+        )
     if paths:
         return find_files(paths, lambda line: click.echo(line, err=True))
     files, note = default_source(Path(), download_shakespeare)
