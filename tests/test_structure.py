@@ -98,6 +98,18 @@ def test_only_the_command_line_owns_the_process(name: str) -> None:
             assert node.id not in ("print", "input", "exit", "SystemExit")
 
 
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] == "cli"])
+def test_only_one_module_prints(name: str) -> None:
+    if name == "cli.output":  # which keeps control characters away from terminals
+        return
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "print"
+            assert not called.endswith((".print", ".echo", "secho", "echo_via_pager")), called
+            assert not called.startswith(("sys.stdout.write", "sys.stderr.write")), called
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
 def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", PACKAGE, *arguments]

@@ -19,7 +19,7 @@ from mlx_randygpt.cli.options import (
     quantize_option,
     reading_options,
 )
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
 
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Scorer
@@ -76,7 +76,7 @@ def command(
     files = text.files_of(data or saved.data["paths"])
     _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
     if line := text.unknown_line(corpus.unknown):
-        click.echo(line, err=True)
+        echo(line, err=True)
     if quantize is not None:  # compare in one type, and fail before the first evaluation
         saved = replace(saved, train=replace(saved.train, dtype="float32"))
         require_mlx(backend)
@@ -98,13 +98,13 @@ def command(
     if json:
         print_json(values)
         return
-    click.echo(
+    echo(
         f"{split} loss {score.loss:.4f} | perplexity {score.perplexity:.2f} | "
         f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
         f"step {saved.state.step}"
     )
     if cost:
-        click.echo(
+        echo(
             f"{quantize} bits cost {cost['loss_cost']:+.4f}: the float32 weights have "
             f"{cost['loss_float']:.4f}"
         )

@@ -9,7 +9,7 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
 from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.exchange import EXPORT_FORMATS
 from mlx_randygpt.words import format_bytes
@@ -50,5 +50,5 @@ def command(checkpoint: Path | None, kind: str, output: Path, overwrite: bool, j
         print_json({**row, "files": sizes, "bytes": n_bytes})
         return
     total = format_bytes(n_bytes)
-    click.echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
-    click.echo(f"Description and instructions: {output / 'README.md'}")
+    echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
+    echo(f"Description and instructions: {output / 'README.md'}")

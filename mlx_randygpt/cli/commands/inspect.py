@@ -9,6 +9,7 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
 from mlx_randygpt.cli.options import data_path
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.values import FilePath
 
 DEFAULT_TOKENS = 50_000
@@ -57,7 +58,7 @@ def command(
     _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
     for dropped in (corpus.unknown, tokenizer.unknown(text or "")):
         if line := texts.unknown_line(dropped):
-            click.echo(line, err=True)
+            echo(line, err=True)
     with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))
         html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens, samples)
@@ -65,4 +66,4 @@ def command(
         write(output, html.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
-    click.echo(f"✓ Saved {output}")
+    echo(f"✓ Saved {output}")

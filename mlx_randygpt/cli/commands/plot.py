@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.output import echo, show
 from mlx_randygpt.cli.values import FilePath, Number
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -
         _draw(records, span)
         return
     _write(output, records, span)
-    click.echo(f"✓ Saved {output}")
+    echo(f"✓ Saved {output}")
 
 
 def _write(output: Path, records: list[RunRecord], span: float) -> None:
@@ -78,10 +79,10 @@ def _draw(records: list[RunRecord], span: float) -> None:
     width = max(MIN_WIDTH, min(console.width, MAX_WIDTH)) if console.is_terminal else 80
     for i, label in enumerate(labels(records)):
         line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean_text(label))
-        console.print(line, soft_wrap=not console.is_terminal)
+        show(line, console, soft_wrap=not console.is_terminal)
     for name, title, _ in PANELS:
         for line in chart(records, name, title, width, span):
-            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+            show(line, console, no_wrap=True, overflow="ignore", crop=False)
 
 
 def chart(records: list[RunRecord], name: str, title: str, width: int, span: float) -> list[Text]:

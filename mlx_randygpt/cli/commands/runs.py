@@ -10,7 +10,7 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, show, stdout_console
+from mlx_randygpt.cli.output import echo, print_json, show, stdout_console
 from mlx_randygpt.cli.values import FilePath
 
 GAP = 2  # columns between two columns
@@ -34,9 +34,9 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
         try:
             runs.append((file.parent, read_run(file.parent)))
         except MetricsError as error:
-            click.echo(f"Skipped: {error}", err=True)
+            echo(f"Skipped: {error}", err=True)
         except OSError as error:
-            click.echo(f"Skipped: {file} cannot be read: {error.strerror}", err=True)
+            echo(f"Skipped: {file} cannot be read: {error.strerror}", err=True)
     if not runs:
         searched = ", ".join(map(str, folders)) or "."
         raise MetricsError(f"no run below {searched}; a run is a folder of `mlxgpt train --out`")

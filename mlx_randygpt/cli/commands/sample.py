@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from mlx_randygpt.cli.options import (
     quantize_option,
     sampling_options,
 )
-from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.cli.output import echo, print_json, show
 from mlx_randygpt.cli.values import FilePath, Number
 from mlx_randygpt.words import clean_text
 
@@ -99,7 +98,7 @@ def command(
         prompt = read_text(find_files([str(prompt_file)])[0])
     prompt = unify_newlines(loaded.saved.train.prompt if prompt is None else prompt)
     if line := unknown_line(loaded.tokenizer.unknown(prompt)):
-        click.echo(line, err=True)
+        echo(line, err=True)
     printer = Printer("" if no_echo else prompt, config, json or num_samples > 1 or show_probs)
     started, samples = time.perf_counter(), list["Generated"]()
     for samples in _generate(
@@ -176,7 +175,7 @@ class Printer:
         self._prompt, self._stops, self._quiet = prompt, config.stop, quiet
         self._shown = 0
         if not quiet:
-            self._write(prompt)
+            echo(prompt, nl=False)
 
     def update(self, samples: list[Generated]) -> None:
         """Write the text that can no longer turn into a stop text."""
@@ -186,20 +185,16 @@ class Printer:
 
         text, done = samples[0].text, samples[0].finish_reason
         ready = len(text) if done else shown_length(text, self._stops)
-        self._write(text[self._shown : ready])
+        echo(text[self._shown : ready], nl=False)
         self._shown = max(self._shown, ready)
 
     def end(self, samples: list[Generated]) -> None:
         """Write the rest and a newline."""
         if not self._quiet:
-            self._write((samples[0].text[self._shown :] if samples else "") + "\n")
+            echo(samples[0].text[self._shown :] if samples else "")
             return
         for index, sample in enumerate(samples):
-            self._write("---\n" * (index > 0) + self._prompt + sample.text + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+            echo("---\n" * (index > 0) + self._prompt + sample.text)
 
 
 def _report(

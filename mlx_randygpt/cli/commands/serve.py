@@ -20,6 +20,7 @@ from mlx_randygpt.cli.options import (
     quantize_option,
     sampling_options,
 )
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.config import UserError, missing
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _serve(app: Any, listening: socket.socket, host: str) -> None:
 
     port = listening.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
-    click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
+    echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -159,9 +160,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(1024)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the last two: not a host name
         listening.close()
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise ServeError(f"cannot listen on {host}:{port}: {reason}; try another --port") from error
     return listening
 

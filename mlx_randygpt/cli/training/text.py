@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_randygpt import settings
 from mlx_randygpt.backends.ranks.group import is_ranked
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.training.team import LIFELINE
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.data import DataError, cache
@@ -35,9 +35,9 @@ def files_of(paths: Sequence[str]) -> list[Path]:
             f"ranks cannot read stdin or a pipe, so --data {pipe} is not possible; name a file"
         )
     if paths:
-        return find_files(paths, lambda line: click.echo(line, err=True))
+        return find_files(paths, lambda line: echo(line, err=True))
     files, note = default_source(Path(), download_shakespeare)
-    click.echo(note, err=True)
+    echo(note, err=True)
     return files
 
 
