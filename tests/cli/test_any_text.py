@@ -144,7 +144,7 @@ def test_bits_per_byte_of_a_step_are_those_of_its_bytes(tokenizer_file: str) -> 
         ("--data=a.txt --tokenizer=bpee", "--tokenizer bpee is not char, bpe, wordpiece or a r"),
         ("--data=a.txt --tokenizer=bpe --vocab-size=9", "vocab_size=9 does not fit a bpe token"),
         ("--data=a.txt --vocab-size=600", "vocab_size=600 is not in 1..512, the sizes"),
-        ("--data=a.txt --tokenizer=a.txt", "--tokenizer a.txt: not a tokenizer.json (expected"),
+        ("--data=a.txt --tokenizer=a.txt", "--tokenizer a.txt: not a tokenizer.json (Expecting"),
         ("--data=a.txt --encoding=utf-99", "encoding='utf-99' is unknown; try utf-8"),
         ("--data=wide.txt", "wide.txt is UTF-16, not UTF-8; give --encoding utf-16"),
         ("--data=rows.jsonl", "has no text under 'text'; it has story; choose another with --t"),
