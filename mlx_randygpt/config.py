@@ -97,6 +97,11 @@ class ModelConfig:
             )
         if self.position not in ("rope", "learned"):
             raise ConfigError(f"position={self.position!r} is unknown; it is rope or learned")
+        if self.position == "rope" and self.n_embd < 2:
+            raise ConfigError(
+                f"n_embd={self.n_embd} is too small; rotary positions turn pairs, so it must be at "
+                "least 2"
+            )
         if self.position == "rope" and self.head_size < 2:
             raise ConfigError(
                 f"n_embd/n_head={self.head_size} is too small; rotary positions turn pairs, so "

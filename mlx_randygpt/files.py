@@ -1,4 +1,4 @@
-"""What lies at a path, atomic replacement of files and folders, a flush that reaches the disk.
+"""What lies at a path, atomic replacement of files and folders, durable flush, reading from pipes.
 
 What pathlib and glob answer for a path that cannot be reached depends on the reason and on the
 version of Python: missing, or nothing at all. Here missing is missing, and any other reason is an
@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import secrets
+import select
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from typing import BinaryIO
 BUFFER_BYTES = 1 << 20
 MAX_NAME = 50  # characters of a file's name that its temporary name repeats; names are limited
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+WRITER_SECONDS = 10  # for a process to open the other end of a pipe
 TEMPORARY = re.compile(r"\.(.+?)\.\d+(\.[0-9a-f]{8})?\.tmp")
 
 
@@ -36,6 +38,17 @@ def flush(descriptor: int) -> None:
             fcntl.fcntl(descriptor, full_flush)
             return
     os.fsync(descriptor)
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Open a file or a pipe; raise TimeoutError for a pipe that no process opens for writing."""
+    return open(path, "rb", opener=_open_with_writer)
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a small file or of a pipe; raise like `open_to_read`."""
+    with open(path, encoding=encoding, opener=_open_with_writer) as file:
+        return file.read()
 
 
 def exists(path: Path) -> bool:
@@ -197,6 +210,30 @@ def sweep(folder: Path, name: str = "") -> None:
             match = TEMPORARY.fullmatch(left.name)
             if match and name[:MAX_NAME] in ("", match[1]):
                 _remove_unlocked(left)
+
+
+def _open_with_writer(path: str, flags: int) -> int:
+    """Return a descriptor as `os.open` does, but do not wait for ever for the writer of a pipe."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode) and not _has_writer(descriptor):
+        os.close(descriptor)
+        reason = f"it is a pipe that no process has opened for writing in {WRITER_SECONDS} s"
+        raise TimeoutError(errno.ETIMEDOUT, f"{reason}; start the writer first", path)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def _has_writer(pipe: int) -> bool:
+    """Wait until a pipe has content or an end; return False if nobody opens it in time."""
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN)
+    if poller.poll(WRITER_SECONDS * 1000):
+        return True
+    try:
+        os.read(pipe, 1)  # nothing is there to be lost
+    except BlockingIOError:  # a writer that has not written yet
+        return True
+    return False
 
 
 def _remove_unlocked(left: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 N_UNKNOWN = 5  # kinds of unknown characters named in a message
+JOINERS = "\u200c\u200d"  # not printable, but part of how Persian, Hindi and emoji are spelled
 MAX_REASON = 160  # characters of an error text, which may quote a damaged file
 
 
@@ -65,6 +66,7 @@ def one_line(error: object) -> str:
 
 def clean_text(text: str, *, keep: str = "") -> str:
     """Replace what a terminal could act on: white space not in `keep` by a space, the rest by �."""
+    keep += JOINERS
     return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else "�" for c in text)
 
 

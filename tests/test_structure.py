@@ -109,6 +109,18 @@ def test_files_alone_asks_what_lies_at_a_path(name: str) -> None:
             assert node.func.attr not in vague or ast.unparse(node.func.value) == "files"
 
 
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] == "cli"])
+def test_only_one_module_prints(name: str) -> None:
+    if name == "cli.output":  # which keeps control characters away from terminals
+        return
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "print"
+            assert not called.endswith((".print", ".echo", "secho", "echo_via_pager")), called
+            assert not called.startswith(("sys.stdout.write", "sys.stderr.write")), called
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
 def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", PACKAGE, *arguments]

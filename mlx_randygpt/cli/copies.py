@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from mlx_randygpt.cli.output import echo, show
 from mlx_randygpt.words import clean_text
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def load_training_text(
         raise DataError(f"the training text: {error}; give it with --data") from error
     changed = corpus.sha256 != saved.data.get("sha256")
     if changed and not data:
-        click.echo(CHANGED, err=True)
+        echo(CHANGED, err=True)
     return TrainingText(corpus, tokenizer, changed)
 
 
@@ -91,14 +90,14 @@ def show_copies(samples: Sequence[str], copies: Sequence[Copies]) -> None:
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number, (sample, found) in enumerate(zip(samples, copies, strict=True), start=1):
         name = f"Copied in sample {number}" if len(samples) > 1 else "Copied"
-        click.echo(f"{name}: {copies_line(sample, found)}", err=True)
+        echo(f"{name}: {copies_line(sample, found)}", err=True)
         if not found.passages:
             continue
         if console.color_system is not None and not console.no_color:
-            console.print(_underlined(sample, found.covered))
+            show(_underlined(sample, found.covered), console)
             continue
         for start, stop in found.passages:
-            click.echo(f"  [{start}:{stop}] {clean_text(sample[start:stop])!r}", err=True)
+            echo(f"  [{start}:{stop}] {clean_text(sample[start:stop])!r}", err=True)
 
 
 def _underlined(sample: str, spans: Sequence[Span]) -> Text:

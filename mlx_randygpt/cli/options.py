@@ -13,26 +13,9 @@ from typing import Any, TypeVar
 
 import click
 
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import ARCHS, BACKENDS, DTYPES, OPTIMIZERS, ModelConfig, TrainConfig
-from mlx_randygpt.files import exists
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
-
-
-class ExistingFile(click.Path):
-    """A path of a file; click's own exists=True says that one it cannot reach does not exist."""
-
-    def __init__(self, *, allow_dash: bool = False) -> None:
-        super().__init__(exists=True, dir_okay=False, allow_dash=allow_dash, path_type=Path)
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return the path; fail with the reason if it is not that of a file, or `-`."""
-        try:
-            if value != "-":
-                exists(Path(value))
-        except OSError as error:
-            self.fail(f"{value} cannot be read: {error.strerror}", param, ctx)
-        return super().convert(value, param, ctx)
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -69,12 +52,17 @@ threads_option = click.option(
 
 # The text
 
+data_path = FilePath(readable=False, allow_dash=True)  # reading it names what is wrong
 data_option = click.option(
-    "--data", multiple=True, help="Text files or folders, as for `mlxgpt train`; repeatable."
+    "--data",
+    type=data_path,
+    multiple=True,
+    help="Text files or folders, as for `mlxgpt train`; repeatable.",
 )
 tokenizer_options = options(
     click.option(
         "--tokenizer",
+        type=FilePath(readable=False),
         metavar="NAME",
         help="auto, char, bpe, wordpiece, or the path of a tokenizer.json.  [default: auto]",
     ),
@@ -232,7 +220,7 @@ def _check_bits(ctx: click.Context, param: click.Parameter, value: int | None) -
 
 checkpoint_option = click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Checkpoint file.  [default: the best of checkpoints/, else the newest]",
 )
 

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import os
 import re
-import select
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.own_files import is_own
-from mlx_randygpt.files import exists, is_file, is_folder, resolve, walk
+from mlx_randygpt.files import exists, is_file, is_folder, open_to_read, resolve, walk
 
 PROSE = (".txt", ".md", ".markdown", ".rst", ".org", ".tex", ".html")
 SOURCE = (
@@ -53,7 +52,6 @@ SOURCE = (
 )
 Note = Callable[[str], None]  # shows a line about files that are left out
 ROWS = (".jsonl", ".ndjson", ".parquet")  # many documents in a file
-WRITER_SECONDS = 10  # for a process to open the other end of a pipe
 PACKED = (".gz", ".zst")
 SUFFIXES = (*PROSE, *SOURCE, *ROWS)
 WILDCARDS = frozenset("*?[")
@@ -110,6 +108,12 @@ def _data_errors(name: object) -> Iterator[None]:
         raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
 
 
+def is_pipe(name: str) -> bool:
+    """Return whether a path is stdin or a pipe, which one process can read, and only once."""
+    path = Path(os.path.expanduser(name))
+    return name == "-" or name.startswith("/dev/fd/") or path.is_fifo()
+
+
 def default_source(
     cwd: Path, download: Callable[[Path], None], note: Note = lambda line: None
 ) -> tuple[list[Path], str]:
@@ -161,32 +165,12 @@ def _expand(name: str, note: Note) -> Iterator[Path]:
 
 
 def _kept_text(pipe: Path) -> Path:
-    """Copy the text of stdin or a pipe; raise DataError for a device, or if nobody writes."""
-    descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as stream:
-        mode = os.fstat(descriptor).st_mode
+    """Copy the text of stdin or a pipe; raise DataError for a device."""
+    with open_to_read(pipe) as stream:
+        mode = os.fstat(stream.fileno()).st_mode
         if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
             raise DataError(f"{pipe} is a device; give a file, a folder or a pipe")
-        if stat.S_ISFIFO(mode) and not _has_writer(descriptor):
-            raise DataError(
-                f"{pipe} is a pipe that no process has opened for writing in "
-                f"{WRITER_SECONDS} s; start the writer first"
-            )
-        os.set_blocking(descriptor, True)
         return cache.keep_text(stream)
-
-
-def _has_writer(pipe: int) -> bool:
-    """Wait until a pipe has content or an end; return False if nobody opens it in time."""
-    poller = select.poll()
-    poller.register(pipe, select.POLLIN)
-    if poller.poll(WRITER_SECONDS * 1000):
-        return True
-    try:
-        os.read(pipe, 1)  # nothing is there to be lost
-    except BlockingIOError:  # a writer that has not written yet
-        return True
-    return False
 
 
 def _texts_under(folder: Path, note: Note) -> list[Path]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data import DataError
+from mlx_randygpt.files import read_text
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, count_characters
 from mlx_randygpt.tokenizers.subword import DEFAULT_SIZE, KINDS, SubwordTokenizer
@@ -130,7 +131,7 @@ def choose_tokenizer(name: str, size: int) -> Tokenizer | Vocabulary:
     if size:
         raise ConfigError(f"--vocab-size {size} cannot be combined with a tokenizer from a file")
     try:
-        return SubwordTokenizer.from_file(Path(expanduser(name)).read_text(encoding="utf-8"))
+        return SubwordTokenizer.from_file(read_text(Path(expanduser(name))))
     except OSError as error:
         raise DataError(
             f"--tokenizer {name} is not {AUTO}, char, {', '.join(KINDS)} or a readable file: "

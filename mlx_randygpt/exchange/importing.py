@@ -96,7 +96,7 @@ def _detect_folder(source: Path) -> str:
         )
     if files.is_file(source / nanogpt.CHECKPOINT):
         return "nanogpt"
-    if (source / gguf.FILE_NAME).is_file():
+    if files.is_file(source / gguf.FILE_NAME):
         return "gguf"
     raise ExchangeError(
         f"{source} holds neither a config.json, a {nanogpt.CHECKPOINT} nor a {gguf.FILE_NAME}; "

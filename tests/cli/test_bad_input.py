@@ -85,7 +85,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{NEW} --data=tex.txt", 1, "no such file: 'tex.txt'"),
     (f"{NEW} --data=tex.txt", 1, "is it text.txt?"),
     (f"{NEW} --data=*.rst", 1, "no file matches '*.rst'"),
-    (f"{NEW} --data=", 1, "no such file: ''"),
+    (f"{NEW} --data=", 2, "'--data': '' is empty; give a path, or leave it out"),
     (f"{NEW} --data=~nobodyofthatname/a.txt", 1, "no such file: '~nobodyofthatname/a.txt'"),
     (
         f"{NEW} --tokenizer=~nobodyofthatname/t.json",

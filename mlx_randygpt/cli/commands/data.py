@@ -14,7 +14,8 @@ from mlx_randygpt.cli.options import (
     reading_options,
     tokenizer_options,
 )
-from mlx_randygpt.cli.output import print_json, show, show_facts
+from mlx_randygpt.cli.output import echo, print_json, show, show_facts
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.words import format_bytes
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def list_corpora(json: bool) -> None:
 @click.argument("name")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     default=Path("data"),
     show_default=True,
     help="Folder to put the texts in.",
@@ -71,8 +72,8 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     else:
         source = f"{gutenberg_url(book[0] if book else next(iter(SHELF)))} and others"
     about = "" if corpus.remote and corpus.remote.size else "about "
-    click.echo(f"{corpus.name}: {corpus.what}\nLicence: {corpus.licence}", err=True)
-    click.echo(f"From {source}: {about}{format_bytes(corpus.size)}", err=True)
+    echo(f"{corpus.name}: {corpus.what}\nLicence: {corpus.licence}", err=True)
+    echo(f"From {source}: {about}{format_bytes(corpus.size)}", err=True)
     with ProgressBar() as bar:
 
         def download(remote: Remote, path: Path) -> None:
@@ -80,16 +81,16 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
                 remote, path, lambda done, size: bar(f"Downloading {path.name}", done, size)
             )
             if not remote.sha256:
-                click.echo(f"{path.name}: no checksum is known; its SHA-256 is {digest}", err=True)
+                echo(f"{path.name}: no checksum is known; its SHA-256 is {digest}", err=True)
 
         if corpus.remote is None:
             folder, books = out / corpus.target, book or tuple(SHELF)
-            corpora.install_books(books, folder, download, lambda line: click.echo(line, err=True))
+            corpora.install_books(books, folder, download, lambda line: echo(line, err=True))
             target = folder
         else:
             target = corpora.install(corpus, out, download)
     use = "--tokenizer" if name.endswith("-tokenizer") else "--data"
-    click.echo(f"{target} is there. Train on it: mlxgpt train {use} {target}")
+    echo(f"{target} is there. Train on it: mlxgpt train {use} {target}")
 
 
 @command.command("prepare", cls=Command)
@@ -108,7 +109,7 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
     files = text.files_of(data)
     tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
     for line in text.tokenizer_lines(corpus, tokenizer):
-        click.echo(line, err=True)
+        echo(line, err=True)
     n_bytes = int(tokenizer.token_bytes()[np.asarray(corpus.tokens[:1_000_000])].sum())
     cached = corpus.tokens.file.path if isinstance(corpus.tokens, TokenFile) else None
     values = {

@@ -13,12 +13,13 @@ from mlx_randygpt.cli.loading import build, read, require_mlx
 from mlx_randygpt.cli.options import (
     backend_option,
     checkpoint_option,
+    data_path,
     json_option,
     model_options,
     quantize_option,
     reading_options,
 )
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
 
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Scorer
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 @click.command("eval", cls=Command)
 @checkpoint_option
-@click.option("--data", multiple=True, help="Text to evaluate.  [default: the run's own]")
+@click.option(
+    "--data", type=data_path, multiple=True, help="Text to evaluate.  [default: the run's own]"
+)
 @click.option(
     "--split",
     type=click.Choice(["val", "train", "all"]),
@@ -73,7 +76,7 @@ def command(
     files = text.files_of(data or saved.data["paths"])
     _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
     for line in text.loss_lines(corpus, tokenizer):
-        click.echo(line, err=True)
+        echo(line, err=True)
     if quantize is not None:  # compare in one type, and fail before the first evaluation
         saved = replace(saved, train=replace(saved.train, dtype="float32"))
         require_mlx(backend)
@@ -95,13 +98,13 @@ def command(
     if json:
         print_json(values)
         return
-    click.echo(
+    echo(
         f"{split} loss {score.loss:.4f} | perplexity {score.perplexity:.2f} | "
         f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
         f"step {saved.state.step}"
     )
     if cost:
-        click.echo(
+        echo(
             f"{quantize} bits cost {cost['loss_cost']:+.4f}: the float32 weights have "
             f"{cost['loss_float']:.4f}"
         )

@@ -9,13 +9,14 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.exchange import EXPORT_FORMATS, GGUF_OUTTYPES
 from mlx_randygpt.words import format_bytes
 
 
 @click.command("export", cls=Command)
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=FilePath(path_type=Path))
 @click.option(
     "--format",
     "kind",
@@ -27,7 +28,7 @@ from mlx_randygpt.words import format_bytes
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     required=True,
     metavar="DIR",
     help="The folder to write.",
@@ -62,10 +63,10 @@ def command(
         print_json({**row, "files": sizes, "bytes": n_bytes})
         return
     total = format_bytes(n_bytes)
-    click.echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
-    click.echo(f"Description and instructions: {output / 'README.md'}")
+    echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
+    echo(f"Description and instructions: {output / 'README.md'}")
     if kind in ("hf", "mlx-lm") and not saved.model.is_gpt2 and find_misfit(saved.model):
-        click.echo(
+        echo(
             "Note: this folder contains code of mlxgpt. A model of --recipe portable needs none, "
             "and runs in vLLM, llama.cpp, Ollama and LM Studio too (--format gguf)."
         )

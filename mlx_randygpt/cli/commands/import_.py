@@ -9,7 +9,8 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import GPT2_ACTIVATIONS
 from mlx_randygpt.exchange import IMPORT_FORMATS
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("import", cls=Command)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=FilePath(path_type=Path))
 @click.option(
     "--format",
     type=click.Choice(["auto", *IMPORT_FORMATS]),
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     required=True,
     help="The checkpoint to write.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option(
     "--vocab",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Tokenizer: tokenizer.json, a folder, vocab.json, meta.pkl.  [default: beside SOURCE]",
 )
 @click.option(
@@ -80,17 +81,17 @@ def command(
     given_sizes = {name: value for name, value in sizes.items() if value is not None}
     imported = read_foreign(source, format, vocab=vocab, activation=activation, sizes=given_sizes)
     for note in imported.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     save_checkpoint(output, imported.checkpoint())
     values = describe(output, imported)
     if json:
         print_json(values)
         return
-    click.echo(
+    echo(
         f"✓ {values['parameters']:,} parameters of {values['format']} written to {output} "
         f"(step {values['step']:,}, vocabulary {values['vocab_size']:,})"
     )
-    click.echo(f"Let it write: mlxgpt sample --checkpoint {output}")
+    echo(f"Let it write: mlxgpt sample --checkpoint {output}")
 
 
 def describe(output: Path, imported: ImportedModel) -> dict[str, Any]:

@@ -8,22 +8,27 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
+from mlx_randygpt.cli.options import data_path
+from mlx_randygpt.cli.output import echo
+from mlx_randygpt.cli.values import FilePath
 
 DEFAULT_TOKENS = 50_000
 
 
 @click.command("inspect", cls=Command)
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=FilePath(path_type=Path))
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False),
     default="inspect.html",
     show_default=True,
     help="The page to write.",
 )
 @click.option("--text", help="Text whose attention is shown.  [default: from the validation text]")
-@click.option("--data", multiple=True, help="Text to evaluate on.  [default: the run's own]")
+@click.option(
+    "--data", type=data_path, multiple=True, help="Text to evaluate on.  [default: the run's own]"
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
@@ -55,7 +60,7 @@ def command(
     _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
     for line in (*texts.loss_lines(corpus, tokenizer), unknown_line(tokenizer.unknown(text or ""))):
         if line:
-            click.echo(line, err=True)
+            echo(line, err=True)
     with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))
         val = np.asarray(corpus.val)
@@ -64,4 +69,4 @@ def command(
         write(output, html.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
-    click.echo(f"✓ Saved {output}")
+    echo(f"✓ Saved {output}")

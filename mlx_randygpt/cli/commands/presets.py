@@ -9,7 +9,7 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.cli.output import echo, print_json, show
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 from mlx_randygpt.words import format_bytes
 
@@ -33,7 +33,7 @@ def command(recipe: str, json: bool) -> None:
         print_json({"recipe": recipe, "vocab_size": VOCAB_SIZE, "presets": rows})
         return
     show(_table(rows))
-    click.echo(
+    echo(
         f"\nParameters of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the default "
         f"preset is {DEFAULT_PRESET}.\n16 B/param: memory for training (weights, gradients, two "
         "moments) without activations.\nOn disk: the size of a checkpoint (weights and moments)."

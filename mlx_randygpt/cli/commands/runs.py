@@ -11,7 +11,8 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, show, stdout_console
+from mlx_randygpt.cli.output import echo, print_json, show, stdout_console
+from mlx_randygpt.cli.values import FilePath
 
 GAP = 2  # columns between two columns
 MAX_NAME = 24  # columns of a name before a number has to make way for it
@@ -19,7 +20,7 @@ DROPPED_FIRST = ("tokens", "time", "train", "last", "at step", "step")  # on a n
 
 
 @click.command("runs", cls=Command)
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, type=FilePath(path_type=Path))
 @json_option
 def command(folders: tuple[Path, ...], json: bool) -> None:
     """Compare runs: best and last loss, steps, time, tokens, and settings that differ.
@@ -34,7 +35,7 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
 
     def skip(error: OSError) -> None:
         unreadable.append(f"{error.filename} cannot be read: {error.strerror}")
-        click.echo(f"Skipped: {unreadable[-1]}", err=True)
+        echo(f"Skipped: {unreadable[-1]}", err=True)
 
     below = (walk(folder, lambda entry: not entry.is_symlink(), skip) for folder in folders)
     places = sorted({path.parent for path in chain(*below) if path.name == "metrics.jsonl"})
@@ -43,7 +44,7 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
         try:
             runs.append((folder, read_run(folder)))
         except MetricsError as error:
-            click.echo(f"Skipped: {error}", err=True)
+            echo(f"Skipped: {error}", err=True)
         except OSError as error:
             skip(error)
     if not runs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import Loaded, load, parse_biases
 from mlx_randygpt.cli.options import (
-    ExistingFile,
     backend_option,
     check_options,
     checkpoint_option,
@@ -23,7 +21,8 @@ from mlx_randygpt.cli.options import (
     require_check,
     sampling_options,
 )
-from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.cli.output import echo, print_json, show
+from mlx_randygpt.cli.values import ExistingFile, Number
 from mlx_randygpt.words import clean_text
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--beams", default=1, show_default=True, help="Beams of a beam search; 1 samples.")
 @click.option(
     "--length-penalty",
+    type=Number(-10, 10),
     default=1.0,
     show_default=True,
     help="Length penalty of beams; above 1 favours long texts.",
@@ -104,7 +104,7 @@ def command(
         prompt = read_text(find_files([str(prompt_file)])[0])
     prompt = unify_newlines(loaded.saved.train.prompt if prompt is None else prompt)
     if line := unknown_line(loaded.tokenizer.unknown(prompt)):
-        click.echo(line, err=True)
+        echo(line, err=True)
     printer = Printer("" if no_echo else prompt, config, json or num_samples > 1 or show_probs)
     started, samples = time.perf_counter(), list["Generated"]()
     for samples in _generate(
@@ -190,7 +190,7 @@ class Printer:
         self._prompt, self._stops, self._quiet = prompt, config.stop, quiet
         self._shown = 0
         if not quiet:
-            self._write(prompt)
+            echo(prompt, nl=False)
 
     def update(self, samples: list[Generated]) -> None:
         """Write the text that can no longer turn into a stop text."""
@@ -200,20 +200,16 @@ class Printer:
 
         text, done = samples[0].text, samples[0].finish_reason
         ready = len(text) if done else shown_length(text, self._stops)
-        self._write(text[self._shown : ready])
+        echo(text[self._shown : ready], nl=False)
         self._shown = max(self._shown, ready)
 
     def end(self, samples: list[Generated]) -> None:
         """Write the rest and a newline."""
         if not self._quiet:
-            self._write((samples[0].text[self._shown :] if samples else "") + "\n")
+            echo(samples[0].text[self._shown :] if samples else "")
             return
         for index, sample in enumerate(samples):
-            self._write("---\n" * (index > 0) + self._prompt + sample.text + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+            echo("---\n" * (index > 0) + self._prompt + sample.text)
 
 
 def _report(

@@ -24,6 +24,7 @@ from mlx_randygpt.cli.options import (
     require_check,
     sampling_options,
 )
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.config import UserError, missing
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _serve(api: Api, listening: socket.socket) -> None:
 
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
+    echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
     Server(api.app(), listening, api.stop, connection_limit()).serve_until_signal()
 
 
@@ -166,9 +167,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(1024)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the last two: not a host name
         listening.close()
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise ServeError(f"cannot listen on {host}:{port}: {reason}; try another --port") from error
     return listening
 
@@ -227,5 +228,5 @@ def _read_curve(path: Path) -> dict[str, list[tuple[float, float]]]:
                         if name in report:
                             curve.add(float(report["step"]), float(report[name]))
     except OSError as error:
-        click.echo(f"Left out: the curve; {path} cannot be read: {error.strerror}", err=True)
+        echo(f"Left out: the curve; {path} cannot be read: {error.strerror}", err=True)
     return {name: curve.points for name, curve in curves.items()}

@@ -6,7 +6,6 @@ import contextlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import click
 import numpy as np
 from rich.console import Console
 
@@ -16,6 +15,7 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
 from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.loading import describe_backend
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.agreement import (
@@ -98,7 +98,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         source = load_source(request, folder)
         if source.finished:
             for line in (*source.skipped, source.finished):
-                click.echo(line)
+                echo(line)
             team.group.broadcast(None)
             return 0
         saved, skipped = source.checkpoint, source.skipped
@@ -247,14 +247,14 @@ def _conclude(
     if view.lost:  # a closed pipe or terminal, or a full disk
         with contextlib.suppress(OSError):
             reason = f"the output cannot be written ({view.reason}), so the run has stopped"
-            click.echo(f"Error: {reason}. {recovery_line(request, session.run)}", err=True)
+            echo(f"Error: {reason}. {recovery_line(request, session.run)}", err=True)
         return team.exit_code or 1
     if end is not None and end.reason == "stopped":
-        click.echo(f"Go on with: {resume_line(request, session.run)}", file=session.console.file)
+        echo(f"Go on with: {resume_line(request, session.run)}", err=session.console.stderr)
     elif end is not None:
         if sample is not None:
-            click.echo(_copies_note(sample.text, session.run), file=session.console.file)
-        click.echo(f"Let it write: {sample_line(request)}", file=session.console.file)
+            echo(_copies_note(sample.text, session.run), err=session.console.stderr)
+        echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
     return team.exit_code
 
 

@@ -176,7 +176,9 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
     except DataError as error:
         if request.data:
             raise
-        raise DataError(f"the text of this checkpoint: {error}; give it with --data") from error
+        raise DataError(
+            f"the text of this checkpoint cannot be read ({error}); give it with --data"
+        ) from error
     if corpus.sha256 != saved.data.get("sha256"):
         check_vocabulary(tokenizer, files, how)
     model, train = settings.resolve_resume(request.options, saved.model, saved.train)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_randygpt import settings
 from mlx_randygpt.backends.ranks.group import is_ranked
-from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.cli.output import echo
+from mlx_randygpt.cli.training.team import LIFELINE
+from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
-from mlx_randygpt.data.files import default_source, find_files
+from mlx_randygpt.data.files import default_source, find_files, is_pipe
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer
@@ -27,11 +29,14 @@ READING = ("encoding", "text_field")  # options that read other text from the sa
 
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
-    if "-" in paths and is_ranked():
-        raise DataError("several ranks have no stdin, so --data - is not possible; name a file")
+    pipe = next(filter(is_pipe, paths), "")
+    if pipe and (LIFELINE in os.environ or is_ranked()):
+        raise DataError(
+            f"ranks cannot read stdin or a pipe, so --data {pipe} is not possible; name a file"
+        )
 
     def note(line: str) -> None:
-        click.echo(line, err=True)
+        echo(line, err=True)
 
     if paths:
         return find_files(paths, note)
@@ -42,7 +47,10 @@ def files_of(paths: Sequence[str]) -> list[Path]:
 
 def requested_tokenizer(options: Mapping[str, Any]) -> Tokenizer | Vocabulary:
     """Return the tokenizer that the options of a new run ask for, or what learns it."""
-    return choose_tokenizer(options.get("tokenizer", AUTO), options.get("vocab_size", 0))
+    size = options.get("vocab_size")
+    if size == 0:
+        raise ConfigError("vocab_size=0 is too small; it must be at least 1, or left out")
+    return choose_tokenizer(options.get("tokenizer", AUTO), size or 0)
 
 
 def tokenizer_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:

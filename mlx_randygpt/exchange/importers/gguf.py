@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_randygpt import files
 from mlx_randygpt.config import ARCHS, ConfigError, ModelConfig, missing
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.exporters.gguf import (
@@ -52,7 +53,7 @@ TOKENS = "tokenizer.ggml.tokens"
 
 def read_file(source: Path, vocab: Path | None) -> ImportedModel:
     """Read the model in a GGUF file, or in the folder that `mlxgpt export` wrote it to."""
-    path = source / FILE_NAME if source.is_dir() else source
+    path = source / FILE_NAME if files.is_folder(source) else source
     settings, stored = _read(path)
     arch = settings.get("general.architecture")
     if arch not in FIXED:

@@ -17,7 +17,7 @@ from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, CHAR_SPECIALS, tokenizer_json
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
-from mlx_randygpt.files import is_file, is_folder
+from mlx_randygpt.files import is_file, is_folder, open_to_read, read_text
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
@@ -120,7 +120,7 @@ def table_of_text(path: Path, size: int) -> Tokenizer:
     It is `<` and `>` for begin and end, then all characters of the text, sorted.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ExchangeError(f"{path} cannot be read as text: {error}") from error
     return _call_for(path, lambda: _table(["<", ">", *sorted(set(text))], size))
@@ -136,10 +136,10 @@ def _call_for(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
 
 def _table_of_meta(path: Path, size: int) -> Tokenizer:
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             meta = read_pickle(file.read(MAX_PICKLE_BYTES + 1))
     except OSError as error:
-        raise ExchangeError(error.strerror) from error
+        raise ExchangeError(f"{path} cannot be read: {error.strerror}") from error
     itos, stoi = (meta.get(name) if isinstance(meta, dict) else None for name in ("itos", "stoi"))
     if itos is None and isinstance(stoi, dict):
         itos = {token: char for char, token in stoi.items() if isinstance(token, int)}
@@ -202,7 +202,7 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
         if merges.stat().st_size > MAX_JSON_BYTES:
             raise ExchangeError(f"{merges} is too large to be a list of merges")
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        lines = read_text(merges).split("\n")
     except OSError as error:
         raise ExchangeError(f"{merges} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
