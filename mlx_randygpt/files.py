@@ -115,7 +115,7 @@ def walk(
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        return list(entries)
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def sync_folder(folder: Path) -> None:

@@ -187,7 +187,9 @@ def _verified_digest(remote: Remote, part: Path, path: Path) -> str:
     first = path.with_name(f"{path.name}.sha256")
     expected, advice = remote.sha256, ""
     if not expected and files.exists(first):
-        expected = first.read_text().partition(" ")[0] or "in the empty file beside it"
+        expected = first.read_text().strip().partition(" ")[0]
+        if not expected:
+            raise DataError(f"{first}, the checksum of the first download, is empty; remove it")
         advice = f", as when it was first fetched; remove {first} if the new one is right"
     if expected and digest != expected:
         part.unlink()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,20 @@ def test_a_path_out_of_reach_is_reported_with_the_reason(
     assert PLACES[place] in error
     assert not any(wrong in error for wrong in ("not exist", "no such", "damaged", "unexpected"))
     assert not Path("new").exists()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+@pytest.mark.parametrize(
+    "words", ["plot RUN -o p.svg", "plot RUN -o p.html", "runs RUN", "info RUN"]
+)
+def test_a_name_that_is_not_utf8_is_shown_with_a_question_mark(
+    words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "run", name := os.fsdecode(b"r\xff"))
+    result = call(words.replace("RUN", name))
+    assert result.exit_code == 0, result.output
+    assert not words.startswith("plot") or ">r?<" in Path(words.split()[-1]).read_text()
 
 
 def test_runs_reports_a_folder_it_cannot_read_and_lists_the_others(folder: Path) -> None:

@@ -4,6 +4,7 @@ silently."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,8 @@ def test_a_sparse_file_is_binary(texts: Path) -> None:
 
 @pytest.mark.parametrize("name", [b"\xff.txt", b"a\nb.txt", b"\x1b[31m.txt", b"x" * 251 + b".txt"])
 def test_an_odd_name_is_read_as_any_other(name: bytes, texts: Path) -> None:
+    if sys.platform == "darwin" and not name.isascii():
+        pytest.skip("names are UTF-8 there")
     Path(os.fsdecode(b"texts/" + name)).write_text("other text\n")
     assert [os.fsencode(file.name) for file in find_files(["texts"])] == sorted([b"a.txt", name])
     assert load_corpus("texts")[1].characters == 21

@@ -63,7 +63,7 @@ def _write(output: Path, records: list[RunRecord], span: float) -> None:
             files.write(output, picture.getvalue())
             return
         text = page(records, span) if output.suffix == ".html" else svg(records, span)
-        files.write(output, text.encode())
+        files.write(output, text.encode("utf-8", "replace"))  # a name need not be UTF-8
     except OSError as error:
         raise MetricsError(f"{output} cannot be written: {error.strerror}") from error
 
