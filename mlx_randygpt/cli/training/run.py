@@ -44,6 +44,7 @@ from mlx_randygpt.cli.training.view import GuardedView, choose_console
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
+from mlx_randygpt.training.early import early_kinds
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SaveLog
 
@@ -62,6 +63,7 @@ class Session:
     signals: StopSignals
     team: Team
     notes: tuple[str, ...] = ()
+    early: frozenset[str] = frozenset()  # kinds of early looks
 
     @property
     def located_request(self) -> TrainRequest:
@@ -106,6 +108,8 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         past = request.resume.parent if request.resume else folder.path
         history = read_history(past, backend.step, run.progress)
         run = replace(run, recent_loss=history.recent_loss)
+    alone = team.group.size == 1  # ranks would have to agree on the time
+    early = early_kinds(run.train, request.options) if alone else frozenset[str]()
     info = RunInfo(
         model=describe_model(run.model),
         data=text.describe(start.corpus, run.tokenizer),
@@ -116,6 +120,9 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         iters=run.train.iters,
         start_step=backend.step,
         history=history,
+        eval_every=run.train.eval_every,
+        sample_every=run.train.sample_every,
+        early=early,
     )
     del source, saved, start  # the backend has its own copy of the state
     loggers = Loggers(request.options.get("log", ()), notes.append)
@@ -139,6 +146,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
             signals=signals,
             team=team,
             notes=tuple(notes),
+            early=early,
         )
     )
 
@@ -200,7 +208,9 @@ def _show_reports(session: Session, saves: dict[str, SaveLog]) -> EndLog | None:
     run, view, folder, team = session.run, session.view, session.folder, session.team
     end: EndLog | None = None
     stop, sync = team.group.should_stop, folder.logs.sync
-    for report in train(run, session.backend, folder.locate, stop, sync_logs=sync):
+    for report in train(
+        run, session.backend, folder.locate, stop, sync_logs=sync, early=session.early
+    ):
         while folder.news:
             view.note(folder.news.pop(0))
         folder.logs.record(report, run.train.log_every)
