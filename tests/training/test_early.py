@@ -14,7 +14,13 @@ from mlx_randygpt.analysis.metrics import metrics_row
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import NEWEST, load_checkpoint
 from mlx_randygpt.config import ConfigError, TrainConfig
-from mlx_randygpt.training.early import COST_SECONDS, KINDS, EarlyLooks, early_kinds
+from mlx_randygpt.training.early import (
+    COST_SECONDS,
+    FORWARD_SPEED,
+    KINDS,
+    EarlyLooks,
+    early_kinds,
+)
 from mlx_randygpt.training.loop import Run, train
 from mlx_randygpt.training.reports import EarlyEvalLog, EarlySampleLog, Report, SaveLog, StepLog
 
@@ -84,8 +90,8 @@ def test_looks_are_not_written(make_run: Make) -> None:
 
 def test_an_early_evaluation_reads_what_the_speed_allows(make_run: Make) -> None:
     looks = EarlyLooks(KINDS, float)
-    assert looks.n_tokens(100.0) == 100 * COST_SECONDS
-    assert looks.n_tokens(999.0) == 100 * COST_SECONDS  # the same windows every time
+    assert looks.n_tokens(100.0) == 100 * COST_SECONDS * FORWARD_SPEED
+    assert looks.n_tokens(999.0) == looks.n_tokens(100.0)  # the same windows every time
     run, backend = make_run("modern", iters=7)
     n_step = run.train.sequences_per_step * run.model.block_size
     hours = 2e4 * n_step  # seconds of a step
