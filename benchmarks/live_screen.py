@@ -69,6 +69,8 @@ def main() -> None:
         saves=f"{out}/checkpoint.safetensors, every {config.save_every}",
         out=out,
         iters=options.iters,
+        eval_every=config.eval_every,
+        sample_every=config.sample_every,
     )
     tally = RunSummary(info, time.monotonic)
     for report in train(

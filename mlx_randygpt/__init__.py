@@ -40,6 +40,8 @@ _PUBLIC = {
     "StepLog": "training.reports",
     "EvalLog": "training.reports",
     "SampleLog": "training.reports",
+    "EarlyEvalLog": "training.reports",
+    "EarlySampleLog": "training.reports",
     "evaluate": "training.evaluation",
     "SampleConfig": "sampling.filters",
     "generate": "sampling.generate",

@@ -6,10 +6,12 @@ Weights are larger than initial ones, and none is zero, so that no error hides i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
@@ -19,10 +21,12 @@ from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
 
 WEIGHT_STD = 0.15  # of the checked weights; GPT-2 starts at 0.02
-N_SEQUENCES = 4
+N_SEQUENCES = 4  # of a batch, or as many as have MIN_TOKENS
+MIN_TOKENS = 64  # Muon makes whole steps of rounding where a gradient has few directions
 DIFFERENCE_STEP = 1e-5  # of the finite differences, along a direction of length 1
 GRADIENT_BOUND = 1e-5  # NumPy against MLX, float32
 DIFFERENCE_BOUND = 5e-6  # NumPy float64 against finite differences
+ROUNDING = 1e-12  # a part of a float64 gradient that is smaller than this share of it is nothing
 VARIANTS = ARCHS | {"lora": {**RECIPES["modern"]["model"], "lora_rank": 4}}  # of a recipe
 SUBJECTS = (*RECIPES, "gpt2", "lora")
 # Steps, rate and bound. AdamW turns a gradient as small as its rounding into a whole step, so a
@@ -60,14 +64,10 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
     """Compare NumPy's gradients in float64 with finite differences, tensor by tensor.
 
     The slope dloss/dε along a random unit direction is compared with the gradient along it. Errors
-    are relative to the gradient's norm over √n, its size along such a direction.
+    are relative to the gradient's norm over √n, its size along such a direction. A gradient of zero
+    has to be met by a loss that does not change at all.
     """
-    backend = NumpyBackend(
-        model,
-        TrainConfig(optimizer="adamw", seed=seed),
-        TrainState(0, params, {}),
-        dtype=np.float64,
-    )
+    backend = _in_float64(model, params, seed)
     batch = _batch(model, seed, 0)
     _, grads = backend.loss_and_grads(batch)
     for index, (name, weight) in enumerate(backend.trained.params.items()):
@@ -81,8 +81,8 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
         weight[...] = kept
         measured = (losses[0] - losses[1]) / (2 * DIFFERENCE_STEP)
         size = np.linalg.norm(grads[name]) / weight.size**0.5
-        error = abs(measured - float((grads[name] * direction).sum())) / size
-        yield Finding("finite differences (float64) · NumPy", name, float(error), DIFFERENCE_BOUND)
+        error = relative(abs(measured - float((grads[name] * direction).sum())), size)
+        yield Finding("finite differences (float64) · NumPy", name, error, DIFFERENCE_BOUND)
 
 
 def cross_check(
@@ -115,21 +115,34 @@ def trajectory(
     for step in range(steps):
         for backend in backends:
             backend.train_step([_batch(model, train.seed, step)], train.lr)
-    ours, theirs = (without_key_bias(model, backend.state().params) for backend in backends)
+    ours, theirs = (backend.state().params for backend in backends)
+    rows = learned_rows(model, (params, ours), train.seed)
     for name in ours:
-        error = distance(theirs[name], ours[name])
+        learned = rows.get(name, slice(None))  # beside adapters, frozen weights are compared whole
+        error = distance(theirs[name][learned], ours[name][learned])
         yield Finding(f"{steps} {train.optimizer} steps · NumPy, {other}", name, error, bound)
 
 
-def without_key_bias(model: ModelConfig, params: Params) -> Params:
-    """Cut the bias of the keys out of each bias of query, key and value.
+def learned_rows(
+    model: ModelConfig, states: Sequence[Params], seed: int
+) -> dict[str, NDArray[np.bool_]]:
+    """Return which rows of each trained weight an optimizer moves by more than rounding.
 
-    It adds the same to all scores of a query, so its gradient is nothing but rounding, of which
-    AdamW makes whole steps.
+    The part of a query, key or value does not count if its gradient is zero in every state, as that
+    of a key's bias, which adds the same to all scores of a query, and of both in a context of 1.
+    Of rounding AdamW and Muon make whole steps.
     """
-    stacked = [p.name for p in parameters(model) if p.role is Role.BIAS and p.stacked == 3]
-    parts = {name: np.split(params[name], 3) for name in stacked}  # query, key, value
-    return params | {name: np.concatenate(part[::2]) for name, part in parts.items()}
+    table = {weight.name: weight for weight in parameters(model)}
+    rows: dict[str, NDArray[np.bool_]] = {}
+    for params in states:
+        _, grads = _in_float64(model, params, seed).loss_and_grads(_batch(model, seed, 0))
+        for name, grad in grads.items():
+            n_parts = table[table[name].adapts or name].stacked
+            n_parts = n_parts if len(grad) == n_parts * model.n_embd else 1  # a lora_a is not split
+            sizes = [np.linalg.norm(part) for part in np.split(grad, n_parts)]
+            learned = np.array(sizes) > ROUNDING * np.linalg.norm(grad)
+            rows[name] = rows.get(name, False) | learned.repeat(len(grad) // n_parts)
+    return {name: learned if learned.any() else ~learned for name, learned in rows.items()}
 
 
 def check_recipe(subject: str, other: str | None, seed: int = 1337) -> Iterator[Finding]:
@@ -171,9 +184,21 @@ def scaled_up(model: ModelConfig, seed: int) -> Params:
 
 def distance(a: Array, b: Array) -> float:
     """Return ‖a − b‖ / ‖b‖."""
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return relative(float(np.linalg.norm(a - b)), float(np.linalg.norm(b)))
+
+
+def relative(error: float, size: float) -> float:
+    """Return error / size; of a size of zero, 0 if there is no error at all, else infinity."""
+    if size == 0:
+        return 0.0 if error == 0 else math.inf
+    return float(error / size)
+
+
+def _in_float64(model: ModelConfig, params: Params, seed: int) -> NumpyBackend:
+    train = TrainConfig(optimizer="adamw", seed=seed)
+    return NumpyBackend(model, train, TrainState(0, params, {}), dtype=np.float64)
 
 
 def _batch(model: ModelConfig, seed: int, step: int) -> Batch:
-    shape = (N_SEQUENCES, model.block_size + 1)
+    shape = (max(N_SEQUENCES, MIN_TOKENS // model.block_size), model.block_size + 1)
     return Batch.of(rng(seed, "check", 3, step).integers(0, model.vocab_size, shape))

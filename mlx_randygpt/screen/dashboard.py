@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
@@ -24,7 +25,7 @@ from mlx_randygpt.screen.run_summary import (
     numbers,
     outcome,
 )
-from mlx_randygpt.training.reports import EvalLog, Report, SampleLog
+from mlx_randygpt.training.reports import EarlyLog, EarlySampleLog, EvalLog, Report, SampleLog
 from mlx_randygpt.words import clean_text, format_clock
 
 MIN_SECONDS = 0.25  # between two redraws
@@ -40,18 +41,20 @@ EVENT_STYLES = {
     Urgency.ERROR: "red",
 }
 MAX_NOTICES = 4  # rows of messages that stay
+SURE_EVENTS = 3  # rows of messages and saved files that come before the sample
 RISING = "red"  # the colour of a validation loss above the one before
 ABOVE = "▴"  # in the top row: a validation loss above the curve
 AXIS = 9  # columns left of the curve
-# Sections with their minimum rows, the most important first.
+# Sections with their minimum rows, the most important first; of events and facts some rows can do.
 SECTIONS = (
     ("progress", 1),
     ("numbers", 4),
     ("footer", 1),
     ("curve", 5),
-    ("header", 4),
+    ("header", 1),
     ("event", 1),
     ("sample", 3),
+    ("facts", 3),
     ("gap", 1),
 )
 
@@ -87,7 +90,7 @@ class Dashboard:
     def show(self, report: Report) -> None:
         """Add a report; redraw if it is due, or for an evaluation or a sample."""
         self._run.add(report)
-        if isinstance(report, EvalLog | SampleLog) or self._clock() >= self._due_at:
+        if isinstance(report, EvalLog | SampleLog | EarlyLog) or self._clock() >= self._due_at:
             self._draw()
 
     def note(self, text: str) -> None:
@@ -139,7 +142,8 @@ def screen(run: RunSummary, console: Console, width: int, height: int) -> list[T
             line.append_text(right)
         sample = []
     lines = [
-        *_header(run.info, width)[: rows["header"]],
+        *[_header(run.info, width)] * rows["header"],
+        *_facts(run.info, width)[: rows["facts"]],
         _progress(run, width),
         *[Text()] * rows["gap"],
         *_numbers(run, width)[: rows["numbers"]],
@@ -162,10 +166,14 @@ def _rows(height: int, width: int, beside: bool, n_events: int) -> dict[str, int
     rows: dict[str, int] = {}
     for name, minimum in SECTIONS:
         n_rows = minimum + (name == "numbers" and width < TILE_COLUMNS)
+        if name == "event":
+            n_rows = max(1, min(n_events, SURE_EVENTS, height))
+        elif name == "facts":
+            n_rows = min(n_rows, height)
         rows[name] = n_rows if n_rows <= height and not (name == "sample" and beside) else 0
         height -= rows[name]
     if rows["event"]:
-        extra = max(min(n_events - 1, height), 0)
+        extra = max(min(n_events - rows["event"], height), 0)
         rows["event"] += extra
         height -= extra
     more = min(12, (height * 2 + 2) // 3 if rows["sample"] else height) if rows["curve"] else 0
@@ -190,12 +198,17 @@ def _ends(left: Text, right: Text, width: int) -> Text:
     return left.append(" ").append_text(right)
 
 
-def _header(info: RunInfo, width: int) -> list[Text]:
-    start = f", resumed at {info.start_step:,}" if info.start_step else ""
+def _header(info: RunInfo, width: int) -> Text:
+    start = f"resumed at {info.start_step:,}, " if info.start_step else ""
+    return _rule(width, "mlxgpt train", f"{start}{info.recipe} recipe → {clean_text(info.out)}")
+
+
+def _facts(info: RunInfo, width: int) -> list[Text]:
     facts = (("model", info.model), ("data", info.data), ("backend", info.backend))
+    n_name = 9 if width >= TILE_COLUMNS else 0
     return [
-        _rule(width, "mlxgpt train", f"{info.recipe} recipe → {clean_text(info.out)}{start}"),
-        *(Text.assemble((f" {name:9}", "dim"), clean_text(fact)) for name, fact in facts),
+        Text.assemble((f" {name:{n_name}}"[: n_name + 1], "dim"), clean_text(fact))
+        for name, fact in facts
     ]
 
 
@@ -219,7 +232,9 @@ def _numbers(run: RunSummary, width: int) -> list[Text]:
     styles = [f"bold {colour}" for colour in colours]
     if width < TILE_COLUMNS:
         return [
-            Text.assemble((f" {name:14}", "dim"), (f"{value:13}", style), ", ".join(details))
+            Text.assemble(
+                (f" {name:14}", "dim"), (f"{value:13}", style), _within(width - 28, details)
+            )
             for (name, value, *details), style in zip(numbers(run), styles, strict=False)
         ]
     rows = [Text(" ") for _ in range(4)]
@@ -228,6 +243,11 @@ def _numbers(run: RunSummary, width: int) -> list[Text]:
         for i, row in enumerate(rows):
             row.append(f"{number[i] if i < len(number) else '':{tile}}", ("dim", style, "", "")[i])
     return rows
+
+
+def _within(width: int, details: list[str]) -> str:
+    line = ", ".join(details)
+    return line if len(line) <= width else line.replace("bits/byte", "bpb")
 
 
 def _section(rule: Text, lines: list[Text], height: int) -> list[Text]:
@@ -261,14 +281,21 @@ def _label(area: Frame, row: int) -> str:
 
 
 def _sample(run: RunSummary, console: Console, width: int, height: int) -> list[Text]:
-    log = run.sample
+    log, when = run.sample, run.next_time("sample")
     if log is None:
-        return _section(_rule(width, "sample"), [Text(" None yet.", "dim")], height)
-    lines = _text(log, console, width - 2, height - 1)
-    return _section(_rule(width, "sample", f"step {log.step:,}"), lines, height)
+        waiting = f" None yet; the first {when}." if when else " None."
+        return _section(_rule(width, "sample"), [Text(waiting, "dim")], height)
+    aside = ", next ".join(filter(None, (_origin(log), when)))
+    return _section(
+        _rule(width, "sample", aside), _text(log, console, width - 2, height - 1), height
+    )
 
 
-def _text(log: SampleLog, console: Console, width: int, height: int) -> list[Text]:
+def _origin(log: SampleLog | EarlySampleLog) -> str:
+    return f"{'early, ' if isinstance(log, EarlySampleLog) else ''}step {log.step:,}"
+
+
+def _text(log: SampleLog | EarlySampleLog, console: Console, width: int, height: int) -> list[Text]:
     """Return the start of a sample without blank lines, prompt coloured, wrapped to `width`."""
     prompt, text = (
         clean_text(part, keep="\n") for part in (log.prompt, log.text[: width * height])
@@ -282,22 +309,32 @@ def _text(log: SampleLog, console: Console, width: int, height: int) -> list[Tex
 
 def _events(run: RunSummary, console: Console, width: int, height: int) -> list[Text]:
     """Return the messages that stay, the most urgent first, then the newest saved file."""
-    events = list(run.events.values())
-    stay = [event for event in reversed(events) if event.urgency > Urgency.SAVED]
-    saved = [event for event in events if event.urgency is Urgency.SAVED][-1:]
+    stay = [event for event in reversed(run.events.values()) if event.urgency > Urgency.SAVED]
+    files = [item for item in run.events.items() if item[1].urgency is Urgency.SAVED]
+    saved = [_saved(path, event.line, width - 1) for path, event in files[-1:]]
     n_rows = max(height - len(saved), 1)
     lines: list[Text] = []
     for event in sorted(stay, key=lambda event: -event.urgency):
         wrapped = Text(event.line, EVENT_STYLES[event.urgency]).wrap(console, max(width - 1, 1))
-        lines += wrapped if len(lines) + len(wrapped) <= n_rows else []
-        if not lines:
-            lines = wrapped[:n_rows]
-    lines += [Text(event.line, EVENT_STYLES[event.urgency]) for event in saved]
+        n_left = n_rows - len(lines)
+        lines += wrapped[:n_left]
+        if len(wrapped) > n_left > 0:
+            lines[-1].truncate(max(width - 2, 1))
+            lines[-1].append("…")
+    lines += [Text(line, EVENT_STYLES[Urgency.SAVED]) for line in saved]
     return [Text.assemble(" ", line) for line in lines[:height]] or [Text()] * min(height, 1)
+
+
+def _saved(path: str, line: str, width: int) -> str:
+    """Return the line about a saved file, without the folder if it is too long."""
+    folder = clean_text(path)[: -len(os.path.basename(path))]
+    return line if cell_len(line) <= width else line.replace(folder, "", 1)
 
 
 def _footer(info: RunInfo, width: int) -> Text:
     saves = Text.assemble((" saves to ", "dim"), clean_text(info.saves))
+    if width < TILE_COLUMNS:
+        saves = Text.assemble((" saves ", "dim"), clean_text(info.saves.rpartition(", ")[2]))
     return _ends(saves, Text.assemble("Ctrl-C", (" saves and stops ", "dim")), width)
 
 
@@ -308,6 +345,6 @@ def summary(run: RunSummary, console: Console) -> list[Text]:
     if lines:
         lines.insert(0, _rule(console.width, "mlxgpt train", run.info.recipe))
     if run.sample:
-        lines.append(_rule(console.width, "sample", f"step {run.sample.step:,}"))
+        lines.append(_rule(console.width, "sample", _origin(run.sample)))
         lines += _text(run.sample, console, console.width - 2, 6)
     return lines + [Text(event.line, EVENT_STYLES[event.urgency]) for event in run.events.values()]

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_randygpt.analysis.metrics import read_metrics
+from mlx_randygpt.analysis.metrics import read_metrics, read_samples
 from mlx_randygpt.files import is_file
 from mlx_randygpt.progress import Progress
-from mlx_randygpt.training.reports import EvalLog
+from mlx_randygpt.training.reports import EvalLog, SampleLog
 
 N_RECENT = 20  # losses in `recent_loss`
 
 
 @dataclass(frozen=True)
 class History:
-    """The losses of the earlier steps of a run as (step, loss), and its evaluations."""
+    """The losses of the earlier steps of a run as (step, loss), its evaluations and last sample."""
 
     losses: tuple[tuple[float, float], ...] = ()
     evaluations: tuple[EvalLog, ...] = ()
+    sample: SampleLog | None = None
 
     @property
     def recent_loss(self) -> float:
@@ -37,12 +38,14 @@ def read_history(folder: Path, step: int, progress: Progress) -> History:
     """
     losses: tuple[tuple[float, float], ...] = ()
     rows: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
     try:
         if is_file(file := folder / "metrics.jsonl"):
             record = read_metrics(file)
             table = record.series["loss"][:, :2]
             losses = tuple((float(at), float(loss)) for at, loss in table if at <= step)
             rows = [row for row in record.evaluations if row["step"] < progress.eval_step]
+        samples = [row for row in read_samples(folder / "samples.jsonl") if row["step"] <= step]
     except OSError:
         pass  # a screen without its past; the run itself reports a folder that it can't use
     evaluations = list(_with_best(rows))
@@ -57,7 +60,8 @@ def read_history(folder: Path, step: int, progress: Progress) -> History:
                 seconds=progress.seconds,
             )
         )
-    return History(losses, tuple(evaluations))
+    last = [SampleLog(row["step"], row["prompt"], row["text"]) for row in samples[-1:]]
+    return History(losses, tuple(evaluations), *last)
 
 
 def _with_best(rows: Iterable[dict[str, Any]]) -> Iterable[EvalLog]:

@@ -9,12 +9,15 @@ from mlx_randygpt.screen.run_summary import (
     Clock,
     RunInfo,
     RunSummary,
+    early_line,
     eval_line,
     outcome,
     save_line,
     step_line,
 )
 from mlx_randygpt.training.reports import (
+    EarlyEvalLog,
+    EarlySampleLog,
     EvalLog,
     NoteLog,
     Report,
@@ -62,12 +65,15 @@ class PlainLog:
         self._print_step()
         if isinstance(report, EvalLog):
             self._print(eval_line(report))
+        elif isinstance(report, EarlyEvalLog):
+            self._print(early_line(report))
         elif isinstance(report, SaveLog):
             self._print(save_line(report))
         elif isinstance(report, NoteLog):
             self._print(report.text)
-        elif isinstance(report, SampleLog):
-            self._print(f"sample {report.step}")
+        elif isinstance(report, SampleLog | EarlySampleLog):
+            early = "early " if isinstance(report, EarlySampleLog) else ""
+            self._print(f"{early}sample {report.step}")
             for line in clean_text(report.prompt + report.text, keep="\n").split("\n"):
                 self._print(f"    {line}")
 

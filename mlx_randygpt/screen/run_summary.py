@@ -13,7 +13,10 @@ from enum import IntEnum
 
 from mlx_randygpt.screen.curve import Curve
 from mlx_randygpt.screen.history import History
+from mlx_randygpt.training.early import FIRST_SECONDS
 from mlx_randygpt.training.reports import (
+    EarlyEvalLog,
+    EarlySampleLog,
     EndLog,
     EvalLog,
     NoteLog,
@@ -62,6 +65,9 @@ class RunInfo:
     iters: int
     start_step: int = 0
     history: History = field(default_factory=History)  # of the steps up to start_step
+    eval_every: int = 0
+    sample_every: int = 0
+    early: frozenset[str] = frozenset()  # "evaluation", "sample": the kinds of early looks
 
 
 class RunSummary:
@@ -73,13 +79,16 @@ class RunSummary:
         self.first: StepLog | None = None
         self.last: StepLog | None = None
         self.evaluation: EvalLog | None = None
-        self.sample: SampleLog | None = None
+        self.early: EarlyEvalLog | None = None  # since the last evaluation
+        self.sample: SampleLog | EarlySampleLog | None = info.history.sample
         self.end: EndLog | None = None
         self.events: dict[str, Event] = {}  # by path or text, the newest last
         self.loss = math.nan  # moving average
         self.val_rises = False  # the last evaluation was worse than the one before
         self._tokens_per_step = 0.0
         self._clock = clock
+        self._look_at = math.inf  # when the next early look comes
+        self._is_early = set(info.early)
         self._started = self._first_at = clock()
         for step, loss in info.history.losses:
             self._add_loss(step, loss)
@@ -92,10 +101,17 @@ class RunSummary:
             self._add_step(report)
         elif isinstance(report, EvalLog):
             self.val_rises = bool(self.evaluation and report.val_loss > self.evaluation.val_loss)
-            self.evaluation = report
+            self.evaluation, self.early = report, None
+            if report.step > self.info.start_step:
+                self._is_early.discard("evaluation")
             self.val_losses.add(report.step, report.val_loss)
         elif isinstance(report, SampleLog):
             self.sample = report
+            self._is_early.discard("sample")
+        elif isinstance(report, EarlyEvalLog):
+            self.early, self._look_at = report, self._clock() + report.next_seconds
+        elif isinstance(report, EarlySampleLog):
+            self.sample, self._look_at = report, self._clock() + report.next_seconds
         elif isinstance(report, EndLog):
             self.end = report
         elif isinstance(report, NoteLog):
@@ -114,6 +130,7 @@ class RunSummary:
     def _add_step(self, log: StepLog) -> None:
         if self.last is None:
             self.first, self._first_at = log, self._clock()
+            self._look_at = self._first_at + FIRST_SECONDS
             self._tokens_per_step = log.tokens / max(log.step, 1)
         elif log.step > self.last.step:
             self._tokens_per_step = (log.tokens - self.last.tokens) / (log.step - self.last.step)
@@ -168,6 +185,20 @@ class RunSummary:
             return n_left * (self._clock() - self._first_at) / n_done
         return n_left / self.steps_per_second if self.steps_per_second else math.nan
 
+    def next_time(self, kind: str) -> str:
+        """Return when the next evaluation or sample comes: `in 00:12`, `at step 250`, or ""."""
+        every = self.info.eval_every if kind == "evaluation" else self.info.sample_every
+        last = self.info.iters
+        step = min((self.step // every + 1) * every, last) if every else last
+        if self.end or self.step >= last:
+            return ""
+        pace = self.steps_per_second
+        seconds = (step - self.step) / pace if pace else math.inf
+        if kind in self._is_early:
+            early = max(self._look_at - self._clock(), 0.0) if self.last else FIRST_SECONDS
+            seconds = min(seconds, early)
+        return f"in {format_clock(seconds)}" if seconds < math.inf else f"at step {step:,}"
+
 
 def save_line(log: SaveLog) -> str:
     """Return the line about a saved checkpoint; scripts match its wording."""
@@ -200,28 +231,50 @@ def eval_line(log: EvalLog) -> str:
     )
 
 
+def early_line(log: EarlyEvalLog) -> str:
+    """Return the line about an early validation loss."""
+    return (
+        f"early eval {log.step} | val loss {log.val_loss:.4f} | perplexity "
+        f"{_fixed(log.perplexity, 2)} | {log.bits_per_byte:.2f} bits/byte | "
+        f"{log.tokens:,} tokens | next in {format_clock(log.next_seconds)}"
+    )
+
+
 def numbers(run: RunSummary) -> list[tuple[str, ...]]:
     """Return the current numbers: a name, the value, up to two details."""
-    log, val = run.last, run.evaluation
+    log = run.last
     if log is None:
         loss = f"{run.loss:.4f}" if math.isfinite(run.loss) else "–"
-        first = ("loss", loss, "first step …")
-        return [first, *(_validation(val) if val else [("validation", "–"), ("best", "–")])]
+        return [("loss", loss, "first step …"), _validation(run), _best(run)]
     pace = (f"{log.tokens_per_second:,.0f} tok/s", _speed(run.steps_per_second))
     return [
         ("loss", f"{run.loss:.4f}", f"raw {log.loss:.4f}", f"{log.bits_per_byte:.2f} bpb"),
-        *(_validation(val) if val else [("validation", "–"), ("best", "–")]),
+        _validation(run),
+        _best(run),
         ("learning rate", f"{log.lr:.2e}", f"gradient {_fixed(log.grad_norm, 2)}"),
         ("speed", *pace, format_bytes(log.memory_bytes)),
     ]
 
 
-def _validation(log: EvalLog) -> list[tuple[str, ...]]:
-    measures = (f"perplexity {_fixed(log.perplexity, 2)}", f"{log.bits_per_byte:.2f} bits/byte")
-    return [
-        ("validation", f"{log.val_loss:.4f}", *measures),
-        ("best", f"{log.best_loss:.4f}", f"at step {log.best_step:,}"),
-    ]
+def _validation(run: RunSummary) -> tuple[str, ...]:
+    if early := run.early:
+        place = f"early, step {early.step:,}"
+        return ("validation", f"{early.val_loss:.4f}", place, f"{early.tokens:,} tokens")
+    if not (log := run.evaluation):
+        return ("validation", "–")
+    perplexity = f"perplexity {_fixed(log.perplexity, 2)}"
+    if log.step == 0:
+        return ("validation", f"{log.val_loss:.4f}", "at the start", perplexity)
+    return ("validation", f"{log.val_loss:.4f}", perplexity, f"{log.bits_per_byte:.2f} bits/byte")
+
+
+def _best(run: RunSummary) -> tuple[str, ...]:
+    """Return the best validation loss and when the next one comes."""
+    when = run.next_time("evaluation")
+    upcoming = (f"next {when}",) if when else ()
+    if not (log := run.evaluation):
+        return ("best", "–", *upcoming)
+    return ("best", f"{log.best_loss:.4f}", f"at step {log.best_step:,}", *upcoming)
 
 
 def outcome(run: RunSummary) -> list[tuple[str, str]]:

@@ -66,6 +66,5 @@ def overfitting(train_loss: float, val_loss: float, waited: int, best_step: int)
         return ""
     return (
         f"Overfitting: training loss {train_loss:.3f}, validation loss {val_loss:.3f}, no new best "
-        f"since step {best_step}. More text helps most, then --dropout; --patience stops early. "
-        "The best checkpoint is kept."
+        f"since step {best_step}. Try more text or --dropout."
     )

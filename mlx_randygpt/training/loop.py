@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +22,19 @@ from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.state import Batch, Tokens, TrainState
 from mlx_randygpt.tokenizers import Tokenizer
-from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS, evaluate, overfitting
-from mlx_randygpt.training.reports import EndLog, EvalLog, NoteLog, Pace, Report, SampleLog, StepLog
+from mlx_randygpt.training.early import COST_SECONDS, EarlyLooks
+from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS, Score, evaluate, overfitting
+from mlx_randygpt.training.reports import (
+    EarlyEvalLog,
+    EarlySampleLog,
+    EndLog,
+    EvalLog,
+    NoteLog,
+    Pace,
+    Report,
+    SampleLog,
+    StepLog,
+)
 from mlx_randygpt.training.saving import Folder, Saver
 from mlx_randygpt.training.schedule import is_due, learning_rate
 
@@ -60,18 +71,19 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
     sync_logs: Callable[[], object] = lambda: None,
+    early: Collection[str] = (),
 ) -> Iterator[Report]:
     """Train from the backend's step to `run.train.iters`; yield a report for every event.
 
     Every `save_every`, a snapshot is written to `out` by another thread (None: nothing is saved).
     When `should_stop` returns true, the current step is finished, both files are saved, and the
     generator ends. The other thread calls `sync_logs` before it writes, so that the log lines of
-    all earlier reports are on the disk. Raises TrainingDiverged if the loss or the gradient stops
-    being finite.
+    all earlier reports are on the disk. `early` names the kinds of early looks, of `early.KINDS`.
+    Raises TrainingDiverged if the loss or the gradient stops being finite.
     """
-    saver = Saver(run.train, out, clock, sync_logs)
+    saver, looks = Saver(run.train, out, clock, sync_logs), EarlyLooks(early, clock)
     try:
-        yield from Trainer(run, backend, saver, should_stop, clock).run_to_target()
+        yield from Trainer(run, backend, saver, should_stop, clock, looks).run_to_target()
     finally:
         saver.close()
 
@@ -112,9 +124,10 @@ class Trainer:
         saver: Saver,
         should_stop: Callable[[], bool],
         clock: Callable[[], float],
+        early: EarlyLooks,
     ) -> None:
         self.run, self.backend, self.saver = run, backend, saver
-        self.should_stop, self.clock = should_stop, clock
+        self.should_stop, self.clock, self.early = should_stop, clock, early
         self.progress = run.progress
         self.step = backend.step
         self.token_bytes = run.tokenizer.token_bytes()
@@ -149,6 +162,9 @@ class Trainer:
                 if is_due(self.step, config.sample_every) and self.step < config.iters:
                     yield from self._sample()
                 self.saver.save_due(self.step, self._checkpoint)
+            if self.early.is_due():
+                yield from self._flush()
+                yield from self._look()
             yield from self.saver.finished()
         yield from self._flush()
         yield from self._finish()
@@ -170,6 +186,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self._not_finite(step, lr, loss, grad_norm)
         self.skipped = 0
+        self.early.start()
         old = loss if math.isnan(self.recent_loss) else self.recent_loss
         self.recent_loss = old + 0.05 * (loss - old)
         n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
@@ -227,19 +244,13 @@ class Trainer:
         if not self._evaluation_due():
             return
         run, old = self.run, self.progress
-        score = evaluate(
-            self.backend,
-            run.val_tokens,
-            block_size=run.model.block_size,
-            batch_size=max(run.train.batch_size, EVAL_BATCH_TOKENS // run.model.block_size),
-            token_bytes=self.token_bytes,
-            should_stop=self.should_stop,
-            max_tokens=EVAL_TOKENS,
-        )
+        score = self._score(EVAL_TOKENS)
         if score is None:
             return  # interrupted; a resumed run evaluates this step again
         if not math.isfinite(score.loss):
             raise TrainingDiverged(f"validation loss is {score.loss} at step {self.step}")
+        if self.step > 0:
+            self.early.end("evaluation")
         is_best = score.loss < old.best_loss
         self.progress = replace(
             old,
@@ -263,6 +274,18 @@ class Trainer:
         yield from self._warn()
         self.pace.restart()
 
+    def _score(self, max_tokens: int) -> Score | None:
+        size = self.run.model.block_size
+        return evaluate(
+            self.backend,
+            self.run.val_tokens,
+            block_size=size,
+            batch_size=max(self.run.train.batch_size, EVAL_BATCH_TOKENS // size),
+            token_bytes=self.token_bytes,
+            should_stop=self.should_stop,
+            max_tokens=max_tokens,
+        )
+
     def _warn(self) -> Iterator[Report]:
         """Warn once if the last evaluation shows that the model overfits."""
         progress = self.progress
@@ -273,15 +296,44 @@ class Trainer:
             yield NoteLog(self.step, note)
 
     def _sample(self) -> Iterator[Report]:
-        run = self.run
+        self.early.end("sample")
+        text = self._generate(math.inf)
+        if text or not self.should_stop():  # a stop can come before the first token
+            yield SampleLog(self.step, self.run.train.prompt, text)
+        self.pace.restart()
+
+    def _generate(self, seconds: float) -> str:
+        """Return a sample, or what there is of it `seconds` after its first token."""
+        run, end = self.run, math.inf
         prompt = run.tokenizer.encode(run.train.prompt)
         config = SampleConfig(seed=run.train.seed + self.step)
         text = ""
         for samples in generate(
             self.backend, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
         ):
-            text = samples[0].text
-        yield SampleLog(self.step, run.train.prompt, text)
+            text, now = samples[0].text, self.clock()
+            end = min(end, now + seconds)
+            if now >= end:
+                break
+        return text
+
+    def _look(self) -> Iterator[Report]:
+        """Yield an early validation loss and an early sample; the run's own state stays."""
+        next_seconds = self.early.postpone()
+        if "evaluation" in self.early:
+            n_tokens = self.run.train.sequences_per_step * self.run.model.block_size
+            speed = n_tokens * self.pace.steps_per_second
+            if score := self._score(min(self.early.n_tokens(speed), EVAL_TOKENS)):
+                yield EarlyEvalLog(
+                    step=self.step,
+                    val_loss=score.loss,
+                    bits_per_byte=score.bits_per_byte,
+                    tokens=score.tokens,
+                    next_seconds=next_seconds,
+                )
+        if "sample" in self.early and not self.should_stop():
+            text = self._generate(COST_SECONDS)
+            yield EarlySampleLog(self.step, self.run.train.prompt, text, next_seconds)
         self.pace.restart()
 
     def _checkpoint(self) -> Checkpoint:

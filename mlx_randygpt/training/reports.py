@@ -52,6 +52,32 @@ class SampleLog:
 
 
 @dataclass(frozen=True)
+class EarlyEvalLog:
+    """A validation loss ahead of the first regular one; it is only shown."""
+
+    step: int
+    val_loss: float  # nats per token
+    bits_per_byte: float
+    tokens: int  # targets counted, evenly spread over the validation split
+    next_seconds: float  # to the next early one
+
+    @property
+    def perplexity(self) -> float:
+        """Return exp(val_loss)."""
+        return perplexity(self.val_loss)
+
+
+@dataclass(frozen=True)
+class EarlySampleLog:
+    """A text ahead of the first regular sample; it is only shown."""
+
+    step: int
+    prompt: str
+    text: str
+    next_seconds: float  # to the next early one
+
+
+@dataclass(frozen=True)
 class SaveLog:
     """A checkpoint that was written, or the `error` that prevented it (the old file is intact)."""
 
@@ -86,7 +112,8 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-Report = StepLog | EvalLog | SampleLog | SaveLog | NoteLog | EndLog
+EarlyLog = EarlyEvalLog | EarlySampleLog
+Report = StepLog | EvalLog | SampleLog | EarlyLog | SaveLog | NoteLog | EndLog
 
 
 class Pace:

@@ -17,7 +17,10 @@ from mlx_randygpt.screen.dashboard import Dashboard, make_view, screen
 from mlx_randygpt.screen.history import History
 from mlx_randygpt.screen.plain import PlainLog
 from mlx_randygpt.screen.run_summary import Event, RunInfo, RunSummary, Urgency, save_line
+from mlx_randygpt.training.evaluation import overfitting
 from mlx_randygpt.training.reports import (
+    EarlyEvalLog,
+    EarlySampleLog,
     EndLog,
     EvalLog,
     NoteLog,
@@ -37,6 +40,7 @@ INFO = RunInfo(
     out="checkpoints",
     iters=1000,
 )
+EARLY = frozenset({"evaluation", "sample"})
 SAMPLE = SampleLog(500, "ROMEO:", "\n[red]x[/] says\x1b[31m\x07 he\t\u202e, 東京 " * 40)
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
@@ -286,7 +290,68 @@ def test_a_warning_stays_whatever_is_saved_after_it(size: tuple[int, int]) -> No
         run.add(step(i))
     text = "\n".join(shown(run, *size))
     assert "Overfitting" in text
-    assert ("c-49" in text) == (size[1] > 20)
+    assert "c-49" in text
+    assert ("…" in text) == (size[0] == 60)  # the rest of the reason
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (140, 45)])
+def test_nothing_that_matters_is_cut(size: tuple[int, int]) -> None:
+    warning = overfitting(0.123, 4.567, 3, 12_750)
+    info = replace(INFO, out="runs/long", saves="runs/long/checkpoint.safetensors, every 60s")
+    run = RunSummary(replace(info, model=INFO.model.replace("1.2 M", "106,112")), Now())
+    path = "runs/a-folder-with-a-long-name/checkpoint_best.safetensors"
+    for report in (step(1, 4.0), step(2, 4.0), evaluation(2, 4.8, 2.5, 1), NoteLog(9, warning),
+                   SaveLog(2, path, True, 2.5071), SAMPLE):  # fmt: skip
+        run.add(report)
+    lines = shown(run, *size)
+    text = " ".join(" ".join(lines).split())
+    for part in (warning, "context 64" if size[0] > 60 else "106,112", "perplexity 121.51, 6.92 bpb"
+                 if size[0] == 60 else "6.92 bits/byte", "(best loss 2.5071 @2)", "every 60s",
+                 "Ctrl-C saves and stops", "[red]x"):  # fmt: skip
+        assert part in text
+
+
+def test_a_validation_loss_says_where_it_comes_from() -> None:
+    now = Now()
+    run = RunSummary(replace(INFO, eval_every=250, sample_every=500, early=EARLY), now)
+    run.add(evaluation(0, 4.6, 4.6, 0))
+    text = "\n".join(shown(run))
+    for part in ("at the start", "next in 00:20", "None yet; the first in 00:20."):
+        assert part in text
+    run.add(step(1))
+    now.seconds = 12.0
+    assert "next in 00:08" in "\n".join(shown(run))
+    run.add(EarlyEvalLog(40, 2.25, 3.2, 2500, 20.0))
+    run.add(EarlySampleLog(40, "ROMEO:", "\nIs it so?", 20.0))
+    for size in ((60, 20), (80, 24), (140, 45)):
+        text = "\n".join(shown(run, *size))
+        for part in ("2.2500", "early, step 40", "2,500 tokens", "next in 00:20", "Is it so?"):
+            assert part in text
+    run.add(replace(step(245), tokens_per_second=4096.0))  # one step a second
+    run.add(evaluation(250, 2.0, 2.0, 250))
+    run.add(replace(step(251), tokens_per_second=4096.0))
+    text = "\n".join(shown(run))
+    assert "2.0000" in text
+    assert "next in 04:09" in text  # the evaluation of step 500
+    assert "early, step 40, next in 00:20" in text  # the sample is still early
+
+
+def test_the_last_evaluation_announces_no_other() -> None:
+    run = RunSummary(replace(INFO, iters=1), Now())
+    run.add(step(1))
+    assert run.next_time("evaluation") == ""
+    assert "next" not in "\n".join(shown(run))
+
+
+def test_plain_early_lines_read_as_documented() -> None:
+    early = EarlySampleLog(85, "ROMEO:", "\nAy", 20.4)
+    assert plain(EarlyEvalLog(85, 2.2295, 3.21, 2500, 20.4), early)[4:] == [
+        "early eval 85 | val loss 2.2295 | perplexity 9.30 | 3.21 bits/byte | 2,500 tokens | "
+        "next in 00:20",
+        "early sample 85",
+        "    ROMEO:",
+        "    Ay",
+    ]
 
 
 def test_a_failed_save_comes_before_a_warning_until_it_succeeds() -> None:

@@ -25,6 +25,7 @@ from mlx_randygpt.model import initial_params
 from mlx_randygpt.progress import Plateau
 from mlx_randygpt.state import Batch, TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.training.early import EarlyLooks
 from mlx_randygpt.training.evaluation import evaluate
 from mlx_randygpt.training.loop import (
     MAX_SKIPS,
@@ -455,7 +456,9 @@ def test_saves_follow_the_steps(
 
 def test_two_files_of_one_step_share_a_copy(make_run: Make, tmp_path: Path) -> None:
     run, backend = make_run("modern", iters=1)
-    trainer = Trainer(run, backend, Saver(run.train, None, float), bool, float)
+    trainer = Trainer(
+        run, backend, Saver(run.train, None, float), bool, float, EarlyLooks((), float)
+    )
     first = trainer._checkpoint().state
     assert trainer._checkpoint().state is first
     backend.train_step(step_batches(run.train, run.train_tokens, run.model.block_size, 0), 0.1)

@@ -52,6 +52,7 @@ from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
+from mlx_randygpt.training.early import early_kinds
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SampleLog, SaveLog
 
@@ -72,6 +73,7 @@ class Session:
     signals: StopSignals
     team: Team
     notes: tuple[str, ...] = ()
+    early: frozenset[str] = frozenset()  # kinds of early looks
 
     @property
     def located_request(self) -> TrainRequest:
@@ -116,6 +118,8 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         past = request.resume.parent if request.resume else folder.path
         history = read_history(past, backend.step, run.progress)
         run = replace(run, recent_loss=history.recent_loss)
+    alone = team.group.size == 1  # ranks would have to agree on the time
+    early = early_kinds(run.train, request.options) if alone else frozenset[str]()
     info = RunInfo(
         model=describe_model(run.model),
         data=text.describe(start.corpus, run.tokenizer),
@@ -126,6 +130,9 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         iters=run.train.iters,
         start_step=backend.step,
         history=history,
+        eval_every=run.train.eval_every,
+        sample_every=run.train.sample_every,
+        early=early,
     )
     loggers = Loggers(request.options.get("log", ()), notes.append)
     loggers.begin(request.out, asdict(run.model) | asdict(run.train))
@@ -152,6 +159,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
             signals=signals,
             team=team,
             notes=tuple(notes),
+            early=early,
         )
     )
 
@@ -216,7 +224,9 @@ def _show_reports(
     end: EndLog | None = None
     sample: SampleLog | None = None
     stop, sync = team.group.should_stop, folder.logs.sync
-    for report in train(run, session.backend, folder.locate, stop, sync_logs=sync):
+    for report in train(
+        run, session.backend, folder.locate, stop, sync_logs=sync, early=session.early
+    ):
         while folder.news:
             view.note(folder.news.pop(0))
         folder.logs.record(report, run.train.log_every)
