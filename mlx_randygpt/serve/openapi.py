@@ -31,6 +31,7 @@ def _array(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
 
+ANY_REQUEST = (400, 401, 403, 408, 431, 503)  # what the server can refuse before it looks further
 NULLABLE: Schema = {"type": ["string", "null"]}
 ERROR = _object(error=_object(message=TEXT, type=TEXT, param=NULLABLE, code=NULLABLE))
 USAGE = _object(prompt_tokens=INTEGER, completion_tokens=INTEGER)
@@ -42,7 +43,7 @@ def _operation(
 ) -> Schema:
     responses: Schema = {
         str(status): {"description": "error", "content": {"application/json": {"schema": ERROR}}}
-        for status in (401, 403, *errors)
+        for status in (*ANY_REQUEST, *errors)
     }
     responses["200"] = {"description": "done", "content": {media_type: {"schema": response}}}
     return {"summary": summary, "responses": responses}
@@ -51,7 +52,7 @@ def _operation(
 def _post(summary: str, body: type[Body], response: Schema) -> Schema:
     reference = {"$ref": f"#/components/schemas/{body.__name__}"}
     request = {"required": True, "content": {"application/json": {"schema": reference}}}
-    operation = _operation(summary, response, 400, 404, 408, 413, 500, 503)
+    operation = _operation(summary, response, 404, 413, 500)
     return {"post": {**operation, "requestBody": request}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -140,7 +141,14 @@ def _serve(api: Api, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
-    Server(api.app(), listening, api.stop, connection_limit()).serve_until_signal()
+    server = Server(api.app(), listening, api.stop, connection_limit(), _exit_at_once)
+    server.serve_until_signal()
+
+
+def _exit_at_once(number: int) -> None:
+    """End the process although a thread is busy; nothing is lost, for a server writes no files."""
+    click.echo("Stopped before a computation had ended.", err=True)
+    os._exit(128 + number)
 
 
 def _require_extra() -> None:
