@@ -62,6 +62,7 @@ PAGE = {  # path -> file in page/, media type
     "/style.css": ("style.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+LARGE_BYTES = 1 << 16  # of a body
 ENGINE_SECONDS = 0.25  # for the token that is being decoded when the server ends
 R = TypeVar("R")
 
@@ -77,6 +78,7 @@ class Api:
         self._bodies, self._in_flight = Bodies(), InFlight()
         self._threads = ThreadPoolExecutor(N_THREADS)
         self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
+        self._large_lock = asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
     def app(self) -> App:
@@ -96,10 +98,10 @@ class Api:
             Route("/copies", self._copies, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
-            ApiError: lambda request, error: error_response(error),
+            ApiError: _api_error,
             HTTPException: _http_error,
-            TokenizerError: lambda request, error: error_response(ApiError(400, str(error))),
-            Exception: lambda request, error: error_response(ApiError(500, "internal error")),
+            TokenizerError: _tokenizer_error,
+            Exception: _internal_error,
         }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         return Guard(app, self._settings, self._metrics, {route.path for route in routes})
@@ -109,7 +111,8 @@ class Api:
         loop = asyncio.get_running_loop()
 
         def deliver(requests: list[Request]) -> None:
-            loop.call_soon_threadsafe(_notify, requests)
+            with contextlib.suppress(RuntimeError):  # the loop ended before this token
+                loop.call_soon_threadsafe(_notify, requests)
 
         self._engine.deliver = deliver
         self._stopped = loop.create_future()
@@ -196,7 +199,10 @@ class Api:
             return generation.with_ignored(ignored), generation.continuations(self._served)
 
         async with self._bodies.read(request) as content:
-            generation, texts = await self._in_thread(check, content)
+            # one at a time: they hold Python's lock for long, and the event loop waits for it
+            is_large = len(content) > LARGE_BYTES
+            async with self._large_lock if is_large else contextlib.nullcontext():
+                generation, texts = await self._in_thread(check, content)
             submission = Submission(
                 texts,
                 self._engine,
@@ -272,6 +278,22 @@ class Api:
 def _notify(requests: list[Request]) -> None:
     for request in requests:
         request.notify()
+
+
+# Starlette would run a handler that is not `async` in threads of its own
+
+
+async def _api_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _tokenizer_error(request: HttpRequest, error: Exception) -> Response:
+    return error_response(ApiError(400, str(error)))
+
+
+async def _internal_error(request: HttpRequest, error: Exception) -> Response:
+    return error_response(ApiError(500, "internal error"))
 
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:

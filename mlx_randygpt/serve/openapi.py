@@ -108,6 +108,9 @@ def describe(served: ServedModel, has_key: bool) -> Schema:
     schemas = models_json_schema(
         [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
     )[1]["$defs"]
+    for schema in schemas.values():
+        _allow_null(schema)
+    _limit_to_model(schemas, served)
     description: Schema = {
         "openapi": "3.1.0",
         "info": {"title": f"mlxgpt serve: {served.name}", "version": __version__},
@@ -120,3 +123,50 @@ def describe(served: ServedModel, has_key: bool) -> Schema:
         for path in ("/", "/health"):
             paths[path]["get"]["security"] = []
     return description
+
+
+def _allow_null(schema: Schema) -> None:
+    """Describe that null is the same as leaving an optional field out."""
+    for name, field in schema.get("properties", {}).items():
+        options = field.get("anyOf", [field])
+        is_nullable = any(option.get("type") == "null" for option in options)
+        if not (is_nullable or name in schema.get("required", [])):
+            title = field.pop("title", name)
+            schema["properties"][name] = {"anyOf": [*options, {"type": "null"}], "title": title}
+
+
+def _limit_to_model(schemas: Schema, served: ServedModel) -> None:
+    """Describe which tokens, layers and heads the model has."""
+    last, model = served.tokenizer.vocab_size - 1, served.model
+    for name, n in (("layer", model.n_layer), ("head", model.n_head)):
+        schemas["AttentionBody"]["properties"][name]["maximum"] = n - 1
+    prompts = schemas["CompletionBody"]["properties"]["prompt"]["anyOf"]
+    for items in (prompts[2]["items"], prompts[3]["items"]["items"]):
+        items["maximum"] = last
+    for name in ("CompletionBody", "ChatBody"):
+        biases = schemas[name]["properties"]["logit_bias"]["anyOf"][0]
+        biases["propertyNames"] = {"pattern": f"^({_numbers_to(last)})$"}
+        biases["additionalProperties"] = {"type": "number", "minimum": -100, "maximum": 100}
+    schemas["ChatBody"]["if"] = {
+        "properties": {"top_logprobs": {"type": "integer"}},
+        "required": ["top_logprobs"],
+    }
+    schemas["ChatBody"]["then"] = {
+        "properties": {"logprobs": {"const": True}},
+        "required": ["logprobs"],
+    }
+
+
+def _numbers_to(last: int) -> str:
+    """Return a regular expression of the whole numbers from 0 to `last`."""
+    digits = str(last)
+    choices = [digits]
+    for i, digit in enumerate(digits):
+        n_more = len(digits) - i - 1
+        if digit > "0":
+            choices.append(
+                f"{digits[:i]}[0-{int(digit) - 1}]" + f"[0-9]{{{n_more}}}" * (n_more > 0)
+            )
+    if len(digits) > 1:
+        choices.append(f"[0-9]{{1,{len(digits) - 1}}}")
+    return "|".join(choices)

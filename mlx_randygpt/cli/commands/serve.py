@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,7 @@ def _serve(api: Api, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
+    sys.setswitchinterval(0.0005)
     server = Server(api.app(), listening, api.stop, connection_limit(), _exit_at_once)
     server.serve_until_signal()
 
