@@ -281,7 +281,7 @@ def changes_text(name: str, value: object) -> bool:
         return False
     if name in SETTINGS or name.startswith(OTHER_PREFIXES):
         return True
-    return 4 <= len(name) <= 40 and not SIMILAR.isdisjoint(_shorten(name))
+    return len(name) <= 40 and any(len(variant) > 3 for variant in SIMILAR & _shorten(name))
 
 
 def parse(content: bytes, model: type[B]) -> tuple[B, list[str]]:

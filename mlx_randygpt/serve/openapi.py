@@ -111,6 +111,7 @@ def describe(served: ServedModel, has_key: bool) -> Schema:
     for schema in schemas.values():
         _allow_null(schema)
     _limit_to_model(schemas, served)
+    _limit_fields_together(schemas)
     description: Schema = {
         "openapi": "3.1.0",
         "info": {"title": f"mlxgpt serve: {served.name}", "version": __version__},
@@ -147,14 +148,26 @@ def _limit_to_model(schemas: Schema, served: ServedModel) -> None:
         biases = schemas[name]["properties"]["logit_bias"]["anyOf"][0]
         biases["propertyNames"] = {"pattern": f"^({_numbers_to(last)})$"}
         biases["additionalProperties"] = {"type": "number", "minimum": -100, "maximum": 100}
-    schemas["ChatBody"]["if"] = {
-        "properties": {"top_logprobs": {"type": "integer"}},
-        "required": ["top_logprobs"],
-    }
-    schemas["ChatBody"]["then"] = {
-        "properties": {"logprobs": {"const": True}},
-        "required": ["logprobs"],
-    }
+
+
+def _limit_fields_together(schemas: Schema) -> None:
+    """Describe fields that need another one."""
+    plain, chat = schemas["CompletionBody"], schemas["ChatBody"]
+    same = {"enum": [1, None], "description": "must be the same as n, which can be more than 1"}
+    plain["properties"]["best_of"] = same  # two fields cannot be compared
+    integer = {"type": "integer"}
+    rules = (
+        (chat, "top_logprobs", integer, "logprobs", {"const": True}),
+        (chat, "stream_options", {"type": "object"}, "stream", {"const": True}),
+        (plain, "stream_options", {"type": "object"}, "stream", {"const": True}),
+        (plain, "best_of", integer, "n", {"enum": [1, None]}),
+    )
+    for schema, name, value, needed, needed_value in rules:
+        then: Schema = {"properties": {needed: needed_value}}
+        if "const" in needed_value:
+            then["required"] = [needed]
+        given = {"properties": {name: value}, "required": [name]}
+        schema.setdefault("allOf", []).append({"if": given, "then": then})
 
 
 def _numbers_to(last: int) -> str:
