@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.serve.api import Api
     from mlx_randygpt.tokenizers import Tokenizer
 
+SWITCH_SECONDS = 0.0005  # for which a thread that computes can keep the event loop waiting
 N_POINTS = 1000  # of a loss curve on the page
 
 
@@ -142,7 +143,7 @@ def _serve(api: Api, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(SWITCH_SECONDS)
     server = Server(api.app(), listening, api.stop, connection_limit(), _exit_at_once)
     server.serve_until_signal()
 
