@@ -10,8 +10,10 @@ import asyncio
 import logging
 import resource
 import socket
+import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import h11
@@ -28,7 +30,8 @@ MAX_CONNECTIONS = 1024
 RESERVED_FILES = 64  # descriptors that are not for connections
 N_ACCEPTED = 16  # connections in one turn of the loop
 BACKLOG = 1024
-GRACE_SECONDS = 4.0  # for running texts when the server stops
+GRACE_SECONDS = 3.5  # for running texts when the server stops
+STOP_SECONDS = 4.75  # from a signal to the end of the process, whatever is still running
 LOG_SECONDS = 60.0  # between two reports that no connection can be accepted
 SECONDS = {  # how long a client may keep the server waiting
     "header": 10.0,  # for a whole header
@@ -170,10 +173,18 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serve an application on a listening socket until a signal; `stop` ends its texts."""
+    """Serve an application on a listening socket until a signal; `stop` ends its texts.
+
+    `exit_at_once` is called with the signal if the process has not ended STOP_SECONDS after it.
+    """
 
     def __init__(
-        self, app: App, listening: socket.socket, stop: Callable[[], None], max_connections: int
+        self,
+        app: App,
+        listening: socket.socket,
+        stop: Callable[[], None],
+        max_connections: int,
+        exit_at_once: Callable[[int], None],
     ) -> None:
         def protocol(**facts: Any) -> Protocol:
             return Protocol(max_connections, **facts)
@@ -191,7 +202,7 @@ class Server(uvicorn.Server):
             lifespan="on",
         )
         super().__init__(config)
-        self._listening, self._stop = listening, stop
+        self._listening, self._stop, self._exit = listening, stop, exit_at_once
         self._reported = -LOG_SECONDS
 
     def serve_until_signal(self) -> None:
@@ -215,6 +226,13 @@ class Server(uvicorn.Server):
         """Close the connections whose clients stand still."""
         for connection in self._connections():
             connection.check(now)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; a thread that cannot be stopped does not keep the process alive."""
+        timer = threading.Timer(STOP_SECONDS, self._exit, (sig,))
+        timer.daemon = True
+        timer.start()
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let responses end for a while, then end texts and connections."""

@@ -32,6 +32,7 @@ class Host:
     port: int = 0
     keeps_params: bool = True  # for attention maps
     find_copies: Callable[[str], dict[str, Any]] | None = None
+    exits: list[int] = field(default_factory=list)  # signals after which it took too long
     build: Callable[[], Any] | None = None  # in the engine's thread, where not `backend`
 
     def start(self) -> None:
@@ -57,7 +58,8 @@ class Host:
         self._listening = socket.create_server(("127.0.0.1", self.port), backlog=200)
         self.port = self._listening.getsockname()[1]
         api = Api(served, self.settings, self.engine, self.metrics)
-        self.server = Server(api.app(), self._listening, api.stop, self.n_connections)
+        stops = api.stop, self.n_connections, self.exits.append
+        self.server = Server(api.app(), self._listening, *stops)
         self._thread = threading.Thread(target=self.server.serve_until_signal, daemon=True)
         self._thread.start()
 

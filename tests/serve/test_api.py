@@ -413,6 +413,23 @@ def test_the_description_has_a_schema_for_every_body(host: Host) -> None:
     assert schemas["Message"]["additionalProperties"] is True
 
 
+def test_the_description_says_what_is_accepted(host: Host) -> None:
+    """Limits are in the words of JSON Schema, null is allowed, the model's sizes are known."""
+    description = httpx.get(f"{host.url}/openapi.json").json()
+    schemas, model = description["components"]["schemas"], host.run.model
+    assert not re.findall(r'"(ge|le|min_length|max_length)":', json.dumps(schemas))
+    assert schemas["CompletionBody"]["properties"]["n"]["anyOf"][0]["maximum"] == 64
+    assert {"type": "null"} in schemas["PlainBody"]["properties"]["temperature"]["anyOf"]
+    assert schemas["AttentionBody"]["properties"]["head"]["maximum"] == model.n_head - 1
+    biases = schemas["CompletionBody"]["properties"]["logit_bias"]["anyOf"][0]
+    pattern = biases["propertyNames"]["pattern"]
+    accepted = [n for n in range(2000) if re.search(pattern, str(n))]
+    assert accepted == list(range(model.vocab_size))
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            assert {"400", "408", "431", "503"} <= set(operation["responses"])
+
+
 # Clients that misbehave
 
 

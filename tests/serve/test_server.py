@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,7 +22,9 @@ pytest.importorskip("uvicorn")
 
 from served import Host
 
+from mlx_randygpt.serve import N_THREADS, ApiError, api, http, submission
 from mlx_randygpt.serve import server as limits
+from mlx_randygpt.serve.responses import MAX_ENTRIES, ResponseBuilder
 from mlx_randygpt.serve.submission import InFlight
 
 END = b"\r\n\r\n"
@@ -216,6 +220,203 @@ def test_failures_to_accept_are_one_line_of_log(
         host.server.loop.call_soon_threadsafe(host.server.loop.call_exception_handler, context)
     later(host, 0)
     assert len(caplog.records) == 1
+
+
+def test_a_connection_without_a_request_is_closed_after_a_while(host: Host) -> None:
+    with closing(connect(host)) as connection:
+        for _ in range(2):  # the second just in time
+            connection.sendall(HEALTH)
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(1 << 16)
+            later(host, limits.SECONDS["idle"] - 1)
+        later(host, limits.SECONDS["idle"] + 1)
+        assert connection.recv(1 << 16) == b""
+
+
+def test_requests_that_come_together_are_answered_in_order(host: Host) -> None:
+    lost = HEALTH.replace(b"/health", b"/nowhere")
+    text = post({"prompt": "a", "max_tokens": 1}).replace(b"Connection: close\r\n", b"")
+    with closing(connect(host)) as connection:
+        connection.sendall(HEALTH + lost + text + HEALTH + closed(lost))
+        answers = connection.makefile("rb").read()
+    statuses = [int(part[:3]) for part in answers.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [200, 404, 200, 200, 404]
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [
+        ("HEAD", "/health", 200), ("HEAD", "/", 200), ("HEAD", "/v1/completions", 405),
+        ("OPTIONS", "/v1/completions", 405), ("OPTIONS", "/health", 405), ("OPTIONS", "*", 404),
+        ("TRACE", "/health", 405), ("GET", "http://localhost/health", 404),
+        ("DELETE", "/v1/models", 405), ("CONNECT", "localhost:80", 404),
+    ],
+)  # fmt: skip
+def test_other_methods_and_targets_get_an_answer(
+    method: str, target: str, status: int, host: Host
+) -> None:
+    request = HEALTH.replace(b"GET /health", f"{method} {target}".encode())
+    received, body = ask(host, closed(request))
+    assert received == status
+    assert (body == b"") == (method == "HEAD")
+
+
+def test_bodies_that_are_too_many_together_are_refused(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "MAX_BODIES_BYTES", 1000)
+    head, _, content = post({"prompt": "a" * 700, "truncate_prompt": True}).partition(END)
+    with closing(connect(host)) as first:
+        first.sendall(head + END + content[:600])
+        assert ask(host, closed(HEALTH))[0] == 200  # the server has read both parts by now
+        status, answer = ask(host, head + END + content)
+        assert (status, json.loads(answer)["error"]["code"]) == (503, "overloaded")
+        first.sendall(content[600:])
+        assert read(first)[0] == 200
+    assert ask(host, head + END + content)[0] == 200  # their bytes are counted no more
+
+
+def test_beyond_the_budget_of_all_requests_one_is_refused_with_a_time_to_wait(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "MAX_COST_TOGETHER", 40_000)
+    eos = str(host.run.tokenizer.eos)
+    body = {"prompt": "a", "max_tokens": 32768, "logit_bias": {eos: -100}, "stream": True}
+    with closing(connect(host)) as first, closing(connect(host)) as second:
+        first.sendall(post(body))
+        assert first.recv(1)
+        second.sendall(post(body))
+        answer = second.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 1\r\n" in answer
+    assert b"tokens together; at most 40000" in answer
+
+
+def test_work_in_a_thread_does_not_hold_up_a_stop(
+    make_run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Four texts take endless time to encode, as many as there are threads, and one waits."""
+    host = Host(*make_run("modern"))
+    host.start()
+    monkeypatch.setattr(limits, "GRACE_SECONDS", 0.0)
+    begun, end = threading.Semaphore(0), threading.Event()
+
+    def parse(*given: Any) -> Any:
+        begun.release()
+        end.wait(60)
+        raise ApiError(400, "too late")
+
+    monkeypatch.setattr(api, "parse", parse)
+    waiting = [connect(host) for _ in range(N_THREADS + 1)]
+    for connection in waiting:
+        connection.sendall(post({"prompt": "a"}))
+    assert all(begun.acquire(timeout=60) for _ in range(N_THREADS))
+    assert not begun.acquire(blocking=False)
+    assert ask(host, closed(HEALTH))[0] == 200  # the event loop is free
+    host.stop()
+    answers = [read(connection) for connection in waiting]
+    end.set()
+    assert [status for status, _ in answers] == [503] * (N_THREADS + 1)
+    assert all(json.loads(body)["error"]["code"] == "stopping" for _, body in answers)
+    assert capfd.readouterr() == ("", "")
+    for connection in waiting:
+        connection.close()
+
+
+def test_a_forward_pass_does_not_hold_up_a_stop(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "GRACE_SECONDS", 0.0)
+    begun, end, logits = threading.Event(), threading.Event(), host.backend.logits
+
+    def slow(*given: Any) -> Any:
+        begun.set()
+        end.wait(60)
+        return logits(*given)
+
+    monkeypatch.setattr(host.backend, "logits", slow)
+    with closing(connect(host)) as connection:
+        connection.sendall(post({"prompt": "a"}))
+        assert begun.wait(60)
+        host.stop()
+        assert read(connection)[0] == 503
+    end.set()
+    host.engine.stop()
+
+
+def test_whatever_is_still_running_the_process_ends(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers: list[Any] = []
+    monkeypatch.setattr(limits.threading, "Timer", lambda *given: timers.append(given) or Mock())
+    host.server.handle_exit(15, None)
+    [(seconds, exit_at_once, numbers)] = timers
+    exit_at_once(*numbers)
+    assert (host.exits, seconds) == ([15], limits.STOP_SECONDS)
+    assert limits.GRACE_SECONDS + 0.5 + api.ENGINE_SECONDS < limits.STOP_SECONDS < 5
+
+
+def test_large_bodies_are_read_one_at_a_time(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most, parse = 0, 0, api.parse
+    lock = threading.Lock()
+
+    def count(*given: Any) -> Any:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        try:
+            return parse(*given)
+        finally:
+            with lock:
+                at_once -= 1
+
+    monkeypatch.setattr(api, "parse", count)
+    request = post({"prompt": "a" * 100_000, "truncate_prompt": True, "max_tokens": 1})
+    connections = [connect(host) for _ in range(3)]
+    for connection in connections:
+        connection.sendall(request)
+    assert [read(connection)[0] for connection in connections] == [200] * 3
+    assert most == 1
+    for connection in connections:
+        connection.close()
+
+
+def test_nothing_in_the_event_loop_grows_with_an_answer(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities and JSON of 12,000 alternatives: small pieces, or in another thread."""
+    loop_thread, in_loop = threading.get_ident(), list[int]()
+    build, write = ResponseBuilder.logprobs, json.dumps
+
+    async def find_thread() -> int:
+        return threading.get_ident()
+
+    def record(size: int) -> None:
+        if threading.get_ident() == loop_thread:
+            in_loop.append(size)
+
+    def logprobs(builder: Any, rows: Any, length: int) -> Any:
+        record(sum(1 + len(row.likeliest or ()) for row in rows) * 100)
+        return build(builder, rows, length)
+
+    def dumps(value: Any, **options: Any) -> str:
+        record(len(text := write(value, **options)))
+        return text
+
+    assert ask(host, closed(HEALTH))[0] == 200  # it runs
+    loop_thread = asyncio.run_coroutine_threadsafe(find_thread(), host.server.loop).result(30)
+    monkeypatch.setattr(ResponseBuilder, "logprobs", logprobs)
+    monkeypatch.setattr(json, "dumps", dumps)
+    body = {"prompt": "a", "max_tokens": 150, "n": 4, "logprobs": 20, "seed": 1}
+    body["logit_bias"] = {str(host.run.tokenizer.eos): -100}
+    sizes = [len(ask(host, post({**body, "stream": stream}))[1]) for stream in (False, True)]
+    assert min(sizes) > 200_000
+    assert in_loop
+    assert max(in_loop) <= 100 * MAX_ENTRIES
 
 
 def test_the_requests_in_flight_have_a_budget() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.serve.api import Api
     from mlx_randygpt.tokenizers import Tokenizer
 
+SWITCH_SECONDS = 0.0005  # for which a thread that computes can keep the event loop waiting
 N_POINTS = 1000  # of a loss curve on the page
 
 
@@ -142,7 +144,15 @@ def _serve(api: Api, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
-    Server(api.app(), listening, api.stop, connection_limit()).serve_until_signal()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    server = Server(api.app(), listening, api.stop, connection_limit(), _exit_at_once)
+    server.serve_until_signal()
+
+
+def _exit_at_once(number: int) -> None:
+    """End the process although a thread is busy; nothing is lost, for a server writes no files."""
+    echo("Stopped before a computation had ended.", err=True)
+    os._exit(128 + number)
 
 
 def _require_extra() -> None:
