@@ -114,6 +114,7 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
         "characters": corpus.characters,
         "tokens": len(corpus.tokens),
         "train_tokens": len(corpus.train),
+        "validation": corpus.validation,
         "tokenizer": tokenizer.to_json()["type"],
         "vocab_size": tokenizer.vocab_size,
         "bytes_per_token": n_bytes / max(1, min(1_000_000, len(corpus.tokens))),
