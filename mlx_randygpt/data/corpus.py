@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mlx_randygpt.data import DataError, cache, token_files
 from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
-from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
+from mlx_randygpt.data.reading import Piece, Reading, Seen, all_pieces
 from mlx_randygpt.data.split import (
     TRAIN_SHARE,
     Parts,
@@ -219,14 +219,12 @@ class Loader:
     def _pieces(
         self, files: Sequence[Path], activity: str, stats: TextStats | None = None
     ) -> Iterator[Piece]:
-        seen = self._seen(activity, self._size(files))
-        for i, file in enumerate(files):
-            if stats is not None:
+        seen, n_files = self._seen(activity, self._size(files)), 0
+        for i, piece in all_pieces(files, self.reading, seen):
+            if stats is not None and i == n_files:
+                n_files += 1
                 stats.begin_file()
-            try:
-                yield from pieces(file, self.reading, seen)
-            except DataError as error:
-                raise explain_all(error, files[i + 1 :], self.reading) from error
+            yield piece
 
     def _seen(self, activity: str, size: int) -> Seen:
         done = 0

@@ -95,38 +95,41 @@ def tail_split(file_starts: Sequence[int], n: int, n_train: int | None = None) -
     return Split(tuple(np.diff(ends).tolist()), tuple(n_val.tolist()), at_end)
 
 
-def copies_together(digests: Array, starts: Numbers, n: int) -> Parts | None:
-    """Return an order of `n` tokens whose last tenth has no copy of a document before it.
+def document_cuts(digests: Array, starts: Numbers, n: int) -> Numbers | None:
+    """Return where each document of `n` tokens is cut so that no copy is on both sides, (D,).
 
     `digests` are equal for copies, (D,), and `starts` are where documents begin. Documents that
     occur more than once come first. The different ones are cut at nine tenths, and each copy where
-    its first is cut. None: no document has copies on both sides of the plain cut.
+    its first is. None: no document has copies on both sides of the plain cut.
     """
     cut, ends = train_tokens(n), np.append(starts[1:], n)
     _, first, inverse, counts = np.unique(
         digests, return_index=True, return_inverse=True, return_counts=True
     )
-    before, after = (
-        np.bincount(inverse[side], minlength=len(first)) > 0
-        for side in (
-            starts < cut,
-            ends > cut,
-        )
-    )
-    if not (before & after & (counts > 1)).any():
+    is_before = np.bincount(inverse[starts < cut], minlength=len(first)) > 0
+    is_after = np.bincount(inverse[ends > cut], minlength=len(first)) > 0
+    if not (is_before & is_after & (counts > 1)).any():
         return None
     lengths = ends - starts
     order = np.lexsort((first, counts == 1))  # of the different documents
     behind = np.cumsum(lengths[first[order]])
     n_train = np.empty(len(first), np.int64)
     n_train[order] = train_tokens(int(behind[-1])) - behind + lengths[first[order]]
-    cuts = starts + np.clip(n_train[inverse], 0, lengths)
+    return np.asarray(starts + np.clip(n_train[inverse], 0, lengths), np.int64)
+
+
+def copies_together(digests: Array, starts: Numbers, n: int) -> Parts | None:
+    """Return the order of `n` tokens that has the training parts of all documents first."""
+    cuts = document_cuts(digests, starts, n)
+    if cuts is None:
+        return None
+    ends = np.append(starts[1:], n)
     in_train, in_val = cuts > starts, cuts < ends
     return Parts(
         np.append(starts[in_train], cuts[in_val]),
         np.append(cuts[in_train], ends[in_val]),
         int((cuts - starts).sum()),
-        int((counts[inverse] > 1).sum()),
+        len(digests) - int((np.unique(digests, return_counts=True)[1] == 1).sum()),
     )
 
 
