@@ -13,8 +13,12 @@ from mlx_randygpt.words import clean_text, format_bytes, format_duration, format
 if TYPE_CHECKING:
     from mlx_randygpt.config import ModelConfig, TrainConfig
     from mlx_randygpt.data.audit import Audit
+    from mlx_randygpt.data.corpus import Corpus
+    from mlx_randygpt.data.reading import Reading
 
 N_SCRIPTS = 5  # named
+N_SUMMARY = 2  # of them in one line
+MAX_START_BYTES = 1 << 22  # of a text that is checked whenever a run starts: a fraction of a second
 NOTABLE = 0.01  # share from which a line reports repeated passages and leaks
 BYTES_PER_TOKEN = 2.4  # of a byte-level BPE, to estimate the tokens of a text
 
@@ -51,18 +55,39 @@ def suitable_run(found: Audit, *, measure: bool) -> Suitable:
 def summary_line(found: Audit) -> str:
     """Return one line about the text of a run."""
     scripts = [f"{name} {format_share(share)}" for name, share in found.scripts.items()]
-    scripts = [*found.scripts] if len(found.scripts) == 1 else scripts[:2]
-    parts = [f"Text: {format_bytes(found.n_bytes)}", ", ".join(scripts) or "no letters"]
-    parts.append(
-        f"{format_share(found.copied)} in copies of documents" if found.n_copies else "no copies"
-    )
-    if found.repeated >= NOTABLE:
-        parts.append(f"{format_share(found.repeated)} of the passages are repeated")
-    if found.leaked >= NOTABLE:
-        parts.append(
-            f"{format_share(found.leaked)} of the validation text is in the training text too"
-        )
-    return "; ".join(parts) + "; mlxgpt data check has more." * (len(parts) > 3)
+    scripts = [*found.scripts] if len(scripts) == 1 else scripts[:N_SUMMARY]
+    copies = f"{format_share(found.copied)} of it in copies of documents"
+    repeated = f"{format_share(found.repeated)} of the passages repeated"
+    leaked = f"{format_share(found.leaked)} of the validation text also in the training text"
+    parts = [
+        f"Text: {format_bytes(found.n_bytes)}",
+        *scripts,
+        copies if found.n_copies else "no copies",
+        repeated if found.repeated >= NOTABLE else "",
+        leaked if found.n_leaks else "no leaks into the validation text",
+        f"{_count(found.n_lines, 'line')} of boilerplate" if found.n_lines else "",
+        f"{found.n_replacements:,} × �" if found.n_replacements else "",
+    ]
+    return f"{', '.join(filter(None, parts))} (mlxgpt data check)"
+
+
+def check_start(corpus: Corpus, how: Reading) -> str:
+    """Return the line about the text at the start of a run, or "" for token files.
+
+    Of a long text it has only what is known from reading it, so that no start waits.
+    """
+    from pathlib import Path
+
+    from mlx_randygpt.data.audit import audit
+    from mlx_randygpt.data.reading import all_pieces
+
+    files = [Path(name) for name in corpus.names]
+    if not corpus.n_bytes:
+        return ""
+    if corpus.n_bytes > MAX_START_BYTES:
+        size = f"Text: {format_bytes(corpus.n_bytes)}"
+        return f"{size}, not searched for leaks into the validation text (mlxgpt data check)"
+    return summary_line(audit(lambda: all_pieces(files, how), corpus.keeps_copies))
 
 
 def audit_facts(

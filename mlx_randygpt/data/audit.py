@@ -34,7 +34,8 @@ from mlx_randygpt.tokenizers.chars import CODE_POINTS, code_points
 
 WINDOW = 50  # characters: a shorter passage that occurs twice is not reported
 MAX_WINDOWS = 1 << 22  # compared in each table
-BLOCK = 1 << 18  # characters hashed at a time
+BLOCK = 1 << 18  # characters that documents are joined to
+HASHED = 1 << 15  # windows hashed at a time; their hashes fit into a core's cache
 SLOT_BITS = 24  # of a hash: the size of the table that most windows are rejected by
 BETWEEN = "\0"  # stands between documents; no text holds it
 N_SHOWN = 5  # passages, lines, scripts and copies
@@ -45,6 +46,7 @@ MAX_LINES = 1 << 16  # different lines counted at a time
 FRAME = 2  # tokens around a document
 Array = NDArray[Any]
 Numbers = NDArray[np.int64]
+Select = Callable[[Array], Array]  # from hashes to the indices of some
 Source = Callable[[], Iterable[tuple[int, Piece]]]  # reads the text: number of the file, and piece
 
 
@@ -90,12 +92,15 @@ class Audit:
     sampled_repeats: int  # and for what is repeated
 
 
-def audit(source: Source) -> Audit:
-    """Audit the text that each call of `source` reads from its beginning."""
+def audit(source: Source, keeps_copies: bool = True) -> Audit:
+    """Audit the text that each call of `source` reads from its beginning.
+
+    `keeps_copies` is the rule of its split: copies of a document are on one side.
+    """
     census = Census()
     for file, piece in source():
         census.read(file, piece)
-    plan = _plan(census)
+    plan = _plan(census, keeps_copies)
     leaks, repeats = _compare(source, plan)
     passages = sorted(leaks.passages(), key=lambda passage: -passage.length)
     shown = _excerpts(source, [_locate(passage, plan, census) for passage in passages[:N_SHOWN]])
@@ -201,14 +206,14 @@ class Plan(NamedTuple):
     split: Split
 
 
-def _plan(census: Census) -> Plan:
+def _plan(census: Census, keeps_copies: bool) -> Plan:
     census.finish()
     lengths = np.asarray(census.lengths, np.int64)
     ends = np.cumsum(lengths + FRAME)
     starts, n = ends - lengths - FRAME, int(ends[-1]) if len(ends) else 0
     digests = np.asarray(census.digests, np.uint64)
-    cuts = document_cuts(digests, starts, n)
-    parts = copies_together(digests, starts, n)
+    cuts = document_cuts(digests, starts, n) if keeps_copies else None
+    parts = copies_together(digests, starts, n) if keeps_copies else None
     file_starts = starts[np.unique(np.asarray(census.files, np.int64), return_index=True)[1]]
     split = (
         tail_split(file_starts.tolist(), n)
@@ -232,14 +237,16 @@ class Windows(NamedTuple):
     is_val: NDArray[np.bool_]
 
 
-def _windows(pieces: Iterable[Piece], plan: Plan, bits: int) -> Iterator[Windows]:
-    """Yield the windows whose hash begins with `bits` zeros, without those of copies."""
+def _windows(
+    pieces: Iterable[Piece], plan: Plan, is_wanted: NDArray[np.bool_], select: Select
+) -> Iterator[Windows]:
+    """Yield the windows of the documents that are wanted, (D,), whose hashes are selected."""
     parts, places, size = list[str](), list[tuple[int, int, int]](), 0
     document, offset, before = -1, 0, ""
     for piece in pieces:
         if piece.begins:
             document, offset, before = document + 1, 0, ""
-        if not plan.is_copy[document]:
+        if is_wanted[document]:
             text = before + piece.text
             places.append((size, document, offset - len(before)))
             parts += [text, BETWEEN]
@@ -247,26 +254,29 @@ def _windows(pieces: Iterable[Piece], plan: Plan, bits: int) -> Iterator[Windows
             before = text[1 - WINDOW :]
         offset += len(piece.text)
         if size >= BLOCK:
-            yield _hash("".join(parts), np.array(places), plan, bits)
+            yield _hash("".join(parts), np.array(places), plan, select)
             parts, places, size = [], [], 0
     if size > WINDOW:
-        yield _hash("".join(parts), np.array(places), plan, bits)
+        yield _hash("".join(parts), np.array(places), plan, select)
 
 
-def _hash(text: str, places: Numbers, plan: Plan, bits: int) -> Windows:
-    hashes = hash_windows(code_points(text).astype(np.uint64), WINDOW)
-    at = np.arange(len(hashes))
-    if bits:
-        at = np.flatnonzero(hashes >> np.uint64(64 - bits) == 0)
+def _hash(text: str, places: Numbers, plan: Plan, select: Select) -> Windows:
+    codes, selected, places_of = code_points(text), list[Array](), list[Numbers]()
+    for start in range(0, len(codes) - WINDOW + 1, HASHED):
+        hashes = hash_windows(codes[start : start + HASHED + WINDOW - 1].astype(np.uint64), WINDOW)
+        at = select(hashes)
+        selected.append(hashes[at])
+        places_of.append(at + start)
+    hashes, at = np.concatenate(selected), np.concatenate(places_of)
     part = np.searchsorted(places[:, 0], at, side="right") - 1
     ends = np.append(places[1:, 0], len(text)) - 1  # without the character between
     inside = at + WINDOW <= ends[part]
-    at, part = at[inside], part[inside]
+    hashes, at, part = hashes[inside], at[inside], part[inside]
     document = places[part, 1]
     offsets = places[part, 2] + at - places[part, 0]
     cuts = plan.cuts[document]
     return Windows(
-        hashes[at], plan.starts[document] + offsets, offsets + WINDOW <= cuts, offsets >= cuts
+        hashes, plan.starts[document] + offsets, offsets + WINDOW <= cuts, offsets >= cuts
     )
 
 
@@ -287,10 +297,13 @@ class Leaks:
         """Return a table index; the highest bits may all be zero, so the next ones are taken."""
         return (hashes >> np.uint64(16)) & np.uint64((1 << SLOT_BITS) - 1)
 
+    def can_hold(self, hashes: Array) -> Array:
+        """Return whether each hash can be one of the validation text: all of it, and some more."""
+        return np.asarray(self._slots[self._slot(hashes)])
+
     def search(self, windows: Windows) -> None:
         """Look for the windows of training text."""
-        hashes = windows.hashes[windows.is_train]
-        hashes = hashes[self._slots[self._slot(hashes)]]
+        hashes = np.sort(windows.hashes[windows.is_train])  # neighbours are found in a cache
         at = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         if len(self._hashes):
             self._found[at[self._hashes[at] == hashes]] = True
@@ -328,15 +341,13 @@ class Repeats:
 
     def add(self, windows: Windows) -> None:
         """Keep the windows of the sample."""
-        hashes = windows.hashes
-        if self.bits:
-            hashes = hashes[hashes >> np.uint64(64 - self.bits) == 0]
-        self._rows.append(hashes)
+        self._rows.append(windows.hashes[begin_with_zeros(windows.hashes, self.bits)])
 
     def share_repeated(self) -> float:
         """Return the share of the windows that have occurred before."""
         hashes = np.concatenate([np.empty(0, np.uint64), *self._rows])
-        return 1 - len(np.unique(hashes)) / len(hashes) if len(hashes) else 0.0
+        hashes.sort()
+        return float((hashes[1:] == hashes[:-1]).sum() / max(1, len(hashes)))
 
 
 def _compare(source: Source, plan: Plan) -> tuple[Leaks, Repeats]:
@@ -347,12 +358,25 @@ def _compare(source: Source, plan: Plan) -> tuple[Leaks, Repeats]:
     def pieces() -> Iterator[Piece]:
         return (piece for _, piece in source())
 
-    leaks = Leaks(_windows(pieces(), plan, bits), plan, bits)
+    def in_sample(hashes: Array) -> Array:
+        return np.flatnonzero(begin_with_zeros(hashes, bits))
+
+    def possible(hashes: Array) -> Array:
+        at = in_sample(hashes)
+        return at[leaks.can_hold(hashes[at]) | begin_with_zeros(hashes[at], more_bits)]
+
+    has_val = plan.cuts < plan.lengths
+    leaks = Leaks(_windows(pieces(), plan, ~plan.is_copy & has_val, in_sample), plan, bits)
     repeats = Repeats(more_bits)
-    for windows in _windows(pieces(), plan, bits):
+    for windows in _windows(pieces(), plan, ~plan.is_copy, possible):
         leaks.search(windows)
         repeats.add(windows)
     return leaks, repeats
+
+
+def begin_with_zeros(hashes: Array, bits: int) -> Array:
+    """Return whether each hash begins with so many zeros."""
+    return np.asarray(hashes <= np.uint64((1 << (64 - bits)) - 1))
 
 
 def sampling_bits(n: int) -> int:
