@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 N_SCRIPTS = 5  # named
 N_SUMMARY = 2  # of them in one line
-MAX_START_BYTES = 1 << 22  # of a text that is checked whenever a run starts: a fraction of a second
+MAX_START_BYTES = 1 << 21  # of a text that is checked whenever a run starts: a fraction of a second
 NOTABLE = 0.01  # share from which a line reports repeated passages and leaks
 BYTES_PER_TOKEN = 2.4  # of a byte-level BPE, to estimate the tokens of a text
 
@@ -112,10 +112,8 @@ def audit_facts(
         places = ", ".join(names[i] for i in copy.files) + f" and {more:,} more" * (more > 0)
         yield "", f"{copy.times:,} ×: {places}"
     estimated = " (estimated)" * (found.sampled_repeats > 1)
-    yield (
-        "Repeated",
-        f"{format_share(found.repeated)} of the passages of other documents{estimated}",
-    )
+    others = " of other documents" * bool(found.n_copies)
+    yield "Repeated", f"{format_share(found.repeated)} of the passages{others}{estimated}"
     kept = "; copies are kept on one side" * bool(found.split.n_copies)
     yield "Validation text", found.split.describe(names) + kept
     estimated = " (estimated)" * (found.sampled > 1)
