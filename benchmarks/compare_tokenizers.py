@@ -21,8 +21,9 @@ from mlx_randygpt import settings
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.data import vocabulary
-from mlx_randygpt.data.corpus import TRAIN_SHARE, Corpus
+from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading, pieces
+from mlx_randygpt.data.split import TRAIN_SHARE
 from mlx_randygpt.data.vocabulary import Vocabulary
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import TrainState

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlx_randygpt.data.hashing import hash_windows
 from mlx_randygpt.data.reading import Piece
 from mlx_randygpt.state import Array
 from mlx_randygpt.tokenizers.chars import code_points
@@ -23,7 +24,6 @@ BLOCK = 1 << 16  # characters hashed at a time; their hashes fit into a core's c
 FIRST_LOOK = 1 << 11  # characters that go through the automaton unfiltered
 MAX_SEEN = 1 << 14  # regions remembered, so that text that repeats is looked at once
 SLOT_BITS = 20  # of a hash: the size of the table that most windows are rejected by
-FACTORS = [(0x9E3779B1 * odd) & 0xFFFFFFFF for odd in range(1, 67, 2)]  # one per level, all odd
 
 
 class Span(NamedTuple):
@@ -87,18 +87,9 @@ class Windows:
         self._hashes: dict[int, Array] = {}
 
     def hashes(self, length: int) -> Array:
-        """Return a uint32 hash of each window of that length, (len(text) - length + 1,).
-
-        A window of 2n characters is hashed from its halves, one of any other length from two
-        windows of a power of two that overlap.
-        """
+        """Return a uint32 hash of each window of that length, (len(text) - length + 1,)."""
         if length not in self._hashes:
-            h, n, factors = self._codes, 1, iter(FACTORS)
-            while n < length:
-                shift = min(n, length - n)
-                h = h[:-shift] * np.uint32(next(factors)) + h[shift:]
-                n += shift
-            self._hashes[length] = h * np.uint32(FACTORS[-1])
+            self._hashes[length] = hash_windows(self._codes, length)
         return self._hashes[length]
 
 

@@ -57,7 +57,7 @@ def load_training_text(
         )
     try:
         how = text.reading({}, saved.data)
-        _, corpus = text.load(text.files_of(paths), how, tokenizer)
+        _, corpus = text.load(text.files_of(paths), how, tokenizer, saved.data)
     except DataError as error:
         if data:
             raise

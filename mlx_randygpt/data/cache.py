@@ -25,7 +25,7 @@ from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.token_file import OpenFile, TokenFile
 
-MAGIC = b"mlxgptk2"
+MAGIC = b"mlxgptk3"
 DIGEST_BLOCK = 1 << 24  # bytes of tokens that one digest covers
 TAIL_BYTES = 32 + 8 + len(MAGIC)  # after the header
 FOLDER_VARIABLE = "MLXGPT_CACHE"  # environment variable for another folder

@@ -21,14 +21,22 @@ from numpy.typing import NDArray
 from mlx_randygpt.data import DataError, cache, token_files
 from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
-from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
+from mlx_randygpt.data.reading import Piece, Reading, Seen, all_pieces
+from mlx_randygpt.data.split import (
+    TRAIN_SHARE,
+    Parts,
+    Split,
+    copies_together,
+    parts_split,
+    tail_split,
+    train_tokens,
+)
 from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.data.vocabulary import AUTO, Choice, Vocabulary, choose_tokenizer, learn
 from mlx_randygpt.files import resolve
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
 
-TRAIN_SHARE = 0.9
 PROMPT_TOKENS = 1 << 20  # tokens at the beginning of a text that decide the default prompt
 MAX_IN_MEMORY_BYTES = 1 << 24  # bytes of files that are read into memory
 Array = NDArray[Any]
@@ -48,13 +56,14 @@ class Corpus:
     sha256: str  # of the documents in UTF-8, with a NUL between them; or of the token files
     characters: int = 0  # 0 for token files
     n_bytes: int = 0  # of the text in UTF-8
-    n_train: int | None = None  # tokens; None: nine tenths
+    split: Split | None = None  # None: at nine tenths
+    keeps_copies: bool = True  # whether the rule of the split is that copies are on one side
     unknown: dict[str, int] = field(default_factory=dict)  # characters that were dropped
     choice: Choice | None = None  # why it has its tokenizer; None: that was given
 
     @cached_property
     def train(self) -> Array | TokenFile:
-        """Return the first 90 % of the tokens, or those of the training files; a view."""
+        """Return the training tokens; a view."""
         return self.tokens[: self._n_train()]
 
     @cached_property
@@ -70,10 +79,18 @@ class Corpus:
             "sha256": self.sha256,
             **asdict(reading),
             "respect_documents": respect_documents,
+            "keeps_copies": self.keeps_copies,
+            "validation": self.validation,
         }
 
+    @property
+    def validation(self) -> str:
+        """Return which files, or which part of a file, form the validation text."""
+        split = self.split or tail_split([0], len(self.tokens))
+        return split.describe(self.names if self.split else ["the text"])
+
     def _n_train(self) -> int:
-        return _split(len(self.tokens)) if self.n_train is None else self.n_train
+        return self.split.n_train if self.split else train_tokens(len(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,7 @@ class Loader:
     threads: int = 1
     progress: Progress = lambda activity, done, size: None
     small: int = MAX_IN_MEMORY_BYTES  # bytes up to which files are read into memory
+    keeps_copies: bool = True  # on one side of the split; older runs did not
 
     def load(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary
@@ -102,23 +120,48 @@ class Loader:
                     f"{files[0]} holds token ids; give the tokenizer that made them: "
                     "--tokenizer tokenizer.json (GPT-2's for files of nanoGPT and llm.c)"
                 )
-        stats = TextStats()
         if self._is_small(files):
             tokenizer, choice = self._tokenizer(files, requested)
+            stats = TextStats()
             tokens = np.concatenate([*self._blocks(files, tokenizer, stats)])
-            corpus = self._corpus(files, tokens, np.array(stats.starts), _facts(stats))
+            starts, facts = self._finish(files, stats)
+            if self.keeps_copies and (parts := _copy_parts(stats)):
+                tokens = np.concatenate([*parts.blocks(tokens)])
+                starts, facts = self._finish(files, stats, parts)
+            corpus = self._corpus(files, tokens, np.asarray(starts, np.int64), facts)
             return tokenizer, replace(corpus, choice=choice)
         content = self._content(files)
         tokenizer, choice = self._cached_tokenizer(files, requested, content)
-        path = self.folder / f"{cache.key(content, tokenizer.to_json())}.tokens"
-        if (cached := cache.read(path)) is None:
-            encoded = self._blocks(files, tokenizer, stats)
-            cache.write(path, encoded, tokenizer.vocab_size, lambda: (stats.starts, _facts(stats)))
-            cached = cache.read(path)
-        if cached is None:
-            raise DataError(f"{path} was damaged or removed as soon as it was written; start again")
+        cached = self._cached_tokens(files, tokenizer, content)
         corpus = self._corpus(files, cached.tokens, cached.starts, cached.facts)
         return tokenizer, replace(corpus, choice=choice)
+
+    def _cached_tokens(
+        self, files: Sequence[Path], tokenizer: Tokenizer, content: str
+    ) -> cache.CachedTokens:
+        """Return the tokens in a file of the cache, written if need be.
+
+        They are in the order of the text or, in a second file, in that which keeps copies together.
+        """
+        parts = [content, tokenizer.to_json()]
+        plain = self.folder / f"{cache.key(*parts)}.tokens"
+        moved = self.folder / f"{cache.key(*parts, 'copies on one side')}.tokens"
+        path, cached = plain, cache.read(plain)
+        if cached is not None and self.keeps_copies and cached.facts["n_copies"]:
+            path, cached = moved, cache.read(moved)
+        if cached is not None:
+            return cached
+        stats, n = TextStats(), tokenizer.vocab_size
+        encoded = self._blocks(files, tokenizer, stats)
+        cache.write(plain, encoded, n, lambda: self._finish(files, stats))
+        path, cached = plain, cache.read(plain)
+        if cached is not None and self.keeps_copies and (order := _copy_parts(stats)):
+            again = order.blocks(cached.tokens)
+            cache.write(moved, again, n, lambda: self._finish(files, stats, order))
+            path, cached = moved, cache.read(moved)
+        if cached is None:
+            raise DataError(f"{path} was damaged or removed as soon as it was written; start again")
+        return cached
 
     def learn(
         self, files: Sequence[Path], requested: Vocabulary
@@ -173,15 +216,17 @@ class Loader:
         if is_tokens(files[0]):
             seen = self._seen("Reading tokens", self._size(files))
             return token_files.token_blocks([*files], tokenizer, stats, seen)
-        return blocks(self._pieces(files, "Making tokens"), tokenizer, stats, self.threads)
+        return blocks(self._pieces(files, "Making tokens", stats), tokenizer, stats, self.threads)
 
-    def _pieces(self, files: Sequence[Path], activity: str) -> Iterator[Piece]:
-        seen = self._seen(activity, self._size(files))
-        for i, file in enumerate(files):
-            try:
-                yield from pieces(file, self.reading, seen)
-            except DataError as error:
-                raise explain_all(error, files[i + 1 :], self.reading) from error
+    def _pieces(
+        self, files: Sequence[Path], activity: str, stats: TextStats | None = None
+    ) -> Iterator[Piece]:
+        seen, n_files = self._seen(activity, self._size(files)), 0
+        for i, piece in all_pieces(files, self.reading, seen):
+            if stats is not None and i == n_files:
+                n_files += 1
+                stats.begin_file()
+            yield piece
 
     def _seen(self, activity: str, size: int) -> Seen:
         done = 0
@@ -231,6 +276,21 @@ class Loader:
             seen(file.stat().st_size)
         return cache.key(parts, asdict(self.reading))
 
+    def _finish(
+        self, files: Sequence[Path], stats: TextStats, parts: Parts | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Return where documents begin and the facts about the text, in the order of `parts`."""
+        starts = np.asarray(stats.starts, np.int64)
+        file_starts = starts[np.asarray(stats.files, np.int64)].tolist()
+        if parts is not None:
+            split = parts_split(parts, file_starts, stats.n_tokens)
+            return parts.new_starts, _facts(stats) | {"split": asdict(split)}
+        n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
+        split = tail_split(file_starts, stats.n_tokens, n_train)
+        copies = _copy_parts(stats)
+        n_copies = copies.n_copies if copies else 0
+        return starts, _facts(stats) | {"split": asdict(split), "n_copies": n_copies}
+
     def _corpus(
         self,
         files: Sequence[Path],
@@ -238,11 +298,14 @@ class Loader:
         starts: Array,
         facts: dict[str, Any],
     ) -> Corpus:
-        names = tuple(map(str, files))
-        n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
-        used = ("sha256", "characters", "n_bytes", "unknown")  # older caches have further fields
+        used = ("sha256", "characters", "n_bytes", "unknown")
         return Corpus(
-            names, tokens, starts, n_train=n_train, **{name: facts[name] for name in used}
+            names=tuple(map(str, files)),
+            tokens=tokens,
+            starts=starts,
+            split=Split.from_json(facts["split"]),
+            keeps_copies=self.keeps_copies,
+            **{name: facts[name] for name in used},
         )
 
 
@@ -295,7 +358,9 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     if longest >= block_size:
         return
     least = max(n, int(block_size / (1 - TRAIN_SHARE)) - 1)
-    n_needed = next(m for m in count(least) if min(_split(m), m - _split(m)) > block_size)
+    n_needed = next(
+        m for m in count(least) if min(train_tokens(m), m - train_tokens(m)) > block_size
+    )
     smaller = f" or a --block-size of at most {longest}" if longest > 0 else ""
     amount = f"{corpus.characters} characters ({n} tokens)" if corpus.characters else f"{n} tokens"
     raise DataError(
@@ -314,5 +379,9 @@ def _facts(stats: TextStats) -> dict[str, Any]:
     }
 
 
-def _split(n: int) -> int:
-    return int(TRAIN_SHARE * n)
+def _copy_parts(stats: TextStats) -> Parts | None:
+    """Return the order that keeps copies of documents together, if it is another."""
+    if len(stats.documents) < 2:  # also token files, of which no texts are known
+        return None
+    digests, starts = np.asarray(stats.documents, np.uint64), np.asarray(stats.starts, np.int64)
+    return copies_together(digests, starts, stats.n_tokens)

@@ -327,6 +327,18 @@ def _locate(file: Path, offset: int) -> str:
     return f"at offset {offset} (line {n_lines})"
 
 
+def all_pieces(
+    files: Sequence[Path], reading: Reading, seen: Seen = lambda n: None
+) -> Iterator[tuple[int, Piece]]:
+    """Yield the number of each file and its pieces; DataError names all that cannot be read."""
+    for i, file in enumerate(files):
+        try:
+            for piece in pieces(file, reading, seen):
+                yield i, piece
+        except DataError as error:
+            raise explain_all(error, files[i + 1 :], reading) from error
+
+
 def explain_all(first: DataError, rest: Sequence[Path], reading: Reading) -> DataError:
     """Return one error about a file and about all later files that cannot be read either."""
     errors = [str(first)]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_randygpt.analysis import copies
 from mlx_randygpt.analysis.copies import MIN_RUN, Copies, Span, find_copies
+from mlx_randygpt.data import hashing
 from mlx_randygpt.data.reading import Piece
 
 
@@ -82,7 +83,7 @@ def test_copies_are_those_of_a_naive_search(
 
 
 def test_a_hash_that_collides_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "FACTORS", [0] * 33)  # every window has the same hash
+    monkeypatch.setattr(hashing, "FACTORS", [0] * 33)  # every window has the same hash
     text = random.Random(1).choices("abcdefgh ", k=300)
     sample = "".join([*text[100:150], "X", *text[20:45], "Y"])
     assert find_copies([sample], cut("".join(text))) == [naive(sample, ["".join(text)])]

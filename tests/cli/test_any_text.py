@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_randygpt.checkpoint import NEWEST, Checkpoint, load_checkpoint
+from mlx_randygpt.checkpoint import NEWEST, Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training import text as cli_text
 from mlx_randygpt.data import corpora
@@ -345,3 +345,42 @@ def test_without_a_network_it_is_one_line(server: str, monkeypatch: pytest.Monke
     said = refused("data fetch enwik8")
     assert said.startswith("could not download http://127.0.0.1:1/a.zip to data/.downloads/a.zip: ")
     assert said.endswith("no connection (Connection refused)")
+
+
+# The split of a text with copies
+
+SHORT = "--preset mini --backend numpy --plain --iters"
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> Path:
+    """The working directory, in which d has three copies of a text."""
+    Path("d").mkdir()
+    for name in "abc":
+        Path(f"d/{name}.txt").write_text("".join(chr(97 + i * i % 23) for i in range(500)))
+    return tmp_path
+
+
+def test_copies_are_kept_on_one_side_and_a_line_says_so(copies: Path) -> None:
+    names = [f"the last 10.2 % of {name}.txt" for name in "abc"]
+    line = f"{names[0]}, {names[1]} and {names[2]}"
+    for words in (f"train --data d {SHORT} 2", "train --resume --iters 3 --plain"):
+        result = call(words)
+        assert result.exit_code == 0, result.output
+        assert f"Validation text: {line}." in result.stdout.splitlines()
+        assert "3 documents occur more than once, in the last tenth" in result.stdout
+    assert line in call("info").stdout
+    assert json.loads(call("eval --backend numpy --json").stdout)["tokens"] == 152
+
+
+def test_a_run_of_an_older_version_keeps_its_split(copies: Path) -> None:
+    call(f"train --data d {SHORT} 2")
+    path = copies / "checkpoints" / NEWEST
+    saved = load_checkpoint(path)
+    rules = ("keeps_copies", "validation")
+    data = {name: value for name, value in saved.data.items() if name not in rules}
+    save_checkpoint(path, replace(saved, data=data))
+    result = call("train --resume --iters 3 --plain")
+    assert "Validation text: the last 30.1 % of c.txt." in result.stdout.splitlines()
+    assert "occur more than once" not in result.stdout
+    assert load_checkpoint(path).data["keeps_copies"] is False

@@ -1,7 +1,8 @@
-"""`mlxgpt data`: download a corpus by name, or tokenize a text before a run."""
+"""`mlxgpt data`: download a corpus by name; check or tokenize a text before a run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.group("data")
 def command() -> None:
-    """Download a corpus by name, or tokenize a text before a run."""
+    """Download a corpus by name; check or tokenize a text before a run."""
 
 
 @command.command("list", cls=Command)
@@ -118,6 +119,7 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
         "characters": corpus.characters,
         "tokens": len(corpus.tokens),
         "train_tokens": len(corpus.train),
+        "validation": corpus.validation,
         "tokenizer": tokenizer.to_json()["type"],
         "vocab_size": tokenizer.vocab_size,
         "bytes_per_token": n_bytes / max(1, min(1_000_000, len(corpus.tokens))),
@@ -131,3 +133,47 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
         (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
         for name, value in values.items()
     )
+
+
+@command.command("check", cls=Command)
+@click.argument("paths", nargs=-1)
+@reading_options
+@click.option("--no-time", is_flag=True, help="Do not measure how long a run would take here.")
+@json_option
+def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> None:
+    """Report what could spoil a run on a text: copies, leaks, lost characters, repeated lines.
+
+    It also names the validation text, and the tokenizer, preset and time that suit. Nothing is
+    modified. Without PATHS it checks the text that `mlxgpt train` would find.
+    """
+    from mlx_randygpt.cli.audit import audit_facts, audit_json, suitable_run
+    from mlx_randygpt.cli.training import text
+    from mlx_randygpt.data import DataError
+    from mlx_randygpt.data.audit import audit
+    from mlx_randygpt.data.files import is_tokens
+    from mlx_randygpt.data.reading import all_pieces
+
+    how = text.reading({name: value for name, value in options.items() if value is not None})
+    files = text.files_of(paths)
+    if tokens := next(filter(is_tokens, files), None):
+        raise DataError(f"{tokens} holds token ids; data check reads texts")
+    with text.ProgressBar() as bar:
+        size = sum(file.stat().st_size for file in files)
+
+        def pieces() -> Iterator[tuple[int, Any]]:
+            done = 0
+
+            def seen(n: int) -> None:
+                nonlocal done
+                done += n
+                bar("Checking the text", done, size)
+
+            return all_pieces(files, how, seen)
+
+        found = audit(pieces)
+    names = [str(file) for file in files]
+    suits = suitable_run(found, measure=not no_time)
+    if json:
+        print_json(audit_json(found, names, how.encoding, suits))
+    else:
+        show_facts(audit_facts(found, names, how.encoding, suits))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     type=click.Choice(["val", "train", "all"]),
     default="val",
     show_default=True,
-    help="The last tenth of the text, the rest, or all.",
+    help="The validation text, the training text, or both.",
 )
 @reading_options
 @model_options(defaults=False)
@@ -74,7 +74,7 @@ def command(
         {k: v for k, v in options.items() if v is not None}, saved.model, saved.train
     )
     files = text.files_of(data or saved.data["paths"])
-    _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
+    _, corpus = text.load(files, text.reading(options, saved.data), tokenizer, saved.data)
     for line in text.loss_lines(corpus, tokenizer):
         echo(line, err=True)
     if quantize is not None:  # compare in one type, and fail before the first evaluation

@@ -104,6 +104,8 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
     )
     yield "Schedule", f"{train.schedule} to {train.min_lr:g}, warmup {train.warmup}"
     yield "Data", _data(saved.data)
+    if saved.data.get("paths"):
+        yield "Validation text", str(saved.data.get("validation") or "the last tenth of the tokens")
     origin = saved.data.get("imported")
     if isinstance(origin, dict):
         yield "Imported from", f"{origin.get('format')}, {origin.get('source')}"

@@ -57,7 +57,7 @@ def command(
     if text == "":
         raise ConfigError("--text '' is empty; give at least one character")
     files = texts.files_of(data or saved.data["paths"])
-    _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
+    _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer, saved.data)
     for line in (*texts.loss_lines(corpus, tokenizer), unknown_line(tokenizer.unknown(text or ""))):
         if line:
             echo(line, err=True)

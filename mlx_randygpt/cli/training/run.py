@@ -13,6 +13,7 @@ from mlx_randygpt.analysis.copies import find_copies
 from mlx_randygpt.backends import choose
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
+from mlx_randygpt.cli.audit import check_start
 from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.loading import describe_backend
 from mlx_randygpt.cli.output import echo
@@ -112,7 +113,8 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
     team.group.broadcast(message)
     team.agree(agreed_values(run, backend_name))
     backend = team.make_backend(backend_name, run.model, run.train, start.state)
-    notes = [*start.notes, *filter(None, [documents_note(run)])]
+    checked = check_start(start.corpus, text.reading(request.options, start.data))
+    notes = [*filter(None, [checked, *start.notes, documents_note(run)])]
     history = History()
     if request.resuming:
         past = request.resume.parent if request.resume else folder.path

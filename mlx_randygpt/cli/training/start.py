@@ -172,7 +172,7 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
     how = text.reading(request.options, saved.data)
     try:
         files = text.files_of(request.data or saved.data["paths"])
-        _, corpus = text.load(files, how, tokenizer)
+        _, corpus = text.load(files, how, tokenizer, saved.data)
     except DataError as error:
         if request.data:
             raise
@@ -232,7 +232,8 @@ def complete(
     train, micro_batch_note = fit_micro_batch(request.options, model, train, machine.backend)
     check_length(corpus, model.block_size)
     dropped = unknown_line(tokenizer.unknown(train.prompt))
-    return train, [*text.tokenizer_lines(corpus, tokenizer), dropped, micro_batch_note]
+    lines = [*text.tokenizer_lines(corpus, tokenizer), *text.split_lines(corpus)]
+    return train, [*lines, dropped, micro_batch_note]
 
 
 def _choose_threads(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,18 @@ def reading(options: Mapping[str, Any], saved: Mapping[str, Any] | None = None) 
 
 
 def load(
-    files: Sequence[Path], how: Reading, tokenizer: Tokenizer | Vocabulary
+    files: Sequence[Path],
+    how: Reading,
+    tokenizer: Tokenizer | Vocabulary,
+    saved: Mapping[str, Any] | None = None,
 ) -> tuple[Tokenizer, Corpus]:
-    """Load the corpus of files, with a progress bar on stderr if that is a terminal."""
+    """Load the corpus of files, with a progress bar on stderr if that is a terminal.
+
+    `saved` is the `data` of the checkpoint whose split it has; None: that of a new run.
+    """
+    keeps_copies = saved is None or bool(saved.get("keeps_copies", False))
     with ProgressBar() as bar:
-        return loader(how, bar).load(files, tokenizer)
+        return replace(loader(how, bar), keeps_copies=keeps_copies).load(files, tokenizer)
 
 
 def loader(how: Reading, bar: ProgressBar) -> Loader:
@@ -138,6 +146,18 @@ def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
         return [line]
     share = format_share(sum(corpus.unknown.values()) / corpus.characters)
     return [f"{line}; {share} of the text; a new run with --tokenizer bpe loses none"]
+
+
+def split_lines(corpus: Corpus) -> list[str]:
+    """Return a line about copies that the split keeps on one side, and one about the split."""
+    line = f"Validation text: {corpus.validation}."
+    if corpus.split is None or not corpus.split.n_copies:
+        return [line]
+    return [
+        f"{corpus.split.n_copies:,} documents occur more than once, in the last tenth of the text "
+        "and before it; the split keeps all copies of a document on one side.",
+        line,
+    ]
 
 
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:
