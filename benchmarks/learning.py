@@ -1,13 +1,16 @@
 """How well the recipes learn, beside nanoGPT's: every figure of docs/recipes.md with one command.
 
     pip install '.[bench]'
-    python benchmarks/learning.py [--rows short cpu default wall large] [--data FILE ...]
+    python benchmarks/learning.py [--rows short cpu default wall large sizes] [--data FILE ...]
         [--seeds 1337 1338 1339] [--backend numpy] [--set NAME=VALUE ...]
         [--json learning.json] [--plot learning.svg]
+        [--sizes width-384 text-5kB ...] [--results sizes.jsonl]
 
 Losses are those of `mlxgpt eval`: the whole last tenth of the text, nats per character. Without
 --data it is the text that `mlxgpt train` takes. `default` takes 20 minutes a seed on two cores;
 `large` is for a GPU. Results are written after each run, so an interrupted call keeps them.
+`sizes` are the rules of rates and of short texts at many sizes (benchmarks/learning_sizes.py);
+`--sizes` takes some of them, and runs that are in the results file are not repeated.
 """
 
 from __future__ import annotations
@@ -90,13 +93,15 @@ class Ours:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    rows = [*ROWS, "wall"]
+    rows = [*ROWS, "wall", "sizes"]
     parser.add_argument("--rows", nargs="+", default=["short", "cpu", "wall"], choices=rows)
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338, 1339])
     parser.add_argument("--who", nargs="+", help="only these recipes")
     parser.add_argument("--backend", default="numpy")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options")
+    parser.add_argument("--sizes", nargs="+", help="only these rows of `sizes`")
+    parser.add_argument("--results", type=Path, default=Path("sizes.jsonl"), help="of `sizes`")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a picture of all curves (needs matplotlib)")
     options = parser.parse_args()
@@ -105,6 +110,11 @@ def main() -> None:
     tokenizer, corpus = text.load(files, Reading(), Vocabulary())
     results: list[dict[str, Any]] = []
     for name in options.rows:
+        if name == "sizes":
+            from learning_sizes import run_sizes
+
+            run_sizes(options, tokenizer, corpus)
+            continue
         runs = (
             wall(options, tokenizer, corpus)
             if name == "wall"

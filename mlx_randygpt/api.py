@@ -13,6 +13,7 @@ Options have the names, defaults and rules of `mlxgpt train` and `mlxgpt sample`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from mlx_randygpt.checkpoint import load_checkpoint
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.data.corpus import check_length, default_prompt, load_corpus
 from mlx_randygpt.data.reading import Reading
+from mlx_randygpt.data.vocabulary import AUTO
 from mlx_randygpt.model import initial_params, merge_adapters
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
@@ -34,13 +36,13 @@ from mlx_randygpt.settings import resolve
 from mlx_randygpt.state import Array, Params, TrainState
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.training.loop import Run
-from mlx_randygpt.words import unify_newlines
+from mlx_randygpt.words import unify_newlines, unknown_line
 
 
 def new_run(
     *paths: str | Path,
     text: str | None = None,
-    tokenizer: str | Tokenizer = "char",
+    tokenizer: str | Tokenizer = AUTO,
     vocab_size: int = 0,
     backend: str = "auto",
     **options: Any,
@@ -48,9 +50,12 @@ def new_run(
     """Prepare a new run on files, folders or a `text`, by the rules of `mlxgpt train`.
 
     `options` are those of `settings.resolve`: `preset`, `recipe`, `iters`, `lr`, and so on. Pass
-    both results to `train`. Raises UserError for a text that cannot be read or an invalid option.
+    both results to `train`. Raises UserError for a text that cannot be read or an invalid option,
+    and warns if the tokenizer drops characters of the text.
     """
     learned, corpus = load_corpus(*paths, text=text, tokenizer=tokenizer, vocab_size=vocab_size)
+    if line := unknown_line(corpus.unknown):
+        warnings.warn(line, stacklevel=2)
     model, train = resolve(learned.vocab_size, len(corpus.train), **options)
     check_length(corpus, model.block_size)
     if not train.prompt:

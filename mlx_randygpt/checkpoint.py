@@ -20,14 +20,14 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, get_args, get_type_hints
+from typing import Any, BinaryIO, NamedTuple, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt import files
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig, UserError
-from mlx_randygpt.model import parameter_shapes
+from mlx_randygpt.model import parameter_shapes, second_moment_shapes
 from mlx_randygpt.progress import Plateau, Progress
 from mlx_randygpt.state import Params, TrainState
 from mlx_randygpt.tokenizers import tokenizer_from_json
@@ -66,6 +66,18 @@ class Checkpoint:
     data: dict[str, Any]  # paths, length in characters and SHA-256 of the text
     backend: str  # which wrote it, or the format it was imported from
     state: TrainState
+
+
+class Position(NamedTuple):
+    """The place of a state among those of its folder: the highest is the newest."""
+
+    generation: int
+    step: int
+
+
+def position_of(checkpoint: Checkpoint) -> Position:
+    """Return the position of a checkpoint."""
+    return Position(checkpoint.progress.generation, checkpoint.state.step)
 
 
 def kept_name(step: int) -> str:
@@ -107,6 +119,14 @@ def serialize(checkpoint: Checkpoint) -> Parts:
     return [len(text).to_bytes(8, "little"), text, *(tensor.data for tensor in tensors.values())]
 
 
+def is_run_folder(path: Path) -> bool:
+    """Return whether `path` is a folder; raise UnreadableError if that is unknown."""
+    try:
+        return files.is_folder(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def find_checkpoint(folder: Path) -> Path:
     """Return the best checkpoint in a folder, else the newest; CheckpointError if it has neither.
 
@@ -134,7 +154,7 @@ def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoi
     are checked but not returned, because generation and evaluation do not need them.
     """
     path = Path(path)
-    if os.path.isdir(path):
+    if is_run_folder(path):
         path = find_checkpoint(path)
     header, tensors = _read(path)
     try:
@@ -151,7 +171,7 @@ def load_checkpoint(path: str | Path, *, weights_only: bool = False) -> Checkpoi
     for name, tensor in tensors.items():
         kind, _, weight = name.removeprefix("optimizer.").partition(".")
         moments.setdefault(kind, {})[weight] = tensor
-    _verify_shapes(path, model, params, moments)
+    _verify_shapes(path, (model, train), params, moments)
     state = TrainState(step, params, {} if weights_only else moments)
     return Checkpoint(
         model=model,
@@ -201,8 +221,14 @@ def header_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def peek_step(path: Path) -> int:
     """Return the step in a checkpoint's header; CheckpointError if it cannot be read."""
+    return peek_position(path).step
+
+
+def peek_position(path: Path) -> Position:
+    """Return the position in a checkpoint's header; CheckpointError if it cannot be read."""
     with _opened(path) as (_, _, metadata):
-        return int(json.loads(metadata["header"])["step"])
+        header = json.loads(metadata["header"])
+        return Position(int(header["progress"].get("generation", 0)), int(header["step"]))
 
 
 @contextlib.contextmanager
@@ -327,22 +353,23 @@ def _verify_format(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _verify_shapes(
-    path: Path, model: ModelConfig, params: Params, moments: dict[str, Params]
+    path: Path, configs: tuple[ModelConfig, TrainConfig], params: Params, moments: dict[str, Params]
 ) -> None:
-    shapes = parameter_shapes(model)
+    shapes = parameter_shapes(configs[0])
     if missing := shapes.keys() - params.keys():
         raise CheckpointError(f"{path} lacks the weight {min(missing)}")
     if unknown := moments.keys() - set(_MOMENTS):
         raise CheckpointError(
             f"{path} has tensors of an unknown kind, {reprlib.repr(min(unknown))}"
         )
-    groups = (params, *moments.values())
-    for name, array in (pair for group in groups for pair in group.items()):
-        if array.dtype != np.float32 or shapes.get(name) != array.shape:
-            raise CheckpointError(
-                f"{path}: {reprlib.repr(name)} is {array.dtype} {array.shape}, expected float32 "
-                f"{shapes.get(name, 'no such weight')}"
-            )
+    for kind, arrays in {"": params, **moments}.items():
+        expected = shapes | (second_moment_shapes(*configs) if kind == "v" else {})
+        for name, array in arrays.items():
+            if array.dtype != np.float32 or expected.get(name) != array.shape:
+                raise CheckpointError(
+                    f"{path}: {reprlib.repr(name)} is {array.dtype} {array.shape}, expected "
+                    f"float32 {expected.get(name, 'no such weight')}"
+                )
 
 
 def _digest(header: str, tensors: Params) -> str:
@@ -393,8 +420,9 @@ def progress_from_json(values: object) -> Progress:
     plateau = dataclass_from_json(Plateau, drop_nulls(values["plateau"]))
     rest = {name: value for name, value in drop_nulls(values).items() if name != "plateau"}
     progress = replace(dataclass_from_json(Progress, rest), plateau=plateau)
-    counts = (plateau.evaluations_without_best, plateau.reductions, progress.rollbacks)
-    if min(*counts, progress.tokens, progress.best_step, progress.eval_step + 1) < 0:
+    of_plateau = (plateau.evaluations_without_best, plateau.reductions)
+    of_run = (progress.rollbacks, progress.generation, progress.tokens, progress.best_step)
+    if min(*of_plateau, *of_run, progress.eval_step + 1) < 0:
         raise ConfigError("progress has a count below 0")
     return progress
 

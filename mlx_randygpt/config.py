@@ -97,6 +97,11 @@ class ModelConfig:
             )
         if self.position not in ("rope", "learned"):
             raise ConfigError(f"position={self.position!r} is unknown; it is rope or learned")
+        if self.position == "rope" and self.n_embd < 2:
+            raise ConfigError(
+                f"n_embd={self.n_embd} is too small; rotary positions turn pairs, so it must be at "
+                "least 2"
+            )
         if self.position == "rope" and self.head_size < 2:
             raise ConfigError(
                 f"n_embd/n_head={self.head_size} is too small; rotary positions turn pairs, so "
@@ -134,6 +139,9 @@ class TrainConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     momentum: float = 0.95  # Muon's
+    muon_beta2: float = (
+        0.0  # of the mean squares of each row of Muon's updates; 0: rows as they are
+    )
     schedule: str = "linear"  # cosine | linear | trapezoid | constant | plateau
     warmup: int = 30  # steps of linear warmup
     patience: int = 0  # evaluations without a new best before plateau halves the rate; 0 is off
@@ -171,7 +179,7 @@ class TrainConfig:
             raise ConfigError("lr=0.0 trains nothing; give a rate above 0, such as 0.001")
         if self.min_lr > self.lr:
             raise ConfigError(f"min_lr={self.min_lr} is above lr={self.lr}; it must not be")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in ("beta1", "beta2", "momentum", "muon_beta2"):
             _between(name, getattr(self, name), 0.0, 1.0, top_open=True)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)

@@ -1,4 +1,8 @@
-"""Atomic replacement of files and folders, and a flush that reaches the disk.
+"""What lies at a path, atomic replacement of files and folders, durable flush, reading from pipes.
+
+What pathlib and glob answer for a path that cannot be reached depends on the reason and on the
+version of Python: missing, or nothing at all. Here missing is missing, and any other reason is an
+OSError with the path. `tests/test_structure.py` holds the package to these functions.
 
 New content goes to a temporary file in the same folder, `.NAME.PID.RANDOM.tmp`, which its writer
 keeps locked. Such a file without a lock was left by a process that died; `sweep` removes it.
@@ -12,15 +16,17 @@ import fcntl
 import os
 import re
 import secrets
+import select
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 BUFFER_BYTES = 1 << 20
 MAX_NAME = 50  # characters of a file's name that its temporary name repeats; names are limited
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+WRITER_SECONDS = 10  # for a process to open the other end of a pipe
 TEMPORARY = re.compile(r"\.(.+?)\.\d+(\.[0-9a-f]{8})?\.tmp")
 
 
@@ -34,13 +40,82 @@ def flush(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def open_to_read(path: Path) -> BinaryIO:
+    """Open a file or a pipe; raise TimeoutError for a pipe that no process opens for writing."""
+    return open(path, "rb", opener=_open_with_writer)
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a small file or of a pipe; raise like `open_to_read`."""
+    with open(path, encoding=encoding, opener=_open_with_writer) as file:
+        return file.read()
+
+
 def exists(path: Path) -> bool:
-    """Return whether `path` exists; unlike Path.exists, raise OSError if that is unknown."""
+    """Return whether `path` exists, links followed; raise OSError if that is unknown."""
+    return _mode(path) != 0
+
+
+def is_file(path: Path) -> bool:
+    """Return whether `path` is a regular file; raise OSError if that is unknown."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder; raise OSError if that is unknown."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """Return the mode of what lies at `path`, or 0 if nothing does."""
     try:
-        path.stat()
+        return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return 0
+    except ValueError:  # a NUL or half a character, which no path contains
+        return 0
+
+
+def resolve(path: Path) -> Path:
+    """Return the absolute path with links followed; unlike Path.resolve, stop at circular ones."""
+    return Path(os.path.realpath(path))
+
+
+def walk(
+    folder: Path,
+    enter: Callable[[os.DirEntry[str]], bool],
+    on_error: Callable[[OSError], None],
+) -> Iterator[Path]:
+    """Yield whatever is not a folder below `folder`; `enter` chooses the folders to descend into.
+
+    A folder with several names is read once, under a name without links if it has one. What
+    cannot be read is reported to `on_error`, and the rest is read.
+    """
+    folders, links, seen = [folder], list[Path](), set[tuple[int, int]]()
+    while folders or links:
+        parent = folders.pop() if folders else links.pop()
+        try:
+            facts = os.stat(parent)
+            entries = [] if (facts.st_dev, facts.st_ino) in seen else _entries(parent)
+        except OSError as error:
+            on_error(error)
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:
+                on_error(error)
+                continue
+            if not is_folder:
+                yield parent / entry.name
+            elif enter(entry):
+                (links if entry.is_symlink() else folders).append(parent / entry.name)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def sync_folder(folder: Path) -> None:
@@ -92,7 +167,7 @@ def write(path: Path, content: bytes, *, private: bool = False) -> None:
     if not stat.S_ISREG(mode):
         path.write_bytes(content)
         return
-    with replace(Path(os.path.realpath(path)), private=private) as file:
+    with replace(resolve(path), private=private) as file:
         file.write(content)
 
 
@@ -113,18 +188,19 @@ def replace_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             _flush_path(file)
         sync_folder(temporary)
-        if path.exists():
+        if exists(path):
             path.rename(old)
         temporary.rename(path)
         sync_folder(path.parent)
     finally:
         os.close(descriptor)
         with contextlib.suppress(OSError):
-            if old.exists() and not path.exists():
+            if exists(old) and not exists(path):
                 old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if exists(path):
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def sweep(folder: Path, name: str = "") -> None:
@@ -134,6 +210,30 @@ def sweep(folder: Path, name: str = "") -> None:
             match = TEMPORARY.fullmatch(left.name)
             if match and name[:MAX_NAME] in ("", match[1]):
                 _remove_unlocked(left)
+
+
+def _open_with_writer(path: str, flags: int) -> int:
+    """Return a descriptor as `os.open` does, but do not wait for ever for the writer of a pipe."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode) and not _has_writer(descriptor):
+        os.close(descriptor)
+        reason = f"it is a pipe that no process has opened for writing in {WRITER_SECONDS} s"
+        raise TimeoutError(errno.ETIMEDOUT, f"{reason}; start the writer first", path)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def _has_writer(pipe: int) -> bool:
+    """Wait until a pipe has content or an end; return False if nobody opens it in time."""
+    poller = select.poll()
+    poller.register(pipe, select.POLLIN)
+    if poller.poll(WRITER_SECONDS * 1000):
+        return True
+    try:
+        os.read(pipe, 1)  # nothing is there to be lost
+    except BlockingIOError:  # a writer that has not written yet
+        return True
+    return False
 
 
 def _remove_unlocked(left: Path) -> None:

@@ -15,7 +15,7 @@ from math import prod
 
 import numpy as np
 
-from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.state import Array, Params, rng
 
 GPT2_NORM_EPS = 1e-5  # of every LayerNorm
@@ -50,6 +50,15 @@ class Parameter:
     def size(self) -> int:
         """The number of its values."""
         return prod(self.shape)
+
+    @property
+    def neurons_shape(self) -> tuple[int, ...]:
+        """The shape of one number per row of a matrix, (out, 1); (1, in) if it is wider than high.
+
+        These are its neurons: of `mlp.c_proj`, which is wider, the hidden units that it reads.
+        """
+        n_out, n_in = self.shape
+        return (n_out, 1) if n_out >= n_in else (1, n_in)
 
     @property
     def is_block_matrix(self) -> bool:
@@ -113,6 +122,20 @@ def flops_per_token(config: ModelConfig) -> int:
 def muon_matrices(config: ModelConfig) -> dict[str, int]:
     """Return how many stacked matrices Muon sees in each weight that it can update, by name."""
     return {weight.name: weight.stacked for weight in parameters(config) if weight.is_block_matrix}
+
+
+def second_moment_shapes(model: ModelConfig, train: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the optimizer's second moment of each trained weight that has one.
+
+    AdamW's is as the weight. Muon has one number per neuron, or nothing without `muon_beta2`.
+    """
+    trained = [p for p in parameters(model) if not model.lora_rank or p.role is Role.ADAPTER]
+    by_muon = {p.name for p in trained if p.is_block_matrix and train.optimizer == "muon"}
+    return {
+        p.name: p.neurons_shape if p.name in by_muon else p.shape
+        for p in trained
+        if p.name not in by_muon or train.muon_beta2
+    }
 
 
 def in_out_names(config: ModelConfig) -> set[str]:

@@ -47,3 +47,4 @@ class Progress:
     plateau: Plateau = field(default_factory=Plateau)
     rollbacks: int = 0  # by --on-nan; each halved the learning rate
     bits_per_byte: float = math.nan  # of the last evaluation
+    generation: int = 0  # higher than that of all checkpoints that the run went back behind

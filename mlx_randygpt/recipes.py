@@ -60,7 +60,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "train": {
             "optimizer": "muon", "lr": 0.02, "min_lr": 0.0, "weight_decay": 0.0,
-            "beta1": 0.8, "beta2": 0.95, "schedule": "linear", "warmup": 30,
+            "beta1": 0.8, "beta2": 0.95, "muon_beta2": 0.95, "schedule": "linear", "warmup": 30,
         },
     },
 }  # fmt: skip
+RECIPES["portable"] = {  # modern without what no published architecture has: it is an Arcee
+    "model": {**RECIPES["modern"]["model"], "qk_norm": False, "token_shift": False},
+    "train": RECIPES["modern"]["train"],
+}

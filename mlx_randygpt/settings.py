@@ -24,8 +24,13 @@ TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
 PLATEAU_PATIENCE = 5  # evaluations, for --schedule plateau without --patience
 
 MEMORY_PASSES = 0.5  # of the text, after which Muon's weights have faded by 1/e
-MAX_FORGOTTEN = 0.05  # share of a weight that one step at the full rate can remove
-MUON_RATE = 0.02  # the full rate; at a lower --lr, weights are written and forgotten more slowly
+MAX_FORGOTTEN = 0.1  # share of a weight that one step at the full rate can remove
+MUON_RATE = 0.02  # where a step has a token for WEIGHTS_PER_TOKEN weights of the blocks, or more
+WEIGHTS_PER_TOKEN = 1024
+MOST_PASSES = 50.0  # of a text with a token per parameter; fewer, by the root, of a shorter one
+SMALL_TEXT = 45_000  # training tokens, below which SMALL_TEXT_PRESET learns more than the default
+SMALL_TEXT_PRESET = "tiny"
+LEAST_ITERS = 20
 DROPOUT_FROM = 100.0  # passes × parameters per training token
 DROPOUT = 0.1
 FINE_RATE = 1e-3  # AdamW's for a trained model, up to a width of FINE_WIDTH
@@ -47,8 +52,9 @@ def resolve(vocab_size: int, n_tokens: int = 0, **options: Any) -> Configs:
     """Return the configurations of a new run by the rules of `mlxgpt train`.
 
     `options` are those of the command line: `recipe`, `preset`, `arch`, the sizes, `dropout`, and
-    every field of TrainConfig. Warmup, dropout and Muon's weight decay follow from the sizes and
-    from `n_tokens`, the number of training tokens (0: unknown), unless they are given.
+    every field of TrainConfig. Preset, number of steps, warmup, dropout, Muon's rate and its weight
+    decay follow from the sizes and from `n_tokens`, the number of training tokens (0: unknown),
+    unless they are given.
 
         model, train = resolve(tokenizer.vocab_size, len(corpus.train), preset="mini", iters=500)
 
@@ -71,7 +77,8 @@ def resolve_new(options: Options, vocab_size: int, n_tokens: int = 0) -> Configs
     training tokens (0: unknown).
     """
     recipe = RECIPES[options.get("recipe", "modern")]
-    preset = asdict(PRESETS[options.get("preset", DEFAULT_PRESET)])
+    options = options | {"preset": options.get("preset") or choose_preset(options, n_tokens)}
+    preset = asdict(PRESETS[options["preset"]])
     batch_size = preset.pop("batch_size")
     sizes = {name: options.get(name, preset[name]) for name in MODEL_SIZES}
     train = {"batch_size": batch_size, **recipe["train"]}
@@ -84,7 +91,13 @@ def resolve_new(options: Options, vocab_size: int, n_tokens: int = 0) -> Configs
     train |= {name: value for name, value in options.items() if name in TRAIN_FIELDS}
     switches = recipe["model"] | ARCHS[options.get("arch", "gpt")]
     model = ModelConfig(vocab_size=vocab_size, **switches, **sizes)
-    return apply_rules(options, model, TrainConfig(**train), n_tokens)
+    config = TrainConfig(**train)
+    if "iters" not in options:
+        config = replace(config, iters=choose_iters(model, config, n_tokens))
+    full_rate = choose_muon_rate(model, config)
+    if config.optimizer == "muon" and "lr" not in options:
+        config = replace(config, lr=full_rate)
+    return apply_rules(options, model, config, n_tokens, full_rate)
 
 
 def resolve_fine_tuning(
@@ -101,7 +114,7 @@ def resolve_fine_tuning(
     recipe = {"recipe": train.recipe, "preset": train.preset}
     options = fine_tuning_options(recipe | options, model)
     _, train = resolve_new(options, model.vocab_size)
-    return apply_rules(options, model, train, n_tokens)
+    return apply_rules(options, model, train, n_tokens, MUON_RATE)
 
 
 def fine_tuning_options(options: Options, model: ModelConfig) -> Options:
@@ -118,9 +131,8 @@ def fine_tuning_options(options: Options, model: ModelConfig) -> Options:
             )
         optimizer = "adamw"
         options = {"optimizer": "adamw", "min_lr": 0.0, "weight_decay": 0.0} | options
-    if optimizer == "adamw":
-        options = {"lr": fine_tuning_rate(model)} | options
-    return options
+    rate = fine_tuning_rate(model) if optimizer == "adamw" else MUON_RATE
+    return {"lr": rate} | options
 
 
 def resolve_resume(options: Options, model: ModelConfig, train: TrainConfig) -> Configs:
@@ -159,19 +171,73 @@ def resolve_resume(options: Options, model: ModelConfig, train: TrainConfig) -> 
     return replace(model, dropout=dropout), replace(train, **changes)
 
 
-def apply_rules(options: Options, model: ModelConfig, train: TrainConfig, n_tokens: int) -> Configs:
-    """Return the configurations with what follows from sizes and text, unless `options` say it."""
+def apply_rules(
+    options: Options, model: ModelConfig, train: TrainConfig, n_tokens: int, full_rate: float
+) -> Configs:
+    """Return the configurations with what follows from sizes and text, unless `options` say it.
+
+    `full_rate` is Muon's by rule: at a lower --lr, weights are written and forgotten more slowly.
+    """
     if "warmup" not in options:
-        train = replace(train, warmup=warmup_steps(train.warmup, train.iters))
+        train = replace(train, warmup=warmup_steps(train))
     if "weight_decay" not in options:
-        train = replace(train, weight_decay=choose_weight_decay(model, train, n_tokens))
+        decay = choose_weight_decay(model, train, n_tokens, full_rate)
+        train = replace(train, weight_decay=decay)
     dropout = options["dropout"] if "dropout" in options else choose_dropout(model, train, n_tokens)
     return replace(model, dropout=dropout), train
 
 
-def warmup_steps(longest: int, iters: int) -> int:
-    """Return the steps of warmup: the recipe's, but at most a tenth of the run."""
-    return min(longest, iters // 10)
+def choose_preset(options: Options, n_tokens: int) -> str:
+    """Return the default preset, or a smaller one for a short text of `n_tokens` (0: unknown).
+
+    Whoever gives a size gets the default's other sizes.
+    """
+    is_short = 0 < n_tokens < SMALL_TEXT and not any(name in options for name in MODEL_SIZES)
+    return SMALL_TEXT_PRESET if is_short else DEFAULT_PRESET
+
+
+def choose_iters(model: ModelConfig, train: TrainConfig, n_tokens: int) -> int:
+    """Return the default number of steps; fewer where the text would be learned by heart.
+
+    A model with more parameters than the text has tokens can read it less often.
+    """
+    if n_tokens == 0:
+        return train.iters
+    passes = MOST_PASSES * min(1.0, n_tokens / parameter_count(model)) ** 0.5
+    steps = float(f"{passes * _steps_per_pass(model, train, n_tokens):.2g}")
+    return min(train.iters, max(LEAST_ITERS, int(steps)))
+
+
+def choices_note(options: Options, train: TrainConfig, n_tokens: int) -> str:
+    """Return one line if the text has decided the preset or the number of steps, else ""."""
+    chosen = []
+    if "preset" not in options and train.preset != DEFAULT_PRESET:
+        chosen.append(f"preset {train.preset}")
+    if "iters" not in options and train.iters != TrainConfig.iters:
+        chosen.append(f"{train.iters} steps")
+    if not chosen:
+        return ""
+    return (
+        f"Chosen for a text of {n_tokens:,} training tokens: {' and '.join(chosen)}; "
+        "--preset and --iters decide otherwise."
+    )
+
+
+def choose_muon_rate(model: ModelConfig, train: TrainConfig) -> float:
+    """Return Muon's full rate for a new run.
+
+    It is less where a step has few tokens for the weights of the blocks, for then its gradients
+    are mostly noise.
+    """
+    weights = 12 * model.n_layer * model.n_embd**2
+    tokens = train.sequences_per_step * model.block_size
+    share = min(1.0, WEIGHTS_PER_TOKEN * tokens / weights)
+    return float(f"{MUON_RATE * share**0.5:.2g}")
+
+
+def warmup_steps(train: TrainConfig) -> int:
+    """Return the recipe's warmup, but at most a tenth of the run, or a fiftieth under Muon."""
+    return min(train.warmup, train.iters // (50 if train.optimizer == "muon" else 10))
 
 
 def count_passes(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
@@ -179,7 +245,9 @@ def count_passes(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float
     return train.iters / _steps_per_pass(model, train, n_tokens)
 
 
-def choose_weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:
+def choose_weight_decay(
+    model: ModelConfig, train: TrainConfig, n_tokens: int, full_rate: float
+) -> float:
     """Return Muon's decoupled decay per unit of learning rate; AdamW keeps the recipe's.
 
     What a step wrote fades by 1/e in MEMORY_PASSES of the text (after Wang & Aitchison 2024,
@@ -189,7 +257,7 @@ def choose_weight_decay(model: ModelConfig, train: TrainConfig, n_tokens: int) -
     if train.optimizer != "muon" or n_tokens == 0:
         return train.weight_decay
     per_step = 1 / (MEMORY_PASSES * _steps_per_pass(model, train, n_tokens))
-    return float(f"{min(per_step, MAX_FORGOTTEN) / MUON_RATE:.2g}")
+    return float(f"{min(per_step, MAX_FORGOTTEN) / full_rate:.2g}")
 
 
 def choose_dropout(model: ModelConfig, train: TrainConfig, n_tokens: int) -> float:

@@ -6,7 +6,7 @@ Legend: B batch, T time (block_size).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,21 @@ IGNORED = -1  # a target that is not counted
 class TrainState:
     """A consistent copy of the state of one run: float32 arrays that nothing else writes to.
 
-    `moments["m"]` has an entry per trained weight, `moments["v"]` only for those that AdamW
-    updates. Missing moments are zero.
+    `moments["m"]` has an entry per trained weight, `moments["v"]` those of
+    `model.second_moment_shapes`. Missing moments are zero.
     """
 
     step: int  # optimizer steps taken
     params: Params
     moments: dict[str, Params]
+
+
+class Tokens(Protocol):
+    """Token ids (n,): an array, or a file that is read in windows."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, positions: NDArray[np.int64], /) -> Array: ...
+    def __array__(self) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Batch:
     A backend can keep `tokens` on its device and gather there, as long as it sees the same array.
     """
 
-    tokens: Array  # (n,) integers, a whole split
+    tokens: Tokens  # (n,) integers, a whole split
     starts: NDArray[np.int64]  # (B,)
     block_size: int  # T
     row: int = 0  # of its first window, if this is a part of a batch
@@ -58,7 +66,7 @@ class Batch:
         """Return the targets, (B, T): the token after each input, IGNORED past the end."""
         positions = self._positions() + 1
         inside = positions < len(self.tokens)
-        targets = self.tokens[np.where(inside, positions, 0)].astype(np.int32)
+        targets = self.tokens[np.minimum(positions, len(self.tokens) - 1)].astype(np.int32)
         return np.where(inside, targets, IGNORED)
 
     def n_targets(self) -> int:

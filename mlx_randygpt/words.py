@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+N_UNKNOWN = 5  # kinds of unknown characters named in a message
+JOINERS = "\u200c\u200d"  # not printable, but part of how Persian, Hindi and emoji are spelled
 MAX_REASON = 160  # characters of an error text, which may quote a damaged file
 
 
@@ -21,6 +24,12 @@ def format_count(n: float) -> str:
         if n < (1e6 if scale == 1 else 999.5 * scale):
             return f"{n:,.0f}" if scale == 1 else f"{n / scale:.3g} {unit}"
     return f"{n / 1e12:,.3g} T"
+
+
+def format_share(share: float) -> str:
+    """Return a share in percent with two significant digits: `0.043 %`, `3.1 %`, `29 %`."""
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
 
 
 def format_clock(seconds: float) -> str:
@@ -57,4 +66,18 @@ def one_line(error: object) -> str:
 
 def clean_text(text: str, *, keep: str = "") -> str:
     """Replace what a terminal could act on: white space not in `keep` by a space, the rest by �."""
+    keep += JOINERS
     return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else "�" for c in text)
+
+
+def unknown_line(counts: Mapping[str, int]) -> str:
+    """Return one line about characters that were dropped, or ""."""
+    if not counts:
+        return ""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    names = ", ".join(f"{character!r} × {n}" for character, n in ordered[:N_UNKNOWN])
+    more = f" and {len(ordered) - N_UNKNOWN} more kinds" if len(ordered) > N_UNKNOWN else ""
+    total = sum(counts.values())
+    if total == 1:
+        return f"1 character is not in the vocabulary and was dropped: {names}"
+    return f"{total:,} characters are not in the vocabulary and were dropped: {names}{more}"

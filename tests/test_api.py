@@ -33,7 +33,7 @@ def test_options_follow_the_rules_of_the_command_line() -> None:
     run, _ = gpt.new_run(text=TEXT, backend="numpy", preset="mini", iters=50)
     assert (run.model, run.train.warmup) == (
         gpt.resolve(31, len(run.train_tokens), preset="mini", iters=50)[0],
-        5,
+        1,
     )
     with pytest.raises(ConfigError, match="n_layers is not an option"):
         gpt.new_run(text=TEXT, n_layers=2)
@@ -55,3 +55,21 @@ def test_logits_are_those_of_the_checkpoint(folder: Path) -> None:
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
     p = np.exp(logits[-1] - logits[-1].max())
     assert model.next_tokens("the fox", 1)[0][1] == pytest.approx((p / p.sum()).max(), rel=1e-5)
+
+
+MANY = "".join(chr(0x4E00 + i * i % 1999) for i in range(6000))
+
+
+def test_a_run_on_a_text_of_many_characters_loses_none() -> None:
+    pytest.importorskip("tokenizers")
+    run, _ = gpt.new_run(text=MANY, backend="numpy", preset="mini")
+    assert run.tokenizer.to_json()["type"] == "bpe"
+    assert run.tokenizer.unknown(MANY) == {}
+    _, corpus = gpt.load_corpus(text=MANY)
+    assert corpus.choice is not None
+    assert corpus.choice.n_chars == len(set(MANY))
+
+
+def test_characters_that_are_dropped_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="characters are not in the vocabulary and were dropped"):
+        gpt.new_run(text=MANY, tokenizer="char", backend="numpy", preset="mini")

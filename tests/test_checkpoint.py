@@ -31,7 +31,9 @@ from mlx_randygpt.checkpoint import (
     save_checkpoint,
 )
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
+from mlx_randygpt.model import second_moment_shapes
 from mlx_randygpt.progress import Plateau
+from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Params, TrainState, rng
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.saving import CheckpointWriter
@@ -50,12 +52,13 @@ def make(
     def build(step: int = 7) -> Checkpoint:
         model = tiny_model("modern", n_layer=1, n_embd=8, n_head=2)
         params = lively(model, seed=step)
-        v = {name: params[name] ** 2 for name in ("wte.weight", "lm_head.weight")}
+        train = tiny_train("modern", save_every="5m", prompt="naïve\n")
+        shapes = second_moment_shapes(model, train)
+        v = {n: params[n][tuple(map(slice, shape))] ** 2 for n, shape in shapes.items()}
         state = TrainState(step, params, {"m": lively(model, seed=step + 1), "v": v})
         progress = Progress(900, 1.5, 2.25, 6, 2.5, 7, Plateau(2.25, 1, 2))
         tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyé").to_json()
         data = {"paths": ["/tmp/é.txt"], "characters": 99, "sha256": "f" * 64}
-        train = tiny_train("modern", save_every="5m", prompt="naïve\n")
         return Checkpoint(model, train, progress, tokenizer, data, "numpy", state)
 
     return build
@@ -109,6 +112,12 @@ def test_a_path_can_be_text_and_a_folder_stands_for_its_best(make: Make, tmp_pat
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=f"{BEST}.* {NEWEST}"):
         load_checkpoint(empty)
+
+
+def test_a_run_without_the_field_of_muons_mean_squares_has_none() -> None:
+    fields = asdict(TrainConfig(**RECIPES["modern"]["train"]))
+    assert fields.pop("muon_beta2") == 0.95
+    assert module.dataclass_from_json(TrainConfig, fields).muon_beta2 == 0
 
 
 def test_weights_only_leaves_the_moments_on_the_disk(make: Make, tmp_path: Path) -> None:

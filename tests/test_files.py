@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,58 @@ from mlx_randygpt import files
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
+
+
+ASKED = (files.exists, files.is_file, files.is_folder)
+UNKNOWN = ("EACCES", "EIO", "ESTALE", "EMFILE", "ELOOP", "ENAMETOOLONG", "EPERM", "ENOMEM")
+
+
+def test_what_lies_at_a_path_is_a_file_a_folder_or_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dead").symlink_to("gone")
+    (tmp_path / "link").symlink_to("file")
+    names = ("file", "link", "pipe", "", "gone", "file/below", "dead", "\0")
+    answers = [[asks(tmp_path / name) for asks in ASKED] for name in names]
+    there = [[True, True, False], [True, True, False], [True, False, False], [True, False, True]]
+    assert answers == there + [[False] * 3] * 4
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("asks", ASKED)
+def test_what_cannot_be_known_is_an_error(
+    asks: Callable[[Path], bool], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), str(path))
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(OSError, match=os.strerror(getattr(errno, name))) as caught:
+        asks(Path("a"))
+    assert caught.value.filename == "a"
+
+
+def test_a_walk_reports_what_it_cannot_read_and_reads_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/x", "b/y", "z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to("loop")
+    scandir, errors = os.scandir, list[OSError]()
+
+    def fail(path: Path) -> Any:
+        if path.name == "a":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    found = sorted(files.walk(tmp_path, lambda entry: True, errors.append))
+    assert found == [tmp_path / "b/y", tmp_path / "z"]
+    assert {(e.filename, e.errno) for e in errors} == {
+        (str(tmp_path / "a"), errno.EMFILE),
+        (str(tmp_path / "loop"), errno.ELOOP),
+    }
 
 
 def test_a_block_that_raises_leaves_the_old_content(tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def test_the_next_command_sweeps_what_a_killed_one_left_and_spares_the_living(
     living.communicate()
     for cached in place.glob("cache/[!.]*"):
         cached.unlink()  # or there would be nothing to write
-    assert start(place, name).wait() == 0
+    last = start(place, name)
+    _, errors = last.communicate("")
+    assert last.returncode == 0, errors
     assert temporary_files(place) == []
     assert contents(place) != before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -14,14 +15,61 @@ SHAKESPEARE = 1_003_854  # training characters
 DEFAULT = {"iters": 5000, "prompt": "\n"}
 
 
-def test_warmup_is_at_most_a_tenth_of_the_run() -> None:
-    assert [settings.warmup_steps(30, iters) for iters in (1, 50, 299, 300, 5000)] == [
-        0,
-        5,
-        29,
-        30,
-        30,
-    ]
+@pytest.mark.parametrize(
+    ("optimizer", "steps"), [("muon", [0, 1, 5, 30, 30]), ("adamw", [0, 5, 25, 30, 30])]
+)
+def test_warmup_is_a_small_part_of_the_run(optimizer: str, steps: list[int]) -> None:
+    runs = [TrainConfig(optimizer=optimizer, iters=iters) for iters in (1, 50, 250, 1500, 5000)]
+    assert [settings.warmup_steps(train) for train in runs] == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, 0.02),
+        ({"preset": "large"}, 0.013),
+        ({"n_embd": 256, "n_layer": 4, "batch_size": 12}, 0.01),  # a quarter of the tokens
+        ({"n_layer": 4, "batch_size": 1}, 0.0058),
+        ({"n_layer": 4, "batch_size": 1, "grad_accum": 12}, 0.02),
+        ({"n_layer": 4, "batch_size": 1, "recipe": "classic"}, 3e-3),
+        ({"n_layer": 4, "batch_size": 1, "lr": 0.03}, 0.03),
+    ],
+)
+def test_muon_s_rate_follows_from_tokens_per_step_and_weights(
+    options: dict[str, Any], rate: float
+) -> None:
+    assert settings.resolve_new({**DEFAULT, **options}, 68, SHAKESPEARE)[1].lr == rate
+
+
+def test_a_lower_rate_by_rule_forgets_as_fast_as_the_full_one() -> None:
+    given = {**DEFAULT, "n_layer": 4, "batch_size": 3}
+    _, train = settings.resolve_new(given, 68, SHAKESPEARE)
+    assert train.lr == 0.01
+    assert train.weight_decay * train.lr == pytest.approx(2 * 3 * 64 / SHAKESPEARE, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "n_tokens", "preset", "iters"),
+    [
+        ({}, SHAKESPEARE, "small", 1000),
+        ({}, 0, "small", 1000),
+        ({}, 90_000, "small", 300),
+        ({}, 18_000, "tiny", 180),
+        ({}, 4_500, "tiny", 23),
+        ({}, 500, "tiny", 20),
+        ({"preset": "small"}, 18_000, "small", 27),
+        ({"iters": 5000}, 18_000, "tiny", 5000),
+        ({"n_embd": 64}, 18_000, "small", 54),
+    ],
+)
+def test_a_short_text_has_a_smaller_preset_and_fewer_steps(
+    options: dict[str, Any], n_tokens: int, preset: str, iters: int
+) -> None:
+    _, train = settings.resolve_new(options, 68, n_tokens)
+    assert (train.preset, train.iters) == (preset, iters)
+    note = settings.choices_note(options, train, n_tokens)
+    assert (f"preset {preset}" in note) == (preset == "tiny")
+    assert (f"{iters} steps" in note) == (iters != 1000 and "iters" not in options)
 
 
 def test_passes_count_how_often_a_token_is_read(tiny_model: Model) -> None:
@@ -72,7 +120,7 @@ def test_a_trained_model_takes_smaller_steps_of_adamw(n_embd: int, rank: int, ra
 
 def test_muon_keeps_its_rate_on_a_trained_model_and_has_none_for_adapters() -> None:
     given, sizes = {"recipe": "modern"}, {"vocab_size": 68}
-    assert settings.fine_tuning_options(given, ModelConfig(**sizes)) == given
+    assert settings.fine_tuning_options(given, ModelConfig(**sizes)) == given | {"lr": 0.02}
     adapted = ModelConfig(**sizes, lora_rank=8)
     found = settings.fine_tuning_options({**given, "weight_decay": 0.3}, adapted)
     assert (found["optimizer"], found["lr"], found["min_lr"]) == ("adamw", 1e-2, 0.0)

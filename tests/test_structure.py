@@ -28,10 +28,11 @@ MAY_IMPORT = {  # third parties, and the modules that name them
     "click": ("cli",),
     "rich": ("cli", "screen"),
     "starlette": ("serve", "cli.commands.serve"),
-    "uvicorn": ("cli.commands.serve",),
+    "uvicorn": ("serve.server", "cli.commands.serve"),
+    "h11": ("serve.server",),
     "pydantic": ("serve.models", "serve.openapi", "cli.commands.serve"),
     "prometheus_client": ("serve.metrics", "cli.commands.serve"),
-    "gguf": ("exchange.exporters.gguf",),
+    "gguf": ("exchange.exporters.gguf", "exchange.importers.gguf"),
     "threadpoolctl": ("cli", "backends.", "planning.machine"),
     "signal": ("cli",),
     "tokenizers": ("tokenizers.subword",),
@@ -96,6 +97,28 @@ def test_only_the_command_line_owns_the_process(name: str) -> None:
             assert ast.unparse(node) not in owned
         if isinstance(node, ast.Name):
             assert node.id not in ("print", "input", "exit", "SystemExit")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "files"])
+def test_files_alone_asks_what_lies_at_a_path(name: str) -> None:
+    """What pathlib and glob answer for a path out of reach may be "missing", or nothing at all."""
+    vague = {"exists", "lexists", "is_file", "is_dir", "isfile", "isdir", "glob", "rglob", "walk"}
+    vague |= {"resolve"}  # raises RuntimeError for a link to itself
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in vague or ast.unparse(node.func.value) == "files"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] == "cli"])
+def test_only_one_module_prints(name: str) -> None:
+    if name == "cli.output":  # which keeps control characters away from terminals
+        return
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "print"
+            assert not called.endswith((".print", ".echo", "secho", "echo_via_pager")), called
+            assert not called.startswith(("sys.stdout.write", "sys.stderr.write")), called
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])

@@ -46,3 +46,4 @@ def test_an_error_is_one_printable_line() -> None:
 
 def test_text_from_outside_cannot_act_on_a_terminal() -> None:
     assert words.clean_text("a\x1b[2J\tb\nc", keep="\n") == "a�[2J b\nc"
+    assert words.clean_text("\x7f\x9b\u202e\ud800می\u200cخواهم") == "����می\u200cخواهم"

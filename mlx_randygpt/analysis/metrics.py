@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_randygpt import files
 from mlx_randygpt.checkpoint import to_strict_json
 from mlx_randygpt.config import UserError
 from mlx_randygpt.state import Array
@@ -101,9 +102,12 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read the run in a folder or metrics file; raise MetricsError if there is none."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.is_file():
+    """Read the run in a folder or metrics file.
+
+    Raises MetricsError if there is none, OSError if a file of it cannot be read.
+    """
+    file = path / "metrics.jsonl" if files.is_folder(path) else path
+    if not files.is_file(file):
         raise MetricsError(f"{file} does not exist; give the folder of a run (train --out)")
     record = read_metrics(file)
     if not record.series["loss"].size and not record.evaluations:
@@ -136,7 +140,7 @@ def read_metrics(file: Path) -> RunRecord:
     by_step = [evaluations[step] for step in sorted(evaluations) if step <= end]
     rows = [[row["step"], *[row["val_loss"]] * 3] for row in by_step]
     tables["val_loss"] = np.array(rows, np.float64).reshape(-1, 4)
-    folder = file.resolve().parent
+    folder = files.resolve(file).parent
     return RunRecord(folder.name, tables, by_step, last, _settings(folder / "config.toml"))
 
 
@@ -145,7 +149,7 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
 
     If a step is repeated, its last row counts. Damaged lines are skipped.
     """
-    if not file.is_file():
+    if not files.is_file(file):
         return []
     samples: list[dict[str, Any]] = []
     for line in reversed(file.read_bytes().split(b"\n")):
@@ -280,10 +284,10 @@ def _last_row(block: bytes) -> dict[str, Any]:
 
 
 def _settings(file: Path) -> dict[str, Any]:
+    if not files.is_file(file):
+        return {}
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-        return {
-            n: v if isinstance(v, str | int | float | list) else str(v) for n, v in values.items()
-        }
-    except (OSError, ValueError, RecursionError):
-        return {}  # no readable settings beside the metrics file
+    except (ValueError, RecursionError):  # damaged
+        return {}
+    return {n: v if isinstance(v, str | int | float | list) else str(v) for n, v in values.items()}

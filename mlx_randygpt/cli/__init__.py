@@ -6,14 +6,19 @@ Each command is a module of `cli.commands` and is imported when it is called, so
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from mlx_randygpt import __version__
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import end_on_ctrl_c
+from mlx_randygpt.words import clean_text
 
 # name -> (module of cli.commands, line for --help)
 COMMANDS = {
@@ -45,6 +50,11 @@ COMMANDS = {
 class CommandGroup(click.Group):
     """The group of all commands, each imported on use."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the words of the program; the messages of errors cannot act on a terminal."""
+        with _clean_errors():
+            return super().make_context(*args, **kwargs)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of `--help`."""
         return list(COMMANDS)
@@ -70,15 +80,26 @@ class CommandGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; exit with code 130 if Ctrl-C comes while it is being imported."""
         try:
-            return super().invoke(ctx)
+            with _clean_errors():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
+            echo("\nInterrupted.", err=True)
             ctx.exit(130)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@contextlib.contextmanager
+def _clean_errors() -> Iterator[None]:
+    """Replace control characters in the message of an error, which can quote what was given."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = clean_text(error.message, keep="\n")  # type: ignore[misc]
+        raise
 
 
 @click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,6 +109,20 @@ def group() -> None:
 
     Start with `mlxgpt train`, then `mlxgpt sample`.
     """
+
+
+def _leave_threads(code: object) -> None:
+    """After a signal, end the process at once if a thread is left that nothing can stop.
+
+    Learning a vocabulary is such a thread. Python's own end would take it away inside a library,
+    which then aborts the process. Whatever is to be saved is saved before the exit code is known.
+    """
+    is_left = any(thread.daemon for thread in threading.enumerate())
+    if is_left and isinstance(code, int) and code > 128:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def main() -> None:
@@ -101,5 +136,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # no character must end a run
     try:
         group(prog_name="mlxgpt", auto_envvar_prefix="MLXGPT")
+    except SystemExit as end:
+        _leave_threads(end.code)
+        raise
     except OSError as error:  # from --help and --version, which click prints
         raise SystemExit(f"Error: the output cannot be written: {error.strerror}") from None

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mlx_randygpt.cli.values import ExistingFile
+from mlx_randygpt.files import read_text
 from mlx_randygpt.words import one_line
 
 RESUME_NEWEST = "@newest"  # value of a bare --resume
@@ -18,7 +20,7 @@ def config_option() -> click.Option:
     """Return the option `--config`."""
     return click.Option(
         ["--config"],
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        type=ExistingFile(),
         is_eager=True,
         expose_value=False,
         callback=_load_config,
@@ -31,7 +33,9 @@ def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     if path is None:
         return
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path, "utf-8-sig"))
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror}", ctx, param) from error
     except (ValueError, RecursionError) as error:
         raise click.BadParameter(
             f"{path} is not a TOML file: {one_line(error)}", ctx, param

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from mlx_randygpt.cli.config_file import config_option
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import raise_on_ctrl_c
 from mlx_randygpt.config import UserError
-from mlx_randygpt.words import one_line
+from mlx_randygpt.words import clean_text, one_line
 
 _DEBUG = "mlx_randygpt.debug"
 NO_MEMORY = (  # what MLX's RuntimeErrors contain: allocator, Metal command buffers, CUDA
@@ -47,7 +48,7 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
+            echo("\nInterrupted.", err=True)
             ctx.exit(130)
         except Exception as error:
             if ctx.meta.get(_DEBUG):
@@ -69,7 +70,7 @@ def _debug_option() -> click.Option:
 def describe_error(error: Exception) -> str:
     """Return the line that follows `Error: `."""
     if isinstance(error, UserError):
-        return str(error)
+        return clean_text(str(error))
     text = one_line(error)
     if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in NO_MEMORY):
         return f"out of memory ({text}); try a smaller --batch-size, --block-size or model"

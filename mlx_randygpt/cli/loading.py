@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.words import format_bytes
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ def without_weights(saved: Checkpoint) -> Checkpoint:
 
 def default_checkpoint(path: Path | None) -> Path:
     """Return `path`, or the checkpoint in it if it is a folder; by default that of checkpoints/."""
-    from mlx_randygpt.checkpoint import find_checkpoint
+    from mlx_randygpt.checkpoint import find_checkpoint, is_run_folder
 
-    if path is not None and not path.is_dir():
+    if path is not None and not is_run_folder(path):
         return path
     return find_checkpoint(path or Path("checkpoints"))
 
@@ -83,11 +84,11 @@ def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Score
     name, reason = choose(backend)
     params = saved.state.params
     built: Any = make_scorer(name, saved.model, params, dtype=saved.train.dtype, bits=quantize or 0)
-    click.echo(f"Backend: {describe_backend(built, reason)}", err=True)
+    echo(f"Backend: {describe_backend(built, reason)}", err=True)
     if quantize is not None:
         before = format_bytes(sum(weight.nbytes for weight in params.values()))
         after = format_bytes(built.weight_bytes())
-        click.echo(f"Weights in {quantize} bits: {after} instead of {before}", err=True)
+        echo(f"Weights in {quantize} bits: {after} instead of {before}", err=True)
     scorer: Scorer = built
     return scorer
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import ARCHS, BACKENDS, DTYPES, OPTIMIZERS, ModelConfig, TrainConfig
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 
@@ -51,19 +52,24 @@ threads_option = click.option(
 
 # The text
 
+data_path = FilePath(readable=False, allow_dash=True)  # reading it names what is wrong
 data_option = click.option(
-    "--data", multiple=True, help="Text files or folders, as for `mlxgpt train`; repeatable."
+    "--data",
+    type=data_path,
+    multiple=True,
+    help="Text files or folders, as for `mlxgpt train`; repeatable.",
 )
 tokenizer_options = options(
     click.option(
         "--tokenizer",
+        type=FilePath(readable=False),
         metavar="NAME",
-        help="char, bpe, wordpiece, or the path of a tokenizer.json.  [default: char]",
+        help="auto, char, bpe, wordpiece, or the path of a tokenizer.json.  [default: auto]",
     ),
     click.option(
         "--vocab-size",
         type=int,
-        help="Size of the vocabulary.  [default: at most 512 characters, or 1024 tokens]",
+        help="Size of the vocabulary.  [default: at most 512 characters, else by the text]",
     ),
     section="Text",
 )
@@ -194,6 +200,17 @@ def fit_micro_batch(
 
 # A trained model and its samples
 
+check_options = options(
+    click.option(
+        "--check", is_flag=True, help="Report what generated text copies from the training text."
+    ),
+    click.option(
+        "--data",
+        multiple=True,
+        help="With --check: the training text; repeatable.  [default: the run's own]",
+    ),
+)
+
 
 def _check_bits(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
     if value not in (None, 8, 4):
@@ -203,9 +220,17 @@ def _check_bits(ctx: click.Context, param: click.Parameter, value: int | None) -
 
 checkpoint_option = click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Checkpoint file.  [default: the best of checkpoints/, else the newest]",
 )
+
+
+def require_check(check: bool, data: tuple[str, ...]) -> None:
+    """Raise UsageError if `--data` is given without `--check`."""
+    if data and not check:
+        raise click.UsageError("--data is the text that --check compares with; add --check")
+
+
 quantize_option = click.option(
     "--quantize",
     type=int,

@@ -1,9 +1,13 @@
-"""Printing on stdout: JSON, tables, and facts as aligned lines."""
+"""The one place that prints: text, JSON, tables, and facts as aligned lines.
+
+What a terminal could act on never reaches it: names, paths and the text of a model may hold any
+character. The live screen and the plain lines of a run clean their text themselves.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,10 +18,22 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print text; on a terminal, replace control characters. Files and pipes get all of it."""
+    if is_terminal(sys.stderr if err else sys.stdout):
+        text = clean_text(text, keep="\n\t")
+    click.echo(text, err=err, nl=nl, color=True)  # without color=True a pipe would get less
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal."""
+    return bool(stream.isatty())
+
+
 def print_json(values: dict[str, Any]) -> None:
     """Print one JSON object; numbers that are not finite become null.
 
-    Escapes stand for what is not ASCII if stdout is not UTF-8.
+    Escapes stand for what is not printable, and for what is not ASCII if stdout is not UTF-8.
     """
     import json
 
@@ -26,14 +42,14 @@ def print_json(values: dict[str, Any]) -> None:
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     ascii_only = encoding.lower().replace("_", "-") not in ("utf-8", "utf8")
     line = json.dumps(to_strict_json(values), ensure_ascii=ascii_only)
-    click.echo("".join(c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" for c in line))
+    echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line))
 
 
 def stdout_console() -> Console:
     """Return a console on stdout, as wide as the terminal; in a pipe, wide enough for anything."""
     from rich.console import Console
 
-    at_terminal = sys.stdout.isatty()
+    at_terminal = is_terminal(sys.stdout)
     return Console(
         width=None if at_terminal else 1000,
         force_terminal=at_terminal,
@@ -43,13 +59,27 @@ def stdout_console() -> Console:
     )
 
 
-def show(renderable: Any) -> None:
-    """Print a rich renderable; in a pipe, print plain text as wide as it needs to be."""
-    console = stdout_console()
+def show(renderable: Any, console: Console | None = None, **options: Any) -> None:
+    """Print a rich renderable; in a pipe, print plain text as wide as it needs to be.
+
+    `options` are those of Console.print.
+    """
+    console = console or stdout_console()
     with console.capture() as captured:
-        console.print(renderable)
+        console.print(_Cleaned(renderable), **options)
     for line in captured.get().removesuffix("\n").split("\n"):
-        click.echo(line.rstrip())
+        click.echo(line.rstrip(), err=console.stderr, color=True)
+
+
+class _Cleaned:
+    """A renderable without control characters, besides those that rich adds for its styles."""
+
+    def __init__(self, renderable: Any) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: Any) -> Iterator[Any]:
+        for segment in console.render(self._renderable, options):
+            yield segment._replace(text=clean_text(segment.text, keep="\n"))
 
 
 def show_facts(facts: Iterable[tuple[str, str]]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-import click
+from mlx_randygpt.cli.output import echo
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TERMINAL_SIGNALS = (signal.SIGTSTP, signal.SIGQUIT)  # Ctrl-Z and Ctrl-\
@@ -112,7 +112,7 @@ class StopSignals:
     ) -> None:
         uninstall(self._old)
         if kind is Stopped:
-            click.echo("\nInterrupted before the training began; nothing to save.", err=True)
+            echo("\nInterrupted before the training began; nothing to save.", err=True)
 
     def defer(
         self,

@@ -1,4 +1,4 @@
-"""The cache of tokens: files that are written completely or not at all, and memory-mapped.
+"""The cache of tokens: files that are written completely or not at all, and read in windows.
 
 A file holds, in this order: the tokens (uint16 or uint32), the starts of documents (int64), a
 header in JSON, the SHA-256 of the header, its length, and MAGIC. It thus begins like a plain token
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from mlx_randygpt import files
 from mlx_randygpt.data import DataError
+from mlx_randygpt.data.token_file import OpenFile, TokenFile
 
-MAGIC = b"mlxgptk2"
+MAGIC = b"mlxgptk3"
 DIGEST_BLOCK = 1 << 24  # bytes of tokens that one digest covers
 TAIL_BYTES = 32 + 8 + len(MAGIC)  # after the header
 FOLDER_VARIABLE = "MLXGPT_CACHE"  # environment variable for another folder
@@ -36,9 +37,9 @@ Buffer = bytes | memoryview
 
 
 class CachedTokens(NamedTuple):
-    """The content of a file; its arrays are memory maps."""
+    """The content of a file; its tokens are read when they are asked for."""
 
-    tokens: Array  # (n,) uint16 or uint32
+    tokens: TokenFile  # (n,) uint16 or uint32
     starts: NDArray[np.int64]  # (documents,)
     facts: dict[str, Any]  # the header
 
@@ -104,6 +105,16 @@ def write_small(path: Path, content: bytes) -> None:
         raise _write_error(path, error) from error
 
 
+def read_small(path: Path) -> bytes:
+    """Return the content of a small file, b"" if it is missing; DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        raise _read_error(path, error) from error
+
+
 def keep_text(stream: IO[bytes]) -> Path:
     """Copy a text that can be read only once into the cache folder; return its file.
 
@@ -128,43 +139,40 @@ def _write_error(path: Path, error: OSError) -> DataError:
     )
 
 
+def _read_error(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path} cannot be read: {error.strerror or error}; set {FOLDER_VARIABLE} to another folder"
+    )
+
+
 def read(path: Path) -> CachedTokens | None:
-    """Map the tokens of a file; return None if it is missing or incomplete."""
+    """Open the tokens of a file; return None if it is missing or incomplete."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            file.seek(max(0, size - TAIL_BYTES))
-            tail = file.read()
-            n_bytes = int.from_bytes(tail[32:40], "little")
-            if tail[40:] != MAGIC or n_bytes > size - TAIL_BYTES:
-                return None
-            file.seek(size - TAIL_BYTES - n_bytes)
-            content = file.read(n_bytes)
+        file = OpenFile(path)
+        tail = file.read(max(0, file.size - TAIL_BYTES), TAIL_BYTES)
+        n_bytes = int.from_bytes(tail[32:40], "little")
+        if tail[40:] != MAGIC or n_bytes > file.size - TAIL_BYTES:
+            return None
+        content = file.read(file.size - TAIL_BYTES - n_bytes, n_bytes)
+        if sha256(content).digest() != tail[:32]:
+            return None
+        facts = json.loads(content)
+        dtype, n_tokens, n_starts = np.dtype(facts["dtype"]), facts["tokens"], facts["documents"]
+        end = n_tokens * dtype.itemsize
+        if _file_digests(file, end) != facts["digests"] or not n_tokens:
+            return None
+        end += -end % 8
+        begins = file.read(end, 8 * n_starts)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}; "
-            f"set {FOLDER_VARIABLE} to another folder"
-        ) from error
-    if sha256(content).digest() != tail[:32]:
+        raise _read_error(path, error) from error
+    if end + 8 * n_starts + n_bytes + TAIL_BYTES != file.size:
         return None
-    facts = json.loads(content)
-    dtype, n_starts = np.dtype(facts["dtype"]), facts["documents"]
-    end = facts["tokens"] * dtype.itemsize
-    end += -end % 8
-    if end + 8 * n_starts + n_bytes + TAIL_BYTES != size or not facts["tokens"]:
-        return None
-    tokens = np.memmap(path, dtype, "r", shape=(facts["tokens"],))
-    starts = np.empty(0, np.int64)
-    if n_starts:
-        starts = np.asarray(np.memmap(path, np.int64, "r", offset=end, shape=(n_starts,)))
-    if _file_digests(path, tokens.nbytes) != facts["digests"]:
-        return None
-    if _digest(starts.data) != facts["starts_digest"]:
+    if _digest(begins) != facts["starts_digest"]:
         return None
     mark_used(path)
-    return CachedTokens(tokens, starts, facts)
+    return CachedTokens(TokenFile(file, dtype, n_tokens), np.frombuffer(begins, np.int64), facts)
 
 
 class BlockDigests:
@@ -196,16 +204,12 @@ class BlockDigests:
         self._hash, self._n = sha256(), 0
 
 
-def _file_digests(path: Path, n_bytes: int) -> list[str]:
-    """Return the digests of the first `n_bytes` of a file, which are read, not mapped.
-
-    The pages of a map would count as resident memory.
-    """
-    digests = BlockDigests()
-    with path.open("rb") as file:
-        while n_bytes and (part := file.read(min(n_bytes, 1 << 20))):
-            digests.add(part)
-            n_bytes -= len(part)
+def _file_digests(file: OpenFile, n_bytes: int) -> list[str]:
+    """Return the digests of the first `n_bytes` of a file."""
+    digests, at = BlockDigests(), 0
+    while at < n_bytes and (part := file.read(at, min(n_bytes - at, 1 << 20))):
+        digests.add(part)
+        at += len(part)
     return digests.finish()
 
 
@@ -220,7 +224,7 @@ def mark_used(path: Path) -> None:
 
 
 def _forget(folder: Path, before: float) -> None:
-    """Remove cache files last read before that time; processes that map one keep its content."""
+    """Remove cache files last read before that time; processes that have one open keep it."""
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
             facts = path.stat()

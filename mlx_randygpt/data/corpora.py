@@ -252,7 +252,7 @@ def install_books(
     paths: dict[str, Path] = {}  # by fingerprint
     for number in dict.fromkeys(numbers):
         raw = folder / ".downloads" / f"pg{number}.txt"
-        if not raw.exists():
+        if not files.exists(raw):
             fetch(Remote(gutenberg_url(number)), raw)
         text = strip_gutenberg(read_text(raw))
         title = re.sub(r"\W+", "-", SHELF.get(number, "book").lower()).strip("-")

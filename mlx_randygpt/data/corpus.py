@@ -1,6 +1,6 @@
 """Corpora: files become one array of tokens, split into training and validation.
 
-Short texts are held in memory, long ones in a memory-mapped cache on the disk.
+Short texts are held in memory, long ones in a cache on the disk.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import file_digest
 from itertools import count
@@ -21,12 +21,22 @@ from numpy.typing import NDArray
 from mlx_randygpt.data import DataError, cache, token_files
 from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
-from mlx_randygpt.data.reading import Piece, Reading, Seen, explain_all, pieces
-from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.data.reading import Piece, Reading, Seen, all_pieces
+from mlx_randygpt.data.split import (
+    TRAIN_SHARE,
+    Parts,
+    Split,
+    copies_together,
+    parts_split,
+    tail_split,
+    train_tokens,
+)
+from mlx_randygpt.data.token_file import TokenFile
+from mlx_randygpt.data.vocabulary import AUTO, Choice, Vocabulary, choose_tokenizer, learn
+from mlx_randygpt.files import resolve
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
 
-TRAIN_SHARE = 0.9
 PROMPT_TOKENS = 1 << 20  # tokens at the beginning of a text that decide the default prompt
 MAX_IN_MEMORY_BYTES = 1 << 24  # bytes of files that are read into memory
 Array = NDArray[Any]
@@ -41,36 +51,46 @@ class Corpus:
     """
 
     names: tuple[str, ...]  # of the files
-    tokens: Array  # (n,) int32, or a map of uint16 or uint32
+    tokens: Array | TokenFile  # (n,) int32; in a file uint16 or uint32
     starts: NDArray[np.int64]  # the first token of each document
     sha256: str  # of the documents in UTF-8, with a NUL between them; or of the token files
     characters: int = 0  # 0 for token files
     n_bytes: int = 0  # of the text in UTF-8
-    n_train: int | None = None  # tokens; None: nine tenths
+    split: Split | None = None  # None: at nine tenths
+    keeps_copies: bool = True  # whether the rule of the split is that copies are on one side
     unknown: dict[str, int] = field(default_factory=dict)  # characters that were dropped
+    choice: Choice | None = None  # why it has its tokenizer; None: that was given
 
     @cached_property
-    def train(self) -> Array:
-        """Return the first 90 % of the tokens, or those of the training files; a view."""
+    def train(self) -> Array | TokenFile:
+        """Return the training tokens; a view."""
         return self.tokens[: self._n_train()]
 
     @cached_property
-    def val(self) -> Array:
+    def val(self) -> Array | TokenFile:
         """Return the tokens after `train`; a view."""
         return self.tokens[self._n_train() :]
 
     def provenance(self, reading: Reading, *, respect_documents: bool = False) -> dict[str, Any]:
         """Return the `data` of a checkpoint: the source of the text and its reading options."""
         return {
-            "paths": [str(Path(name).resolve()) for name in self.names],
+            "paths": [str(resolve(Path(name))) for name in self.names],
             "characters": self.characters,
             "sha256": self.sha256,
             **asdict(reading),
             "respect_documents": respect_documents,
+            "keeps_copies": self.keeps_copies,
+            "validation": self.validation,
         }
 
+    @property
+    def validation(self) -> str:
+        """Return which files, or which part of a file, form the validation text."""
+        split = self.split or tail_split([0], len(self.tokens))
+        return split.describe(self.names if self.split else ["the text"])
+
     def _n_train(self) -> int:
-        return _split(len(self.tokens)) if self.n_train is None else self.n_train
+        return self.split.n_train if self.split else train_tokens(len(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,7 @@ class Loader:
     threads: int = 1
     progress: Progress = lambda activity, done, size: None
     small: int = MAX_IN_MEMORY_BYTES  # bytes up to which files are read into memory
+    keeps_copies: bool = True  # on one side of the split; older runs did not
 
     def load(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary
@@ -99,56 +120,95 @@ class Loader:
                     f"{files[0]} holds token ids; give the tokenizer that made them: "
                     "--tokenizer tokenizer.json (GPT-2's for files of nanoGPT and llm.c)"
                 )
-        stats = TextStats()
         if self._is_small(files):
-            tokenizer = self._tokenizer(files, requested)
+            tokenizer, choice = self._tokenizer(files, requested)
+            stats = TextStats()
             tokens = np.concatenate([*self._blocks(files, tokenizer, stats)])
-            return tokenizer, self._corpus(files, tokens, np.array(stats.starts), _facts(stats))
+            starts, facts = self._finish(files, stats)
+            if self.keeps_copies and (parts := _copy_parts(stats)):
+                tokens = np.concatenate([*parts.blocks(tokens)])
+                starts, facts = self._finish(files, stats, parts)
+            corpus = self._corpus(files, tokens, np.asarray(starts, np.int64), facts)
+            return tokenizer, replace(corpus, choice=choice)
         content = self._content(files)
-        tokenizer = self._cached_tokenizer(files, requested, content)
-        path = self.folder / f"{cache.key(content, tokenizer.to_json())}.tokens"
-        if (cached := cache.read(path)) is None:
-            encoded = self._blocks(files, tokenizer, stats)
-            cache.write(path, encoded, tokenizer.vocab_size, lambda: (stats.starts, _facts(stats)))
-            cached = cache.read(path)
+        tokenizer, choice = self._cached_tokenizer(files, requested, content)
+        cached = self._cached_tokens(files, tokenizer, content)
+        corpus = self._corpus(files, cached.tokens, cached.starts, cached.facts)
+        return tokenizer, replace(corpus, choice=choice)
+
+    def _cached_tokens(
+        self, files: Sequence[Path], tokenizer: Tokenizer, content: str
+    ) -> cache.CachedTokens:
+        """Return the tokens in a file of the cache, written if need be.
+
+        They are in the order of the text or, in a second file, in that which keeps copies together.
+        """
+        parts = [content, tokenizer.to_json()]
+        plain = self.folder / f"{cache.key(*parts)}.tokens"
+        moved = self.folder / f"{cache.key(*parts, 'copies on one side')}.tokens"
+        path, cached = plain, cache.read(plain)
+        if cached is not None and self.keeps_copies and cached.facts["n_copies"]:
+            path, cached = moved, cache.read(moved)
+        if cached is not None:
+            return cached
+        stats, n = TextStats(), tokenizer.vocab_size
+        encoded = self._blocks(files, tokenizer, stats)
+        cache.write(plain, encoded, n, lambda: self._finish(files, stats))
+        path, cached = plain, cache.read(plain)
+        if cached is not None and self.keeps_copies and (order := _copy_parts(stats)):
+            again = order.blocks(cached.tokens)
+            cache.write(moved, again, n, lambda: self._finish(files, stats, order))
+            path, cached = moved, cache.read(moved)
         if cached is None:
             raise DataError(f"{path} was damaged or removed as soon as it was written; start again")
-        return tokenizer, self._corpus(files, cached.tokens, cached.starts, cached.facts)
+        return cached
 
-    def learn(self, files: Sequence[Path], requested: Vocabulary) -> Tokenizer:
-        """Learn the tokenizer from the text of the files."""
-        size = self._text_bytes(files) if requested.kind in KINDS else self._size(files)
+    def learn(
+        self, files: Sequence[Path], requested: Vocabulary
+    ) -> tuple[Tokenizer, Choice | None]:
+        """Learn the tokenizer from the text of the files; the text decides if that is requested."""
+        size = self._size(files) if requested.kind == "char" else self._text_bytes(files)
+        n_counted = 0 if requested.kind in KINDS else 1  # passes that count characters
 
         def texts() -> Iterator[str]:
+            nonlocal n_counted
+            n_counted -= 1
             for piece in self._pieces(files, "Learning the vocabulary"):
                 yield piece.text
-            if requested.kind in KINDS:
+            if n_counted < 0:
                 self.progress("Merging pairs into tokens", 0, size)
 
         try:
-            return requested.learn(texts(), size)
+            return learn(requested, texts, size)
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(str(error)) from error
 
-    def _tokenizer(self, files: Sequence[Path], requested: Tokenizer | Vocabulary) -> Tokenizer:
-        return self.learn(files, requested) if isinstance(requested, Vocabulary) else requested
+    def _tokenizer(
+        self, files: Sequence[Path], requested: Tokenizer | Vocabulary
+    ) -> tuple[Tokenizer, Choice | None]:
+        if isinstance(requested, Vocabulary):
+            return self.learn(files, requested)
+        return requested, None
 
     def _cached_tokenizer(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary, content: str
-    ) -> Tokenizer:
+    ) -> tuple[Tokenizer, Choice | None]:
         """Return the tokenizer; one learned from a long text is cached beside its tokens."""
         if not isinstance(requested, Vocabulary):
-            return requested
-        path = self.folder / f"{cache.key(content, asdict(requested))}.tokenizer.json"
+            return requested, None
+        path = self.folder / f"{cache.key(content, requested.key)}.tokenizer.json"
         try:
-            tokenizer = tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+            saved = json.loads(cache.read_small(path))
+            tokenizer = tokenizer_from_json(saved)
+            choice = Choice(**saved["choice"]) if requested.kind == AUTO else None
             cache.mark_used(path)
-        except (OSError, ValueError):  # missing or damaged
-            tokenizer = self.learn(files, requested)
-            cache.write_small(path, json.dumps(tokenizer.to_json()).encode())
-        return tokenizer
+        except (ValueError, KeyError, TypeError):  # missing or damaged
+            tokenizer, choice = self.learn(files, requested)
+            reason = {"choice": asdict(choice)} if choice else {}
+            cache.write_small(path, json.dumps(tokenizer.to_json() | reason).encode())
+        return tokenizer, choice
 
     def _blocks(
         self, files: Sequence[Path], tokenizer: Tokenizer, stats: TextStats
@@ -156,15 +216,17 @@ class Loader:
         if is_tokens(files[0]):
             seen = self._seen("Reading tokens", self._size(files))
             return token_files.token_blocks([*files], tokenizer, stats, seen)
-        return blocks(self._pieces(files, "Making tokens"), tokenizer, stats, self.threads)
+        return blocks(self._pieces(files, "Making tokens", stats), tokenizer, stats, self.threads)
 
-    def _pieces(self, files: Sequence[Path], activity: str) -> Iterator[Piece]:
-        seen = self._seen(activity, self._size(files))
-        for i, file in enumerate(files):
-            try:
-                yield from pieces(file, self.reading, seen)
-            except DataError as error:
-                raise explain_all(error, files[i + 1 :], self.reading) from error
+    def _pieces(
+        self, files: Sequence[Path], activity: str, stats: TextStats | None = None
+    ) -> Iterator[Piece]:
+        seen, n_files = self._seen(activity, self._size(files)), 0
+        for i, piece in all_pieces(files, self.reading, seen):
+            if stats is not None and i == n_files:
+                n_files += 1
+                stats.begin_file()
+            yield piece
 
     def _seen(self, activity: str, size: int) -> Seen:
         done = 0
@@ -214,28 +276,51 @@ class Loader:
             seen(file.stat().st_size)
         return cache.key(parts, asdict(self.reading))
 
-    def _corpus(
-        self, files: Sequence[Path], tokens: Array, starts: Array, facts: dict[str, Any]
-    ) -> Corpus:
-        names = tuple(map(str, files))
+    def _finish(
+        self, files: Sequence[Path], stats: TextStats, parts: Parts | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Return where documents begin and the facts about the text, in the order of `parts`."""
+        starts = np.asarray(stats.starts, np.int64)
+        file_starts = starts[np.asarray(stats.files, np.int64)].tolist()
+        if parts is not None:
+            split = parts_split(parts, file_starts, stats.n_tokens)
+            return parts.new_starts, _facts(stats) | {"split": asdict(split)}
         n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
-        used = ("sha256", "characters", "n_bytes", "unknown")  # older caches have further fields
+        split = tail_split(file_starts, stats.n_tokens, n_train)
+        copies = _copy_parts(stats)
+        n_copies = copies.n_copies if copies else 0
+        return starts, _facts(stats) | {"split": asdict(split), "n_copies": n_copies}
+
+    def _corpus(
+        self,
+        files: Sequence[Path],
+        tokens: Array | TokenFile,
+        starts: Array,
+        facts: dict[str, Any],
+    ) -> Corpus:
+        used = ("sha256", "characters", "n_bytes", "unknown")
         return Corpus(
-            names, tokens, starts, n_train=n_train, **{name: facts[name] for name in used}
+            names=tuple(map(str, files)),
+            tokens=tokens,
+            starts=starts,
+            split=Split.from_json(facts["split"]),
+            keeps_copies=self.keeps_copies,
+            **{name: facts[name] for name in used},
         )
 
 
 def load_corpus(
     *paths: str | Path,
     text: str | None = None,
-    tokenizer: str | Tokenizer = "char",
+    tokenizer: str | Tokenizer = AUTO,
     vocab_size: int = 0,
     reading: Reading | None = None,
 ) -> tuple[Tokenizer, Corpus]:
     """Return the tokenizer and the corpus of files, folders and globs, or of a `text`.
 
-    `tokenizer` is a kind to learn ("char", "bpe", "wordpiece"), the path of a tokenizer.json, or a
-    tokenizer; `vocab_size` limits a learned one. Long texts are cached on the disk.
+    `tokenizer` is a kind to learn ("char", "bpe", "wordpiece"; "auto": characters if they cover
+    the text, else bpe), the path of a tokenizer.json, or a tokenizer; `vocab_size` limits a learned
+    one. The `choice` of the corpus is why it has this tokenizer. Long texts are cached on the disk.
     """
     if bool(paths) == (text is not None):
         raise DataError("load_corpus takes either paths or text=, and exactly one of the two")
@@ -243,9 +328,11 @@ def load_corpus(
     loader = Loader(reading or Reading(), cache.default_folder(), os.cpu_count() or 1)
     if text is None:
         return loader.load(find_files([str(path) for path in paths]), requested)
+    choice = None
     if isinstance(requested, Vocabulary):
-        requested = requested.learn([text], len(text.encode("utf-8", "surrogatepass")))
-    return requested, encode_corpus({"text": text}, requested)
+        n_bytes = len(text.encode("utf-8", "surrogatepass"))
+        requested, choice = learn(requested, lambda: [text], n_bytes)
+    return requested, replace(encode_corpus({"text": text}, requested), choice=choice)
 
 
 def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
@@ -261,7 +348,7 @@ def default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
 
     It is the first of these that occurs near the beginning of the text.
     """
-    text = tokenizer.decode(corpus.tokens[:PROMPT_TOKENS])
+    text = tokenizer.decode(np.asarray(corpus.tokens[:PROMPT_TOKENS]))
     return "ROMEO:" if "ROMEO:" in text else "\n" if "\n" in text else text[:1] or "\n"
 
 
@@ -271,7 +358,9 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     if longest >= block_size:
         return
     least = max(n, int(block_size / (1 - TRAIN_SHARE)) - 1)
-    n_needed = next(m for m in count(least) if min(_split(m), m - _split(m)) > block_size)
+    n_needed = next(
+        m for m in count(least) if min(train_tokens(m), m - train_tokens(m)) > block_size
+    )
     smaller = f" or a --block-size of at most {longest}" if longest > 0 else ""
     amount = f"{corpus.characters} characters ({n} tokens)" if corpus.characters else f"{n} tokens"
     raise DataError(
@@ -290,5 +379,9 @@ def _facts(stats: TextStats) -> dict[str, Any]:
     }
 
 
-def _split(n: int) -> int:
-    return int(TRAIN_SHARE * n)
+def _copy_parts(stats: TextStats) -> Parts | None:
+    """Return the order that keeps copies of documents together, if it is another."""
+    if len(stats.documents) < 2:  # also token files, of which no texts are known
+        return None
+    digests, starts = np.asarray(stats.documents, np.uint64), np.asarray(stats.starts, np.int64)
+    return copies_together(digests, starts, stats.n_tokens)

@@ -95,12 +95,12 @@ def _locked(part: Path) -> Iterator[int]:
         try:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not part.exists() or not os.path.samestat(os.fstat(descriptor), part.stat()):
+            if not files.exists(part) or not os.path.samestat(os.fstat(descriptor), part.stat()):
                 continue  # the other process has finished and renamed or removed its file
             try:
                 yield descriptor
             finally:
-                if not (part.exists() and part.stat().st_size and _read_tag(part)):
+                if not (files.exists(part) and part.stat().st_size and _read_tag(part)):
                     part.unlink(missing_ok=True)
                     _tag(part).unlink(missing_ok=True)
             return
@@ -177,7 +177,7 @@ def _tag(part: Path) -> Path:
 
 
 def _read_tag(part: Path) -> str:
-    return _tag(part).read_text() if _tag(part).exists() else ""
+    return _tag(part).read_text() if files.exists(_tag(part)) else ""
 
 
 def _verified_digest(remote: Remote, part: Path, path: Path) -> str:
@@ -186,8 +186,10 @@ def _verified_digest(remote: Remote, part: Path, path: Path) -> str:
         digest = file_digest(file, "sha256").hexdigest()
     first = path.with_name(f"{path.name}.sha256")
     expected, advice = remote.sha256, ""
-    if not expected and first.exists():
-        expected = first.read_text().split()[0]
+    if not expected and files.exists(first):
+        expected = first.read_text().strip().partition(" ")[0]
+        if not expected:
+            raise DataError(f"{first}, the checksum of the first download, is empty; remove it")
         advice = f", as when it was first fetched; remove {first} if the new one is right"
     if expected and digest != expected:
         part.unlink()

@@ -32,7 +32,14 @@ class TextStats:
     digest: Any = field(default_factory=sha256)  # of the documents in UTF-8, a NUL between them
     n_tokens: int = 0
     starts: array[int] = field(default_factory=lambda: array("q"))  # where documents begin
+    files: array[int] = field(default_factory=lambda: array("q"))  # first document of each file
+    documents: array[int] = field(default_factory=lambda: array("Q"))  # a digest of each text
     _n_read: int = 0  # documents
+    _document: Any = field(default_factory=sha256)  # the one that is being read
+
+    def begin_file(self) -> None:
+        """Count one more file; the pieces read from now on are of it."""
+        self.files.append(self._n_read)
 
     def read(self, piece: Piece) -> None:
         """Count one more piece."""
@@ -40,6 +47,11 @@ class TextStats:
         self._n_read += piece.begins
         raw = piece.text.encode("utf-8", "surrogatepass")
         self.digest.update(between + raw)
+        self._document = sha256(raw) if piece.begins else self._document
+        if not piece.begins:
+            self._document.update(raw)
+        if piece.ends:
+            self.documents.append(int.from_bytes(self._document.digest()[:8], "little"))
         self.characters += len(piece.text)
         self.n_bytes += len(raw)
 

@@ -5,17 +5,18 @@ This module lists the supported suffixes. The function that downloads a file is 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import glob
 import os
 import re
-import select
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.own_files import is_own
+from mlx_randygpt.files import exists, is_file, is_folder, open_to_read, resolve, walk
 
 PROSE = (".txt", ".md", ".markdown", ".rst", ".org", ".tex", ".html")
 SOURCE = (
@@ -51,9 +52,9 @@ SOURCE = (
 )
 Note = Callable[[str], None]  # shows a line about files that are left out
 ROWS = (".jsonl", ".ndjson", ".parquet")  # many documents in a file
-WRITER_SECONDS = 10  # for a process to open the other end of a pipe
 PACKED = (".gz", ".zst")
 SUFFIXES = (*PROSE, *SOURCE, *ROWS)
+WILDCARDS = frozenset("*?[")
 TOKENS = ".bin"
 TOKEN_NAMES = re.compile(r"(.+[_.-])?(train|val|valid|validation)([_-]\d+)?")  # nanoGPT, llm.c
 TRAIN = re.compile(r"(^|[_.-])train([_.-]|$)")
@@ -87,28 +88,45 @@ def find_files(paths: Sequence[str], note: Note = lambda line: None) -> list[Pat
     """Return the files of paths, folders and globs, each file once, in the order of the paths.
 
     A folder stands for the texts in it at any depth, sorted and without hidden files, or for its
-    token files if it holds a train.bin. What this program wrote is left out of folders and globs.
+    token files if it holds a train.bin. Links are followed. What this program wrote is left out of
+    folders and globs. Raises DataError for a path, folder or link that leads nowhere or is closed.
     """
     files: dict[Path, Path] = {}
     for name in paths:
-        try:
+        with _data_errors(name):
             for file in _expand(name, note):
-                files.setdefault(file.resolve(), file)
-        except OSError as error:
-            raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
+                files.setdefault(resolve(file), file)
     return list(files.values())
 
 
-def default_source(cwd: Path, download: Callable[[Path], None]) -> tuple[list[Path], str]:
+@contextlib.contextmanager
+def _data_errors(name: object) -> Iterator[None]:
+    """Raise DataError for an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or name} cannot be read: {error.strerror}") from error
+
+
+def is_pipe(name: str) -> bool:
+    """Return whether a path is stdin or a pipe, which one process can read, and only once."""
+    path = Path(os.path.expanduser(name))
+    return name == "-" or name.startswith("/dev/fd/") or path.is_fifo()
+
+
+def default_source(
+    cwd: Path, download: Callable[[Path], None], note: Note = lambda line: None
+) -> tuple[list[Path], str]:
     """Return the files to train on if the user names none, and a line that reports them.
 
     They are ./train.txt, else data/*.txt, else data/shakespeare.txt, which `download` makes. If it
     raises DataError or the folder cannot be created, it is the sample corpus of the package.
     """
-    if (own := cwd / "train.txt").is_file():
-        return [own], f"Text: {own}"
-    if files := sorted(file for file in (cwd / "data").glob("*.txt") if _is_visible_file(file)):
-        return files, f"Text: {', '.join(map(str, files))}"
+    with _data_errors(cwd):
+        if is_file(own := cwd / "train.txt"):
+            return [own], f"Text: {own}"
+        if files := _regular(_matches_in(cwd / "data", "*.txt"), str(cwd / "data"), note):
+            return files, f"Text: {', '.join(map(str, files))}"
     target = cwd / "data" / "shakespeare.txt"
     try:
         target.parent.mkdir(exist_ok=True)
@@ -133,59 +151,33 @@ def _expand(name: str, note: Note) -> Iterator[Path]:
     path = Path(os.path.expanduser(name))  # pathlib raises for an unknown ~user
     if name == "-":
         yield _kept_text(Path("/dev/stdin"))
-    elif path.is_dir() and name:
+    elif name and is_folder(path):
         yield from _texts_under(path, note)
-    elif path.exists() and name:
-        yield path if path.is_file() else _kept_text(path)
-    elif set(name) & set("*?["):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-        if not any(file.is_file() for file in files):
+    elif name and exists(path):
+        yield path if is_file(path) else _kept_text(path)
+    elif set(name) & WILDCARDS:
+        files = _regular(_matches(path), name, note)
+        if not files:
             raise DataError(f"no file matches {name!r} (looked in {Path.cwd()})")
-        yield from _without_own([file for file in files if file.is_file()], name, note)
+        yield from _without_own(files, name, note)
     else:
         raise DataError(_no_such_file(name, path))
 
 
 def _kept_text(pipe: Path) -> Path:
-    """Copy the text of stdin or a pipe; raise DataError for a device, or if nobody writes."""
-    descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as stream:
-        mode = os.fstat(descriptor).st_mode
+    """Copy the text of stdin or a pipe; raise DataError for a device."""
+    with open_to_read(pipe) as stream:
+        mode = os.fstat(stream.fileno()).st_mode
         if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
             raise DataError(f"{pipe} is a device; give a file, a folder or a pipe")
-        if stat.S_ISFIFO(mode) and not _has_writer(descriptor):
-            raise DataError(
-                f"{pipe} is a pipe that no process has opened for writing in "
-                f"{WRITER_SECONDS} s; start the writer first"
-            )
-        os.set_blocking(descriptor, True)
         return cache.keep_text(stream)
 
 
-def _has_writer(pipe: int) -> bool:
-    """Wait until a pipe has content or an end; return False if nobody opens it in time."""
-    poller = select.poll()
-    poller.register(pipe, select.POLLIN)
-    if poller.poll(WRITER_SECONDS * 1000):
-        return True
-    try:
-        os.read(pipe, 1)  # nothing is there to be lost
-    except BlockingIOError:  # a writer that has not written yet
-        return True
-    return False
-
-
 def _texts_under(folder: Path, note: Note) -> list[Path]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += (Path(parent, name) for name in names)
-    visible = sorted(file for file in files if _is_visible_file(file))
-    texts = [file for file in visible if kind(file) in SUFFIXES]
-    tokens = [file for file in visible if is_tokens(file) and _is_split(file)]
+    known = (file for file in _visible_below(folder) if kind(file) in SUFFIXES or _is_split(file))
+    files = _regular(known, str(folder), note)
+    texts = [file for file in files if kind(file) in SUFFIXES]
+    tokens = [file for file in files if _is_split(file)]
     if any(TRAIN.search(file.stem.lower()) for file in tokens):
         if texts:
             note(
@@ -202,7 +194,58 @@ def _texts_under(folder: Path, note: Note) -> list[Path]:
 
 
 def _is_split(file: Path) -> bool:
-    return bool(TOKEN_NAMES.fullmatch(file.stem.lower()))
+    return is_tokens(file) and bool(TOKEN_NAMES.fullmatch(file.stem.lower()))
+
+
+def _visible_below(folder: Path) -> Iterator[Path]:
+    """Yield what lies below a folder, without folders and hidden names; raise OSError."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    below = walk(folder, lambda entry: not entry.name.startswith("."), stop)
+    return (path for path in below if not path.name.startswith("."))
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Return what a pattern stands for, like glob.glob but with an OSError for closed folders."""
+    paths = [Path(pattern.anchor)]
+    for part in pattern.parts[bool(pattern.anchor) :]:
+        paths = [match for path in paths for match in _matches_in(path, part)]
+    return paths
+
+
+def _matches_in(folder: Path, part: str) -> list[Path]:
+    """Return what one part of a pattern stands for in a folder."""
+    if not is_folder(folder):
+        return []
+    if part == "**":
+        below = list(_visible_below(folder))
+        return list(dict.fromkeys([folder, *(path.parent for path in below), *below]))
+    if not set(part) & WILDCARDS:
+        path = folder / part
+        return [path] if os.path.islink(path) or exists(path) else []
+    names = (name for name in os.listdir(folder) if fnmatch(name, part))
+    return [folder / name for name in names if not name.startswith(".") or part.startswith(".")]
+
+
+def _regular(paths: Iterable[Path], place: str, note: Note) -> list[Path]:
+    """Return the files among `paths`, sorted; report pipes and devices, raise for dead links."""
+    files, others = list[Path](), list[Path]()
+    for path in sorted(paths):
+        if is_file(path):
+            files.append(path)
+        elif not exists(path):
+            target = f" is a link to {os.readlink(path)}, which" if path.is_symlink() else ""
+            raise DataError(f"{path}{target} does not exist; remove it or put the text there")
+        elif not is_folder(path):
+            others.append(path)
+    if others:
+        note(
+            f"Left out: {_count(len(others), 'pipe or device', 'pipes or devices')} of {place} "
+            f"({others[0].name}); name a pipe to read it."
+        )
+    return files
 
 
 def _without_own(files: list[Path], place: str, note: Note) -> list[Path]:
@@ -217,17 +260,15 @@ def _without_own(files: list[Path], place: str, note: Note) -> list[Path]:
     return [file for file in files if file not in own]
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'s' if n > 1 else ''}"
-
-
-def _is_visible_file(file: Path) -> bool:
-    return file.is_file() and not file.name.startswith(".")
+def _count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def _no_such_file(name: str, path: Path) -> str:
     searched = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings: list[str] = []
+    with contextlib.suppress(OSError):  # a hint only
+        siblings = os.listdir(path.parent)
     near = difflib.get_close_matches(path.name, siblings, 1)
     hint = f"; is it {path.with_name(near[0])}?" if near else ""
     return f"no such file: {name!r}{searched}{hint}"

@@ -6,10 +6,13 @@ A file counts by its name together with its content or place, so that a text is 
 from __future__ import annotations
 
 import json
+import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.data import cache
+from mlx_randygpt.files import is_file, resolve
 
 HEAD_BYTES = 1 << 16  # of a file, in which its mark stands
 LOGS = {  # of a run, and the keys of their lines
@@ -32,20 +35,20 @@ def is_own(file: Path) -> bool:
     if name in LOGS:
         return _is_log(file, LOGS[name])
     if name in EXPORTED_CODE:
-        return (file.parent / "config.json").is_file()
+        return is_file(file.parent / "config.json")
     if name == "readme.md":
         head = _head(file)
         return head.startswith(b"---\n") and (b"mlxgpt" in head or b"mlx-randygpt" in head)
     if name.endswith(".html"):
         return any(mark in _head(file)[:1024] for mark in PAGE_MARKS)
     kept = bool(cache.CACHE_FILE.fullmatch(file.name))
-    return kept and file.resolve().parent == cache.default_folder().resolve()
+    return kept and resolve(file).parent == resolve(cache.default_folder())
 
 
 def _is_log(file: Path, kinds: tuple[set[str], ...]) -> bool:
     head = _head(file)
     if not head:  # of a run that has not written a line yet
-        return any(file.parent.glob("checkpoint*.safetensors"))
+        return any(fnmatch(name, "checkpoint*.safetensors") for name in os.listdir(file.parent))
     try:
         row: Any = json.loads(head.split(b"\n", 1)[0])
     except (ValueError, RecursionError):

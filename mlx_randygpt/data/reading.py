@@ -13,7 +13,7 @@ import json
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -241,7 +241,7 @@ def _json_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: line {number} is not JSON: {error}") from error
-        yield _with_newlines(_row_text(row, reading.text_field, f"{file}: line {number}"))
+        yield _row_text(row, reading.text_field, f"{file}: line {number}")
 
 
 def _row_text(row: Any, field: str, place: str) -> str:
@@ -255,13 +255,17 @@ def _row_text(row: Any, field: str, place: str) -> str:
         raise DataError(
             f"{place} has no text under {field!r}; {names}; choose another with --text-field"
         )
-    value = row[field]
+    return _text_of(row[field], field, place)
+
+
+def _text_of(value: Any, field: str, place: str) -> str:
     if not isinstance(value, str):
+        kind = JSON_TYPES.get(type(value), type(value).__name__)
         raise DataError(
-            f"{place} has {JSON_TYPES[type(value)]} under {field!r}, not a text; remove the row "
-            "or choose another field with --text-field"
+            f"{place} has {kind} under {field!r}, not a text; remove the row or choose another "
+            "field with --text-field"
         )
-    return value
+    return _with_newlines(value)
 
 
 def _list_names(names: Collection[str]) -> str:
@@ -296,20 +300,15 @@ def _parquet_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
                     "choose another with --text-field"
                 )
             n_rows, size = max(1, table.metadata.num_rows), file.stat().st_size
+            rows = count(1)
             for batch in table.iter_batches(256, columns=[reading.text_field]):
                 seen(size * batch.num_rows // n_rows)
-                yield from _texts(file, reading.text_field, batch.column(0).to_pylist())
+                for value in batch.column(0).to_pylist():
+                    yield _text_of(value, reading.text_field, f"{file}: row {next(rows)}")
     except pyarrow.ArrowException as error:
         raise DataError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-
-
-def _texts(file: Path, field: str, values: list[Any]) -> Iterator[str]:
-    for value in values:
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{file}: column {field!r} holds {type(value).__name__}, not text")
-        yield _with_newlines(value or "")
 
 
 def _with_newlines(text: str) -> str:
@@ -326,6 +325,18 @@ def _locate(file: Path, offset: int) -> str:
         if n_left <= 0:
             break
     return f"at offset {offset} (line {n_lines})"
+
+
+def all_pieces(
+    files: Sequence[Path], reading: Reading, seen: Seen = lambda n: None
+) -> Iterator[tuple[int, Piece]]:
+    """Yield the number of each file and its pieces; DataError names all that cannot be read."""
+    for i, file in enumerate(files):
+        try:
+            for piece in pieces(file, reading, seen):
+                yield i, piece
+        except DataError as error:
+            raise explain_all(error, files[i + 1 :], reading) from error
 
 
 def explain_all(first: DataError, rest: Sequence[Path], reading: Reading) -> DataError:

@@ -40,6 +40,7 @@ def token_blocks(
         dtype, offset = _layout(file)
         with open(file, "rb") as stream:
             stream.seek(offset)
+            stats.files.append(len(stats.starts))
             stats.starts.append(stats.n_tokens)
             while raw := stream.read(CHUNK_TOKENS * dtype.itemsize):
                 ids = np.frombuffer(raw, dtype)

@@ -7,7 +7,6 @@ Legend: B batch, T block_size, n tokens of the split.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError
-from mlx_randygpt.state import Array, Batch, rng
+from mlx_randygpt.state import Batch, Tokens, rng
 
 
 def sample_batch(
-    tokens: Array,
+    tokens: Tokens,
     batch_size: int,
     block_size: int,
     seed: int,
@@ -32,7 +31,6 @@ def sample_batch(
     With `documents`, every window lies inside one document.
     """
     assert len(tokens) > block_size, "check_length runs first"
-    _release_pages(tokens)
     random = rng(seed, "batch", step, micro)
     if documents is not None:
         return Batch(tokens, documents.starts(random, batch_size), block_size)
@@ -41,7 +39,7 @@ def sample_batch(
 
 
 def eval_batches(
-    tokens: Array, block_size: int, batch_size: int, max_tokens: int | None = None
+    tokens: Tokens, block_size: int, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
     """Yield non-overlapping windows in a fixed order; every token but the first is a target once.
 
@@ -59,14 +57,7 @@ def eval_batches(
     batch_size = min(batch_size, n_used)
     padding = np.full(-n_used % batch_size, len(tokens), dtype=np.int64)
     for rows in np.concatenate([starts, padding]).reshape(-1, batch_size):
-        _release_pages(tokens)
         yield Batch(tokens, rows, block_size)
-
-
-def _release_pages(tokens: Array) -> None:
-    """Release the pages of a memory-mapped file read so far; they count as resident memory."""
-    if (pages := getattr(tokens, "_mmap", None)) is not None:
-        pages.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mlx_randygpt import files
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.importers import gpt2, nanogpt, native, randygpt
+from mlx_randygpt.exchange.importers import arcee, gguf, gpt2, nanogpt, native, randygpt
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import read_json
 from mlx_randygpt.exchange.importers.torch_file import MAGIC, refuse_legacy
 
-_FORMAT_OF_MODEL_TYPE = {"gpt2": "gpt2", "mlxgpt": "mlxgpt", "randygpt": "randygpt-hf"}
+_FORMAT_OF_MODEL_TYPE = {
+    "arcee": "arcee",
+    "gpt2": "gpt2",
+    "mlxgpt": "mlxgpt",
+    "randygpt": "randygpt-hf",
+}
 _FOLDER_READERS: dict[str, Callable[[Path, Path | None], ImportedModel]] = {
+    "arcee": arcee.read_folder,
     "gpt2": gpt2.read_folder,
     "mlxgpt": native.read_folder,
     "randygpt-hf": randygpt.read_folder,
@@ -32,9 +39,11 @@ def read_foreign(
     No code in the file is run, and no large memory is allocated for data that it does not hold.
     `activation` is for nanoGPT and `sizes` for randyGPT, whose files do not record them.
     """
-    if not (source.is_file() or source.is_dir()):
+    if not files.exists(source):
         raise ExchangeError(f"{source} does not exist")
-    if source.name in gpt2.WEIGHTS and (source.parent / "config.json").is_file():
+    if not (files.is_file(source) or files.is_folder(source)):
+        raise ExchangeError(f"{source} is a pipe or a device; give a file or a folder")
+    if source.name in gpt2.WEIGHTS and files.is_file(source.parent / "config.json"):
         source = source.parent  # the weights of a folder
     kind = detect(source) if format == "auto" else format
     if activation is not None and kind != "nanogpt":
@@ -43,9 +52,11 @@ def read_foreign(
         option = min(sizes).replace("_", "-")
         raise ExchangeError(f"--{option} is for randygpt; {kind} records its own")
     if kind in _FOLDER_READERS:
-        if not source.is_dir():
+        if not files.is_folder(source):
             raise ExchangeError(f"{source} is a file; {kind} is a folder with a config.json")
         return _FOLDER_READERS[kind](source, vocab)
+    if kind == "gguf":
+        return gguf.read_file(source, vocab)
     if kind == "nanogpt":
         return nanogpt.read_checkpoint(source, vocab, activation)
     return randygpt.read_bin(source, vocab, sizes or {})
@@ -53,7 +64,7 @@ def read_foreign(
 
 def detect(source: Path) -> str:
     """Return the format of a file or folder, judged by its content."""
-    if source.is_dir():
+    if files.is_folder(source):
         return _detect_folder(source)
     try:
         with open(source, "rb") as file:
@@ -64,16 +75,18 @@ def detect(source: Path) -> str:
         return "randygpt"
     if first.startswith(MAGIC):
         return "nanogpt"
+    if first.startswith(gguf.LETTERS):
+        return "gguf"
     refuse_legacy(source)
     raise ExchangeError(
-        f"{source} is neither a .bin file of randyGPT nor a file of torch.save in the format of "
-        "PyTorch 1.6 and later; name its format with --format"
+        f"{source} is neither a GGUF file, a .bin file of randyGPT nor a file of torch.save in the "
+        "format of PyTorch 1.6 and later; name its format with --format"
     )
 
 
 def _detect_folder(source: Path) -> str:
     """Return the format of a folder, by its config.json or ckpt.pt."""
-    if (source / "config.json").is_file():
+    if files.is_file(source / "config.json"):
         model_type = read_json(source / "config.json").get("model_type")
         if isinstance(model_type, str) and model_type in _FORMAT_OF_MODEL_TYPE:
             return _FORMAT_OF_MODEL_TYPE[model_type]
@@ -81,8 +94,11 @@ def _detect_folder(source: Path) -> str:
             f"{source / 'config.json'} has model_type={repr(model_type)[:40]}; "
             f"supported are {', '.join(_FORMAT_OF_MODEL_TYPE)}"
         )
-    if (source / nanogpt.CHECKPOINT).is_file():
+    if files.is_file(source / nanogpt.CHECKPOINT):
         return "nanogpt"
+    if files.is_file(source / gguf.FILE_NAME):
+        return "gguf"
     raise ExchangeError(
-        f"{source} holds neither a config.json nor a {nanogpt.CHECKPOINT}; name the file"
+        f"{source} holds neither a config.json, a {nanogpt.CHECKPOINT} nor a {gguf.FILE_NAME}; "
+        "name the file"
     )

@@ -15,7 +15,7 @@ from mlx_randygpt.backends.numpy.backend import CHUNK_TOKENS
 from mlx_randygpt.backends.numpy.model import chunk_shapes
 from mlx_randygpt.backends.numpy.optimizer import STACK
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
-from mlx_randygpt.model import parameter_count, parameters
+from mlx_randygpt.model import parameter_count, parameters, second_moment_shapes
 from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS
 
 FLOAT = 4  # bytes
@@ -49,7 +49,7 @@ def footprint(
     """
     n = parameter_count(model)
     step = numpy_step if backend == "numpy" else mlx_step
-    file_bytes = FLOAT * (2 * n + adamw_count(model, train))  # weights and moments
+    file_bytes = FLOAT * (2 * n + second_moment_count(model, train))  # weights and moments
     step_bytes = step(model, train, sequences, threads)
     return {"program": program, **step_bytes, "saving": 4 * file_bytes}
 
@@ -58,6 +58,11 @@ def adamw_count(model: ModelConfig, train: TrainConfig) -> int:
     """Return how many weights AdamW updates: all, or those that Muon does not."""
     weights = parameters(model)
     return sum(w.size for w in weights if train.optimizer == "adamw" or not w.is_block_matrix)
+
+
+def second_moment_count(model: ModelConfig, train: TrainConfig) -> int:
+    """Return how many numbers the optimizer's second moments have."""
+    return sum(prod(shape) for shape in second_moment_shapes(model, train).values())
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
@@ -187,7 +192,7 @@ def mlx_step(model: ModelConfig, train: TrainConfig, sequences: int, threads: in
     return {
         "weights": (FLOAT + 2 * half) * n,
         "gradients": 2 * FLOAT * n,
-        "moments": FLOAT * (n + n_adamw),
+        "moments": FLOAT * (n + second_moment_count(model, train)),
         "activations": width * (layers * streams + inputs) * tokens * model.n_embd,
         "attention": width * layers * tokens * model.n_head * model.block_size,
         "logits": 3 * FLOAT * tokens * model.vocab_size,

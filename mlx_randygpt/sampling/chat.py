@@ -147,7 +147,7 @@ class Conversation:
 def load_turns(path: Path) -> list[Turn]:
     """Return the turns of a saved conversation; raise ChatError if the file is invalid."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files.read_text(path))
     except OSError as error:
         raise ChatError(f"could not read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

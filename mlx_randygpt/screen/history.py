@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.analysis.metrics import read_metrics, read_samples
+from mlx_randygpt.files import is_file
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.training.reports import EvalLog, SampleLog
 
@@ -39,7 +40,7 @@ def read_history(folder: Path, step: int, progress: Progress) -> History:
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     try:
-        if (file := folder / "metrics.jsonl").is_file():
+        if is_file(file := folder / "metrics.jsonl"):
             record = read_metrics(file)
             table = record.series["loss"][:, :2]
             losses = tuple((float(at), float(loss)) for at, loss in table if at <= step)

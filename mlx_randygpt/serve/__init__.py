@@ -20,7 +20,10 @@ MAX_TOKENS = 1 << 15  # of one text
 MAX_CHOICES = 64  # texts of one request: prompts times n
 MAX_LOGPROBS = 20
 MAX_COST = 1 << 19  # of one request: texts times tokens times (1 + alternatives)
+MAX_COST_TOGETHER = 1 << 20  # of all requests whose responses are not complete
 MAX_BODY_BYTES = 1 << 20
+MAX_BODIES_BYTES = 1 << 26  # of all requests that are being read
+N_THREADS = 4  # that read requests and write whole responses
 BODY_SECONDS = 30.0  # for a body to arrive
 
 
@@ -39,6 +42,8 @@ class ServedModel:
     options: tuple[str, ...] = ()  # with which `mlxgpt sample` loads the same weights
     # name -> (step, loss)
     curve: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    # a generated text -> what it copies; None without --check
+    find_copies: Callable[[str], dict[str, Any]] | None = None
 
     @cached_property
     def spell(self) -> Callable[[int], str]:
@@ -53,7 +58,8 @@ class Settings:
     api_key: str = ""  # empty: no key needed
     defaults: SampleConfig = field(default_factory=SampleConfig)
     seed: int | None = None  # of requests without one; None: draw one for each
-    loopback_only: bool = True  # refuse other Host names, against DNS rebinding
+    # accepted in Host besides loopback addresses, against DNS rebinding; None: any name
+    host_names: tuple[str, ...] | None = ("localhost",)
 
 
 class ApiError(Exception):

@@ -8,8 +8,9 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,12 +19,31 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mlx_randygpt.backends.base import resident_bytes
-from mlx_randygpt.serve import ApiError, ServedModel, Settings
+from mlx_randygpt.config import UserError
+from mlx_randygpt.sampling.generate import Continuation
+from mlx_randygpt.serve import N_THREADS, ApiError, ServedModel, Settings
 from mlx_randygpt.serve.engine import Engine, Request
-from mlx_randygpt.serve.http import App, Guard, dump, error_response, json_response, read_body
-from mlx_randygpt.serve.inspection import describe_run, map_attention
+from mlx_randygpt.serve.http import (
+    App,
+    Bodies,
+    Guard,
+    PieceResponse,
+    cut,
+    dump,
+    error_response,
+    json_response,
+)
+from mlx_randygpt.serve.inspection import describe_run, map_attention, report_copies
 from mlx_randygpt.serve.metrics import Metrics
-from mlx_randygpt.serve.models import AttentionBody, B, ChatBody, CompletionBody, PlainBody, parse
+from mlx_randygpt.serve.models import (
+    AttentionBody,
+    B,
+    ChatBody,
+    CompletionBody,
+    CopiesBody,
+    PlainBody,
+    parse,
+)
 from mlx_randygpt.serve.openapi import describe
 from mlx_randygpt.serve.requests import (
     GenerationRequest,
@@ -33,7 +53,7 @@ from mlx_randygpt.serve.requests import (
     read_plain,
 )
 from mlx_randygpt.serve.responses import ResponseBuilder
-from mlx_randygpt.serve.submission import Submission
+from mlx_randygpt.serve.submission import InFlight, Submission, stopping
 from mlx_randygpt.tokenizers import TokenizerError
 
 PAGE = {  # path -> file in page/, media type
@@ -42,6 +62,9 @@ PAGE = {  # path -> file in page/, media type
     "/style.css": ("style.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+LARGE_BYTES = 1 << 16  # of a body
+ENGINE_SECONDS = 0.25  # for the token that is being decoded when the server ends
+R = TypeVar("R")
 
 
 class Api:
@@ -52,7 +75,10 @@ class Api:
     ) -> None:
         self._served, self._settings, self._engine = served, settings, engine
         self._metrics = metrics
-        self._attention_lock = asyncio.Lock()
+        self._bodies, self._in_flight = Bodies(), InFlight()
+        self._threads = ThreadPoolExecutor(N_THREADS)
+        self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
+        self._large_lock = asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
     def app(self) -> App:
@@ -69,12 +95,13 @@ class Api:
             Route("/openapi.json", self._openapi),
             Route("/run", self._run),
             Route("/attention", self._attention, methods=["POST"]),
+            Route("/copies", self._copies, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {
-            ApiError: lambda request, error: error_response(error),
+            ApiError: _api_error,
             HTTPException: _http_error,
-            TokenizerError: lambda request, error: error_response(ApiError(400, str(error))),
-            Exception: lambda request, error: error_response(ApiError(500, "internal error")),
+            TokenizerError: _tokenizer_error,
+            Exception: _internal_error,
         }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         return Guard(app, self._settings, self._metrics, {route.path for route in routes})
@@ -84,28 +111,40 @@ class Api:
         loop = asyncio.get_running_loop()
 
         def deliver(requests: list[Request]) -> None:
-            loop.call_soon_threadsafe(_notify, requests)
+            with contextlib.suppress(RuntimeError):  # the loop ended before this token
+                loop.call_soon_threadsafe(_notify, requests)
 
         self._engine.deliver = deliver
+        self._stopped = loop.create_future()
         yield
-        await asyncio.to_thread(self._engine.stop)
+        self.stop()
+        self._engine.stop(ENGINE_SECONDS)
+
+    def stop(self) -> None:
+        """End all requests: streams with an error event, whole answers with 503."""
+        self._in_flight.stop()
+        if not self._stopped.done():
+            self._stopped.set_result(None)
 
     # Texts
 
     async def _completions(self, request: HttpRequest) -> Response:
-        generation = await self._read(request, CompletionBody, read_completion)
-        return await self._generate(request, generation, is_chat=False)
+        submitted = await self._submit(request, CompletionBody, read_completion)
+        return await self._respond(request, *submitted, is_chat=False)
 
     async def _chat(self, request: HttpRequest) -> Response:
-        generation = await self._read(request, ChatBody, read_chat)
-        return await self._generate(request, generation, is_chat=True)
+        submitted = await self._submit(request, ChatBody, read_chat)
+        return await self._respond(request, *submitted, is_chat=True)
 
     async def _root(self, request: HttpRequest) -> Response:
         """Send the page, or continue a prompt as the ancestor projects do."""
         if request.method != "POST":
             return await self._page(request)
-        generation = await self._read(request, PlainBody, read_plain)
-        [text] = await (await self._submit(generation)).wait(request)
+        generation, submission = await self._submit(request, PlainBody, read_plain)
+        try:
+            [text] = await submission.wait(request)
+        finally:
+            submission.close()
         usage = generation.usage([text])
         del usage["total_tokens"]
         body = {
@@ -116,8 +155,13 @@ class Api:
         }
         return json_response(body)
 
-    async def _generate(
-        self, request: HttpRequest, generation: GenerationRequest, *, is_chat: bool
+    async def _respond(
+        self,
+        request: HttpRequest,
+        generation: GenerationRequest,
+        submission: Submission,
+        *,
+        is_chat: bool,
     ) -> Response:
         builder = ResponseBuilder(
             served=self._served,
@@ -126,31 +170,58 @@ class Api:
             created=int(time.time()),
             is_chat=is_chat,
         )
-        submission = await self._submit(generation)
         if generation.stream:
             return submission.stream(builder)
-        texts = await submission.wait(request)
-        content = await asyncio.to_thread(lambda: dump(builder.whole(texts)))
-        return Response(content, media_type="application/json")
+        try:
+            texts = await submission.wait(request)
+            content = await self._in_thread(lambda: dump(builder.whole(texts)))
+        except BaseException:
+            submission.close()
+            raise
+        headers = {"content-type": "application/json", "content-length": str(len(content))}
+        return PieceResponse(cut(content), submission.close, headers)
 
-    async def _read(
+    async def _submit(
         self,
         request: HttpRequest,
         model: type[B],
         read: Callable[[B, ServedModel, Settings, int], GenerationRequest],
-    ) -> GenerationRequest:
-        content, seed = await read_body(request), secrets.randbelow(1 << 31)
+    ) -> tuple[GenerationRequest, Submission]:
+        """Submit the texts of a request; until then its body counts among those being read."""
+        seed = secrets.randbelow(1 << 31)
 
-        def check() -> GenerationRequest:
+        def check(content: bytes) -> tuple[GenerationRequest, list[Continuation]]:
             body, ignored = parse(content, model)
-            generation = read(body, self._served, self._settings, seed)
-            return generation.with_ignored(ignored)
+            try:
+                generation = read(body, self._served, self._settings, seed)
+            except UserError as error:  # of the tokenizer
+                raise ApiError(400, f"the text cannot be encoded: {error}") from error
+            return generation.with_ignored(ignored), generation.continuations(self._served)
 
-        return await asyncio.to_thread(check)
+        async with self._bodies.read(request) as content:
+            # one at a time: they hold Python's lock for long, and the event loop waits for it
+            is_large = len(content) > LARGE_BYTES
+            async with self._large_lock if is_large else contextlib.nullcontext():
+                generation, texts = await self._in_thread(check, content)
+            submission = Submission(
+                texts,
+                self._engine,
+                self._metrics,
+                self._in_flight,
+                cost=generation.cost,
+                each_token=generation.stream,
+            )
+        return generation, submission
 
-    async def _submit(self, generation: GenerationRequest) -> Submission:
-        texts = await asyncio.to_thread(generation.continuations, self._served)
-        return Submission(texts, self._engine, self._metrics, each_token=generation.stream)
+    async def _in_thread(self, work: Callable[..., R], *values: object) -> R:
+        """Return work(*values), done in a thread; ApiError 503 if the server stops before."""
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
+        await asyncio.wait((running, self._stopped), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            return running.result()
+        running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        running.cancel()
+        raise stopping()
 
     # Other routes
 
@@ -186,10 +257,18 @@ class Api:
         return json_response(facts)
 
     async def _attention(self, request: HttpRequest) -> Response:
-        body, _ = await asyncio.to_thread(parse, await read_body(request), AttentionBody)
+        async with self._bodies.read(request) as content:
+            body, _ = await self._in_thread(parse, content, AttentionBody)
         async with self._attention_lock:  # one at a time: each is a forward pass
-            attention = await asyncio.to_thread(map_attention, self._served, body)
+            attention = await self._in_thread(map_attention, self._served, body)
         return json_response(attention)
+
+    async def _copies(self, request: HttpRequest) -> Response:
+        async with self._bodies.read(request) as content:
+            body, _ = await self._in_thread(parse, content, CopiesBody)
+        async with self._copies_lock:  # one at a time: each reads the whole text
+            copies = await self._in_thread(report_copies, self._served, body)
+        return json_response(copies)
 
     async def _page(self, request: HttpRequest) -> Response:
         content, media_type = self._files[request.url.path]
@@ -199,6 +278,22 @@ class Api:
 def _notify(requests: list[Request]) -> None:
     for request in requests:
         request.notify()
+
+
+# Starlette would run a handler that is not `async` in threads of its own
+
+
+async def _api_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _tokenizer_error(request: HttpRequest, error: Exception) -> Response:
+    return error_response(ApiError(400, str(error)))
+
+
+async def _internal_error(request: HttpRequest, error: Exception) -> Response:
+    return error_response(ApiError(500, "internal error"))
 
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:

@@ -37,7 +37,7 @@ class Request:
     ) -> None:
         self.continuation, self.notify, self.each_token = continuation, notify, each_token
         self.cancelled = False
-        self.error: Exception | None = None  # of the engine; ends the text
+        self.error: BaseException | None = None  # of the engine; ends the text
         self.created = time.perf_counter()
 
     @property
@@ -85,12 +85,12 @@ class Engine:
             self._waiting.extend(requests)
             self._changed.notify()
 
-    def stop(self) -> None:
-        """Stop after the current token; cancel the texts that have not ended."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Stop after the current token, and wait for it so long; cancel what has not ended."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         try:
@@ -108,7 +108,7 @@ class Engine:
                 for joined in batch.join(arrived, self._model.block_size):
                     self.deliver(joined)
                 self.deliver(batch.step())
-            except Exception as error:  # keep serving; every request in this batch gets it
+            except BaseException as error:  # keep serving; every request in this batch gets it
                 for request in current:
                     request.error = request.error or (None if request.finished else error)
                 batch = RunningBatch(Streams(backend, self._model, self._n_streams), self._metrics)

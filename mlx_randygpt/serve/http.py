@@ -6,17 +6,21 @@ Plain ASGI, so that streamed responses are sent as they are produced.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import ipaddress
 import json
+import re
+import reprlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mlx_randygpt.serve import BODY_SECONDS, MAX_BODY_BYTES, ApiError, Settings
+from mlx_randygpt.serve import BODY_SECONDS, MAX_BODIES_BYTES, MAX_BODY_BYTES, ApiError, Settings
 from mlx_randygpt.serve.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
@@ -26,8 +30,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/app.js", "/style.css", "/icon.svg", "/health", "/openapi.json")  # GET without a key
+PIECE_BYTES = 1 << 16
 MAX_ITEMS = 64  # of a list that are written to JSON in one go
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/?#@\[\]\\]+))(?::[0-9]{0,5})?")
 SECURITY = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
@@ -116,13 +121,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self._settings.loopback_only and _host(headers.get("host", "")) not in LOOPBACK:
-            return ApiError(
-                403, "this server accepts requests to localhost only; start it with --host"
-            )
-        origin = headers.get("origin")
-        if origin is not None and origin.split("://")[-1] != headers.get("host"):
-            return ApiError(403, "cross-origin requests are not allowed")
+        if (error := self._refuse_host(headers)) is not None:
+            return error
+        if headers.get("upgrade", "").lower() == "websocket":
+            return ApiError(400, "this server has no WebSocket; streams are server-sent events")
         if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
             return None
         key = self._settings.api_key
@@ -133,28 +135,65 @@ class Guard:
             return ApiError(401, message, code="invalid_api_key")
         return None
 
+    def _refuse_host(self, headers: Headers) -> ApiError | None:
+        """Refuse what another site's page could send; only HTTP/1.0 comes without a Host."""
+        for header in headers.getlist("host"):
+            if (match := HOST.fullmatch(header)) is None:
+                message = f"the header Host is {reprlib.repr(header)}; it must be NAME or NAME:PORT"
+                return ApiError(400, message)
+            names = self._settings.host_names
+            name = (match[1] or match[2]).lower().removesuffix(".")
+            if names is not None and name not in names and not is_loopback(name):
+                message = "this server accepts requests to localhost only; start it with --host"
+                return ApiError(403, message)
+        for origin in headers.getlist("origin"):
+            if origin.split("://")[-1].lower() != headers.get("host", "").lower():
+                return ApiError(403, "cross-origin requests are not allowed")
+        return None
 
-def _host(header: str) -> str:
-    """Return the name in a Host header, without the port."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.rpartition(":")[0] if ":" in header else header
 
-
-async def read_body(request: Request) -> bytes:
-    """Return the whole body; raise ApiError 413 if it is too long, 408 if it takes too long."""
-    body = bytearray()
+def is_loopback(name: str) -> bool:
+    """Return whether a name is an address that only this machine reaches."""
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY_BYTES:
-                    raise ApiError(
-                        413, f"the body is longer than {MAX_BODY_BYTES} bytes, the limit"
-                    )
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
-    return bytes(body)
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+class Bodies:
+    """The bodies that are being read or parsed, and how many bytes they have together."""
+
+    def __init__(self) -> None:
+        self._n_bytes = 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Hold the whole body; raise ApiError if it is too long or too slow, or all are too many.
+
+        Errors have the status 413, 408 and 503.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    self._n_bytes += len(part)
+                    if len(body) > MAX_BODY_BYTES:
+                        message = f"the body is longer than {MAX_BODY_BYTES} bytes, the limit"
+                        raise ApiError(413, message)
+                    if self._n_bytes > MAX_BODIES_BYTES:
+                        message = "too many requests are being read; try again in a second"
+                        raise ApiError(503, message, code="overloaded")
+            yield bytes(body)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+        except ClientDisconnect:
+            message = "the client disconnected before the end of the body"
+            raise ApiError(400, message) from None
+        finally:
+            self._n_bytes -= len(body)
 
 
 async def until_disconnect(receive: Receive, callback: Callable[[], None]) -> None:
@@ -164,28 +203,38 @@ async def until_disconnect(receive: Receive, callback: Callable[[], None]) -> No
     callback()
 
 
-class EventStream(Response):
-    """Server-sent events as they are produced; `cancel` is called when the stream is over."""
+class PieceResponse(Response):
+    """A body that is sent in pieces, each when the client has read most of those before it.
 
-    media_type = "text/event-stream"
+    `close` is called once it was sent or the client disconnected.
+    """
 
-    def __init__(self, events: AsyncIterator[bytes], cancel: Callable[[], None]) -> None:
-        super().__init__(None, headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
-        self._events, self._cancel = events, cancel
+    def __init__(
+        self, pieces: AsyncIterator[bytes], close: Callable[[], None], headers: dict[str, str]
+    ) -> None:
+        super().__init__(None, headers=headers)
+        if "content-length" not in headers:
+            del self.headers["content-length"]
+        self._pieces, self._close = pieces, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the last one or until the client disconnects."""
-        watch = asyncio.create_task(until_disconnect(receive, self._cancel))
+        """Send the pieces until the last one or until the client disconnects."""
+        watch = asyncio.create_task(until_disconnect(receive, self._close))
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             await send(start)
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watch.cancel()
-            self._cancel()
+            self._close()
+
+
+async def cut(content: bytes) -> AsyncIterator[bytes]:
+    """Yield a long body in pieces."""
+    for at in range(0, len(content), PIECE_BYTES):
+        yield content[at : at + PIECE_BYTES]
 
 
 def event(body: object) -> bytes:

@@ -1,4 +1,4 @@
-"""What the page shows besides texts: the model, its run, and the attention of one head."""
+"""What the page shows besides texts: the model, its run, the attention of one head, and copies."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from mlx_randygpt.analysis.insight import attention_map
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.serve import ApiError, ServedModel
-from mlx_randygpt.serve.models import AttentionBody
+from mlx_randygpt.serve.models import AttentionBody, CopiesBody
 from mlx_randygpt.tokenizers import token_speller
 
 MAX_ATTENTION_TOKENS = 128  # of an attention map
+MAX_COPIES_CHARACTERS = 1 << 16  # of a text that is compared with the training text
 SHOWN_SETTINGS = (
     "max_tokens",
     "temperature",
@@ -41,6 +42,7 @@ def describe_run(served: ServedModel, defaults: SampleConfig, backend_name: str)
         "vocab_size": model.vocab_size,
         "backend": backend_name,
         "prompt": served.prompt,
+        "check": served.find_copies is not None,
         "options": _other_options(served, defaults),
         "defaults": {name: getattr(defaults, name) for name in SHOWN_SETTINGS},
         "plain": {name: getattr(SampleConfig(), name) for name in SHOWN_SETTINGS},
@@ -61,6 +63,16 @@ def map_attention(served: ServedModel, body: AttentionBody) -> dict[str, Any]:
     rows = [[round(float(x), 4) for x in row[: i + 1]] for i, row in enumerate(weights)]
     spell = token_speller(served.tokenizer)
     return {"tokens": [spell(int(i)) for i in ids], "weights": rows}
+
+
+def report_copies(served: ServedModel, body: CopiesBody) -> dict[str, Any]:
+    """Return what a text copies from the training text."""
+    if served.find_copies is None:
+        raise ApiError(404, "the training text is not loaded; serve with --check")
+    if (n := len(body.text)) > MAX_COPIES_CHARACTERS:
+        message = f"text has {n:,} characters; at most {MAX_COPIES_CHARACTERS:,} can be compared"
+        raise ApiError(400, message, param="text")
+    return served.find_copies(body.text)
 
 
 def _other_options(served: ServedModel, config: SampleConfig) -> str:

@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from mlx_randygpt.serve import MAX_CHOICES, MAX_LOGPROBS, MAX_TOKENS, ApiError
 
 MAX_ENTRIES = 1024  # of an object
+MAX_STOP = 1000  # characters
 MAX_INTEGER = 2**53 - 1  # larger integers differ between JSON parsers
 WRONG_TYPE = "invalid_type"
 TYPES = {  # pydantic's type errors -> JSON's name of the type that would be right
@@ -61,17 +62,26 @@ def _check_string(value: object) -> object:
 
 # pydantic's own str refuses half of a surrogate pair, which JSON allows
 Text = Annotated[str, PlainValidator(_check_string), WithJsonSchema({"type": "string"})]
-Integer = Annotated[int, Strict(), BeforeValidator(_to_int)]
+WHOLE = BeforeValidator(_to_int)
 Number = Annotated[float, Strict()]
-Token = Annotated[Integer, Field(ge=0, le=MAX_INTEGER)]
+Token = Annotated[  # 3.0 comes second, for a function in Python is slow in a list of a million
+    Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
+    | Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER), WHOLE],
+    Field(union_mode="left_to_right"),
+    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}),
+]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
-MaxTokens = Annotated[Integer, Field(ge=0, le=MAX_TOKENS)]
-Seed = Annotated[Integer, Field(ge=-1, le=MAX_INTEGER)]  # -1: draw one
+MaxTokens = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKENS), WHOLE]
+Seed = Annotated[int, Field(strict=True, ge=-1, le=MAX_INTEGER), WHOLE]  # -1: draw one
 Share = Annotated[Number, Field(ge=0, le=1)]
 Penalty = Annotated[Number, Field(ge=-100, le=100)]
-StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
+StopText = Annotated[
+    Text,
+    Field(min_length=1, max_length=MAX_STOP),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_STOP}),
+]
 StopTexts = Annotated[list[StopText], Field(max_length=16, fail_fast=True)]
 
 
@@ -120,7 +130,7 @@ class SamplingBody(Body):
     max_tokens: MaxTokens | None = None
     temperature: Annotated[Number, Field(ge=0, le=1000)] | None = None
     top_p: Share | None = None
-    top_k: Annotated[Integer, Field(ge=0, le=MAX_INTEGER)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER), WHOLE] | None = None
     min_p: Share | None = None
     typical_p: Share | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.001, le=1000)] | None = None
@@ -136,7 +146,7 @@ class SamplingBody(Body):
     ) = None
     stop: StopText | StopTexts | None = None
     seed: Seed | None = None
-    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), WHOLE] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     # fields of the OpenAI API that have no effect here
@@ -153,8 +163,8 @@ class CompletionBody(SamplingBody):
 
     prompt: Text | Texts | Tokens | TokenLists
     echo: StrictBool | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), WHOLE] | None = None
     suffix: None = None
     truncate_prompt: StrictBool | None = None
 
@@ -193,7 +203,7 @@ class ChatBody(SamplingBody):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -210,8 +220,14 @@ class AttentionBody(Body):
     """`POST /attention`."""
 
     text: Text
-    layer: Annotated[Integer, Field(ge=0, le=999)]
-    head: Annotated[Integer, Field(ge=0, le=4095)]
+    layer: Annotated[int, Field(strict=True, ge=0, le=999), WHOLE]
+    head: Annotated[int, Field(strict=True, ge=0, le=4095), WHOLE]
+
+
+class CopiesBody(Body):
+    """`POST /copies`."""
+
+    text: Text
 
 
 B = TypeVar("B", bound=Body)
@@ -265,7 +281,7 @@ def changes_text(name: str, value: object) -> bool:
         return False
     if name in SETTINGS or name.startswith(OTHER_PREFIXES):
         return True
-    return 4 <= len(name) <= 40 and not SIMILAR.isdisjoint(_shorten(name))
+    return len(name) <= 40 and any(len(variant) > 3 for variant in SIMILAR & _shorten(name))
 
 
 def parse(content: bytes, model: type[B]) -> tuple[B, list[str]]:

@@ -60,11 +60,14 @@ class GenerationRequest:
 
     @property
     def cost(self) -> int:
-        """Return how many tokens and alternatives the answer can have."""
-        scored = self.echo and self.n_likely is not None
-        n_forced = sum(len(p.ids) for p in self.prompts) if scored else 0
+        """Return how many tokens and alternatives the answer can have, and a share of the prompts.
+
+        A prompt's token takes about an eighth of the memory, once for each text.
+        """
+        n_prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        n_forced = n_prompt if self.echo and self.n_likely is not None else 0
         n_tokens = self.n * (len(self.prompts) * self.config.max_tokens + n_forced)
-        return n_tokens * (1 + (self.n_likely or 0))
+        return n_tokens * (1 + (self.n_likely or 0)) + (1 + self.n) * n_prompt // 8
 
     def with_ignored(self, names: Sequence[str]) -> GenerationRequest:
         """Return the request with a warning about fields without meaning here."""

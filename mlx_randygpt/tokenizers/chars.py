@@ -31,14 +31,16 @@ class CharTokenizer:
     @classmethod
     def train(cls, texts: str | Iterable[str], max_chars: int = MAX_CHARS) -> CharTokenizer:
         """Learn the `max_chars` most frequent characters; lower code points win ties."""
+        counts = count_characters([texts] if isinstance(texts, str) else texts)
+        return cls.most_frequent(counts, max_chars)
+
+    @classmethod
+    def most_frequent(cls, counts: NDArray[np.int64], max_chars: int = MAX_CHARS) -> CharTokenizer:
+        """Keep the `max_chars` most frequent of the counted characters, (CODE_POINTS,)."""
         if not 1 <= max_chars <= MAX_CHARS:
             raise ValueError(f"max_chars={max_chars} is not in 1..{MAX_CHARS}")
-        counts = np.zeros(CODE_POINTS, np.int64)
-        for text in [texts] if isinstance(texts, str) else texts:
-            count = np.bincount(code_points(text))
-            counts[: len(count)] += count
-        counts[SURROGATES.start : SURROGATES.stop] = 0
         codes = np.flatnonzero(counts)
+        codes = codes[(codes < SURROGATES.start) | (codes >= SURROGATES.stop)]
         by_count = np.argsort(-counts[codes], kind="stable")
         return cls("".join(map(chr, sorted(codes[by_count[:max_chars]].tolist()))))
 
@@ -249,6 +251,15 @@ class FixedCharTokenizer:
         table = np.full(max(id_of) + 2, NO_TOKEN, np.int32)
         table[list(id_of)] = list(id_of.values())
         return table
+
+
+def count_characters(texts: Iterable[str]) -> NDArray[np.int64]:
+    """Count each code point of the texts, lone surrogates included, (CODE_POINTS,)."""
+    counts = np.zeros(CODE_POINTS, np.int64)
+    for text in texts:
+        count = np.bincount(code_points(text))
+        counts[: len(count)] += count
+    return counts
 
 
 def code_points(text: str) -> NDArray[np.uint32] | NDArray[np.uint8]:

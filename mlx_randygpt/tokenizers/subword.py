@@ -164,7 +164,8 @@ class SubwordTokenizer:
             chars = self._characters
             return dict(Counter(c for c in text if chars and c not in chars).most_common())
         with _one_line_errors("the text cannot be encoded"):
-            encoding = self._model.encode(_replace_surrogates(text), add_special_tokens=False)
+            batch = [_replace_surrogates(text)]  # see encode_batch
+            [encoding] = self._model.encode_batch(batch, add_special_tokens=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return dict(Counter(text[a:b] for id_, (a, b) in pairs if id_ == self._unk).most_common())
 
@@ -247,7 +248,8 @@ class SubwordTokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         with _one_line_errors("the tokens cannot be decoded"):
-            return str(self._model.decode(tokens, skip_special_tokens=True))
+            [text] = self._model.decode_batch([tokens], skip_special_tokens=True)
+        return str(text)
 
     @cached_property
     def _anchor(self) -> int:

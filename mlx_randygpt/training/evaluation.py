@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.data.windows import eval_batches
-from mlx_randygpt.state import IGNORED, Array
+from mlx_randygpt.state import IGNORED, Array, Tokens
 from mlx_randygpt.training.reports import perplexity
 
 EVAL_BATCH_TOKENS = 4096  # minimum tokens in one batch of an evaluation
@@ -32,7 +32,7 @@ class Score:
 
 def evaluate(
     backend: Scorer,
-    tokens: Array,
+    tokens: Tokens,
     block_size: int,
     batch_size: int,
     token_bytes: Array,

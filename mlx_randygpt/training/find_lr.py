@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.state import Array
+from mlx_randygpt.state import Tokens
 
 SMOOTHING = 0.15  # weight of the newest loss
 TOO_HIGH = 1.3  # stop when the smoothed loss exceeds its minimum by this factor
@@ -32,7 +32,7 @@ def range_test(
     backend: Backend,
     model: ModelConfig,
     train: TrainConfig,
-    tokens: Array,
+    tokens: Tokens,
     *,
     lowest: float,
     highest: float,

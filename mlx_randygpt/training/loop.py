@@ -20,7 +20,7 @@ from mlx_randygpt.data.windows import Documents, sample_batch
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
-from mlx_randygpt.state import Array, Batch, TrainState
+from mlx_randygpt.state import Batch, Tokens, TrainState
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.training.early import COST_SECONDS, EarlyLooks
 from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS, Score, evaluate, overfitting
@@ -56,8 +56,8 @@ class Run:
     model: ModelConfig
     train: TrainConfig
     tokenizer: Tokenizer
-    train_tokens: Array  # (n,)
-    val_tokens: Array
+    train_tokens: Tokens  # (n,)
+    val_tokens: Tokens
     data: dict[str, Any]  # recorded in the checkpoint: where the text came from
     progress: Progress = field(default_factory=Progress)
     documents: Documents | None = None  # if set, each training window stays inside one document
@@ -90,7 +90,7 @@ def train(
 
 def step_batches(
     config: TrainConfig,
-    tokens: Array,
+    tokens: Tokens,
     block_size: int,
     step: int,
     documents: Documents | None = None,

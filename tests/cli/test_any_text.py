@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_randygpt.checkpoint import NEWEST, Checkpoint, load_checkpoint
+from mlx_randygpt.checkpoint import NEWEST, Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training import text as cli_text
 from mlx_randygpt.data import corpora
 from mlx_randygpt.data.corpus import Loader
 from mlx_randygpt.data.download import Remote
+from mlx_randygpt.tokenizers import tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 SMALL = "--plain --backend=numpy --n-layer=1 --n-head=2 --n-embd=8 --block-size=8 --batch-size=4"
@@ -141,10 +142,10 @@ def test_bits_per_byte_of_a_step_are_those_of_its_bytes(tokenizer_file: str) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--data=a.txt --tokenizer=bpee", "--tokenizer bpee is not char, bpe, wordpiece or a r"),
+        ("--data=a.txt --tokenizer=bpee", "--tokenizer bpee is not auto, char, bpe, wordpiece or"),
         ("--data=a.txt --tokenizer=bpe --vocab-size=9", "vocab_size=9 does not fit a bpe token"),
-        ("--data=a.txt --vocab-size=600", "vocab_size=600 is not in 1..512, the sizes"),
-        ("--data=a.txt --tokenizer=a.txt", "--tokenizer a.txt: not a tokenizer.json (expected"),
+        ("--data=a.txt --tokenizer=char --vocab-size=600", "vocab_size=600 is not in 1..512, the"),
+        ("--data=a.txt --tokenizer=a.txt", "--tokenizer a.txt: not a tokenizer.json ("),
         ("--data=a.txt --encoding=utf-99", "encoding='utf-99' is unknown; try utf-8"),
         ("--data=wide.txt", "wide.txt is UTF-16, not UTF-8; give --encoding utf-16"),
         ("--data=rows.jsonl", "has no text under 'text'; it has story; choose another with --t"),
@@ -215,6 +216,16 @@ def test_a_short_text_is_said_to_be_short() -> None:
     assert "Short text: " not in done("train --plain --backend=numpy --resume --iters=2")
 
 
+def test_a_short_text_decides_preset_and_steps_and_a_resumed_run_keeps_them() -> None:
+    said = done("train --plain --backend=numpy --threads=1 --data=a.txt")
+    line = next(line for line in said.splitlines() if line.startswith("Chosen for a text of"))
+    train = load_checkpoint(Path("checkpoints", NEWEST)).train
+    assert train.preset == "tiny"
+    assert f"preset tiny and {train.iters} steps; --preset and --iters decide otherwise" in line
+    assert train.iters < 50
+    assert "Nothing to train" in done("train --plain --backend=numpy --resume")
+
+
 def test_prepare_makes_what_train_then_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_text, "Loader", partial(Loader, small=0))
     made = json.loads(done("data prepare --data=rows.jsonl --text-field=story --json"))
@@ -223,6 +234,58 @@ def test_prepare_makes_what_train_then_uses(monkeypatch: pytest.MonkeyPatch) -> 
     before = {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()}
     done(f"train {SMALL} --iters=1 --data=rows.jsonl --text-field=story")
     assert {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()} == before
+
+
+@pytest.fixture
+def chinese() -> str:
+    """A text with more characters than a tokenizer of characters has, in zh.txt."""
+    text = "".join(chr(0x4E00 + i * i % 797) + "。" * (i % 9 == 0) for i in range(4000))
+    text += "".join(map(chr, range(0x5000, 0x5000 + 300)))
+    Path("zh.txt").write_text(text)
+    return text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_text_of_many_characters_is_read_without_loss(
+    chinese: str, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    if cached:
+        monkeypatch.setattr(cli_text, "Loader", partial(Loader, small=0))
+    prepared = call("data prepare --data=zh.txt --json")
+    assert json.loads(prepared.stdout)["tokenizer"] == "bpe"
+    before = {path: path.stat().st_mtime_ns for path in Path("cache").glob("*")}
+    assert bool(before) == cached
+    trained = done(f"train {SMALL} --iters=2 --schedule=constant --data=zh.txt --out=run")
+    tried = call(f"find-lr {SMALL.removeprefix('--plain ')} --iters=3 --data=zh.txt --json")
+    [line] = [line for line in prepared.stderr.splitlines() if "Tokenizer: " in line]
+    assert line.startswith("Tokenizer: byte-level BPE, ")
+    assert line in trained
+    assert line in tried.stderr
+    assert {path: path.stat().st_mtime_ns for path in Path("cache").glob("*")} == before
+    assert "dropped" not in prepared.output + trained + tried.output
+    saved = ended("run")
+    assert tokenizer_from_json(saved.tokenizer).unknown(chinese) == {}
+    done("train --config=run/config.toml --out=again --plain")
+    same(ended("again"), saved)
+
+
+def test_a_resumed_run_keeps_the_tokenizer_that_was_chosen(chinese: str) -> None:
+    pytest.importorskip("tokenizers")
+    done(f"train {SMALL} --iters=1 --data=zh.txt")
+    chosen = ended("checkpoints").tokenizer
+    Path("zh.txt").write_text(Path("a.txt").read_text())
+    told = done("train --plain --backend=numpy --iters=2 --resume --tokenizer=auto")
+    assert "Tokenizer: " not in told
+    assert ended("checkpoints").tokenizer == chosen
+
+
+@pytest.mark.parametrize("words", ["--tokenizer=char", "--vocab-size=300"])
+def test_what_characters_lose_is_said_and_what_avoids_it(chinese: str, words: str) -> None:
+    told = done(f"train {SMALL} --iters=1 --data=zh.txt {words}")
+    assert "Tokenizer: " not in told
+    [line] = [line for line in told.splitlines() if "were dropped" in line]
+    assert line.endswith(" % of the text; a new run with --tokenizer bpe loses none")
 
 
 def test_a_short_text_needs_no_cache() -> None:
@@ -282,3 +345,42 @@ def test_without_a_network_it_is_one_line(server: str, monkeypatch: pytest.Monke
     said = refused("data fetch enwik8")
     assert said.startswith("could not download http://127.0.0.1:1/a.zip to data/.downloads/a.zip: ")
     assert said.endswith("no connection (Connection refused)")
+
+
+# The split of a text with copies
+
+SHORT = "--preset mini --backend numpy --plain --iters"
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> Path:
+    """The working directory, in which d has three copies of a text."""
+    Path("d").mkdir()
+    for name in "abc":
+        Path(f"d/{name}.txt").write_text("".join(chr(97 + i * i % 23) for i in range(500)))
+    return tmp_path
+
+
+def test_copies_are_kept_on_one_side_and_a_line_says_so(copies: Path) -> None:
+    names = [f"the last 10.2 % of {name}.txt" for name in "abc"]
+    line = f"{names[0]}, {names[1]} and {names[2]}"
+    for words in (f"train --data d {SHORT} 2", "train --resume --iters 3 --plain"):
+        result = call(words)
+        assert result.exit_code == 0, result.output
+        assert f"Validation text: {line}." in result.stdout.splitlines()
+        assert "3 documents occur more than once, in the last tenth" in result.stdout
+    assert line in call("info").stdout
+    assert json.loads(call("eval --backend numpy --json").stdout)["tokens"] == 152
+
+
+def test_a_run_of_an_older_version_keeps_its_split(copies: Path) -> None:
+    call(f"train --data d {SHORT} 2")
+    path = copies / "checkpoints" / NEWEST
+    saved = load_checkpoint(path)
+    rules = ("keeps_copies", "validation")
+    data = {name: value for name, value in saved.data.items() if name not in rules}
+    save_checkpoint(path, replace(saved, data=data))
+    result = call("train --resume --iters 3 --plain")
+    assert "Validation text: the last 30.1 % of c.txt." in result.stdout.splitlines()
+    assert "occur more than once" not in result.stdout
+    assert load_checkpoint(path).data["keeps_copies"] is False

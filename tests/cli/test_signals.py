@@ -209,3 +209,46 @@ def test_ctrl_z_and_sigquit_give_the_terminal_back_first(name: str) -> None:
         assert process.communicate()[0].split() == (
             ["left"] if name == "SIGQUIT" else ["left", "back"]
         )
+
+
+LEARN = """
+import random, sys
+from mlx_randygpt.cli import main
+from mlx_randygpt.data import vocabulary
+
+moment = sys.argv.pop(1)
+
+def texts(*_):
+    draws, n = random.Random(1), 0
+    while moment == "learning" or n < 300:
+        yield "".join(draws.choices("abcdefghijklmnopqrstuvwxyz", k=4000))
+        n += 1
+        if n == 1:
+            print("learning", flush=True)
+    print("merging", flush=True)
+
+vocabulary._sample_evenly = texts
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["learning", "merging"])
+def test_ctrl_c_while_a_vocabulary_is_learned_leaves_with_130(moment: str, tmp_path: Path) -> None:
+    """Of a text without end, or of one that takes minutes to merge.
+
+    Python's own end took the thread away inside the library, which aborted: code 134.
+    """
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("some text")
+    words = f"data prepare --tokenizer=bpe --vocab-size=60000 --data={tmp_path / 'a.txt'}".split()
+    command = [sys.executable, "-c", LEARN, moment, *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        while process.stdout.readline() not in (f"{moment}\n", ""):
+            pass
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate()
+    assert (process.returncode, rest) == (130, ("", "\nInterrupted.\n"))

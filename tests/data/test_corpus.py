@@ -81,9 +81,9 @@ def test_a_device_is_not_a_text(folder: Path) -> None:
 
 
 def test_a_pipe_without_a_writer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_randygpt.data.files.WRITER_SECONDS", 0)
+    monkeypatch.setattr("mlx_randygpt.files.WRITER_SECONDS", 0)
     os.mkfifo("pipe")
-    with pytest.raises(DataError, match=r"^pipe is a pipe that no process has opened for writing"):
+    with pytest.raises(DataError, match=r"^pipe cannot be read: it is a pipe that no process"):
         find_files(["pipe"])
 
 

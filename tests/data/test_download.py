@@ -304,5 +304,11 @@ def test_an_unknown_checksum_is_that_of_the_first_time(url: str, tmp_path: Path)
     assert (tmp_path / "a.txt").read_bytes() == BODY
 
 
+def test_an_empty_checksum_is_an_error(url: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt.sha256").touch()
+    reason = refused(f"{url}/good", tmp_path / "a.txt", "", 0)
+    assert "a.txt.sha256, the checksum of the first download, is empty; remove it" in reason
+
+
 def test_an_http_error_is_no_reason_to_try_again(url: str, tmp_path: Path) -> None:
     assert refused(f"{url}/missing", tmp_path / "a.txt") == "the server answered 404 Not Found"

@@ -12,6 +12,7 @@ import pytest
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader, encode_corpus
 from mlx_randygpt.data.reading import Reading
+from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.data.vocabulary import Vocabulary
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -65,10 +66,10 @@ def test_the_cache_changes_nothing(files: list[Path], kind: str) -> None:
     assert small[0] == mapped[0]
     for one, other in ((small[1], mapped[1]), (mapped[1], load(files, Vocabulary(kind))[1])):
         for name in ("tokens", "starts", "train", "val"):
-            np.testing.assert_equal(getattr(one, name), getattr(other, name))
+            assert np.array_equal(np.asarray(getattr(one, name)), np.asarray(getattr(other, name)))
         for name in ("names", "characters", "sha256", "unknown"):
             assert getattr(one, name) == getattr(other, name)
-    assert isinstance(mapped[1].train, np.memmap)
+    assert isinstance(mapped[1].train, TokenFile)
     assert mapped[1].tokens.dtype == np.uint16
     assert len(mapped[1].starts) == 21
 
@@ -104,10 +105,10 @@ def test_another_text_tokenizer_or_option_makes_another_cache(files: list[Path])
 
 def test_a_damaged_cache_is_made_again(files: list[Path]) -> None:
     _, corpus = load(files)
-    tokens = corpus.tokens.tolist()
+    tokens = np.asarray(corpus.tokens).tolist()
     for path in (files[0].parent / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-    assert load(files)[1].tokens.tolist() == tokens
+    assert np.asarray(load(files)[1].tokens).tolist() == tokens
 
 
 def test_what_is_lost_is_remembered(files: list[Path]) -> None:

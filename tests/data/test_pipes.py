@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mlx_randygpt.data.corpus import Loader
+from mlx_randygpt.data.vocabulary import Vocabulary
 
 TEXT = "to be or not to be, that is the question\n" * 100
 M = f"{sys.executable} -m mlx_randygpt"
@@ -65,9 +69,36 @@ def test_a_pipe_without_text_is_refused_in_one_line(tmp_path: Path, content: byt
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
 
 
-def test_several_ranks_have_no_stdin(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("n", "data"), [(1, "-"), (1, "<(cat text)"), (1, "pipe"), (1, "/dev/stdin"), (2, "pipe")]
+)
+def test_ranks_have_neither_stdin_nor_pipes(tmp_path: Path, n: int, data: str) -> None:
+    if n > 1:
+        pytest.importorskip("mlx.core")
+    os.mkfifo(tmp_path / "pipe")
+    feed = "cat text > pipe & feed=$!; " if data == "pipe" else ""
+    line = f"{M} launch -n {n} -- {TRAIN.removeprefix(M)} --data {data}"
+    done = shell(tmp_path, f"{feed}{line}; code=$?; [ -n '{feed}' ] && kill $feed; exit $code")
+    assert (done.returncode, done.stderr.count("Error")) == (1, 1), done.stderr
+    assert "Error: ranks cannot read stdin or a pipe, so --data " in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_rank_that_another_launcher_started_has_no_stdin(tmp_path: Path) -> None:
     done = shell(tmp_path, f"MLX_RANK=0 {DATA_PREPARE} < text")
     assert (done.returncode, done.stderr) == (
         1,
-        "Error: several ranks have no stdin, so --data - is not possible; name a file\n",
+        "Error: ranks cannot read stdin or a pipe, so --data - is not possible; name a file\n",
     )
+
+
+def test_a_tokenizer_and_a_config_can_come_from_a_pipe(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    (tmp_path / "c.toml").write_text('data = "text"\njson = true\n', "utf-8-sig")
+    (tmp_path / "text").write_text(TEXT)
+    learned = Loader().learn([tmp_path / "text"], Vocabulary("bpe", 270))
+    (tmp_path / "t.json").write_text(json.dumps(learned.to_json()["tokenizer"]))
+    prepare = f"{M} data prepare --config <(cat c.toml) --tokenizer <(cat t.json)"
+    done = shell(tmp_path, prepare)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["vocab_size"] == learned.vocab_size

@@ -132,14 +132,18 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), file)
+    parquet.write_table(pyarrow.table({"text": ["one", "", "two"], "n": [1, 2, 3]}), file)
     assert [piece.text for piece in pieces(file)] == ["one", "two"]
     with pytest.raises(
         DataError, match="has no column 'story'; it has text, n; choose another with --t"
     ):
         list(pieces(file, Reading(text_field="story")))
-    with pytest.raises(DataError, match="column 'n' holds int, not text"):
+    with pytest.raises(DataError, match="row 1 has a number under 'n', not a text"):
         list(pieces(file, Reading(text_field="n")))
+    table = pyarrow.table({"text": ["\r\n"] * 300 + [None]})
+    parquet.write_table(table, file)
+    with pytest.raises(DataError, match=r"row 301 has null under 'text', not a text; remove the"):
+        list(pieces(file))
     file.write_text("no")
     with pytest.raises(DataError, match=r"a\.parquet is not a parquet file"):
         list(pieces(file))

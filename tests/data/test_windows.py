@@ -1,8 +1,5 @@
 """Training windows can start anywhere and nowhere else; evaluation sees each token once."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -95,21 +92,3 @@ def test_documents_that_are_all_too_short_are_refused() -> None:
     first = np.array([0, 5, 12])
     with pytest.raises(DataError, match=r"the longest document has 8 tokens; .* needs one of 9"):
         Documents.within(first, 20, 8)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_pages_of_a_map_are_given_back(tmp_path: Path) -> None:
-    """Else a process would in time hold all of the file it reads from."""
-    np.arange(1 << 22, dtype=np.uint16).tofile(tmp_path / "tokens")
-    tokens = np.memmap(tmp_path / "tokens", np.uint16, "r")[: 1 << 21]
-    for step in range(100):
-        sample_batch(tokens, 64, 64, 1, step).x()
-    sample_batch(tokens, 64, 64, 1, 100)
-    held = sum(
-        int(line.split()[1])
-        for part in Path("/proc/self/smaps").read_text().split("VmFlags")
-        if str(tmp_path) in part
-        for line in part.splitlines()
-        if line.startswith("Rss:")
-    )
-    assert held < 200  # kB of 8192

@@ -280,9 +280,12 @@ def test_mistakes_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "kind", "changes", "reason"),
     [
-        ("modern", "bpe", {}, "only arch gpt2 fits"),
-        ("gpt2", "char", {}, "this model reads characters"),
-        ("gpt2", "table", {}, "this model reads characters"),
+        ("modern", "bpe", {}, "this model's QK-norm; a model trained with --recipe portable fits"),
+        ("classic", "char", {}, "this model's learned positions"),
+        ("portable", "char", {"token_shift": True}, "this model's token shift"),
+        ("portable", "char", {"n_embd": 60}, "this model's heads of odd width 15"),
+        ("portable", "wordpiece", {}, "this model has WordPiece"),
+        ("gpt2", "table", {}, "table of characters has none"),
         ("gpt2", "wordpiece", {}, "this model has WordPiece"),
         ("gpt2", "bpe", {"activation": "gelu"}, "has the tanh GELU"),
     ],

@@ -121,9 +121,9 @@ def test_a_checkpoint_that_is_there_stays_unless_overwritten(
     ("words", "reason"),
     [
         (["nowhere"], "nowhere does not exist"),
-        (["text.txt"], "is neither a .bin file of randyGPT nor a file of torch.save"),
-        (["nano/meta.pkl"], "is neither a .bin file of randyGPT nor"),
-        (["randy"], "holds neither a config.json nor a ckpt.pt"),
+        (["text.txt"], "is neither a GGUF file, a .bin file of randyGPT nor a file of torch.save"),
+        (["nano/meta.pkl"], "is neither a GGUF file, a .bin file of randyGPT nor"),
+        (["randy"], "holds neither a config.json, a ckpt.pt nor a model.gguf"),
         (["text.txt", "--format", "gpt2"], "is a file; gpt2 is a folder"),
         (["text.txt", "--format", "nanogpt"], "is truncated or damaged"),
         (["gpt2", "--activation", "gelu"], "--activation is for nanogpt"),
@@ -147,7 +147,7 @@ def test_what_cannot_come_in_is_one_line_and_leaves_nothing(
 
 
 def test_every_listed_format_has_a_reader() -> None:
-    assert {*importing._FOLDER_READERS, "nanogpt", "randygpt"} == {*IMPORT_FORMATS}
+    assert {*importing._FOLDER_READERS, "gguf", "nanogpt", "randygpt"} == {*IMPORT_FORMATS}
 
 
 def test_a_table_of_characters_goes_out_again(tmp_path: Path, sources: dict[str, Path]) -> None:

@@ -64,14 +64,17 @@ def test_recomputing_keeps_one_layer_and_the_inputs_of_the_others(
     assert (recomputed["logits"], recomputed["working"]) == (kept["logits"], kept["working"])
 
 
-def test_muon_keeps_one_moment_in_its_files(
+def test_muon_keeps_one_moment_and_a_number_per_neuron_in_its_files(
     sized: Callable[..., ModelConfig], tiny_train: Callable[..., TrainConfig]
 ) -> None:
-    model, train = sized("modern"), tiny_train("modern")
+    model, train = sized("modern"), tiny_train("modern", muon_beta2=0.0)
     n, n_adamw = parameter_count(model), foot.adamw_count(model, train)
     assert n_adamw == 2 * 29 * 32
     assert foot.footprint("numpy", model, train, 8, 2)["saving"] == 16 * (2 * n + n_adamw)
     assert foot.adamw_count(model, replace(train, optimizer="adamw")) == n
+    neurons = model.n_layer * (3 + 1 + 4 + 4) * 32  # of c_attn, c_proj, c_fc, and c_proj's inputs
+    train = replace(train, muon_beta2=0.95)
+    assert foot.second_moment_count(model, train) == n_adamw + neurons
 
 
 @kinds

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
-
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.serve import ServedModel, Settings
 from mlx_randygpt.serve.api import Api
 from mlx_randygpt.serve.engine import Engine
 from mlx_randygpt.serve.metrics import Metrics
+from mlx_randygpt.serve.server import Server
 
 CURVE = {"loss": [(1.0, 3.0), (2.0, 2.5), (3.0, 2.0)], "val_loss": [(0.0, 3.1), (3.0, 2.2)]}
 
@@ -29,8 +28,11 @@ class Host:
     settings: Settings = field(default_factory=Settings)
     n_streams: int = 8
     n_waiting: int = 64
+    n_connections: int = 100
     port: int = 0
     keeps_params: bool = True  # for attention maps
+    find_copies: Callable[[str], dict[str, Any]] | None = None
+    exits: list[int] = field(default_factory=list)  # signals after which it took too long
     build: Callable[[], Any] | None = None  # in the engine's thread, where not `backend`
 
     def start(self) -> None:
@@ -47,6 +49,7 @@ class Host:
             prompt=run.train.prompt,
             options=("--checkpoint", "my runs/tale.safetensors"),
             curve=CURVE,
+            find_copies=self.find_copies,
         )
         build = self.build or (lambda: self.backend)
         limits = {"n_streams": self.n_streams, "n_waiting": self.n_waiting}
@@ -54,15 +57,16 @@ class Host:
         self.engine.start()
         self._listening = socket.create_server(("127.0.0.1", self.port), backlog=200)
         self.port = self._listening.getsockname()[1]
-        app = Api(served, self.settings, self.engine, self.metrics).app()
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, ws="none")
-        self._server = uvicorn.Server(config)
-        sockets = [self._listening]
-        self._thread = threading.Thread(target=self._server.run, args=(sockets,), daemon=True)
+        api = Api(served, self.settings, self.engine, self.metrics)
+        stops = api.stop, self.n_connections, self.exits.append
+        self.server = Server(api.app(), self._listening, *stops)
+        self._thread = threading.Thread(target=self.server.serve_until_signal, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        self._server.should_exit = True
+        if not self._thread.is_alive():
+            return
+        self.server.should_exit = True
         self._thread.join(30)
         self._listening.close()
         assert not self._thread.is_alive()

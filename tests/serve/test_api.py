@@ -30,7 +30,7 @@ from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 MakeRun = Callable[..., tuple]  # type: ignore[type-arg]
-ENDPOINTS = ["/", "/v1/completions", "/v1/chat/completions", "/attention"]
+ENDPOINTS = ["/", "/v1/completions", "/v1/chat/completions", "/attention", "/copies"]
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +342,26 @@ def test_attention_wants_the_float_weights(lively_run: Any) -> None:
     assert "serve without --quantize" in answer.json()["error"]["message"]
 
 
+def test_copies_are_reported_if_the_server_has_the_training_text(lively_run: Any) -> None:
+    with_text = Host(*lively_run(), find_copies=lambda text: {"share": len(text) / 10})
+    with_text.start()
+    answer = post(with_text, "/copies", {"text": "The 🙂"})
+    too_long = post(with_text, "/copies", {"text": "a" * 65_537})
+    facts = httpx.get(f"{with_text.url}/run").json()
+    with_text.stop()
+    assert answer.json() == {"share": 0.5}
+    assert facts["check"] is True
+    assert too_long.status_code == 400
+    assert "at most 65,536" in too_long.json()["error"]["message"]
+
+
+def test_without_the_training_text_nothing_is_said_about_copies(host: Host) -> None:
+    answer = post(host, "/copies", {"text": "The old"})
+    assert answer.status_code == 404
+    assert "serve with --check" in answer.json()["error"]["message"]
+    assert httpx.get(f"{host.url}/run").json()["check"] is False
+
+
 def test_metrics_are_what_prometheus_reads(host: Host) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     before = host.metrics.value("generated_tokens_total")
@@ -391,6 +411,23 @@ def test_the_description_has_a_schema_for_every_body(host: Host) -> None:
     assert [prompt["type"] for prompt in prompts] == ["string", "array", "array", "array"]
     assert schemas["PlainBody"]["required"] == ["prompt"]
     assert schemas["Message"]["additionalProperties"] is True
+
+
+def test_the_description_says_what_is_accepted(host: Host) -> None:
+    """Limits are in the words of JSON Schema, null is allowed, the model's sizes are known."""
+    description = httpx.get(f"{host.url}/openapi.json").json()
+    schemas, model = description["components"]["schemas"], host.run.model
+    assert not re.findall(r'"(ge|le|min_length|max_length)":', json.dumps(schemas))
+    assert schemas["CompletionBody"]["properties"]["n"]["anyOf"][0]["maximum"] == 64
+    assert {"type": "null"} in schemas["PlainBody"]["properties"]["temperature"]["anyOf"]
+    assert schemas["AttentionBody"]["properties"]["head"]["maximum"] == model.n_head - 1
+    biases = schemas["CompletionBody"]["properties"]["logit_bias"]["anyOf"][0]
+    pattern = biases["propertyNames"]["pattern"]
+    accepted = [n for n in range(2000) if re.search(pattern, str(n))]
+    assert accepted == list(range(model.vocab_size))
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            assert {"400", "408", "431", "503"} <= set(operation["responses"])
 
 
 # Clients that misbehave

@@ -97,3 +97,25 @@ def test_the_wheel_holds_the_page(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     page = {f"mlx_randygpt/serve/page/{name}" for name in ("index.html", "app.js", "style.css")}
     assert page < names
+
+
+def test_an_empty_host_is_one_line(checkpoint: Path) -> None:
+    done = CliRunner().invoke(group, [*words(checkpoint), "--host", "", "--port", "0"])
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: --host is empty; give an address")
+
+
+def test_a_short_form_of_a_loopback_address_is_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was bound decides which hosts are accepted, not how it was written."""
+    from mlx_randygpt.cli.commands import serve as command
+
+    names: list[object] = []
+    monkeypatch.setattr(
+        command, "_serve", lambda api, listening: names.append(api._settings.host_names)
+    )
+    for host in ("127.1", "127.0.0.1", "0.0.0.0"):
+        done = CliRunner().invoke(group, [*words(checkpoint), "--host", host, "--port", "0"])
+        assert done.exit_code == 0, done.output
+    assert names == [("localhost", "127.1"), ("localhost", "127.0.0.1"), None]

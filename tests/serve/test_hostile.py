@@ -136,6 +136,7 @@ USER = {"role": "user", "content": "hi"}
         {"seed": -1}, {"tools": []}, {"tool_choice": "none"}, {"parallel_tool_calls": True},
         {"response_format": {"type": "text"}}, {"x_request_id": "7"}, {"cache_prompt": True},
         {"stream_options": None}, {"stop": None}, {"min_tokens": 0}, {"": 1},
+        {"main": [1]}, {"__main__": [1]},
     ],
 )  # fmt: skip
 def test_fields_that_do_not_change_the_text_are_accepted(extra: Any, host: Host) -> None:

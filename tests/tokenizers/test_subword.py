@@ -2,10 +2,6 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -201,38 +197,6 @@ def test_text_without_spaces_is_cut_to_learn(name: str) -> None:
 
 def test_text_with_spaces_is_not_cut(text: str) -> None:
     assert list(subword._cut_long_runs(text)) == [text]
-
-
-LEARN = """
-from mlx_randygpt.tokenizers.subword import SubwordTokenizer
-def texts():
-    for i in range(4_000):
-        yield "".join(chr(97 + j * (i + j) % 26) for j in range(3_000))
-        if i == 0:
-            print("learning", flush=True)
-    print("merging", flush=True)
-try:
-    SubwordTokenizer.train("bpe", texts(), 60_000)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["learning", "merging"])
-def test_ctrl_c_interrupts_learning(moment: str) -> None:
-    process = subprocess.Popen([sys.executable, "-c", LEARN], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while process.stdout.readline().strip() != moment:
-        pass
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    while (line := process.stdout.readline().strip()) not in ("interrupted", ""):
-        pass
-    assert line == "interrupted"
-    assert time.monotonic() - start < 1  # measured: 0.03 s at most, on two busy cores
-    process.kill()
-    process.communicate()
 
 
 @pytest.mark.slow

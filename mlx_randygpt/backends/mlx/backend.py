@@ -26,7 +26,7 @@ from mlx_randygpt.backends.mlx.optimizer import Moments, Weights, rates, update
 from mlx_randygpt.backends.mlx.trained import Adapters, AllWeights, Trained
 from mlx_randygpt.backends.ranks.group import SINGLE, Group, resync
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.model import muon_matrices
+from mlx_randygpt.model import muon_matrices, second_moment_shapes
 from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
 
 N_TRIES = 5  # of the speed measurement
@@ -74,6 +74,7 @@ class MLXBackend:
         self._train, self._group = train, group
         self._trained: Trained = Adapters(model) if model.lora_rank else AllWeights(model)
         self._muon = muon_matrices(model) if train.optimizer == "muon" else {}
+        self._second_moment_shapes = second_moment_shapes(model, train)
         self._forward = Forward(
             self._trained.model,
             on_gpu=device.has_gpu,
@@ -192,10 +193,10 @@ class MLXBackend:
         return self._forward.mean_loss(self._trained.merge(weights), x, y, keys)
 
     def _load_moments(self, moments: dict[str, Params]) -> Moments:
-        """Copy moments to the device; missing ones are zero, and Muon keeps no second moment."""
+        """Copy moments to the device; missing ones are zero."""
         loaded: Moments = {"m": {}, "v": {}}
-        for name, shape in self._trained.shapes.items():
-            for kind in ("m",) if name in self._muon else ("m", "v"):
+        for kind, shapes in (("m", self._trained.shapes), ("v", self._second_moment_shapes)):
+            for name, shape in shapes.items():
                 moment = moments.get(kind, {}).get(name)
                 loaded[kind][name] = mx.zeros(shape) if moment is None else mx.array(moment)
         return loaded

@@ -24,7 +24,7 @@ from mlx_randygpt.backends.mlx.model import GPT, ModelArgs
 from mlx_randygpt.backends.mlx.optimizer import Weights
 from mlx_randygpt.backends.mlx.recompute import recompute
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.state import IGNORED, Array, Batch
+from mlx_randygpt.state import IGNORED, Array, Batch, Tokens
 
 MAX_RESIDENT_SPLITS = 4  # token arrays on the device: train, validation and two to spare
 MAX_RESIDENT_TOKENS = 2**26  # longer arrays are gathered on the host while the device is busy
@@ -45,7 +45,7 @@ class Forward:
         self.dtype = dtype  # of the loss; decoding is float32
         self.on_gpu = on_gpu
         self.model = build_modules(config, recomputes=recomputes)
-        self._splits: list[tuple[Array, mx.array]] = []  # the latest last
+        self._splits: list[tuple[Tokens, mx.array]] = []  # the latest last
         self._advance_token = self.compile(self.advance)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,14 +120,14 @@ class Forward:
         y = tokens[mx.minimum(at + 1, n - 1)].astype(mx.int32)
         return x, mx.where(at + 1 < n, y, IGNORED)
 
-    def _resident(self, tokens: Array) -> mx.array:
+    def _resident(self, tokens: Tokens) -> mx.array:
         """Return the device's copy of this very array, checked and made when it is first seen."""
         for index, (split, resident) in enumerate(self._splits):
             if split is tokens:
                 self._splits.append(self._splits.pop(index))
                 return resident
-        check_ids(tokens, self.config.vocab_size)
-        self._splits = [*self._splits[1 - MAX_RESIDENT_SPLITS :], (tokens, mx.array(tokens))]
+        check_ids(ids := np.asarray(tokens), self.config.vocab_size)
+        self._splits = [*self._splits[1 - MAX_RESIDENT_SPLITS :], (tokens, mx.array(ids))]
         return self._splits[-1][1]
 
 

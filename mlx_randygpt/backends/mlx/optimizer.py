@@ -20,6 +20,7 @@ Moments = dict[str, Weights]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+BALANCE_EPS = 1e-10
 
 
 def rates(train: TrainConfig, step: int, lr: float) -> mx.array:
@@ -44,8 +45,7 @@ def update(
     """
     grads, norm = clip(grads, train.grad_clip)
     matrices = {name: w for name, w in weights.items() if name in muon}
-    new, m = muon_step(train, muon, matrices, moments["m"], grads, rates[0])
-    v = {}
+    new, m, v = muon_step(train, muon, matrices, moments, grads, rates[0])
     lr = rates[0] * (train.adamw_lr_ratio if train.optimizer == "muon" else 1.0)
     for name in (name for name in weights if name not in matrices):
         old = (weights[name], moments["m"][name], moments["v"][name])
@@ -90,24 +90,46 @@ def muon_step(
     train: TrainConfig,
     muon: Mapping[str, int],
     weights: Weights,
-    m: Weights,
+    moments: Moments,
     grads: Weights,
     lr: mx.array,
-) -> tuple[Weights, Weights]:
-    """Return new weights and momenta: w -= lr (sqrt(max(1, R/K)) ortho(u) + decay w).
+) -> tuple[Weights, Weights, Weights]:
+    """Return new weights, momenta and mean squares: w -= lr (sqrt(max(1, R/K)) ortho(u) + decay w).
 
-    u is the Nesterov momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    u is the Nesterov momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon). With
+    `muon_beta2` above 0 the rows of ortho(u) are brought to one size; see `balance`.
     """
     mu, dtype = train.momentum, getattr(mx, train.dtype)
-    m = {name: mu * m[name] + (1 - mu) * grads[name] for name in weights}
+    m = {name: mu * moments["m"][name] + (1 - mu) * grads[name] for name in weights}
     nesterov = {name: (1 - mu) * grads[name] + mu * m[name] for name in weights}
     ortho = orthogonalize(nesterov, muon, dtype)
-    new = {}
+    new, v = {}, {}
     for name, w in weights.items():
+        change = ortho[name]
+        if train.muon_beta2 > 0:
+            change, v[name] = balance(change, moments["v"][name], muon[name], train.muon_beta2)
         rows = w.shape[0] // muon[name]
-        change = max(1.0, rows / w.shape[1]) ** 0.5 * ortho[name]
+        change = max(1.0, rows / w.shape[1]) ** 0.5 * change
         new[name] = w - lr * (change + train.weight_decay * w)
-    return new, m
+    return new, m, v
+
+
+def balance(u: mx.array, v: mx.array, stacked: int, beta2: float) -> tuple[mx.array, mx.array]:
+    """Divide each row of u by the root of its running mean square v; return both.
+
+    v (out, 1) is of rows or, of a matrix wider than high, v (1, in) of columns. Each stacked matrix
+    keeps its norm, so that a common factor of v cancels and no bias needs correcting (NorMuon,
+    Li et al. 2025, arXiv:2510.05491).
+    """
+    mean = mx.square(u).mean(axis=v.shape.index(1), keepdims=True)  # as v
+    v = beta2 * v + (1 - beta2) * mean
+    scale = 1 / (mx.sqrt(v) + BALANCE_EPS)
+    norms = [
+        mx.sqrt(squares.reshape(stacked, -1).sum(axis=1, keepdims=True))  # (P, 1)
+        for squares in (mean, mean * mx.square(scale))
+    ]
+    scale = scale.reshape(stacked, -1) * (norms[0] / (norms[1] + BALANCE_EPS))
+    return u * scale.reshape(v.shape), v
 
 
 def orthogonalize(updates: Weights, stacked: Mapping[str, int], dtype: mx.Dtype) -> Weights:

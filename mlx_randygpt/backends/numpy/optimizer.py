@@ -15,6 +15,7 @@ from mlx_randygpt.state import Array
 BLOCK = 1 << 14  # numbers per pass: five float32 vectors of this length stay in a core's L2
 STACK = 1 << 18  # numbers in the matrices that Muon takes at a time
 NS_STEPS = 5
+BALANCE_EPS = 1e-10
 NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 
 
@@ -59,17 +60,20 @@ def muon(
     ws: Sequence[Array],
     gs: Sequence[Array],
     ms: Sequence[Array],
+    vs: Sequence[Array],
     *,
     lr: float,
-    decay: float,
-    momentum: float,
+    config: TrainConfig,
 ) -> None:
     """Take one Muon step on matrices (out, in) of one shape.
 
     From Jordan et al. 2024, github.com/KellerJordan/Muon:
 
     m ← μm + (1−μ)g; u = (1−μ)g + μm; w ← w − lr·(√max(1, out/in)·orthogonal(u) + decay·w).
+
+    With `muon_beta2` above 0 the rows of orthogonal(u) are brought to one size; see `balance`.
     """
+    momentum, decay, beta2 = config.momentum, config.weight_decay, config.muon_beta2
     n_out, n_in = ws[0].shape
     u: Array = np.empty((len(ws), n_out, n_in), ws[0].dtype)
     for g, m, row in zip(gs, ms, u, strict=True):
@@ -78,10 +82,29 @@ def muon(
         m += row
         row += momentum * m
     update = orthogonal(u)
+    if beta2 > 0:
+        balance(update, vs, beta2)
     update *= lr * max(1.0, n_out / n_in) ** 0.5
     for w, row in zip(ws, update, strict=True):
         w *= 1 - lr * decay
         w -= row
+
+
+def balance(u: Array, vs: Sequence[Array], beta2: float) -> None:
+    """Divide each row of u (K, out, in) by the root of its running mean square, in place.
+
+    The columns if it is wider than high, for they are its neurons. Each matrix keeps its norm, so
+    that a common factor of v cancels and no bias needs correcting. After NorMuon (Li et al. 2025,
+    arXiv:2510.05491): v ← β₂v + (1−β₂)·mean(u²); u ← u / (√v + eps), with u's old norm.
+    """
+    axis = 2 if u.shape[1] >= u.shape[2] else 1
+    mean = np.square(u).mean(axis, keepdims=True)  # (K, out, 1) or (K, 1, in)
+    for v, row in zip(vs, mean, strict=True):
+        v *= beta2
+        v += (1 - beta2) * row
+    scale = 1 / (np.sqrt(np.stack(vs)) + BALANCE_EPS)
+    norms = [np.sqrt(squares.sum((1, 2), keepdims=True)) for squares in (mean, mean * scale**2)]
+    u *= scale * (norms[0] / (norms[1] + BALANCE_EPS))
 
 
 def orthogonal(u: Array) -> Array:

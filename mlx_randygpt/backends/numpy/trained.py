@@ -26,6 +26,7 @@ from mlx_randygpt.model import (
     adapter_scale,
     adapter_shapes,
     parameters,
+    second_moment_shapes,
 )
 from mlx_randygpt.state import Array, Params, TrainState
 
@@ -74,7 +75,7 @@ class AllWeights:
         self, model: ModelConfig, train: TrainConfig, whole: Weights, grads: Weights
     ) -> None:
         self.params = whole.views
-        self._train = train
+        self._model, self._train = model, train
         self._w, self._g = whole, grads
         dtype = whole.flat.dtype.type
         self._m, self._v = Weights.zeros(model, dtype), Weights.zeros(model, dtype)
@@ -106,8 +107,9 @@ class AllWeights:
         return norm
 
     def state(self, step: int) -> TrainState:
-        """Return a copy in float32 of weights and moments; Muon's matrices have no second one."""
-        v = {p.name: self._v.views[p.name] for p in self._parameters if not self._uses_muon(p)}
+        """Return a copy in float32 of weights and moments."""
+        shapes = second_moment_shapes(self._model, self._train)
+        v = {name: corner(self._v.views[name], shape) for name, shape in shapes.items()}
         params, m, v = copy_to_float32([self.params, self._m.views, v])
         return TrainState(step, params, {"m": m, "v": v})
 
@@ -140,15 +142,13 @@ class AllWeights:
 
     def _muon_jobs(self, lr: float, threads: Threads) -> Iterator[Callable[[], None]]:
         """Yield jobs on stacks of matrices of one shape, at least one job for each thread."""
-        by_shape: dict[tuple[int, ...], list[tuple[Array, Array, Array]]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[Array, ...]]] = {}
         for parameter in filter(self._uses_muon, self._parameters):
-            wgm = (
-                each.views[parameter.name].reshape(parameter.stacked, -1, parameter.shape[1])
-                for each in (self._w, self._g, self._m)
-            )
-            for matrices in zip(*wgm, strict=True):
+            arrays = [each.views[parameter.name] for each in (self._w, self._g, self._m, self._v)]
+            arrays[3] = corner(arrays[3], parameter.neurons_shape)
+            stacks = (array.reshape(parameter.stacked, -1, array.shape[1]) for array in arrays)
+            for matrices in zip(*stacks, strict=True):
                 by_shape.setdefault(matrices[0].shape, []).append(matrices)
-        train = self._train
         for shape, group in by_shape.items():
             size = max(1, min(-(-len(group) // threads.n), optimizer.STACK // prod(shape)))
             for start in range(0, len(group), size):
@@ -156,8 +156,7 @@ class AllWeights:
                     optimizer.muon,
                     *zip(*group[start : start + size], strict=True),
                     lr=lr,
-                    decay=train.weight_decay,
-                    momentum=train.momentum,
+                    config=self._train,
                 )
 
 
@@ -244,6 +243,11 @@ def load(views: Params, values: Params) -> None:
     """Copy these values into the arrays, zero for a name without one."""
     for name, view in views.items():
         view[...] = values.get(name, 0)
+
+
+def corner(v: Array, shape: tuple[int, ...]) -> Array:
+    """Return the part of `v` that is a second moment; Muon's is its first column or row."""
+    return v[tuple(slice(size) for size in shape)]
 
 
 def _copies(params: Params) -> Params:

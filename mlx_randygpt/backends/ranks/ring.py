@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -139,25 +140,27 @@ class RingGroup:
         return sums
 
     def same_state(self, state: TrainState) -> TrainState:
-        """Return rank 0's state on every rank.
+        """Return rank 0's state on every rank; the others' can be empty."""
+        groups = {"": state.params, **state.moments}
+        shapes = {kind: {n: a.shape for n, a in group.items()} for kind, group in groups.items()}
+        step, shapes = self.broadcast([state.step, shapes])
+        same = {
+            kind: {
+                name: self._copied(groups.get(kind, {}).get(name), shape)
+                for name, shape in arrays.items()
+            }
+            for kind, arrays in shapes.items()
+        }
+        return TrainState(step, same.pop(""), same)
 
-        All ranks need weights of the right shapes; only rank 0 needs moments.
-        """
-        kinds = {kind: [*arrays] for kind, arrays in state.moments.items()}
-        step, kinds = self.broadcast([state.step, kinds])
-        zeros = {name: np.zeros_like(w) for name, w in state.params.items()}
-
-        def own(values: dict[str, Array], names: Iterable[str]) -> dict[str, Array]:
-            mine = values if self.rank == 0 else zeros
-            return {name: self._copied(mine[name]) for name in names}
-
-        moments = {kind: own(state.moments.get(kind, {}), kinds[kind]) for kind in kinds}
-        return TrainState(step, own(state.params, state.params), moments)
-
-    def _copied(self, array: Array) -> Array:
-        flat = np.array(array, np.float32).reshape(-1)
+    def _copied(self, array: Array | None, shape: Sequence[int]) -> Array:
+        """Return rank 0's array of this shape."""
+        flat = np.zeros(prod(shape), np.float32)
+        if self.rank == 0:
+            assert array is not None
+            flat[:] = array.reshape(-1)
         self.sum(flat)
-        return flat.reshape(array.shape)
+        return flat.reshape(shape)
 
     def _stop_requests(self) -> list[int]:
         requested = self.requested_exit_code()

@@ -14,7 +14,7 @@ from mlx_randygpt.cli.options import (
     model_options,
     threads_option,
 )
-from mlx_randygpt.cli.output import print_json, show_facts
+from mlx_randygpt.cli.output import echo, print_json, show_facts
 
 if TYPE_CHECKING:
     from mlx_randygpt.planning.bench import Bench
@@ -55,7 +55,7 @@ def command(mode: str, backend: str, json: bool, **options: Any) -> None:
     name, reason = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     built = make_backend(name, model, train, state)
-    click.echo(f"Backend: {describe_backend(built, reason)}", err=True)
+    echo(f"Backend: {describe_backend(built, reason)}", err=True)
     measure = measure_sampling if mode == "sample" else measure_training
     result = measure(built, model, train, train.iters)
     if json:

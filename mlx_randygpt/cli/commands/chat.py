@@ -19,7 +19,9 @@ from mlx_randygpt.cli.options import (
     quantize_option,
     sampling_options,
 )
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import CtrlC
+from mlx_randygpt.cli.values import FilePath
 
 if TYPE_CHECKING:
     from mlx_randygpt.sampling.chat import Conversation
@@ -33,7 +35,7 @@ MAX_HISTORY = 1000  # lines
 @sampling_options
 @click.option(
     "--replay",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Replay a conversation that was saved with /save.",
 )
 @quantize_option
@@ -63,7 +65,7 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
     conversation = Conversation(loaded.backend, loaded.saved.model, loaded.tokenizer, config)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
-        click.echo("/help lists the commands, Ctrl-D quits.", err=True)
+        echo("/help lists the commands, Ctrl-D quits.", err=True)
     with CtrlC() as ctrl_c, _line_editing() if at_terminal else contextlib.nullcontext():
         if replay is not None:
             _replay(conversation, replay, ctrl_c)
@@ -76,19 +78,18 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
 
 
 def _respond(conversation: Conversation, line: str, ctrl_c: CtrlC) -> None:
-    from mlx_randygpt.cli.training.text import unknown_line
     from mlx_randygpt.sampling.chat import ChatError
-    from mlx_randygpt.words import unify_newlines
+    from mlx_randygpt.words import unify_newlines, unknown_line
 
     line = unify_newlines(line)
     if line.startswith("/"):
         try:
-            click.echo(conversation.command(line), err=True)
+            echo(conversation.command(line), err=True)
         except ChatError as error:
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
         return
     if warning := unknown_line(conversation.tokenizer.unknown(line)):
-        click.echo(warning, err=True)
+        echo(warning, err=True)
     ctrl_c.pressed = False
     _stream(conversation.answer(line, lambda: ctrl_c.pressed))
 
@@ -97,21 +98,19 @@ def _replay(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.sampling.chat import load_turns
 
     for turn in load_turns(path):
-        click.echo(turn.prompt, nl=False)
+        echo(turn.prompt, nl=False)
         _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
         if ctrl_c.pressed:
             return
         if conversation.turns[-1].text != turn.text:
-            click.echo("The answer differs from the saved one: is it another model?", err=True)
+            echo("The answer differs from the saved one: is it another model?", err=True)
 
 
 def _stream(parts: Iterator[str]) -> None:
     """Write the parts as they come, and a newline."""
     for part in parts:
-        sys.stdout.write(part)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        echo(part, nl=False)
+    echo()
 
 
 def _lines(prompt: str, ctrl_c: CtrlC) -> Iterator[str]:
@@ -122,11 +121,11 @@ def _lines(prompt: str, ctrl_c: CtrlC) -> Iterator[str]:
                 line = input(prompt)
             yield line
         except KeyboardInterrupt:
-            click.echo(err=True)
+            echo(err=True)
             if not prompt:
                 raise
         except EOFError:
-            click.echo(err=True, nl=bool(prompt))
+            echo(err=True, nl=bool(prompt))
             return
 
 

@@ -11,7 +11,8 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
+from mlx_randygpt.cli.values import FilePath
 
 if TYPE_CHECKING:
     from mlx_randygpt.check import Finding
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("check", cls=Command)
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Check at the weights of this model instead of those of small models.",
 )
 @json_option
@@ -53,10 +54,10 @@ def command(ctx: click.Context, checkpoint: Path | None, json: bool) -> None:
         mlx = device.description if device is not None else None
         print_json({"passed": n_failed == 0, "mlx": mlx, "findings": rows})
     else:
-        click.echo(f"MLX on {device.description}" if device else f"Without MLX: {reason}")
+        echo(f"MLX on {device.description}" if device else f"Without MLX: {reason}")
         for subject, findings in subjects.items():
             _print(subject, findings)
-        click.echo(f"{n_failed} checks failed" if n_failed else "Every check holds.")
+        echo(f"{n_failed} checks failed" if n_failed else "Every check holds.")
     ctx.exit(1 if n_failed else 0)
 
 
@@ -72,9 +73,9 @@ def _row(subject: str, finding: Finding) -> dict[str, Any]:
 
 
 def _print(subject: str, findings: list[Finding]) -> None:
-    click.echo(f"\n{subject}")
+    echo(f"\n{subject}")
     for check, group in groupby(findings, key=lambda f: f.check):
         same_check = list(group)
-        click.echo(f"  {check}, relative, at most {same_check[0].bound:.0e}")
+        echo(f"  {check}, relative, at most {same_check[0].bound:.0e}")
         for f in same_check:
-            click.echo(f"    {f.error:.1e} {'✓' if f.holds else '✗'} {f.tensor}")
+            echo(f"    {f.error:.1e} {'✓' if f.holds else '✗'} {f.tensor}")

@@ -1,7 +1,8 @@
-"""`mlxgpt data`: download a corpus by name, or tokenize a text before a run."""
+"""`mlxgpt data`: download a corpus by name; check or tokenize a text before a run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from mlx_randygpt.cli.options import (
     reading_options,
     tokenizer_options,
 )
-from mlx_randygpt.cli.output import print_json, show, show_facts
+from mlx_randygpt.cli.output import echo, print_json, show, show_facts
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.words import format_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.group("data")
 def command() -> None:
-    """Download a corpus by name, or tokenize a text before a run."""
+    """Download a corpus by name; check or tokenize a text before a run."""
 
 
 @command.command("list", cls=Command)
@@ -48,7 +50,7 @@ def list_corpora(json: bool) -> None:
 @click.argument("name")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     default=Path("data"),
     show_default=True,
     help="Folder to put the texts in.",
@@ -71,8 +73,8 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     else:
         source = f"{gutenberg_url(book[0] if book else next(iter(SHELF)))} and others"
     about = "" if corpus.remote and corpus.remote.size else "about "
-    click.echo(f"{corpus.name}: {corpus.what}\nLicence: {corpus.licence}", err=True)
-    click.echo(f"From {source}: {about}{format_bytes(corpus.size)}", err=True)
+    echo(f"{corpus.name}: {corpus.what}\nLicence: {corpus.licence}", err=True)
+    echo(f"From {source}: {about}{format_bytes(corpus.size)}", err=True)
     with ProgressBar() as bar:
 
         def download(remote: Remote, path: Path) -> None:
@@ -80,16 +82,16 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
                 remote, path, lambda done, size: bar(f"Downloading {path.name}", done, size)
             )
             if not remote.sha256:
-                click.echo(f"{path.name}: no checksum is known; its SHA-256 is {digest}", err=True)
+                echo(f"{path.name}: no checksum is known; its SHA-256 is {digest}", err=True)
 
         if corpus.remote is None:
             folder, books = out / corpus.target, book or tuple(SHELF)
-            corpora.install_books(books, folder, download, lambda line: click.echo(line, err=True))
+            corpora.install_books(books, folder, download, lambda line: echo(line, err=True))
             target = folder
         else:
             target = corpora.install(corpus, out, download)
     use = "--tokenizer" if name.endswith("-tokenizer") else "--data"
-    click.echo(f"{target} is there. Train on it: mlxgpt train {use} {target}")
+    echo(f"{target} is there. Train on it: mlxgpt train {use} {target}")
 
 
 @command.command("prepare", cls=Command)
@@ -99,19 +101,26 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
 @json_option
 def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
     """Tokenize a text as `mlxgpt train` would, and report the result."""
+    import numpy as np
+
     from mlx_randygpt.cli.training import text
+    from mlx_randygpt.data.token_file import TokenFile
 
     given = {name: value for name, value in options.items() if value is not None}
     files = text.files_of(data)
     tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
-    n_bytes = int(tokenizer.token_bytes()[corpus.tokens[:1_000_000]].sum())
-    cached = getattr(corpus.tokens, "filename", None)
+    for line in text.tokenizer_lines(corpus, tokenizer):
+        echo(line, err=True)
+    n_bytes = int(tokenizer.token_bytes()[np.asarray(corpus.tokens[:1_000_000])].sum())
+    cached = corpus.tokens.file.path if isinstance(corpus.tokens, TokenFile) else None
     values = {
         "files": len(files),
         "documents": len(corpus.starts),
         "characters": corpus.characters,
         "tokens": len(corpus.tokens),
         "train_tokens": len(corpus.train),
+        "validation": corpus.validation,
+        "tokenizer": tokenizer.to_json()["type"],
         "vocab_size": tokenizer.vocab_size,
         "bytes_per_token": n_bytes / max(1, min(1_000_000, len(corpus.tokens))),
         "cache": str(cached) if cached else None,
@@ -119,8 +128,52 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
     if json:
         print_json(values)
         return
-    values["cache"] = cached or "none: a short text is read into memory"
+    values["cache"] = values["cache"] or "none: a short text is read into memory"
     show_facts(
         (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
         for name, value in values.items()
     )
+
+
+@command.command("check", cls=Command)
+@click.argument("paths", nargs=-1)
+@reading_options
+@click.option("--no-time", is_flag=True, help="Do not measure how long a run would take here.")
+@json_option
+def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> None:
+    """Report what could spoil a run on a text: copies, leaks, lost characters, repeated lines.
+
+    It also names the validation text, and the tokenizer, preset and time that suit. Nothing is
+    modified. Without PATHS it checks the text that `mlxgpt train` would find.
+    """
+    from mlx_randygpt.cli.audit import audit_facts, audit_json, suitable_run
+    from mlx_randygpt.cli.training import text
+    from mlx_randygpt.data import DataError
+    from mlx_randygpt.data.audit import audit
+    from mlx_randygpt.data.files import is_tokens
+    from mlx_randygpt.data.reading import all_pieces
+
+    how = text.reading({name: value for name, value in options.items() if value is not None})
+    files = text.files_of(paths)
+    if tokens := next(filter(is_tokens, files), None):
+        raise DataError(f"{tokens} holds token ids; data check reads texts")
+    with text.ProgressBar() as bar:
+        size = sum(file.stat().st_size for file in files)
+
+        def pieces() -> Iterator[tuple[int, Any]]:
+            done = 0
+
+            def seen(n: int) -> None:
+                nonlocal done
+                done += n
+                bar("Checking the text", done, size)
+
+            return all_pieces(files, how, seen)
+
+        found = audit(pieces)
+    names = [str(file) for file in files]
+    suits = suitable_run(found, measure=not no_time)
+    if json:
+        print_json(audit_json(found, names, how.encoding, suits))
+    else:
+        show_facts(audit_facts(found, names, how.encoding, suits))

@@ -9,7 +9,7 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, show_facts
+from mlx_randygpt.cli.output import echo, print_json, show_facts
 from mlx_randygpt.words import format_bytes
 
 
@@ -25,7 +25,7 @@ def command(json: bool) -> None:
         print_json({**facts, "advice": changes})
         return
     show_facts(lines(facts))
-    click.echo("\nWhat to change" if changes else "\nNothing to change.")
+    echo("\nWhat to change" if changes else "\nNothing to change.")
     show_facts(("-", change) for change in changes)
 
 

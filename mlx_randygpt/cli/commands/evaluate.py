@@ -13,30 +13,33 @@ from mlx_randygpt.cli.loading import build, read, require_mlx
 from mlx_randygpt.cli.options import (
     backend_option,
     checkpoint_option,
+    data_path,
     json_option,
     model_options,
     quantize_option,
     reading_options,
 )
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
 
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
-    from mlx_randygpt.state import Array
+    from mlx_randygpt.state import Tokens
     from mlx_randygpt.tokenizers import Tokenizer
     from mlx_randygpt.training.evaluation import Score
 
 
 @click.command("eval", cls=Command)
 @checkpoint_option
-@click.option("--data", multiple=True, help="Text to evaluate.  [default: the run's own]")
+@click.option(
+    "--data", type=data_path, multiple=True, help="Text to evaluate.  [default: the run's own]"
+)
 @click.option(
     "--split",
     type=click.Choice(["val", "train", "all"]),
     default="val",
     show_default=True,
-    help="The last tenth of the text, the rest, or all.",
+    help="The validation text, the training text, or both.",
 )
 @reading_options
 @model_options(defaults=False)
@@ -71,9 +74,9 @@ def command(
         {k: v for k, v in options.items() if v is not None}, saved.model, saved.train
     )
     files = text.files_of(data or saved.data["paths"])
-    _, corpus = text.load(files, text.reading(options, saved.data), tokenizer)
-    if line := text.unknown_line(corpus.unknown):
-        click.echo(line, err=True)
+    _, corpus = text.load(files, text.reading(options, saved.data), tokenizer, saved.data)
+    for line in text.loss_lines(corpus, tokenizer):
+        echo(line, err=True)
     if quantize is not None:  # compare in one type, and fail before the first evaluation
         saved = replace(saved, train=replace(saved.train, dtype="float32"))
         require_mlx(backend)
@@ -95,20 +98,20 @@ def command(
     if json:
         print_json(values)
         return
-    click.echo(
+    echo(
         f"{split} loss {score.loss:.4f} | perplexity {score.perplexity:.2f} | "
         f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
         f"step {saved.state.step}"
     )
     if cost:
-        click.echo(
+        echo(
             f"{quantize} bits cost {cost['loss_cost']:+.4f}: the float32 weights have "
             f"{cost['loss_float']:.4f}"
         )
 
 
 def _evaluate(
-    backend: Scorer, saved: Checkpoint, tokens: Array, batch_size: int, tokenizer: Tokenizer
+    backend: Scorer, saved: Checkpoint, tokens: Tokens, batch_size: int, tokenizer: Tokenizer
 ) -> Score:
     from mlx_randygpt.training.evaluation import evaluate
 

@@ -9,13 +9,14 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json
-from mlx_randygpt.exchange import EXPORT_FORMATS
+from mlx_randygpt.cli.output import echo, print_json
+from mlx_randygpt.cli.values import FilePath
+from mlx_randygpt.exchange import EXPORT_FORMATS, GGUF_OUTTYPES
 from mlx_randygpt.words import format_bytes
 
 
 @click.command("export", cls=Command)
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=FilePath(path_type=Path))
 @click.option(
     "--format",
     "kind",
@@ -27,27 +28,45 @@ from mlx_randygpt.words import format_bytes
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     required=True,
     metavar="DIR",
     help="The folder to write.",
 )
+@click.option(
+    "--outtype",
+    type=click.Choice(GGUF_OUTTYPES),
+    help="gguf: type of the matrices.  [default: f32]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing export.")
 @json_option
-def command(checkpoint: Path | None, kind: str, output: Path, overwrite: bool, json: bool) -> None:
+def command(
+    checkpoint: Path | None,
+    kind: str,
+    output: Path,
+    outtype: str | None,
+    overwrite: bool,
+    json: bool,
+) -> None:
     """Export a model as files that other programs run.
 
     Without CHECKPOINT: the best one in checkpoints/, else the newest.
     """
+    from mlx_randygpt.exchange.arcee import find_misfit
     from mlx_randygpt.exchange.export import export
 
     path, saved, _ = read(checkpoint, merge=kind != "adapters")
-    sizes = export(saved, kind, output, overwrite=overwrite)
+    sizes = export(saved, kind, output, outtype=outtype, overwrite=overwrite)
     n_bytes = sum(sizes.values())
     if json:
         row = {"checkpoint": str(path), "format": kind, "path": str(output)}
         print_json({**row, "files": sizes, "bytes": n_bytes})
         return
     total = format_bytes(n_bytes)
-    click.echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
-    click.echo(f"Description and instructions: {output / 'README.md'}")
+    echo(f"✓ Exported {path} to {output} ({len(sizes)} files, {total})")
+    echo(f"Description and instructions: {output / 'README.md'}")
+    if kind in ("hf", "mlx-lm") and not saved.model.is_gpt2 and find_misfit(saved.model):
+        echo(
+            "Note: this folder contains code of mlxgpt. A model of --recipe portable needs none, "
+            "and runs in vLLM, llama.cpp, Ollama and LM Studio too (--format gguf)."
+        )

@@ -16,7 +16,7 @@ from mlx_randygpt.cli.options import (
     reading_options,
     tokenizer_options,
 )
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
 
 if TYPE_CHECKING:
     from mlx_randygpt.training.find_lr import Trial
@@ -73,7 +73,9 @@ def command(
     name, reason = choose(backend)
     state = TrainState(0, initial_params(model, train.seed), {})
     engine = make_backend(name, model, train, state)
-    click.echo(f"Backend: {describe_backend(engine, reason)}", err=True)
+    for line in text.tokenizer_lines(corpus, tokenizer):
+        echo(line, err=True)
+    echo(f"Backend: {describe_backend(engine, reason)}", err=True)
     trials = list(
         range_test(engine, model, train, corpus.train, lowest=lowest, highest=highest, steps=iters)
     )
@@ -82,8 +84,8 @@ def command(
         rows = [{"lr": trial.lr, "loss": trial.loss} for trial in trials]
         print_json({"suggestion": rate, "recipe_lr": train.lr, "trials": rows})
         return
-    click.echo("\n".join(chart(trials)))
-    click.echo(f"\nSuggested: --lr {rate:.2g} (the {train.recipe} recipe has {train.lr:g})")
+    echo("\n".join(chart(trials)))
+    echo(f"\nSuggested: --lr {rate:.2g} (the {train.recipe} recipe has {train.lr:g})")
 
 
 def chart(trials: list[Trial]) -> list[str]:

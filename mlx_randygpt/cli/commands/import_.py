@@ -9,7 +9,8 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json
+from mlx_randygpt.cli.output import echo, print_json
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import GPT2_ACTIVATIONS
 from mlx_randygpt.exchange import IMPORT_FORMATS
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("import", cls=Command)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=FilePath(path_type=Path))
 @click.option(
     "--format",
     type=click.Choice(["auto", *IMPORT_FORMATS]),
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     required=True,
     help="The checkpoint to write.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option(
     "--vocab",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Tokenizer: tokenizer.json, a folder, vocab.json, meta.pkl.  [default: beside SOURCE]",
 )
 @click.option(
@@ -66,30 +67,31 @@ def command(
     SOURCE is a Hugging Face folder, a ckpt.pt or a .bin file. No code in it is run. The checkpoint
     works with eval, sample, info, serve and train --init-from.
     """
+    from mlx_randygpt import files
     from mlx_randygpt.checkpoint import save_checkpoint
     from mlx_randygpt.exchange import ExchangeError
     from mlx_randygpt.exchange.importing import read_foreign
 
-    if output.is_dir():
+    if files.is_folder(output):
         raise ExchangeError(
             f"{output} is a folder; name the file, such as {output / 'model.safetensors'}"
         )
-    if output.exists() and not overwrite:
+    if files.exists(output) and not overwrite:
         raise ExchangeError(f"{output} exists already; --overwrite replaces it")
     given_sizes = {name: value for name, value in sizes.items() if value is not None}
     imported = read_foreign(source, format, vocab=vocab, activation=activation, sizes=given_sizes)
     for note in imported.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     save_checkpoint(output, imported.checkpoint())
     values = describe(output, imported)
     if json:
         print_json(values)
         return
-    click.echo(
+    echo(
         f"✓ {values['parameters']:,} parameters of {values['format']} written to {output} "
         f"(step {values['step']:,}, vocabulary {values['vocab_size']:,})"
     )
-    click.echo(f"Let it write: mlxgpt sample --checkpoint {output}")
+    echo(f"Let it write: mlxgpt sample --checkpoint {output}")
 
 
 def describe(output: Path, imported: ImportedModel) -> dict[str, Any]:

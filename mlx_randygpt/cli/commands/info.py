@@ -13,6 +13,7 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import default_checkpoint
 from mlx_randygpt.cli.options import json_option
 from mlx_randygpt.cli.output import print_json, show_facts
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.words import format_bytes, format_clock
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ N_PATHS = 3  # of the text to show
 
 
 @click.command("info", cls=Command)
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=FilePath(path_type=Path))
 @json_option
 def command(path: Path | None, json: bool) -> None:
     """Show what a checkpoint holds and verify its checksum.
@@ -103,6 +104,8 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
     )
     yield "Schedule", f"{train.schedule} to {train.min_lr:g}, warmup {train.warmup}"
     yield "Data", _data(saved.data)
+    if saved.data.get("paths"):
+        yield "Validation text", str(saved.data.get("validation") or "the last tenth of the tokens")
     origin = saved.data.get("imported")
     if isinstance(origin, dict):
         yield "Imported from", f"{origin.get('format')}, {origin.get('source')}"

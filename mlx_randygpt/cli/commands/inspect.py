@@ -8,22 +8,27 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import read
+from mlx_randygpt.cli.options import data_path
+from mlx_randygpt.cli.output import echo
+from mlx_randygpt.cli.values import FilePath
 
 DEFAULT_TOKENS = 50_000
 
 
 @click.command("inspect", cls=Command)
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.argument("checkpoint", required=False, type=FilePath(path_type=Path))
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False),
     default="inspect.html",
     show_default=True,
     help="The page to write.",
 )
 @click.option("--text", help="Text whose attention is shown.  [default: from the validation text]")
-@click.option("--data", multiple=True, help="Text to evaluate on.  [default: the run's own]")
+@click.option(
+    "--data", type=data_path, multiple=True, help="Text to evaluate on.  [default: the run's own]"
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
@@ -38,6 +43,7 @@ def command(
 
     The page is self-contained and makes no network requests.
     """
+    import numpy as np
     from threadpoolctl import threadpool_limits
 
     from mlx_randygpt.analysis.insight_page import page
@@ -45,20 +51,22 @@ def command(
     from mlx_randygpt.cli.training import text as texts
     from mlx_randygpt.config import ConfigError
     from mlx_randygpt.files import write
+    from mlx_randygpt.words import unknown_line
 
     path, saved, tokenizer = read(checkpoint)
     if text == "":
         raise ConfigError("--text '' is empty; give at least one character")
     files = texts.files_of(data or saved.data["paths"])
-    _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer)
-    for dropped in (corpus.unknown, tokenizer.unknown(text or "")):
-        if line := texts.unknown_line(dropped):
-            click.echo(line, err=True)
+    _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer, saved.data)
+    for line in (*texts.loss_lines(corpus, tokenizer), unknown_line(tokenizer.unknown(text or ""))):
+        if line:
+            echo(line, err=True)
     with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))
-        html = page(str(path), saved, tokenizer, corpus.val, text, max_tokens, samples)
+        val = np.asarray(corpus.val)
+        html = page(str(path), saved, tokenizer, val, text, max_tokens, samples)
     try:
         write(output, html.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
-    click.echo(f"✓ Saved {output}")
+    echo(f"✓ Saved {output}")

@@ -9,6 +9,7 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.training.hosts import HERE, Host, Hosts
+from mlx_randygpt.cli.values import FilePath
 
 STARTING_PORT = 32323  # the default of mlx.launch
 MAX_RANKS = 1024
@@ -22,7 +23,7 @@ MAX_RANKS = 1024
 @click.option("-n", "n", type=click.IntRange(1, MAX_RANKS), help="Number of ranks on this machine.")
 @click.option(
     "--hostfile",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="File that lists the machines, one rank on each, started by ssh (format of mlx.launch).",
 )
 @click.option(

@@ -24,7 +24,8 @@ from mlx_randygpt.cli.options import (
     optimizer_option,
     threads_option,
 )
-from mlx_randygpt.cli.output import print_json, show, show_facts
+from mlx_randygpt.cli.output import echo, print_json, show, show_facts
+from mlx_randygpt.cli.values import Number
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.words import format_bytes, format_duration
 
@@ -64,9 +65,11 @@ TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
     help="Devices that share each batch.",
 )
 @click.option(
-    "--link", type=float, help="GB/s between hosts, each way.  [default: that of the device]"
+    "--link",
+    type=Number(0, min_open=True),
+    help="GB/s between hosts, each way.  [default: that of the device]",
 )
-@click.option("--cost-per-hour", type=click.FloatRange(0), help="Price of one host per hour.")
+@click.option("--cost-per-hour", type=Number(0), help="Price of one host per hour.")
 @threads_option
 @backend_option
 @json_option
@@ -110,7 +113,7 @@ def command(
         raise ConfigError(f"tokens={n_tokens:g} is out of range; it must be 1 to 1e18")
     rate = None
     if device == "this":
-        click.echo("Measuring short steps on this machine …", err=True)
+        echo("Measuring short steps on this machine …", err=True)
         rate = measure_rate(model, train, name, hosts, threads)
     work = Workload(
         model=model,
@@ -163,9 +166,9 @@ def draw(plan: Plan, model: ModelConfig, train: TrainConfig) -> None:
             ("Device", f"{hosts}, {backend}"),
         ]
     )
-    click.echo()
+    echo()
     show(memory_table(plan))
-    click.echo()
+    echo()
     show_facts(facts(plan, model, train))
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.output import echo, show
+from mlx_randygpt.cli.values import FilePath, Number
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -22,16 +24,14 @@ AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the
 
 
 @click.command("plot", cls=Command)
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=FilePath(path_type=Path))
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False),
     help="The picture to write: .svg, .html or .png.  [default: draw in the terminal]",
 )
-@click.option(
-    "--smooth", type=click.FloatRange(0), help="Steps to average over.  [default: 1 % of all]"
-)
+@click.option("--smooth", type=Number(0), help="Steps to average over.  [default: 1 % of all]")
 def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -> None:
     """Plot loss, learning rate, gradient norm and speed of one or more runs.
 
@@ -49,7 +49,7 @@ def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -
         _draw(records, span)
         return
     _write(output, records, span)
-    click.echo(f"✓ Saved {output}")
+    echo(f"✓ Saved {output}")
 
 
 def _write(output: Path, records: list[RunRecord], span: float) -> None:
@@ -63,7 +63,7 @@ def _write(output: Path, records: list[RunRecord], span: float) -> None:
             files.write(output, picture.getvalue())
             return
         text = page(records, span) if output.suffix == ".html" else svg(records, span)
-        files.write(output, text.encode())
+        files.write(output, text.encode("utf-8", "replace"))  # a name need not be UTF-8
     except OSError as error:
         raise MetricsError(f"{output} cannot be written: {error.strerror}") from error
 
@@ -79,10 +79,10 @@ def _draw(records: list[RunRecord], span: float) -> None:
     width = max(MIN_WIDTH, min(console.width, MAX_WIDTH)) if console.is_terminal else 80
     for i, label in enumerate(labels(records)):
         line = Text.assemble((f"{_letter(i)} ━━ ", STYLES[i % len(STYLES)]), clean_text(label))
-        console.print(line, soft_wrap=not console.is_terminal)
+        show(line, console, soft_wrap=not console.is_terminal)
     for name, title, _ in PANELS:
         for line in chart(records, name, title, width, span):
-            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+            show(line, console, no_wrap=True, overflow="ignore", crop=False)
 
 
 def chart(records: list[RunRecord], name: str, title: str, width: int, span: float) -> list[Text]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.cli.output import echo, print_json, show
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 from mlx_randygpt.words import format_bytes
 
@@ -32,7 +33,7 @@ def command(recipe: str, json: bool) -> None:
         print_json({"recipe": recipe, "vocab_size": VOCAB_SIZE, "presets": rows})
         return
     show(_table(rows))
-    click.echo(
+    echo(
         f"\nParameters of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the default "
         f"preset is {DEFAULT_PRESET}.\n16 B/param: memory for training (weights, gradients, two "
         "moments) without activations.\nOn disk: the size of a checkpoint (weights and moments)."
@@ -46,18 +47,16 @@ def sizes(name: str, recipe: str) -> dict[str, Any]:
     two; `training_bytes` counts two for every weight.
     """
     from mlx_randygpt import settings
-    from mlx_randygpt.model import parameter_count, parameters
+    from mlx_randygpt.model import parameter_count, second_moment_shapes
 
     model, train = settings.resolve_new({"preset": name, "recipe": recipe}, VOCAB_SIZE)
-    n, by_muon = parameter_count(model), 0
-    if train.optimizer == "muon":
-        by_muon = sum(weight.size for weight in parameters(model) if weight.is_block_matrix)
+    n, shapes = parameter_count(model), second_moment_shapes(model, train).values()
     return {
         "name": name,
         **{size: getattr(model, size) for size in SIZES},
         "parameters": n,
         "training_bytes": 16 * n,
-        "checkpoint_bytes": 4 * (3 * n - by_muon),
+        "checkpoint_bytes": 4 * (2 * n + sum(prod(shape) for shape in shapes)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import click
 
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import print_json, show, stdout_console
+from mlx_randygpt.cli.output import echo, print_json, show, stdout_console
+from mlx_randygpt.cli.values import FilePath
 
 GAP = 2  # columns between two columns
 MAX_NAME = 24  # columns of a name before a number has to make way for it
@@ -18,7 +20,7 @@ DROPPED_FIRST = ("tokens", "time", "train", "last", "at step", "step")  # on a n
 
 
 @click.command("runs", cls=Command)
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, type=FilePath(path_type=Path))
 @json_option
 def command(folders: tuple[Path, ...], json: bool) -> None:
     """Compare runs: best and last loss, steps, time, tokens, and settings that differ.
@@ -26,19 +28,29 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
     A FOLDER is a run, or contains runs at any depth; the default is the current folder.
     """
     from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, read_run
+    from mlx_randygpt.files import walk
 
-    files = sorted({f for folder in folders or (Path(),) for f in folder.rglob("metrics.jsonl")})
+    folders = folders or (Path(),)
+    unreadable: list[str] = []
+
+    def skip(error: OSError) -> None:
+        unreadable.append(f"{error.filename} cannot be read: {error.strerror}")
+        echo(f"Skipped: {unreadable[-1]}", err=True)
+
+    below = (walk(folder, lambda entry: not entry.is_symlink(), skip) for folder in folders)
+    places = sorted({path.parent for path in chain(*below) if path.name == "metrics.jsonl"})
     runs: list[tuple[Path, RunRecord]] = []
-    for file in files:
+    for folder in places:
         try:
-            runs.append((file.parent, read_run(file.parent)))
+            runs.append((folder, read_run(folder)))
         except MetricsError as error:
-            click.echo(f"Skipped: {error}", err=True)
+            echo(f"Skipped: {error}", err=True)
         except OSError as error:
-            click.echo(f"Skipped: {file} cannot be read: {error.strerror}", err=True)
+            skip(error)
     if not runs:
-        searched = ", ".join(map(str, folders)) or "."
-        raise MetricsError(f"no run below {searched}; a run is a folder of `mlxgpt train --out`")
+        searched = ", ".join(map(str, folders))
+        reason = unreadable[0] if unreadable else "a run is a folder of `mlxgpt train --out`"
+        raise MetricsError(f"no run below {searched}; {reason}")
     runs.sort(key=lambda run: float(run[1].best.get("val_loss", math.inf)))
     settings = differing_settings([record for _, record in runs])
     rows = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,15 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import Loaded, load, parse_biases
 from mlx_randygpt.cli.options import (
     backend_option,
+    check_options,
     checkpoint_option,
     json_option,
     quantize_option,
+    require_check,
     sampling_options,
 )
-from mlx_randygpt.cli.output import print_json, show
+from mlx_randygpt.cli.output import echo, print_json, show
+from mlx_randygpt.cli.values import ExistingFile, Number
 from mlx_randygpt.words import clean_text
 
 if TYPE_CHECKING:
@@ -38,13 +40,14 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
 @click.option(
     "--prompt-file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    type=ExistingFile(allow_dash=True),
     help="File with the prompt; - is stdin.",
 )
 @sampling_options
 @click.option("--beams", default=1, show_default=True, help="Beams of a beam search; 1 samples.")
 @click.option(
     "--length-penalty",
+    type=Number(-10, 10),
     default=1.0,
     show_default=True,
     help="Length penalty of beams; above 1 favours long texts.",
@@ -52,6 +55,7 @@ N_ALTERNATIVES = 5  # to show for each token
 @click.option("--num-samples", default=1, show_default=True, help="Texts to generate.")
 @click.option("--no-echo", is_flag=True, help="Do not print the prompt.")
 @click.option("--show-probs", is_flag=True, help="Colour tokens by probability; list alternatives.")
+@check_options
 @click.option("--interactive", is_flag=True, help="Chat; the same as `mlxgpt chat`.")
 @quantize_option
 @backend_option
@@ -69,6 +73,8 @@ def command(
     stop: tuple[str, ...],
     no_echo: bool,
     show_probs: bool,
+    check: bool,
+    data: tuple[str, ...],
     interactive: bool,
     logit_bias: tuple[str, ...],
     backend: str,
@@ -77,11 +83,11 @@ def command(
     **filters: Any,
 ) -> None:
     """Generate text with a trained model. The same seed and settings give the same text."""
-    from mlx_randygpt.cli.training.text import unknown_line
+    from mlx_randygpt.cli.copies import copies_json, load_training_text, show_copies
     from mlx_randygpt.data.files import find_files
     from mlx_randygpt.data.reading import read_text
     from mlx_randygpt.sampling.filters import SampleConfig
-    from mlx_randygpt.words import unify_newlines
+    from mlx_randygpt.words import unify_newlines, unknown_line
 
     _check_usage(ctx.params)
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
@@ -93,11 +99,12 @@ def command(
 
         converse(loaded, config)
         return
+    original = load_training_text(loaded.saved, loaded.tokenizer, data) if check else None
     if prompt_file is not None:
         prompt = read_text(find_files([str(prompt_file)])[0])
     prompt = unify_newlines(loaded.saved.train.prompt if prompt is None else prompt)
     if line := unknown_line(loaded.tokenizer.unknown(prompt)):
-        click.echo(line, err=True)
+        echo(line, err=True)
     printer = Printer("" if no_echo else prompt, config, json or num_samples > 1 or show_probs)
     started, samples = time.perf_counter(), list["Generated"]()
     for samples in _generate(
@@ -110,13 +117,20 @@ def command(
     ):
         printer.update(samples)
     seconds = time.perf_counter() - started
+    texts = [sample.text for sample in samples]
     if json:
-        print_json(_report(samples, prompt, seconds, loaded))
+        rows = _report(samples, prompt, seconds, loaded)
+        for row, found in zip(rows, original.find(texts) if original else [], strict=False):
+            assert original
+            row["copies"] = copies_json(row["text"], found, original.changed)
+        print_json(rows[0] if len(rows) == 1 else {"samples": rows})
     elif show_probs:
         for sample in samples:
             show_choices("" if no_echo else prompt, sample, loaded.tokenizer)
     else:
         printer.end(samples)
+    if original and not json:
+        show_copies(texts, original.find(texts))
 
 
 def _check_usage(given: dict[str, Any]) -> None:
@@ -133,12 +147,14 @@ def _check_usage(given: dict[str, Any]) -> None:
         for name, option in (("num_samples", "--num-samples"), ("show_probs", "--show-probs")):
             if given[name] > 1 or given[name] is True:
                 raise click.UsageError(f"--beams finds one text; it cannot use {option}")
+    require_check(given["check"], given["data"])
     if given["interactive"]:
         is_set = {
             "--json": given["json"],
             "--beams": given["beams"] > 1,
             "--num-samples": given["num_samples"] > 1,
             "--show-probs": given["show_probs"],
+            "--check": given["check"],
             "--prompt": given["prompt"] is not None,
             "--prompt-file": bool(given["prompt_file"]),
         }
@@ -174,7 +190,7 @@ class Printer:
         self._prompt, self._stops, self._quiet = prompt, config.stop, quiet
         self._shown = 0
         if not quiet:
-            self._write(prompt)
+            echo(prompt, nl=False)
 
     def update(self, samples: list[Generated]) -> None:
         """Write the text that can no longer turn into a stop text."""
@@ -184,25 +200,21 @@ class Printer:
 
         text, done = samples[0].text, samples[0].finish_reason
         ready = len(text) if done else shown_length(text, self._stops)
-        self._write(text[self._shown : ready])
+        echo(text[self._shown : ready], nl=False)
         self._shown = max(self._shown, ready)
 
     def end(self, samples: list[Generated]) -> None:
         """Write the rest and a newline."""
         if not self._quiet:
-            self._write((samples[0].text[self._shown :] if samples else "") + "\n")
+            echo(samples[0].text[self._shown :] if samples else "")
             return
         for index, sample in enumerate(samples):
-            self._write("---\n" * (index > 0) + self._prompt + sample.text + "\n")
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+            echo("---\n" * (index > 0) + self._prompt + sample.text)
 
 
 def _report(
     samples: list[Generated], prompt: str, seconds: float, loaded: Loaded
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     total = sum(len(sample.ids) for sample in samples)
     rows = []
     for sample in samples:
@@ -226,7 +238,7 @@ def _report(
                 for choice in sample.choices
             ]
         rows.append(row)
-    return rows[0] if len(rows) == 1 else {"samples": rows}
+    return rows
 
 
 # Highest probability and its style, from surprising to expected: distinguishable without red and

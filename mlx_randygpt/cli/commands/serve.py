@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import socket
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +19,23 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import build, parse_biases, read
 from mlx_randygpt.cli.options import (
     backend_option,
+    check_options,
     checkpoint_option,
     quantize_option,
+    require_check,
     sampling_options,
 )
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.config import UserError, missing
 
 if TYPE_CHECKING:
     from mlx_randygpt.checkpoint import Checkpoint
     from mlx_randygpt.serve import ServedModel
+    from mlx_randygpt.serve.api import Api
     from mlx_randygpt.tokenizers import Tokenizer
 
+SWITCH_SECONDS = 0.0005  # for which a thread that computes can keep the event loop waiting
 N_POINTS = 1000  # of a loss curve on the page
-GRACE_SECONDS = 5  # for running texts when the server stops
 
 
 class ServeError(UserError, RuntimeError):
@@ -65,6 +72,7 @@ class ServeError(UserError, RuntimeError):
     help="Texts that can wait; more are refused with 503.",
 )
 @sampling_options
+@check_options
 @quantize_option
 @backend_option
 @click.pass_context
@@ -80,6 +88,8 @@ def command(
     queue: int,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
+    check: bool,
+    data: tuple[str, ...],
     backend: str,
     quantize: int | None,
     **filters: Any,
@@ -87,11 +97,13 @@ def command(
     """Serve a trained model: the OpenAI API, and a page in the browser."""
     from mlx_randygpt.sampling.filters import SampleConfig
 
+    require_check(check, data)
     SampleConfig(stop=stop, **filters)  # check the options before loading anything
     _require_extra()
     from mlx_randygpt.serve import Settings
     from mlx_randygpt.serve.api import Api
     from mlx_randygpt.serve.engine import Engine
+    from mlx_randygpt.serve.http import is_loopback
     from mlx_randygpt.serve.metrics import Metrics
 
     path, saved, tokenizer = read(checkpoint)
@@ -101,9 +113,10 @@ def command(
         api_key=api_key,
         defaults=SampleConfig(stop=stop, logit_bias=bias, **filters),
         seed=None if seed_source is click.core.ParameterSource.DEFAULT else filters["seed"],
-        loopback_only=host in ("localhost", "127.0.0.1", "::1"),
     )
     served, metrics = _describe_model(name, path, saved, tokenizer), Metrics()
+    if check:
+        served = replace(served, find_copies=_copies_finder(saved, tokenizer, data))
     if quantize is not None:
         options = (*served.options, "--quantize", str(quantize))
         served = replace(served, params={}, options=options)
@@ -118,25 +131,28 @@ def command(
             n_waiting=queue,
         )
         engine.start()
-        _serve(Api(served, settings, engine, metrics).app(), listening, host)
+        # a name for another machine is not checked: the server cannot know all of its own
+        is_local = is_loopback(listening.getsockname()[0])
+        names = ("localhost", host.lower()) if is_local else None
+        settings = replace(settings, host_names=names)
+        _serve(Api(served, settings, engine, metrics), listening)
 
 
-def _serve(app: Any, listening: socket.socket, host: str) -> None:
-    import uvicorn
+def _serve(api: Api, listening: socket.socket) -> None:
+    from mlx_randygpt.serve.server import Server, connection_limit
 
-    port = listening.getsockname()[1]
+    host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    click.echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=65,
-        server_header=False,
-        ws="none",
-        lifespan="on",
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    server = Server(api.app(), listening, api.stop, connection_limit(), _exit_at_once)
+    server.serve_until_signal()
+
+
+def _exit_at_once(number: int) -> None:
+    """End the process although a thread is busy; nothing is lost, for a server writes no files."""
+    echo("Stopped before a computation had ended.", err=True)
+    os._exit(128 + number)
 
 
 def _require_extra() -> None:
@@ -153,15 +169,17 @@ def _require_extra() -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; raise ServeError if the port is taken or not allowed."""
+    if not host:
+        raise ServeError("--host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(1024)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the last two: not a host name
         listening.close()
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise ServeError(f"cannot listen on {host}:{port}: {reason}; try another --port") from error
     return listening
 
@@ -170,12 +188,13 @@ def _describe_model(
     name: str | None, path: Path, saved: Checkpoint, tokenizer: Tokenizer
 ) -> ServedModel:
     """Return the model's facts; its default name is the run folder's."""
+    from mlx_randygpt.files import resolve
     from mlx_randygpt.serve import ServedModel
 
     digest = hashlib.sha256()
     for weight in saved.state.params.values():
         digest.update(weight.tobytes())
-    folders = path.resolve().parents
+    folders = resolve(path).parents
     folder = next((f.name for f in folders if f.name not in ("", "checkpoints")), "model")
     return ServedModel(
         name=name or folder,
@@ -191,16 +210,33 @@ def _describe_model(
     )
 
 
+def _copies_finder(
+    saved: Checkpoint, tokenizer: Tokenizer, data: tuple[str, ...]
+) -> Callable[[str], dict[str, Any]]:
+    """Load the training text; return a function from a text to what it copies."""
+    from mlx_randygpt.cli.copies import copies_json, load_training_text
+
+    original = load_training_text(saved, tokenizer, data)
+    return lambda text: copies_json(text, original.find([text])[0], original.changed)
+
+
 def _read_curve(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return the run's losses, at most N_POINTS of each; none if the file is missing."""
+    """Return the run's losses, at most N_POINTS of each; none if the file is missing.
+
+    Damaged lines are skipped, a file that cannot be read is reported.
+    """
+    from mlx_randygpt.files import is_file
     from mlx_randygpt.screen.curve import Curve
 
     curves = {"loss": Curve(N_POINTS), "val_loss": Curve(N_POINTS)}
-    with contextlib.suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                report = json.loads(line)
-                for name, curve in curves.items():
-                    if name in report:
-                        curve.add(float(report["step"]), float(report[name]))
+    try:
+        with open(path if is_file(path) else os.devnull, "rb") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    report = json.loads(line)
+                    for name, curve in curves.items():
+                        if name in report:
+                            curve.add(float(report["step"]), float(report[name]))
+    except OSError as error:
+        echo(f"Left out: the curve; {path} cannot be read: {error.strerror}", err=True)
     return {name: curve.points for name, curve in curves.items()}

@@ -11,6 +11,7 @@ from mlx_randygpt.cli.config_file import RESUME_NEWEST
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import (
     backend_option,
+    data_path,
     dtype_option,
     given_options,
     grad_accum_option,
@@ -22,24 +23,29 @@ from mlx_randygpt.cli.options import (
     threads_option,
     tokenizer_options,
 )
+from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import ON_NAN, SCHEDULES
 
 
 @click.command("train", cls=Command)
-@click.option("--iters", type=int, help="Step to train to; on resume, the total.  [default: 1000]")
+@click.option(
+    "--iters", type=int, help="Step to train to; on resume, the total.  [default: 1000, or rule]"
+)
 @click.option(
     "--data",
+    type=data_path,
     multiple=True,
     help="Text, source code, .jsonl, .parquet, .gz, .zst, train.bin, a folder, a glob, or - for "
     "stdin; repeatable.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a bundled sample]",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help="Folder for checkpoints and metrics.  [default: checkpoints, or that of --resume PATH]",
 )
 @click.option(
     "--resume",
+    type=FilePath(readable=False),
     is_flag=False,
     flag_value=RESUME_NEWEST,
     metavar="[PATH]",
@@ -65,7 +71,7 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
 @options(
     click.option(
         "--init-from",
-        type=click.Path(path_type=Path),
+        type=FilePath(path_type=Path),
         metavar="PATH",
         help="Fine-tuning: start at step 0 from the weights of this checkpoint.",
     ),
@@ -90,7 +96,7 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
     ),
     grad_accum_option,
     optimizer_option,
-    click.option("--lr", type=float, help="Peak learning rate.  [default: recipe]"),
+    click.option("--lr", type=float, help="Peak learning rate.  [default: recipe, or rule]"),
     click.option(
         "--min-lr", type=float, help="Learning rate at the end of the decay.  [default: recipe]"
     ),

@@ -23,9 +23,11 @@ from mlx_randygpt.checkpoint import (
     NEWEST,
     Checkpoint,
     CheckpointError,
+    Position,
     UnreadableError,
     load_checkpoint,
-    peek_step,
+    peek_position,
+    position_of,
     serialize,
     write_atomically,
 )
@@ -95,11 +97,13 @@ class RunFolder:
         return self.path
 
     def _recreate(self) -> None:
-        """Create the folder again, or one beside it if another run has the name by now."""
+        """Create the folder again, or one beside it if the name is another run's or no folder's."""
         old, path = self.path, self.path
         try:
             lock = lock_folder(path)
-        except FolderInUse:
+        except FolderError as error:
+            if not isinstance(error.__cause__, BlockingIOError | FileExistsError):
+                raise
             path = old.with_name(f"{old.name}-{os.getpid()}")
             lock = lock_folder(path)
         self.path = path
@@ -120,7 +124,6 @@ class RunFolder:
         A fresh run empties the logs and removes another run's checkpoints, except the newest,
         which its own first one replaces.
         """
-        self._config_toml = config_toml
         try:
             for old in list_checkpoints(self.path) if fresh else ():
                 if old.name != NEWEST:
@@ -132,6 +135,7 @@ class RunFolder:
             self.logs.open(self.path, fresh=fresh)
             with contextlib.suppress(OSError):  # a disk that refuses is reported by the first save
                 files.sync_folder(self.path)
+            self._config_toml = config_toml
         except OSError as error:
             name = error.filename or self.path
             raise FolderError(f"{name} cannot be written: {error.strerror}") from error
@@ -318,17 +322,15 @@ def _drop_torn_line(file: FileIO) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder: checkpoint.safetensors first, then the latest."""
+    """Return the checkpoints of a folder: checkpoint.safetensors first, then by their names."""
     try:
         with os.scandir(folder) as entries:  # glob would pass over a folder that it cannot read
             names = [entry.name for entry in entries if CHECKPOINT.fullmatch(entry.name)]
-        paths = [folder / name for name in names]
-        times = {path: path.stat().st_mtime for path in paths if files.exists(path)}
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise FolderError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
-    return sorted(paths, key=lambda path: (path.name != NEWEST, -times.get(path, 0.0)))
+    return [folder / name for name in sorted(names, key=lambda name: (name != NEWEST, name))]
 
 
 def refuse_checkpoints(
@@ -342,23 +344,24 @@ def refuse_checkpoints(
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
-    """Return the valid checkpoint of the highest step, and a line for each damaged file.
+    """Return the valid checkpoint of the highest position, and a line for each damaged file.
 
-    This is the checkpoint of a bare --resume. Raises CheckpointError if there is none, or if the
-    system does not let one be read: it can be the furthest.
+    This is the checkpoint of a bare --resume; clocks and times of files do not count. Of several
+    at one position it is checkpoint.safetensors. Raises CheckpointError if there is none, or if
+    the system does not let one be read: it can be the furthest.
     """
     paths = list_checkpoints(folder)
     if not paths:
         raise CheckpointError(no_checkpoint(folder))
-    steps, skipped = dict[Path, int](), list[str]()
+    positions, skipped = dict[Path, Position](), list[str]()
     for path in paths:
         try:
-            steps[path] = peek_step(path)
+            positions[path] = peek_position(path)
         except UnreadableError as error:
             raise _cannot_choose(error) from error
         except CheckpointError as error:
             skipped.append(f"Skipped: {error}")
-    for path in sorted(steps, key=lambda path: _rank(path, steps), reverse=True):
+    for path in sorted(positions, key=positions.__getitem__, reverse=True):
         try:
             return load_checkpoint(path), skipped
         except UnreadableError as error:
@@ -374,17 +377,21 @@ def _cannot_choose(error: UnreadableError) -> CheckpointError:
     return CheckpointError(f"{error}; {advice}")
 
 
-def _rank(path: Path, steps: dict[Path, int]) -> tuple[bool, bool, int]:
-    """Return a sort key: checkpoint.safetensors is highest unless another is further and newer.
+def generation_of(folder: Path, start: Position) -> int:
+    """Return the generation of a run in this folder that starts at this position.
 
-    A kill between two saves can leave such a file. Without checkpoint.safetensors the furthest
-    is highest.
+    It is a new one if the folder holds a later state: the run then goes back behind it. A file
+    whose position cannot be read counts as later.
     """
-    newest = path.with_name(NEWEST)
-    if newest not in steps:
-        return False, False, steps[path]
-    is_newer = path.stat().st_mtime_ns > newest.stat().st_mtime_ns
-    return is_newer and steps[path] > steps[newest], path == newest, steps[path]
+    later = list[int]()
+    for path in list_checkpoints(folder):
+        try:
+            position = peek_position(path)
+        except CheckpointError:
+            later.append(start.generation)
+        else:
+            later += [position.generation] if position > start else []
+    return max(later) + 1 if later else start.generation
 
 
 def make_newest(folder: Path, saved: Checkpoint) -> None:
@@ -399,20 +406,34 @@ def make_best(folder: Path, saved: Checkpoint) -> None:
 
 
 def _advance(path: Path, saved: Checkpoint) -> None:
-    try:
-        is_as_far = peek_step(path) >= saved.state.step
-    except UnreadableError:
-        raise
-    except CheckpointError:  # missing or damaged
-        is_as_far = False
-    if not is_as_far:
+    if _position_at(path) < position_of(saved):
         write_atomically(path, serialize(saved))
 
 
-def set_best_aside(folder: Path, step: int) -> str:
-    """Rename the best checkpoint if it is from beyond `step`; return a line about it, or ""."""
+def _position_at(path: Path) -> Position:
+    """Return the position of a file; below all others if it is missing or damaged."""
+    try:
+        return peek_position(path)
+    except UnreadableError:
+        raise
+    except CheckpointError:
+        return Position(-1, -1)
+
+
+def restore_best(folder: Path, saved: Checkpoint) -> str:
+    """Make the best checkpoint of a folder that of a run which continues from this state.
+
+    One from further on is renamed: return a line about it, else "".
+    """
+    moved = _set_best_aside(folder, saved.state.step)
+    make_best(folder, saved)
+    return moved
+
+
+def _set_best_aside(folder: Path, step: int) -> str:
     best = folder / BEST
-    if not files.exists(best) or (best_step := peek_step(best)) <= step:
+    best_step = _position_at(best).step
+    if best_step <= step:
         return ""
     aside = best.with_name(f"checkpoint_best-{best_step}.safetensors")
     best.rename(aside)

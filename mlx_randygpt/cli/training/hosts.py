@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.config import UserError
+from mlx_randygpt.files import read_text
 
 HERE = ("127.0.0.1", "localhost", "::1")
 
@@ -44,7 +45,7 @@ class Hosts:
         with variables as "envs".
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
         except OSError as error:
             raise LaunchError(f"{path} cannot be read: {error.strerror}") from error
         except ValueError as error:

@@ -23,8 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import click
-
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import install, uninstall
 from mlx_randygpt.cli.training.hosts import Hosts
 from mlx_randygpt.cli.training.request import LAUNCH
@@ -88,7 +87,7 @@ class RankProcesses:
                     self._shorten_deadline(GRACE_SECONDS)
                 if code < 0:
                     name = signal.Signals(-code).name
-                    click.echo(f"Rank {rank} was killed by {name}.", err=True)
+                    echo(f"Rank {rank} was killed by {name}.", err=True)
             if time.monotonic() > self._deadline:
                 self._end(running)
             time.sleep(POLL_SECONDS)
@@ -188,4 +187,4 @@ def _label(rank: int, output: IO[bytes]) -> None:
         for line in output:
             if line.startswith(b"[ring]"):
                 continue
-            click.echo(f"rank {rank}: {line.decode(errors='replace').rstrip()}", err=True)
+            echo(f"rank {rank}: {line.decode(errors='replace').rstrip()}", err=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_randygpt.analysis.metrics import metrics_row
 from mlx_randygpt.config import UserError
+from mlx_randygpt.files import resolve
 from mlx_randygpt.training.reports import Report
 from mlx_randygpt.words import one_line
 
@@ -43,13 +44,13 @@ def _tensorboard(module: Any, folder: Path, settings: dict[str, Any]) -> Logger:
 
 
 def _wandb(module: Any, folder: Path, settings: dict[str, Any]) -> Logger:
-    name = folder.resolve().name
+    name = resolve(folder).name
     run = module.init(project=PROJECT, name=name, config=settings, dir=str(folder))
     return Logger(lambda values, step: run.log(values, step=step), run.finish)
 
 
 def _trackio(module: Any, folder: Path, settings: dict[str, Any]) -> Logger:
-    module.init(project=PROJECT, name=folder.resolve().name, config=settings)
+    module.init(project=PROJECT, name=resolve(folder).name, config=settings)
     return Logger(lambda values, step: module.log(values, step=step), module.finish)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt import settings
-from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, peek_step
+from mlx_randygpt.checkpoint import NEWEST, CheckpointError, peek_step
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import parameter_count, trained_count
@@ -19,7 +19,14 @@ from mlx_randygpt.words import format_count
 
 LAUNCH = "MLXGPT_LAUNCH"  # how `mlxgpt launch` was called, for the command that resumes
 DEFAULT_OUT = Path("checkpoints")
-RECIPE_ONLY = ("adamw_lr_ratio", "beta1", "beta2", "adam_eps", "momentum")  # without options
+RECIPE_ONLY = (
+    "adamw_lr_ratio",
+    "beta1",
+    "beta2",
+    "adam_eps",
+    "momentum",
+    "muon_beta2",
+)  # without options
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,7 @@ def sample_line(request: TrainRequest) -> str:
     """Return the command that samples from this run's best checkpoint."""
     words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
     if request.out != DEFAULT_OUT:
-        best = request.out / BEST
-        words += ["--checkpoint", str(best if os.path.exists(best) else request.out / NEWEST)]
+        words += ["--checkpoint", str(request.out)]
     return shlex.join(words)
 
 

@@ -6,14 +6,17 @@ import contextlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import click
 import numpy as np
 from rich.console import Console
 
+from mlx_randygpt.analysis.copies import find_copies
 from mlx_randygpt.backends import choose
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError
+from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
+from mlx_randygpt.cli.audit import check_start
+from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.loading import describe_backend
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.agreement import (
@@ -21,7 +24,12 @@ from mlx_randygpt.cli.training.agreement import (
     checkpoint_without_arrays,
     start_message,
 )
-from mlx_randygpt.cli.training.folder import RunFolder, no_checkpoint, set_best_aside
+from mlx_randygpt.cli.training.folder import (
+    RunFolder,
+    generation_of,
+    no_checkpoint,
+    restore_best,
+)
 from mlx_randygpt.cli.training.loggers import Loggers
 from mlx_randygpt.cli.training.request import (
     TrainRequest,
@@ -41,12 +49,15 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
+from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
 from mlx_randygpt.training.early import early_kinds
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
-from mlx_randygpt.training.reports import EndLog, SaveLog
+from mlx_randygpt.training.reports import EndLog, SampleLog, SaveLog
+
+MAX_SEARCHED_TOKENS = 1 << 24  # at the end of a run, so that it takes a few seconds at most
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def train_command(request: TrainRequest) -> int:
     with StopSignals() as signals, Team(timeout) as team, overflow_is_checked:
         if team.rank > 0:
             return run_follower(request, team, signals)
-        if request.resume_newest and not request.out.is_dir():
+        if request.resume_newest and not is_run_folder(request.out):
             raise CheckpointError(no_checkpoint(request.out))
         with RunFolder(request.out) as folder:
             return run_leader(request, team, folder, signals)
@@ -90,7 +101,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         source = load_source(request, folder)
         if source.finished:
             for line in (*source.skipped, source.finished):
-                click.echo(line)
+                echo(line)
             team.group.broadcast(None)
             return 0
         saved, skipped = source.checkpoint, source.skipped
@@ -102,7 +113,8 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
     team.group.broadcast(message)
     team.agree(agreed_values(run, backend_name))
     backend = team.make_backend(backend_name, run.model, run.train, start.state)
-    notes = [*start.notes, *filter(None, [documents_note(run)])]
+    checked = check_start(start.corpus, text.reading(request.options, start.data))
+    notes = [*filter(None, [checked, *start.notes, documents_note(run)])]
     history = History()
     if request.resuming:
         past = request.resume.parent if request.resume else folder.path
@@ -124,11 +136,14 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         sample_every=run.train.sample_every,
         early=early,
     )
-    del source, saved, start  # the backend has its own copy of the state
     loggers = Loggers(request.options.get("log", ()), notes.append)
     loggers.begin(request.out, asdict(run.model) | asdict(run.train))
     # From here on nothing is refused, so files of the folder can change.
-    moved = set_best_aside(folder.path, backend.step) if request.resume else ""
+    position = Position(run.progress.generation, backend.step if request.resuming else -1)
+    generation = generation_of(folder.path, position)
+    run = replace(run, progress=replace(run.progress, generation=generation))
+    moved = restore_best(folder.path, saved) if saved and request.resuming else ""
+    del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
     notes[:0] = [*skipped, *filter(None, [moved])]
     if (device := backend.device).endswith("(Metal)"):
@@ -191,7 +206,7 @@ def show_run(session: Session) -> int:
         for note in session.notes:
             view.note(note)
         try:
-            end = _show_reports(session, saves)
+            end, sample = _show_reports(session, saves)
         except TrainingDiverged as error:
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
@@ -200,13 +215,16 @@ def show_run(session: Session) -> int:
         logs.flush()
         for line in filter(None, (*session.folder.news, logs.unwritten())):
             view.note(line)
-    return _conclude(session, end, saves)
+    return _conclude(session, end, saves, sample)
 
 
-def _show_reports(session: Session, saves: dict[str, SaveLog]) -> EndLog | None:
-    """Train and pass on every report; collect those of files in `saves`."""
+def _show_reports(
+    session: Session, saves: dict[str, SaveLog]
+) -> tuple[EndLog | None, SampleLog | None]:
+    """Train and pass on every report; return the end and the last sample, collect `saves`."""
     run, view, folder, team = session.run, session.view, session.folder, session.team
     end: EndLog | None = None
+    sample: SampleLog | None = None
     stop, sync = team.group.should_stop, folder.logs.sync
     for report in train(
         run, session.backend, folder.locate, stop, sync_logs=sync, early=session.early
@@ -222,11 +240,15 @@ def _show_reports(session: Session, saves: dict[str, SaveLog]) -> EndLog | None:
                 view.note(f"Interrupted at iteration {end.step}. Saving checkpoint...")
         if isinstance(report, SaveLog):
             saves[Path(report.path).name] = report
+        if isinstance(report, SampleLog):
+            sample = report
         view.show(report)
-    return end
+    return end, sample
 
 
-def _conclude(session: Session, end: EndLog | None, saves: dict[str, SaveLog]) -> int:
+def _conclude(
+    session: Session, end: EndLog | None, saves: dict[str, SaveLog], sample: SampleLog | None
+) -> int:
     """Print how to continue, or raise CheckpointError if the last state is not on the disk."""
     request, view, team = session.located_request, session.view, session.team
     for save in sorted(saves.values(), key=lambda save: save.best):
@@ -237,10 +259,22 @@ def _conclude(session: Session, end: EndLog | None, saves: dict[str, SaveLog]) -
     if view.lost:  # a closed pipe or terminal, or a full disk
         with contextlib.suppress(OSError):
             reason = f"the output cannot be written ({view.reason}), so the run has stopped"
-            click.echo(f"Error: {reason}. {recovery_line(request, session.run)}", err=True)
+            echo(f"Error: {reason}. {recovery_line(request, session.run)}", err=True)
         return team.exit_code or 1
     if end is not None and end.reason == "stopped":
-        click.echo(f"Go on with: {resume_line(request, session.run)}", file=session.console.file)
+        echo(f"Go on with: {resume_line(request, session.run)}", err=session.console.stderr)
     elif end is not None:
-        click.echo(f"Let it write: {sample_line(request)}", file=session.console.file)
+        if sample is not None:
+            echo(_copies_note(sample.text, session.run), err=session.console.stderr)
+        echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
     return team.exit_code
+
+
+def _copies_note(sample: str, run: Run) -> str:
+    """Return the line about what the last sample has copied from the training text."""
+    if len(run.train_tokens) > MAX_SEARCHED_TOKENS:
+        return (
+            "Copied by the sample: not searched in a long text; mlxgpt sample --check searches it"
+        )
+    (copies,) = find_copies([sample], decoded(np.asarray(run.train_tokens), run.tokenizer))
+    return f"Copied by the sample: {copies_line(sample, copies)}"

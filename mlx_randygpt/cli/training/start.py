@@ -9,7 +9,14 @@ from typing import Any
 
 from mlx_randygpt import files, settings
 from mlx_randygpt.backends.base import BackendError
-from mlx_randygpt.checkpoint import NEWEST, Checkpoint, CheckpointError, kept_name, load_checkpoint
+from mlx_randygpt.checkpoint import (
+    NEWEST,
+    Checkpoint,
+    CheckpointError,
+    is_run_folder,
+    kept_name,
+    load_checkpoint,
+)
 from mlx_randygpt.cli.loading import without_adapters
 from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
@@ -25,7 +32,7 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import Corpus, check_length, default_prompt
 from mlx_randygpt.data.reading import Reading
-from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
 from mlx_randygpt.data.windows import Documents
 from mlx_randygpt.model import add_adapters, initial_params
 from mlx_randygpt.progress import Progress
@@ -35,7 +42,7 @@ from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.loop import Run
 from mlx_randygpt.training.schedule import decay_start
-from mlx_randygpt.words import unify_newlines
+from mlx_randygpt.words import unify_newlines, unknown_line
 
 
 @dataclass(frozen=True)
@@ -73,15 +80,15 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
     """Load the checkpoint that the request names; raise if another run would be overwritten."""
     if request.resume_newest:
         saved, skipped = newest_checkpoint(folder.path)
-        make_best(folder.path, saved)
         _, train = settings.resolve_resume(request.options, saved.model, saved.train)
         if finished := finished_line(saved, train):
             make_newest(folder.path, saved)
+            make_best(folder.path, saved)
             return Source(saved, tuple(skipped), finished)
         return Source(checkpoint_before_decay(saved, train.iters, folder.path), tuple(skipped))
     if request.resume:
         saved = _load_file(request.resume)
-        is_own = request.resume.resolve().parent == request.out.resolve()
+        is_own = files.resolve(request.resume).parent == files.resolve(request.out)
         if not is_own:
             advice = f"to continue from {request.resume}, give --out another folder"
             refuse_checkpoints(folder.path, advice)
@@ -89,6 +96,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
         finished = finished_line(saved, train)
         if finished and is_own:
             make_newest(folder.path, saved)
+            make_best(folder.path, saved)
         return Source(saved, finished=finished)
     if not request.overwrite:
         refuse_checkpoints(folder.path)
@@ -98,7 +106,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
 
 
 def _load_file(path: Path) -> Checkpoint:
-    if path.is_dir():
+    if is_run_folder(path):
         raise CheckpointError(f"{path} is a folder; name the file, such as {path / NEWEST}")
     return load_checkpoint(path)
 
@@ -121,7 +129,11 @@ def new(request: TrainRequest, machine: Machine) -> Start:
     )
     model, train = settings.resolve_new(options, tokenizer.vocab_size, len(corpus.train))
     train, notes = complete(request, (model, train), machine, tokenizer, corpus)
-    notes += [dropout_note(options, model, train, corpus), text.advice(corpus, model)]
+    notes += [
+        settings.choices_note(options, train, len(corpus.train)),
+        dropout_note(options, model, train, corpus),
+        text.advice(corpus, model),
+    ]
     return Start(
         tokenizer=tokenizer,
         corpus=corpus,
@@ -160,11 +172,13 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
     how = text.reading(request.options, saved.data)
     try:
         files = text.files_of(request.data or saved.data["paths"])
-        _, corpus = text.load(files, how, tokenizer)
+        _, corpus = text.load(files, how, tokenizer, saved.data)
     except DataError as error:
         if request.data:
             raise
-        raise DataError(f"the text of this checkpoint: {error}; give it with --data") from error
+        raise DataError(
+            f"the text of this checkpoint cannot be read ({error}); give it with --data"
+        ) from error
     if corpus.sha256 != saved.data.get("sha256"):
         check_vocabulary(tokenizer, files, how)
     model, train = settings.resolve_resume(request.options, saved.model, saved.train)
@@ -217,8 +231,9 @@ def complete(
     train = replace(train, prompt=prompt)
     train, micro_batch_note = fit_micro_batch(request.options, model, train, machine.backend)
     check_length(corpus, model.block_size)
-    dropped = text.unknown_line(corpus.unknown), text.unknown_line(tokenizer.unknown(train.prompt))
-    return train, [*dropped, micro_batch_note]
+    dropped = unknown_line(tokenizer.unknown(train.prompt))
+    lines = [*text.tokenizer_lines(corpus, tokenizer), *text.split_lines(corpus)]
+    return train, [*lines, dropped, micro_batch_note]
 
 
 def _choose_threads(
@@ -295,7 +310,7 @@ def check_tokenizer(tokenizer: Tokenizer, options: Mapping[str, Any]) -> None:
     name, size = options.get("tokenizer"), options.get("vocab_size")
     if isinstance(tokenizer, CharTokenizer):
         size = size if size is not None and size < len(tokenizer.chars) else None  # a limit
-    if name is not None and name != kind and choose_tokenizer(name, 0) != tokenizer:
+    if name not in (None, AUTO, kind) and choose_tokenizer(name, 0) != tokenizer:
         raise ResumeError(
             f"Checkpoint tokenizer {kind} != tokenizer {name}; its weights need its own "
             "tokenizer: omit the option"
@@ -315,7 +330,7 @@ def check_vocabulary(tokenizer: Tokenizer, files: Sequence[Path], how: Reading) 
     if not isinstance(tokenizer, CharTokenizer):
         return
     with text.ProgressBar() as bar:
-        own = text.loader(how, bar).learn(files, Vocabulary())
+        own, _ = text.loader(how, bar).learn(files, Vocabulary())
     if own == tokenizer:
         return
     hint = "give the --data it was trained on, or --init-from to start a new run from its weights"

@@ -17,13 +17,13 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import click
 import numpy as np
 
 from mlx_randygpt.backends import make_backend, require_features
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.backends.ranks.group import Group, RankError, SingleRank, is_ranked, ring_hosts
 from mlx_randygpt.backends.ranks.heartbeat import Heartbeat, own_addresses
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.training.agreement import digest_arrays, digest_json
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.state import TrainState
@@ -65,9 +65,9 @@ class Team:
         if LIFELINE in os.environ:
             descriptor = int(os.environ[LIFELINE])
             threading.Thread(target=_hold, args=(descriptor,), daemon=True).start()
+        if not 1 <= self._timeout <= 3600:
+            raise RankError(f"--rank-timeout {self._timeout:g} is not between 1 and 3600 s")
         if is_ranked():
-            if not 1 <= self._timeout <= 3600:
-                raise RankError(f"--rank-timeout {self._timeout:g} is not between 1 and 3600 s")
             self.group = _join()
         if self.group.size > 1:
             self._watch.connect(self.group)
@@ -177,7 +177,7 @@ class Watch:
         self._heartbeat = heartbeat
         if group.rank == 0 and not connections.all():
             ranks = ", ".join(map(str, np.flatnonzero(connections == 0)))
-            click.echo(
+            echo(
                 f"Rank {ranks} has no heartbeat connection to rank 0 (firewall?). If it hangs, "
                 "the run will not notice.",
                 err=True,
@@ -207,7 +207,7 @@ class Watch:
         if not self._over:
             self._over = True
             self.release_terminal()
-            click.echo(f"Error: {self._message(reason)}", err=True)
+            echo(f"Error: {self._message(reason)}", err=True)
             os._exit(1)
 
     def _message(self, reason: str) -> str:
@@ -229,7 +229,7 @@ def _join() -> Group:
         if seconds > WAITING_NOTE_SECONDS and not noted:
             noted = True
             rank = os.environ.get("MLX_RANK", "?")
-            click.echo(f"Rank {rank}: waiting for the other ranks.", err=True)
+            echo(f"Rank {rank}: waiting for the other ranks.", err=True)
         if seconds > JOIN_SECONDS:
             raise RankError(f"the other ranks did not join within {JOIN_SECONDS} s; start all")
 

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_randygpt import settings
 from mlx_randygpt.backends.ranks.group import is_ranked
-from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.cli.output import echo
+from mlx_randygpt.cli.training.team import LIFELINE
+from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
-from mlx_randygpt.data.files import default_source, find_files
+from mlx_randygpt.data.files import default_source, find_files, is_pipe
 from mlx_randygpt.data.reading import Reading
-from mlx_randygpt.data.vocabulary import Vocabulary, choose_tokenizer
+from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
 from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.words import format_share, unknown_line
 
-N_SHOWN = 5  # kinds of unknown characters named in a message
 READING = ("encoding", "text_field")  # options that read other text from the same files
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
-    if "-" in paths and is_ranked():
-        raise DataError("several ranks have no stdin, so --data - is not possible; name a file")
+    pipe = next(filter(is_pipe, paths), "")
+    if pipe and (LIFELINE in os.environ or is_ranked()):
+        raise DataError(
+            f"ranks cannot read stdin or a pipe, so --data {pipe} is not possible; name a file"
+        )
+
+    def note(line: str) -> None:
+        echo(line, err=True)
+
     if paths:
-        return find_files(paths, lambda line: click.echo(line, err=True))
-    files, note = default_source(Path(), download_shakespeare)
-    click.echo(note, err=True)
+        return find_files(paths, note)
+    files, line = default_source(Path(), download_shakespeare, note)
+    note(line)
     return files
 
 
 def requested_tokenizer(options: Mapping[str, Any]) -> Tokenizer | Vocabulary:
     """Return the tokenizer that the options of a new run ask for, or what learns it."""
-    return choose_tokenizer(options.get("tokenizer", "char"), options.get("vocab_size", 0))
+    size = options.get("vocab_size")
+    if size == 0:
+        raise ConfigError("vocab_size=0 is too small; it must be at least 1, or left out")
+    return choose_tokenizer(options.get("tokenizer", AUTO), size or 0)
 
 
 def tokenizer_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,11 +71,18 @@ def reading(options: Mapping[str, Any], saved: Mapping[str, Any] | None = None) 
 
 
 def load(
-    files: Sequence[Path], how: Reading, tokenizer: Tokenizer | Vocabulary
+    files: Sequence[Path],
+    how: Reading,
+    tokenizer: Tokenizer | Vocabulary,
+    saved: Mapping[str, Any] | None = None,
 ) -> tuple[Tokenizer, Corpus]:
-    """Load the corpus of files, with a progress bar on stderr if that is a terminal."""
+    """Load the corpus of files, with a progress bar on stderr if that is a terminal.
+
+    `saved` is the `data` of the checkpoint whose split it has; None: that of a new run.
+    """
+    keeps_copies = saved is None or bool(saved.get("keeps_copies", False))
     with ProgressBar() as bar:
-        return loader(how, bar).load(files, tokenizer)
+        return replace(loader(how, bar), keeps_copies=keeps_copies).load(files, tokenizer)
 
 
 def loader(how: Reading, bar: ProgressBar) -> Loader:
@@ -112,17 +132,32 @@ def download_shakespeare(path: Path) -> None:
         )
 
 
-def unknown_line(counts: Mapping[str, int]) -> str:
-    """Return one line about characters that were dropped, or ""."""
-    if not counts:
-        return ""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    names = ", ".join(f"{character!r} × {n}" for character, n in ordered[:N_SHOWN])
-    more = f" and {len(ordered) - N_SHOWN} more kinds" if len(ordered) > N_SHOWN else ""
-    total = sum(counts.values())
-    if total == 1:
-        return f"1 character is not in the vocabulary and was dropped: {names}"
-    return f"{total:,} characters are not in the vocabulary and were dropped: {names}{more}"
+def tokenizer_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """Return a line about the choice of the tokenizer and one about lost characters, if any."""
+    chosen = [corpus.choice.describe(tokenizer)] if corpus.choice else []
+    return chosen + loss_lines(corpus, tokenizer)
+
+
+def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """Return a line about the characters that the tokenizer has dropped, if any."""
+    if not (line := unknown_line(corpus.unknown)):
+        return []
+    if tokenizer.to_json()["type"] != "char":
+        return [line]
+    share = format_share(sum(corpus.unknown.values()) / corpus.characters)
+    return [f"{line}; {share} of the text; a new run with --tokenizer bpe loses none"]
+
+
+def split_lines(corpus: Corpus) -> list[str]:
+    """Return a line about copies that the split keeps on one side, and one about the split."""
+    line = f"Validation text: {corpus.validation}."
+    if corpus.split is None or not corpus.split.n_copies:
+        return [line]
+    return [
+        f"{corpus.split.n_copies:,} documents occur more than once, in the last tenth of the text "
+        "and before it; the split keeps all copies of a document on one side.",
+        line,
+    ]
 
 
 def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:

@@ -16,6 +16,7 @@ from mlx_randygpt import __version__
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.data.corpora import LIBRARY
 from mlx_randygpt.data.files import sample_corpus_path
+from mlx_randygpt.exchange.arcee import find_misfit
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.training.reports import perplexity
 
@@ -23,14 +24,14 @@ UNKNOWN = "unknown: add it"
 N_NAMES = 20  # file names that are listed
 TESTED = {"mlx-lm": "0.32.2", "transformers": "5.0.0 and 5.24.0"}  # versions
 RUN = {
-    "hf": """With mlx-lm (tested with {mlx_lm}), from the folder above:
+    "mlx-lm": """With mlx-lm (tested with {mlx_lm}), from the folder above:
 
 ```sh
 mlx_lm.generate --model {name}{flag} --prompt "{prompt}" --temp 0.8 --top-p 0.9
 mlx_lm.convert --hf-path {name}{flag} --mlx-path {small} -q
 ```
-
-With transformers (tested with {transformers}) and PyTorch:
+""",
+    "transformers": """With transformers (tested with {transformers}) and PyTorch:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +42,13 @@ inputs = tokenizer("{prompt}", return_tensors="pt")
 text = model.generate(**inputs, max_new_tokens={most}, do_sample=True, temperature=0.8, top_p=0.9)
 print(tokenizer.decode(text[0], skip_special_tokens=True))
 ```
-{note}""",
+""",
+    "vllm": """With vLLM:
+
+```sh
+vllm serve {name}
+```
+""",
     "safetensors": """```sh
 mlxgpt sample --checkpoint {file}
 ```
@@ -49,15 +56,26 @@ mlxgpt sample --checkpoint {file}
 The file is a checkpoint of mlxgpt without the optimizer's moments, and an ordinary safetensors
 file for other programs.
 """,
-    "gguf": """```sh
+    "gguf": """With llama.cpp, from the folder above:
+
+```sh
 llama-completion -m {file} -no-cnv -p "{prompt}"
 ```
+
+With Ollama:
+
+```sh
+ollama create {name} -f {name}/Modelfile
+ollama run {name} "{prompt}"
+```
+
+LM Studio lists it after `lms import {file}`.
 """,
 }
 OWN_CODE = """
 Both run the Python files of this folder, so read them or trust their source.
 """
-LEARNED = """
+CONTEXT = """
 Prompt and new text together have at most {size} tokens.
 """
 LIBRARIES = {"hf": "transformers", "mlx-lm": "mlx", "gguf": "gguf", "safetensors": "mlx-randygpt"}
@@ -107,8 +125,13 @@ def origin(saved: Checkpoint) -> str:
 
 def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
     """Return commands that run the model in a folder called `name`."""
-    own, size, prompt = not saved.model.is_gpt2, saved.model.block_size, prompt_of(saved)
-    return RUN.get(kind, RUN["hf"]).format(
+    size, prompt, is_folder = saved.model.block_size, prompt_of(saved), kind in ("hf", "mlx-lm")
+    is_arcee = kind == "hf" and not find_misfit(saved.model)
+    own = is_folder and not (saved.model.is_gpt2 or is_arcee)  # our code is in it
+    parts = ("transformers", "vllm") if is_arcee else ("mlx-lm", "transformers")
+    lines = "\n".join(RUN[part] for part in (parts if is_folder else (kind,)))
+    ends_there = kind == "gguf" or (is_folder and not own)  # at the end of the context
+    text = lines.format(
         name=shlex.quote(name),
         small=shlex.quote(f"{name}-4bit"),
         file=shlex.quote(f"{name}/model.{kind}"),
@@ -116,11 +139,11 @@ def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
         prompt=prompt,
         flag=" --trust-remote-code" if own else "",
         argument=", trust_remote_code=True" if own else "",
-        most=200 if own else max(1, size - len(prompt)),
         mlx_lm=TESTED["mlx-lm"],
         transformers=TESTED["transformers"],
-        note=OWN_CODE if own else LEARNED.format(size=size),
+        most=max(1, size - len(prompt)) if ends_there else 200,
     )
+    return text + (OWN_CODE if own else CONTEXT.format(size=size) if ends_there else "")
 
 
 def facts(saved: Checkpoint) -> Iterator[tuple[str, str]]:

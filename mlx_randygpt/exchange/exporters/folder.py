@@ -15,6 +15,7 @@ EXPORTED_NAMES = {  # a folder with any other file is not replaced
     "generation_config.json",
     "model.safetensors",
     "model.gguf",
+    "Modelfile",
     "tokenizer.json",
     "tokenizer_config.json",
     "configuration_mlxgpt.py",
@@ -33,7 +34,7 @@ def write_folder(folder: Path, contents: Mapping[str, bytes], overwrite: bool = 
 
     An existing folder must be empty or, with `overwrite`, hold nothing but an export.
     """
-    folder = folder.resolve()
+    folder = files.resolve(folder)
     try:
         _refuse_to_lose(folder, overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +50,9 @@ def write_folder(folder: Path, contents: Mapping[str, bytes], overwrite: bool = 
 
 def _refuse_to_lose(folder: Path, overwrite: bool) -> None:
     """Raise ExchangeError if `folder` holds anything that replacing it would lose."""
-    if not folder.exists():
+    if not files.exists(folder):
         return
-    if not folder.is_dir():
+    if not files.is_folder(folder):
         raise ExchangeError(f"-o {folder} is a file; give a folder")
     names = sorted(path.name for path in folder.iterdir())
     if names and not overwrite:

@@ -1,7 +1,8 @@
-"""The format `gguf`: one file for llama.cpp, for models of an architecture that it supports.
+"""The format `gguf`: one file for llama.cpp, Ollama and LM Studio, and a Modelfile beside it.
 
-That is `gpt2` with byte-level BPE and GPT-2's own rule for splitting words. Other models are
-refused with the reason. Tensors stay float32; llama-quantize reduces their precision.
+Two architectures of llama.cpp are also ours: `arcee`, which the recipe `portable` trains, and
+`gpt2`. Their tokens are characters, or byte-level BPE with GPT-2's own rule for splitting words.
+Other models are refused with the reason.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from typing import Any
 
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.config import missing
-from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange import ExchangeError, arcee
+from mlx_randygpt.exchange.exporters.arcee import weights as arcee_weights
 from mlx_randygpt.exchange.exporters.gpt2 import with_biases
 from mlx_randygpt.exchange.exporters.tokenizer import token_names
 from mlx_randygpt.model import GPT2_NORM_EPS
-from mlx_randygpt.tokenizers import tokenizer_from_json
+from mlx_randygpt.state import Array, Params
+from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers.chars import CharTokenizer
 
-GGUF = "model.gguf"
+GGUF, MODELFILE = "model.gguf", "Modelfile"
 OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
-LAYER = {  # our name -> that of llama.cpp
+LAYER = {  # our name -> that of llama.cpp's gpt2
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
     "attn.c_proj": "attn_output",
@@ -28,85 +32,95 @@ LAYER = {  # our name -> that of llama.cpp
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-ALL_FLOAT32 = 0  # general.file_type
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
+OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # type of the matrices -> general.file_type
+Q8_0_BLOCK = 32  # values that share a scale
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # kinds of tokens
 
 
-def gguf_files(saved: Checkpoint, name: str) -> dict[str, bytes]:
-    """Return the file; raise ExchangeError if llama.cpp cannot compute this model."""
+def gguf_files(saved: Checkpoint, name: str, outtype: str = "f32") -> dict[str, bytes]:
+    """Return the model's file and a Modelfile; `outtype` is a key of OUTTYPES.
+
+    Raises ExchangeError if llama.cpp cannot compute this model.
+    """
     refuse_misfit(saved)
     try:
         from gguf import GGUFWriter
     except ImportError as error:
         raise missing("--format gguf", "gguf", "gguf") from error
+    tensors = gpt2_weights(saved) if saved.model.is_gpt2 else arcee_weights(saved, arcee.GGUF)
     with TemporaryDirectory() as folder:
         path = Path(folder, GGUF)
-        writer = GGUFWriter(path, "gpt2")
-        add_settings(writer, saved, name)
+        writer = GGUFWriter(path, "gpt2" if saved.model.is_gpt2 else arcee.MODEL_TYPE)
+        writer.add_name(name)
+        writer.add_file_type(OUTTYPES[outtype])
+        add_settings(writer, saved)
         add_tokenizer(writer, saved)
-        names = tensor_names(saved.model.n_layer)
-        for weight, array in with_biases(saved).items():
-            writer.add_tensor(names[weight], array)
+        for weight, array in tensors.items():
+            add_tensor(writer, weight, array, outtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return {GGUF: path.read_bytes()}
+        return {GGUF: path.read_bytes(), MODELFILE: modelfile(saved).encode()}
 
 
 def refuse_misfit(saved: Checkpoint) -> None:
-    """Raise ExchangeError with the reason if llama.cpp's `gpt2` is a different model."""
+    """Raise ExchangeError with the reason if llama.cpp cannot run the model."""
     model, content = saved.model, saved.tokenizer.get("tokenizer", {})
-    if not model.is_gpt2:
-        raise ExchangeError(
-            "--format gguf: llama.cpp has no architecture with this model's norms without gains "
-            "and squared ReLU; only arch gpt2 fits; use --format hf for this one"
-        )
-    if model.activation != "gelu_tanh":
+    if model.is_gpt2 and model.activation != "gelu_tanh":
         raise ExchangeError(
             f"--format gguf: llama.cpp's gpt2 has the tanh GELU, this model has "
             f"activation {model.activation!r}; use --format hf"
         )
-    if saved.tokenizer["type"] in ("char", "table"):
+    if not model.is_gpt2 and (misfit := arcee.find_misfit(model)):
         raise ExchangeError(
-            "--format gguf: llama.cpp's gpt2 reads byte-level BPE, this model reads characters; "
-            "train with --tokenizer bpe, or use --format hf"
+            f"--format gguf: llama.cpp has no architecture with this model's {misfit}; a model "
+            "trained with --recipe portable fits, and --format hf works for this one"
         )
+    if saved.tokenizer["type"] == "table":
+        raise ExchangeError(
+            "--format gguf: llama.cpp needs a token that ends a text, and this model's table of "
+            "characters has none; use --format hf"
+        )
+    if saved.tokenizer["type"] == "char":
+        return
     pre, kind = content.get("pre_tokenizer") or {}, content["model"].get("type")
     plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space")
     if not (plain and pre.get("use_regex", True) and kind == "BPE" and not content["normalizer"]):
         raise ExchangeError(
-            "--format gguf: llama.cpp's gpt2 reads byte-level BPE as GPT-2 splits it, this model "
+            "--format gguf: llama.cpp reads byte-level BPE as GPT-2 splits it, this model "
             f"has {kind or saved.tokenizer['type']} after {pre.get('type')}; use --format hf"
         )
 
 
-def add_settings(writer: Any, saved: Checkpoint, name: str) -> None:
+def add_settings(writer: Any, saved: Checkpoint) -> None:
     """Add the settings from which llama.cpp builds the model."""
     model = saved.model
-    writer.add_name(name)
-    writer.add_file_type(ALL_FLOAT32)
     writer.add_context_length(model.block_size)
     writer.add_embedding_length(model.n_embd)
     writer.add_feed_forward_length(4 * model.n_embd)
     writer.add_block_count(model.n_layer)
     writer.add_head_count(model.n_head)
-    writer.add_layer_norm_eps(GPT2_NORM_EPS)
+    if model.is_gpt2:
+        writer.add_layer_norm_eps(GPT2_NORM_EPS)
+        return
+    writer.add_head_count_kv(model.n_head)
+    writer.add_layer_norm_rms_eps(arcee.NORM_EPS)
+    writer.add_rope_freq_base(arcee.ROPE_BASE)
+    writer.add_rope_dimension_count(model.head_size)
+    writer.add_vocab_size(model.vocab_size)
 
 
 def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
     """Add the vocabulary sorted by id, its merges and the special tokens."""
-    content, tokenizer = saved.tokenizer["tokenizer"], tokenizer_from_json(saved.tokenizer)
-    names = token_names(content)
-    kind_of = dict.fromkeys(names, NORMAL)
-    for token in content["added_tokens"]:
-        kind_of[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    ids = range(tokenizer.vocab_size)
-    kinds = [kind_of.get(i, UNUSED) for i in ids]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    if isinstance(tokenizer, CharTokenizer):
+        names, kinds, merges = characters_as_bpe(tokenizer)
+    else:
+        names, kinds, merges = byte_level_bpe(saved.tokenizer["tokenizer"], tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([names.get(i, f"[unused{i}]") for i in ids])
+    writer.add_token_list(names)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.bos)
@@ -114,10 +128,72 @@ def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
     writer.add_add_bos_token(False)
 
 
-def tensor_names(n_layer: int) -> dict[str, str]:
+def byte_level_bpe(
+    content: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[list[str], list[int], list[str]]:
+    """Return the names and kinds of the tokens of a tokenizer.json by id, and its merges."""
+    names = token_names(content)
+    kind_of = dict.fromkeys(names, NORMAL)
+    for token in content["added_tokens"]:
+        kind_of[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    ids = range(tokenizer.vocab_size)
+    kinds = [kind_of.get(i, UNUSED) for i in ids]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    return [names.get(i, f"[unused{i}]") for i in ids], kinds, merges
+
+
+def characters_as_bpe(tokenizer: CharTokenizer) -> tuple[list[str], list[int], list[str]]:
+    """Return a character vocabulary as byte-level BPE: names, kinds and merges.
+
+    The only merges assemble the bytes of one character. UTF-8 is free of prefixes, so no merge
+    crosses the border of two characters. Unknown characters have no tokens and are left out.
+    """
+    from mlx_randygpt.tokenizers.subword import byte_characters
+
+    char_of = byte_characters()
+    spelled = ["".join(char_of[byte] for byte in char.encode()) for char in tokenizer.chars]
+    merges = dict.fromkeys(f"{s[:n]} {s[n]}" for s in spelled for n in range(1, len(s)))
+    kinds = [NORMAL] * len(spelled) + [CONTROL, CONTROL, UNKNOWN]
+    return [*spelled, "<bos>", "<eos>", "<unk>"], kinds, list(merges)
+
+
+def add_tensor(writer: Any, name: str, array: Array, outtype: str) -> None:
+    """Add a weight. Vectors and positions stay float32, and rows that no block divides float16."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    if outtype == "f32" or array.ndim == 1 or name == "position_embd.weight":
+        writer.add_tensor(name, array)
+        return
+    fits = outtype == "q8_0" and array.shape[-1] % Q8_0_BLOCK == 0
+    kind = GGMLQuantizationType.Q8_0 if fits else GGMLQuantizationType.F16
+    writer.add_tensor(name, quantize(array, kind), raw_dtype=kind)
+
+
+def gpt2_weights(saved: Checkpoint) -> Params:
+    """Return the weights of a GPT-2 by their names in llama.cpp."""
+    names = gpt2_names(saved.model.n_layer)
+    return {names[name]: array for name, array in with_biases(saved).items()}
+
+
+def gpt2_names(n_layer: int) -> dict[str, str]:
     """Return our names of tensors -> those of llama.cpp, such as `blk.0.attn_qkv.weight`."""
     stems = dict(OUTSIDE)
     for i in range(n_layer):
         stems |= {f"h.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in LAYER.items()}
     kinds = ("weight", "bias")
     return {f"{ours}.{k}": f"{theirs}.{k}" for ours, theirs in stems.items() for k in kinds}
+
+
+def modelfile(saved: Checkpoint) -> str:
+    """Return the Modelfile from which `ollama create` makes a model that continues text."""
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    end = "<eos>"
+    if not isinstance(tokenizer, CharTokenizer):
+        end = token_names(saved.tokenizer["tokenizer"])[tokenizer.eos]
+    return (
+        f"FROM ./{GGUF}\n"
+        'TEMPLATE "{{ .Prompt }}"\n'
+        f'PARAMETER stop "{end}"\n'
+        f"PARAMETER num_ctx {saved.model.block_size}\n"
+    )

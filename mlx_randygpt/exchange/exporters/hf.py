@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent.parent / "shipped"
 
 def native_files(saved: Checkpoint) -> dict[str, bytes]:
     """Return weights, settings, tokenizer and code of a model of our own architecture."""
-    sources = {path.name: path for path in SHIPPED.glob("*.py")}
+    sources = {path.name: path for path in SHIPPED.iterdir() if path.suffix == ".py"}
     sources["mlx_model.py"] = Path(backends.__file__).parent / "mlx" / "model.py"
     return {
         "config.json": as_json(config(saved)),

@@ -16,6 +16,7 @@ from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 
 CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
+BEGIN = "mlxgpt_begin"  # of tokenizer_config.json: the id that stands for an empty prompt
 ANY_CHARACTER = r"[\s\S]"
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # one continuous text
 
@@ -34,6 +35,8 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
     if tokenizer.eos != NO_TOKEN:
         end = names[tokenizer.eos]
         settings |= {"bos_token": names[tokenizer.bos], "eos_token": end, "pad_token": end}
+    if isinstance(tokenizer, FixedCharTokenizer) and tokenizer.begin != NO_TOKEN:
+        settings[BEGIN] = tokenizer.begin
     if model.position == "learned":
         settings["model_max_length"] = model.block_size
     if (unknown := content["model"].get("unk_token")) in names.values():

@@ -27,6 +27,7 @@ from mlx_randygpt.exchange.importers.tensors import (
 )
 from mlx_randygpt.exchange.importers.torch_file import TorchFile
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
+from mlx_randygpt.files import is_file
 from mlx_randygpt.model import GPT2_NORM_EPS, in_out_names
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -121,7 +122,7 @@ def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
 
 def stored_in(source: Path) -> tuple[Path, Mapping[str, LazyTensor]]:
     """Return the file of weights in a folder, and its tensors."""
-    path = next((source / name for name in WEIGHTS if (source / name).is_file()), None)
+    path = next((source / name for name in WEIGHTS if is_file(source / name)), None)
     if path is None:
         raise ExchangeError(f"{source} holds no weights; looked for {', '.join(WEIGHTS)}")
     return path, _stored(path)

@@ -19,6 +19,7 @@ from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
 from mlx_randygpt.exchange.importers.tensors import LazyTensor, as_float32
 from mlx_randygpt.exchange.importers.torch_file import TorchFile
 from mlx_randygpt.exchange.importers.vocabulary import tokenizer_at
+from mlx_randygpt.files import is_file, is_folder
 from mlx_randygpt.settings import MODEL_SIZES
 from mlx_randygpt.tokenizers import Tokenizer
 
@@ -29,7 +30,7 @@ GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and padded to a multiple of 6
 
 def read_checkpoint(source: Path, vocab: Path | None, activation: str | None) -> ImportedModel:
     """Read the model in a ckpt.pt, or in the folder that holds it."""
-    path = source / CHECKPOINT if source.is_dir() else source
+    path = source / CHECKPOINT if is_folder(source) else source
     value = TorchFile(path).value
     content = value if isinstance(value, dict) else {}
     state, arguments = content.get("model"), content.get("model_args")
@@ -80,7 +81,7 @@ def _tokenizer(
     if isinstance(dataset, str) and re.fullmatch(r"\w[\w.-]*", dataset):
         paths.append(path.parent.parent / "data" / dataset / META)
     for file in paths:
-        if file.is_file():
+        if is_file(file):
             return tokenizer_at(file, size), (f"Vocabulary: {file}",)
     if size in GPT2_SIZES:
         advice = (

@@ -33,6 +33,7 @@ from mlx_randygpt.exchange.importers.tensors import (
     refuse_others,
 )
 from mlx_randygpt.exchange.importers.vocabulary import table_of_text, tokenizer_at
+from mlx_randygpt.files import exists, is_file
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.recipes import PRESETS, RECIPES
 from mlx_randygpt.settings import MODEL_SIZES
@@ -254,11 +255,11 @@ def _stack(parts: Sequence[LazyTensor]) -> LazyTensor:
 def _tokenizer(source: Path, vocab: Path | None, size: int) -> Tokenizer:
     """Return the tokenizer of --vocab, or of the vocab.json beside the file."""
     path = vocab or source.parent / "vocab.json"
-    if not path.exists():
+    if not exists(path):
         raise ExchangeError(
             f"{source} needs its vocabulary: --vocab vocab.json or, for a character model, the "
             f"text it was trained on (there is no {path})"
         )
-    if path.is_file() and path.suffix not in (".json", ".pkl"):
+    if is_file(path) and path.suffix not in (".json", ".pkl"):
         return table_of_text(path, size)
     return tokenizer_at(path, size)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.files import read_text
 from mlx_randygpt.model import parameter_shapes
 from mlx_randygpt.state import Params
 from mlx_randygpt.words import one_line
@@ -60,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ExchangeError(
                 f"{path} has {path.stat().st_size:,} bytes; that is too large for a settings file"
             )
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise ExchangeError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -153,11 +154,20 @@ def params_of(
     tensors: Mapping[str, LazyTensor],
     transposed: Container[str] = (),
 ) -> Params:
-    """Return the weights of the model, float32 and finite.
+    """Return the weights of the model, float32 and finite; see `read_float32`."""
+    return read_float32(source, parameter_shapes(model), tensors, transposed)
+
+
+def read_float32(
+    source: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, LazyTensor],
+    transposed: Container[str] = (),
+) -> Params:
+    """Return the tensors that `shapes` names, float32 and finite.
 
     All shapes are checked before any tensor is read. Those in `transposed` are stored as (in, out).
     """
-    shapes = parameter_shapes(model)
     for name, shape in shapes.items():
         if name not in tensors:
             raise ExchangeError(f"{source} lacks the tensor {name}")

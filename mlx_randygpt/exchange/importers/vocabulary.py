@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS, tokenizer_json
+from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, CHAR_SPECIALS, tokenizer_json
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
-from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.files import is_file, is_folder, open_to_read, read_text
+from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
@@ -25,6 +26,7 @@ FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # names to try in a folder
 RANDY_SPECIAL = ("<|bos|>", "<|eos|>")
 ADDED_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
+PLAIN = dict.fromkeys(FLAGS, False)
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -35,8 +37,8 @@ BYTE_LEVEL = {
 
 def tokenizer_at(path: Path, size: int) -> Tokenizer:
     """Read the tokenizer in a file or folder, for a model with `size` ids."""
-    if path.is_dir():
-        file = next((path / name for name in FILES if (path / name).is_file()), None)
+    if is_folder(path):
+        file = next((path / name for name in FILES if is_file(path / name)), None)
         if file is None:
             raise ExchangeError(f"{path} holds no tokenizer; looked for {', '.join(FILES)}")
         path = file
@@ -47,13 +49,36 @@ def tokenizer_at(path: Path, size: int) -> Tokenizer:
         return _call_for(path, lambda: _of_randygpt(content, size))
     if "model" not in content:
         content = _byte_level(content, path)
-    if characters := _characters(content, size):
+    if characters := _characters(content, size, path.with_name("tokenizer_config.json")):
         return characters
     return _call_for(path, lambda: _subword(content, size))
 
 
-def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
-    """Return the character tokenizer that was exported as this tokenizer.json, if one was."""
+def byte_level_bpe(
+    path: Path,
+    names: Sequence[str],
+    merges: Sequence[Sequence[str]],
+    added: Mapping[int, str],
+    special: Container[int],
+) -> Tokenizer:
+    """Build GPT-2's kind of BPE from the names of all ids, its merges and the added tokens.
+
+    `special` are the ids of added tokens that have no text.
+    """
+    if len(set(names)) < len(names):
+        raise ExchangeError(f"{path} has two tokens of one name")
+    content = _bpe({name: i for i, name in enumerate(names)}, merges, BYTE_LEVEL, BYTE_LEVEL)
+    content["added_tokens"] = [
+        {"id": i, "content": name, **PLAIN, "special": i in special} for i, name in added.items()
+    ]
+    return _call_for(path, lambda: _subword(content, len(names)))
+
+
+def _characters(content: Mapping[str, Any], size: int, config: Path) -> Tokenizer | None:
+    """Return the character tokenizer that was exported as this tokenizer.json, if one was.
+
+    `config` is the tokenizer_config.json beside it, which records where a text begins.
+    """
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type") != "WordLevel":
         return None
@@ -65,7 +90,7 @@ def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
         if type(token) is not int or not 0 <= token < size:
             return None
         symbols[token] = name
-    specials = len(CHAR_SPECIALS)
+    specials, begin = len(CHAR_SPECIALS), _begin(config, size)
     with contextlib.suppress(ValueError):  # such as words, or characters in another order
         tokenizer: Tokenizer
         if tuple(symbols[-specials:]) == CHAR_SPECIALS and all(
@@ -73,11 +98,20 @@ def _characters(content: Mapping[str, Any], size: int) -> Tokenizer | None:
         ):
             tokenizer = CharTokenizer("".join(symbols[:-specials]))
         else:
-            tokenizer = FixedCharTokenizer(tuple(symbols))
+            tokenizer = FixedCharTokenizer(tuple(symbols), begin)
         exported = tokenizer_json(tokenizer)
         if all(content.get(part) == exported[part] for part in ("model", "normalizer")):
             return tokenizer
     return None
+
+
+def _begin(config: Path, size: int) -> int:
+    begin = read_json(config).get(BEGIN, NO_TOKEN) if is_file(config) else NO_TOKEN
+    if type(begin) is not int or not NO_TOKEN <= begin < size:
+        raise ExchangeError(
+            f"{config} has {BEGIN}={reprlib.repr(begin)}; it is an id from 0 to {size - 1}"
+        )
+    return begin
 
 
 def table_of_text(path: Path, size: int) -> Tokenizer:
@@ -86,7 +120,7 @@ def table_of_text(path: Path, size: int) -> Tokenizer:
     It is `<` and `>` for begin and end, then all characters of the text, sorted.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ExchangeError(f"{path} cannot be read as text: {error}") from error
     return _call_for(path, lambda: _table(["<", ">", *sorted(set(text))], size))
@@ -102,10 +136,10 @@ def _call_for(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
 
 def _table_of_meta(path: Path, size: int) -> Tokenizer:
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             meta = read_pickle(file.read(MAX_PICKLE_BYTES + 1))
     except OSError as error:
-        raise ExchangeError(error.strerror) from error
+        raise ExchangeError(f"{path} cannot be read: {error.strerror}") from error
     itos, stoi = (meta.get(name) if isinstance(meta, dict) else None for name in ("itos", "stoi"))
     if itos is None and isinstance(stoi, dict):
         itos = {token: char for char, token in stoi.items() if isinstance(token, int)}
@@ -168,7 +202,7 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
         if merges.stat().st_size > MAX_JSON_BYTES:
             raise ExchangeError(f"{merges} is too large to be a list of merges")
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        lines = read_text(merges).split("\n")
     except OSError as error:
         raise ExchangeError(f"{merges} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -183,7 +217,7 @@ def _byte_level(vocab: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _added_tokens(folder: Path, ids: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return the tokens that the files beside GPT-2's vocab.json add to it, by id."""
     files = [folder / name for name in ADDED_FILES]
-    added, special, config = (read_json(file) if file.is_file() else {} for file in files)
+    added, special, config = (read_json(file) if is_file(file) else {} for file in files)
     special_names = {
         name
         for value in special.values()
@@ -261,9 +295,8 @@ def _subword(content: Mapping[str, Any], size: int) -> Tokenizer:
     if n == size:
         return tokenizer
     padded_content = json.loads(tokenizer.content)
-    flags = dict.fromkeys(FLAGS, False)
     padded_content["added_tokens"] += [
-        {"id": i, "content": f"<|unused_{i}|>", **flags, "special": True} for i in range(n, size)
+        {"id": i, "content": f"<|unused_{i}|>", **PLAIN, "special": True} for i in range(n, size)
     ]
     padded = SubwordTokenizer.from_json({"type": "file", "tokenizer": padded_content})
     if padded.vocab_size != size:

@@ -15,6 +15,7 @@ const SLIDERS = [ // setting, label, minimum, maximum, step, command-line option
 let running = null; // the AbortController of the current stream
 let model = null; // the response of /run
 let written = ""; // prompt and text so far, which "Continue" continues
+let given = ""; // the prompt of that text
 
 async function request(path, body, signal) {
   const headers = { "content-type": "application/json" };
@@ -79,11 +80,14 @@ async function write(prompt) {
     running = null;
     setBusy(false);
     if ($("attention").open) showAttention();
+    if ($("copies").open) showCopies();
   }
 }
 
 function show(prompt, body) {
-  written = prompt;
+  written = given = prompt;
+  $("passages").replaceChildren();
+  $("copied").textContent = "";
   const span = document.createElement("span");
   span.className = "given";
   span.textContent = prompt;
@@ -175,6 +179,28 @@ function tintShares(spans, row, at, tokens) {
   describe($("shares"), quoted(tokens[at]), ` attends to ${listed.join(" · ")}`);
 }
 
+// Copies
+
+async function showCopies() {
+  const text = written.slice(given.length);
+  if (!text || running) return;
+  try {
+    const { share, longest, passages, text_changed } = await (await request("/copies", { text })).json();
+    const changed = text_changed ? "; the training text has changed since" : "";
+    describe($("copied"), percent(share), ` in runs of 30 or more characters; the longest run has ${longest.stop - longest.start}: ${quoted(longest.text)}${changed}`);
+    const characters = [...text]; // places count characters, not the halves of JavaScript
+    const copied = characters.map((_, i) => passages.some(({ start, stop }) => start <= i && i < stop));
+    const parts = characters.map((character, i) => {
+      const node = document.createElement(copied[i] ? "u" : "span");
+      node.textContent = character;
+      return node;
+    });
+    $("passages").replaceChildren(...parts);
+  } catch (error) {
+    showError(error);
+  }
+}
+
 function drawCurve(curve) {
   const { loss = [], val_loss: val = [] } = curve;
   if (!loss.length) return $("curve").replaceChildren("There is no metrics.jsonl next to the checkpoint.");
@@ -263,6 +289,7 @@ function build() {
   $("dice").onclick = newSeed;
   $("layer").onchange = $("head").onchange = showAttention;
   $("attention").ontoggle = () => $("attention").open && showAttention();
+  $("copies").ontoggle = () => $("copies").open && showCopies();
   $("key-row").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("key", $("key").value); loadModel().then(() => showStatus(""), showError); };
   $("run").ontoggle = () => drawCurve(model?.curve ?? {});
   $("settings").onsubmit = (event) => event.preventDefault();
@@ -287,6 +314,7 @@ async function loadModel() {
   $("key-row").hidden = true;
   $("name").textContent = document.title = model.name;
   $("facts").textContent = `${model.parameters.toLocaleString("en")} parameters, step ${model.step.toLocaleString("en")}, context ${model.block_size}, ${model.backend}`;
+  $("copies").hidden = !model.check;
   if (!first) return;
   for (const [name] of SLIDERS) { $(name).value = model.defaults[name]; $(name).show(); }
   $("seed").value = model.defaults.seed;

@@ -243,7 +243,8 @@ def test_orthogonal_keeps_singular_vectors_and_levels_singular_values(
 
 
 def test_muon_moves_each_matrix_by_its_rate(build: Callable[..., NumpyBackend]) -> None:
-    b, lr = build("modern", np.float64, grad_clip=0, weight_decay=0.1), 0.01
+    settings = {"grad_clip": 0, "weight_decay": 0.1, "muon_beta2": 0.0}
+    b, lr = build("modern", np.float64, **settings), 0.01
     _, grads = b.loss_and_grads(batch_of(4))
     before = b.state().params
     b.train_step([batch_of(4)], lr)
@@ -257,8 +258,27 @@ def test_muon_moves_each_matrix_by_its_rate(build: Callable[..., NumpyBackend]) 
         assert error(b.params[name], expected) < 1e-6, name  # measured: 1e-7, float32 in between
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((3, 8, 8), 2), ((2, 16, 4), 2), ((2, 4, 16), 1)])
+def test_rows_are_divided_by_their_running_size_and_a_matrix_keeps_its_norm(
+    shape: tuple[int, ...], axis: int
+) -> None:
+    first, second = (
+        rng(0, "check").standard_normal((2, *shape)) * np.arange(1, 1 + shape[1])[:, None]
+    )
+    vs = np.zeros_like(first.mean(axis, keepdims=True))
+    squares = [(u**2).mean(axis, keepdims=True) for u in (first, second)]
+    v = (0.9 * 0.1 * squares[0] + 0.1 * squares[1]) / (1 - 0.9**2)  # with the bias corrected
+    expected = second / np.sqrt(v)
+    norms = (np.linalg.norm(u, axis=(1, 2), keepdims=True) for u in (second, expected))
+    optimizer.balance(first, vs, 0.9)
+    optimizer.balance(second, vs, 0.9)
+    assert error(second, expected * np.divide(*norms)) < 1e-8  # measured: 1e-9, eps
+    sizes = (first**2).mean(axis)
+    assert np.ptp(sizes, axis=1).max() < 1e-8 * sizes.min()  # after one step all rows are alike
+
+
 def test_muon_leaves_embeddings_and_head_to_adamw(build: Callable[..., NumpyBackend]) -> None:
-    b, lr = build("modern", np.float64), 0.01
+    b, lr = build("modern", np.float64, muon_beta2=0.0), 0.01
     before = b.state()
     b.train_step([batch_of(8)], lr)
     after = b.state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,21 @@ from mlx_randygpt.cli.training.folder import FolderError, FolderInUse, RunFolder
 def test_a_refused_run_leaves_no_folder_behind(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "new" / "run"):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk, once the lock is there."""
+
+    def refuse(self: Path, *, missing_ok: bool) -> None:
+        raise OSError(28, "No space left on device", str(self))
+
+    with RunFolder(tmp_path / "run") as folder, monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(FolderError, match="No space"):
+            folder.begin("iters = 1\n", fresh=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,6 +101,20 @@ def test_a_removed_folder_that_another_run_has_made_is_left_to_it(tmp_path: Path
         shutil.rmtree(folder.path)
         with RunFolder(tmp_path / "run"):
             assert folder.locate() == tmp_path / f"run-{os.getpid()}"
+
+
+@pytest.mark.parametrize("take", [Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_a_removed_folder_whose_name_is_taken_is_made_again_beside_it(
+    tmp_path: Path, take: Callable[[Path], None]
+) -> None:
+    with RunFolder(old := tmp_path / "run") as folder:
+        folder.begin("iters = 1\n", fresh=True)
+        shutil.rmtree(old)
+        take(old)
+        assert folder.locate() == (new := tmp_path / f"run-{os.getpid()}")
+        assert folder.news == [f"{old} was removed; this run continues in {new}, created again."]
+    assert (new / "config.toml").exists()
+    assert not old.is_dir()
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -15,7 +15,16 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_randygpt import files
-from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, load_checkpoint, peek_step
+from mlx_randygpt.checkpoint import (
+    BEST,
+    NEWEST,
+    PREVIOUS,
+    CheckpointError,
+    kept_name,
+    load_checkpoint,
+    peek_position,
+    peek_step,
+)
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training.folder import (
     LOCK,
@@ -152,15 +161,56 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
         refuse_checkpoints(trained)
 
 
+WORSE = ["--iters=5", "--lr=50", "--warmup=0"]
+
+
+@pytest.mark.parametrize("words", [["--iters=4"], WORSE])
+@pytest.mark.parametrize("file", [[], [f"out/{NEWEST}"]])
 def test_a_best_checkpoint_that_was_still_to_come_is_written_on_resume(
-    tmp_path: Path, trained: Path
+    tmp_path: Path,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: list[str],
+    words: list[str],
 ) -> None:
     """As after a kill between a kept checkpoint and the best one of its step."""
     shutil.copytree(trained, out := tmp_path / "out")
     assert load_checkpoint(out / NEWEST).progress.best_step == peek_step(out / NEWEST) == 4
     (out / BEST).unlink()
-    assert train(out, "--resume", "--iters=4").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert train(out, "--resume", *file, *words).exit_code == 0
     assert peek_step(out / BEST) == 4
+
+
+def test_the_clock_does_not_decide_which_state_is_the_newest(tmp_path: Path, trained: Path) -> None:
+    """A kill came before the newest file, and a clock had been set back before the best one."""
+    shutil.copytree(trained, out := tmp_path / "out")
+    shutil.copy2(out / PREVIOUS, out / NEWEST)
+    os.utime(out / BEST, (0, 0))
+    assert newest_checkpoint(out)[0].state.step == peek_step(out / BEST) == 4
+
+
+@pytest.mark.parametrize("time", [0, 2_000_000_000])
+def test_a_run_that_went_back_goes_on_from_where_it_is(tmp_path: Path, time: int) -> None:
+    """States that it went back behind are older, whatever the clock said."""
+    out = tmp_path / "out"
+    assert train(out, "--iters=6", "--keep-every=2").exit_code == 0
+    assert train(out, "--resume", str(out / kept_name(2)), "--iters=3").exit_code == 0
+    for path in out.glob("checkpoint*"):
+        os.utime(path, (1_000_000_000, time if path.name == NEWEST else 1_000_000_000))
+    assert peek_step(out / kept_name(6)) == 6
+    assert newest_checkpoint(out)[0].state.step == 3
+    assert train(out, "--resume", "--iters=5").exit_code == 0
+    assert peek_position(out / NEWEST) == (1, 5)
+
+
+def test_a_run_that_begins_again_is_newer_than_what_it_replaces(
+    tmp_path: Path, trained: Path
+) -> None:
+    shutil.copytree(trained, out := tmp_path / "out")
+    assert train(out, "--overwrite", "--iters=2").exit_code == 0
+    shutil.copy2(trained / NEWEST, out / NEWEST)  # as after a kill before its first one
+    assert newest_checkpoint(out)[0].state.step == peek_step(out / BEST) == 2
 
 
 # Links and foreign content

@@ -27,7 +27,7 @@ mlx_lm = pytest.importorskip("mlx_lm", exc_type=ImportError)
 pytest.importorskip("tokenizers")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "MLX_ENABLE_TF32": "0"}
 OFFLINE["MLX_DISABLE_COMPILE"] = "1"  # on a CPU it takes longer than what it compiles
-RECIPES = ("classic", "modern", "gpt2")
+RECIPES = ("classic", "modern", "portable", "gpt2")
 CHUNKS = [100, 1, 1, 48, 1, 99]  # of one window
 
 

@@ -89,7 +89,10 @@ def test_the_gelu_is_that_of_the_config(folder: Path, theirs: str, ours: str) ->
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"add_cross_attention": True}, "add_cross_attention=True"),
         ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
-        ({"model_type": "llama"}, "model_type='llama'; supported are gpt2, mlxgpt, randygpt"),
+        (
+            {"model_type": "llama"},
+            "model_type='llama'; supported are arcee, gpt2, mlxgpt, randygpt",
+        ),
         ({"model_type": ["gpt2"]}, "model_type="),
         ({"n_embd": 64}, "has the shape"),
         ({"n_layer": 1}, "and 11 more, which this model does not have"),

@@ -16,6 +16,7 @@ from mlx_randygpt.backends import make_backend
 from mlx_randygpt.checkpoint import load_checkpoint, save_checkpoint
 from mlx_randygpt.config import TrainConfig
 from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.export import export
 from mlx_randygpt.exchange.importing import read_foreign
 from mlx_randygpt.state import Batch, TrainState
 
@@ -206,3 +207,16 @@ def test_a_model_without_its_vocabulary_asks_for_it(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a b c d e f g h\n")
     found = read_foreign(path, vocab=tmp_path / "train.txt")
     assert found.tokenizer.encode("\n ab").tolist() == [2, 3, 4, 5]
+
+
+def test_its_characters_and_where_they_begin_survive_an_export(tmp_path: Path) -> None:
+    path = randy_bin(tmp_path / "c.bin", 3, ARRAYS, MOMENTS)
+    (tmp_path / "train.txt").write_text("a b c d e f g h\n")
+    first = read_foreign(path, vocab=tmp_path / "train.txt")
+    assert first.tokenizer.bos == 0  # "<", not the newline
+    export(first.checkpoint(), "hf", tmp_path / "hf")
+    assert read_foreign(tmp_path / "hf").tokenizer == first.tokenizer
+    config = tmp_path / "hf" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mlxgpt_begin": 99}))
+    with pytest.raises(ExchangeError, match=r"mlxgpt_begin=99; it is an id from 0 to"):
+        read_foreign(tmp_path / "hf")
