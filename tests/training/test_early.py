@@ -21,7 +21,8 @@ from mlx_randygpt.training.early import (
     EarlyLooks,
     early_kinds,
 )
-from mlx_randygpt.training.loop import Run, train
+from mlx_randygpt.training.evaluation import Score
+from mlx_randygpt.training.loop import EVAL_TOKENS, Run, Trainer, train
 from mlx_randygpt.training.reports import EarlyEvalLog, EarlySampleLog, Report, SaveLog, StepLog
 
 Make = Callable[..., tuple[Run, Backend]]
@@ -60,12 +61,20 @@ def test_a_save_at_every_step_does_not_crowd_looks_out(make_run: Make, tmp_path:
     assert early_steps(reports) == []
 
 
+@pytest.mark.parametrize("early_loss", [0.0, 99.0])  # as a best, or as one without a new best
 @pytest.mark.parametrize("name", ["numpy", "mlx"])
 def test_a_run_is_the_same_with_and_without_looks(
-    name: str, make_run: Make, tmp_path: Path
+    name: str, early_loss: float, make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "mlx":
         pytest.importorskip("mlx.core", exc_type=ImportError)
+    exact = Trainer._score
+
+    def score(self: Trainer, max_tokens: int) -> Score | None:
+        real = exact(self, max_tokens)
+        return replace(real, loss=early_loss) if real and max_tokens < EVAL_TOKENS else real
+
+    monkeypatch.setattr(Trainer, "_score", score)
     settings = {"schedule": "plateau", "patience": 1, "eval_every": 8, "sample_every": 20}
     told, states = [], []
     for early in ((), KINDS):
@@ -74,7 +83,8 @@ def test_a_run_is_the_same_with_and_without_looks(
         reports = list(train(run, backend, out, clock=clock, early=early))
         told.append([without_times(r) for r in reports if not isinstance(r, Early | SaveLog)])
         states.append(load_checkpoint(out / NEWEST))
-        assert any(isinstance(r, Early) for r in reports) == bool(early)
+        shown = {r.val_loss for r in reports if isinstance(r, EarlyEvalLog)}
+        assert shown == ({early_loss} if early else set())
     assert told[0] == told[1]
     np.testing.assert_equal(asdict(states[0].state), asdict(states[1].state))
     assert states[0].progress == states[1].progress
