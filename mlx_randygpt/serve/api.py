@@ -215,6 +215,8 @@ class Api:
 
     async def _in_thread(self, work: Callable[..., R], *values: object) -> R:
         """Return work(*values), done in a thread; ApiError 503 if the server stops before."""
+        if self._stopped.done():
+            raise stopping()
         running = asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
         await asyncio.wait((running, self._stopped), return_when=asyncio.FIRST_COMPLETED)
         if running.done():

@@ -174,18 +174,25 @@ class Bodies:
 
         Errors have the status 413, 408 and 503.
         """
-        body = bytearray()
+        body, length, refusal = bytearray(), 0, None
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
-                    body += part
-                    self._n_bytes += len(part)
-                    if len(body) > MAX_BODY_BYTES:
+                    length += len(part)
+                    if length > MAX_BODY_BYTES:
                         message = f"the body is longer than {MAX_BODY_BYTES} bytes, the limit"
                         raise ApiError(413, message)
+                    if refusal is not None:
+                        continue  # a client that still sends would not see the response
+                    body += part
+                    self._n_bytes += len(part)
                     if self._n_bytes > MAX_BODIES_BYTES:
                         message = "too many requests are being read; try again in a second"
-                        raise ApiError(503, message, code="overloaded")
+                        refusal = ApiError(503, message, code="overloaded")
+                        self._n_bytes -= len(body)
+                        body.clear()
+            if refusal is not None:
+                raise refusal
             yield bytes(body)
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None

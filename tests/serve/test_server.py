@@ -272,6 +272,11 @@ def test_bodies_that_are_too_many_together_are_refused(
         assert ask(host, closed(HEALTH))[0] == 200  # the server has read both parts by now
         status, answer = ask(host, head + END + content)
         assert (status, json.loads(answer)["error"]["code"]) == (503, "overloaded")
+        with closing(connect(host)) as second:  # who is refused can send all, and sees why
+            second.sendall(head + END + content[:-1])
+            assert ask(host, closed(HEALTH))[0] == 200
+            second.sendall(content[-1:])
+            assert read(second)[0] == 503
         first.sendall(content[600:])
         assert read(first)[0] == 200
     assert ask(host, head + END + content)[0] == 200  # their bytes are counted no more
