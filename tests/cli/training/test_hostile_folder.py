@@ -206,6 +206,18 @@ def test_a_run_that_went_back_goes_on_from_where_it_is(tmp_path: Path, time: int
     assert peek_position(out / NEWEST) == (1, 5)
 
 
+def test_a_best_checkpoint_that_was_set_aside_in_vain_comes_back(
+    tmp_path: Path, trained: Path
+) -> None:
+    """As after a kill of a run that went back, before it has saved anything."""
+    shutil.copytree(trained, out := tmp_path / "out")
+    assert train(out, "--resume", *WORSE).exit_code == 0
+    (out / BEST).rename(out / "checkpoint_best-4.safetensors")
+    assert train(out, "--resume", *WORSE, "--iters=6").exit_code == 0
+    assert peek_step(out / BEST) == 4
+    assert not (out / "checkpoint_best-4.safetensors").exists()
+
+
 def test_a_run_that_begins_again_is_newer_than_what_it_replaces(
     tmp_path: Path, trained: Path
 ) -> None:
