@@ -5,7 +5,7 @@ the n-th call of one kind below the run's folder. The runs are those of SCENARIO
 that resumes, one that keeps checkpoints, one that goes back to one, a fine-tuning. Prints one JSON
 object. The cases come in a random order that is always the same: MLXGPT_SWEEP=N takes every N-th
 (1: all), MLXGPT_SWEEP_SHARD=I/K a part of them, MLXGPT_SWEEP_SECONDS=S those that S seconds allow,
-MLXGPT_SWEEP_SCENARIO=NAME those of one. Linux with a C compiler only.
+MLXGPT_SWEEP_ONLY="kept: read" those whose names begin so. Linux with a C compiler only.
 """
 
 from __future__ import annotations
@@ -313,8 +313,8 @@ def main() -> None:
     sweep = Sweep(folder)
     began = time.monotonic()
     cases = sweep.prepare()
-    if only := os.environ.get("MLXGPT_SWEEP_SCENARIO"):
-        cases = [case for case in cases if case.scenario.name == only]
+    only = os.environ.get("MLXGPT_SWEEP_ONLY", "")
+    cases = [case for case in cases if str(case).startswith(only)]
     random.Random(1).shuffle(cases)
     limit = float(os.environ.get("MLXGPT_SWEEP_SECONDS", "inf"))
     every = int(os.environ.get("MLXGPT_SWEEP", "1"))

@@ -271,7 +271,7 @@ class LogFile:
         descriptor = self._file.fileno()
         if self._sync_failed:  # the system may take for written what is not: write it again
             size = os.fstat(descriptor).st_size
-            unsure = os.pread(descriptor, size - self._synced, self._synced)
+            unsure = files.read_at(descriptor, self._synced, size - self._synced)
             self._file.truncate(self._synced)
             self._waiting.insert(0, unsure)
             self._sync_failed = False
@@ -310,8 +310,8 @@ def _drop_torn_line(file: FileIO) -> None:
     at = file.seek(0, os.SEEK_END)
     while at:
         n = min(at, MAX_LINE)
-        at = file.seek(at - n)
-        end = file.read(n).rfind(b"\n") + 1
+        at -= n
+        end = files.read_at(file.fileno(), at, n).rfind(b"\n") + 1
         if end:
             break
     else:

@@ -227,6 +227,17 @@ def test_a_run_that_begins_again_is_newer_than_what_it_replaces(
     assert newest_checkpoint(out)[0].state.step == peek_step(out / BEST) == 2
 
 
+def test_a_read_that_is_cut_short_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b'{"step": 1}\n{"step": 2}\n'
+    (path := tmp_path / "metrics.jsonl").write_bytes(content + b'{"st')
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, n, at: pread(file, (n + 1) // 2, at))
+    LogFile(path, fresh=False).close()
+    assert path.read_bytes() == content
+
+
 READ_ONLY = """mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@" """
 
 
