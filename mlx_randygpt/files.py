@@ -118,6 +118,15 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
+def read_at(descriptor: int, start: int, n: int) -> bytes:
+    """Return n bytes from `start`, fewer only at the end; one read of the system can be short."""
+    parts = list[bytes]()
+    while n and (part := os.pread(descriptor, n, start)):
+        parts.append(part)
+        start, n = start + len(part), n - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
     _flush_path(folder)

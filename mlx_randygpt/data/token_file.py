@@ -13,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 
 Array = NDArray[Any]
@@ -38,13 +39,10 @@ class OpenFile:
 
     def read(self, start: int, n: int) -> bytes:
         """Return n bytes, or those up to the end; DataError if that is another end by now."""
-        parts = list[bytes]()
-        while n and (part := os.pread(self._descriptor, n, start)):
-            parts.append(part)
-            start, n = start + len(part), n - len(part)
-        if n:
+        content = files.read_at(self._descriptor, start, n)
+        if len(content) < n:
             self.check()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return content
 
     def check(self) -> None:
         """Raise DataError if the file was changed since it was opened."""

@@ -2,10 +2,10 @@
 
 Each run is forked from one process that has imported everything, with shim.c preloaded: it strikes
 the n-th call of one kind below the run's folder. The runs are those of SCENARIOS: a new one, one
-that resumes, one that keeps checkpoints, a fine-tuning. Prints one JSON object. The cases come in a
-random order that is always the same: MLXGPT_SWEEP=N takes every N-th (1: all),
-MLXGPT_SWEEP_SHARD=I/K a part of them, MLXGPT_SWEEP_SECONDS=S those that S seconds allow. Linux with
-a C compiler only.
+that resumes, one that keeps checkpoints, one that goes back to one, a fine-tuning. Prints one JSON
+object. The cases come in a random order that is always the same: MLXGPT_SWEEP=N takes every N-th
+(1: all), MLXGPT_SWEEP_SHARD=I/K a part of them, MLXGPT_SWEEP_SECONDS=S those that S seconds allow,
+MLXGPT_SWEEP_ONLY="kept: read" those whose names begin so. Linux with a C compiler only.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Scenario:
     name: str
     words: tuple[str, ...] = ()
     resumes: int = 0  # from the newest checkpoint at this step
+    goes_back: int = 0  # to the checkpoint that was kept at this step
     tunes: bool = False  # the weights of an older run
 
 
@@ -57,6 +58,7 @@ SCENARIOS = (
     Scenario("resumed", resumes=4),
     Scenario("kept", ("--keep-every=2",)),
     Scenario("kept, resumed", ("--keep-every=2",), resumes=2),
+    Scenario("went back", ("--keep-every=2",), resumes=4, goes_back=2),
     Scenario("fine-tuning", ("--lora-rank=2",), tunes=True),
 )
 
@@ -157,15 +159,23 @@ class Sweep:
         return rows
 
     def state(self) -> dict[str, object]:
-        """Return what the end of a run is compared by: its checkpoints by name, and its rows."""
+        """Return what the end of a run is compared by: its checkpoints by name, and its rows.
+
+        A best one that was set aside does not count: it depends on when the run was struck.
+        """
         from mlx_randygpt.checkpoint import PREVIOUS, load_checkpoint
 
-        files = (path for path in self.out.glob("checkpoint*") if path.name != PREVIOUS)
+        left_out = {PREVIOUS, *(path.name for path in self.out.glob("checkpoint_best-*"))}
+        files = (path for path in self.out.glob("checkpoint*") if path.name not in left_out)
         ends = {path.name: self.fingerprint(load_checkpoint(path)) for path in files}
         return {**ends, "rows": self.rows()}
 
-    def words(self, scenario: Scenario) -> list[str]:
+    def words(self, scenario: Scenario, *, first: bool = True) -> list[str]:
         """Return what the next process is given: it resumes if there is anything to resume."""
+        if first and scenario.goes_back:
+            from mlx_randygpt.checkpoint import kept_name
+
+            return ["--resume", str(self.out / kept_name(scenario.goes_back)), *scenario.words]
         if [*self.out.glob("checkpoint*.safetensors")]:
             return ["--resume", *scenario.words[: 0 if scenario.tunes else None]]
         start = ["--init-from", str(self.folder / "older")] if scenario.tunes else SIZES
@@ -276,7 +286,7 @@ class Sweep:
 
     def _check_end(self, case: Case) -> None:
         before, expected = self.said(), self.expected[case.scenario]
-        code = self.start(*self.words(case.scenario))
+        code = self.start(*self.words(case.scenario, first=False))
         assert code == 0, f"cannot go on: {self.said()}"
         got = self.state()
         rows, all_rows = got.pop("rows"), expected["rows"]
@@ -303,6 +313,8 @@ def main() -> None:
     sweep = Sweep(folder)
     began = time.monotonic()
     cases = sweep.prepare()
+    only = os.environ.get("MLXGPT_SWEEP_ONLY", "")
+    cases = [case for case in cases if str(case).startswith(only)]
     random.Random(1).shuffle(cases)
     limit = float(os.environ.get("MLXGPT_SWEEP_SECONDS", "inf"))
     every = int(os.environ.get("MLXGPT_SWEEP", "1"))

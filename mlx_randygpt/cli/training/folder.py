@@ -40,6 +40,7 @@ CHECKPOINT = re.compile(r"checkpoint.*\.safetensors", re.DOTALL)
 LOCK = ".lock"
 MAX_OWNER = 100  # bytes read of a lock
 OWNER = re.compile(rb"\s*(\d{0,20})\s*")  # what a lock holds: the number of its process, or nothing
+NOWHERE = Position(-1, -1)  # below all others
 SAMPLES = "samples.jsonl"  # private: it can repeat the text
 LOGS = ("metrics.jsonl", SAMPLES)
 LOG_NAMES = " and ".join(LOGS)
@@ -270,7 +271,7 @@ class LogFile:
         descriptor = self._file.fileno()
         if self._sync_failed:  # the system may take for written what is not: write it again
             size = os.fstat(descriptor).st_size
-            unsure = os.pread(descriptor, size - self._synced, self._synced)
+            unsure = files.read_at(descriptor, self._synced, size - self._synced)
             self._file.truncate(self._synced)
             self._waiting.insert(0, unsure)
             self._sync_failed = False
@@ -309,8 +310,8 @@ def _drop_torn_line(file: FileIO) -> None:
     at = file.seek(0, os.SEEK_END)
     while at:
         n = min(at, MAX_LINE)
-        at = file.seek(at - n)
-        end = file.read(n).rfind(b"\n") + 1
+        at -= n
+        end = files.read_at(file.fileno(), at, n).rfind(b"\n") + 1
         if end:
             break
     else:
@@ -400,9 +401,22 @@ def make_newest(folder: Path, saved: Checkpoint) -> None:
 
 
 def make_best(folder: Path, saved: Checkpoint) -> None:
-    """Write the best checkpoint if it is this state and a kill came before its file."""
+    """Make the best checkpoint of this state if a kill has prevented its file or its replacement.
+
+    It is this state, or one that was renamed by a run that went back and has saved nothing.
+    """
+    best, aside = folder / BEST, _aside(folder, saved.progress.best_step)
     if saved.progress.best_step == saved.state.step > 0:
-        _advance(folder / BEST, saved)
+        _advance(best, saved)
+    elif _position_at(best) == NOWHERE and _holds_best_of(aside, saved):
+        aside.rename(best)
+
+
+def _holds_best_of(path: Path, saved: Checkpoint) -> bool:
+    try:
+        return load_checkpoint(path).progress.best_loss == saved.progress.best_loss
+    except CheckpointError:
+        return False
 
 
 def _advance(path: Path, saved: Checkpoint) -> None:
@@ -411,13 +425,13 @@ def _advance(path: Path, saved: Checkpoint) -> None:
 
 
 def _position_at(path: Path) -> Position:
-    """Return the position of a file; below all others if it is missing or damaged."""
+    """Return the position of a file; NOWHERE if it is missing or damaged."""
     try:
         return peek_position(path)
     except UnreadableError:
         raise
     except CheckpointError:
-        return Position(-1, -1)
+        return NOWHERE
 
 
 def restore_best(folder: Path, saved: Checkpoint) -> str:
@@ -430,13 +444,16 @@ def restore_best(folder: Path, saved: Checkpoint) -> str:
     return moved
 
 
+def _aside(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint_best-{step}.safetensors"
+
+
 def _set_best_aside(folder: Path, step: int) -> str:
     best = folder / BEST
     best_step = _position_at(best).step
     if best_step <= step:
         return ""
-    aside = best.with_name(f"checkpoint_best-{best_step}.safetensors")
-    best.rename(aside)
+    best.rename(aside := _aside(folder, best_step))
     return f"The best checkpoint was from step {best_step}, further on; it is kept as {aside}."
 
 

@@ -74,6 +74,25 @@ def test_a_folder_that_is_moved_is_followed(tmp_path: Path) -> None:
         assert not old.exists()
 
 
+def test_a_moved_folder_behind_a_link_of_its_old_name_keeps_that_name(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    with RunFolder(old) as folder:
+        old.rename(new)
+        old.symlink_to(new)
+        assert (folder.locate(), folder.news) == (old, [])
+
+
+def test_a_moved_folder_is_followed_past_a_link_to_another(tmp_path: Path) -> None:
+    old, new, other = tmp_path / "old", tmp_path / "new", tmp_path / "other"
+    with RunFolder(old) as folder:
+        folder.begin("", fresh=True)
+        old.rename(new)
+        other.mkdir()
+        old.symlink_to(other)
+        assert folder.locate() == new
+    assert list(other.iterdir()) == []
+
+
 def test_the_name_of_a_moved_folder_is_free_for_another_run(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     with RunFolder(old) as folder:

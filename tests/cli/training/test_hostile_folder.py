@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -204,6 +206,18 @@ def test_a_run_that_went_back_goes_on_from_where_it_is(tmp_path: Path, time: int
     assert peek_position(out / NEWEST) == (1, 5)
 
 
+def test_a_best_checkpoint_that_was_set_aside_in_vain_comes_back(
+    tmp_path: Path, trained: Path
+) -> None:
+    """As after a kill of a run that went back, before it has saved anything."""
+    shutil.copytree(trained, out := tmp_path / "out")
+    assert train(out, "--resume", *WORSE).exit_code == 0
+    (out / BEST).rename(out / "checkpoint_best-4.safetensors")
+    assert train(out, "--resume", *WORSE, "--iters=6").exit_code == 0
+    assert peek_step(out / BEST) == 4
+    assert not (out / "checkpoint_best-4.safetensors").exists()
+
+
 def test_a_run_that_begins_again_is_newer_than_what_it_replaces(
     tmp_path: Path, trained: Path
 ) -> None:
@@ -213,7 +227,58 @@ def test_a_run_that_begins_again_is_newer_than_what_it_replaces(
     assert newest_checkpoint(out)[0].state.step == peek_step(out / BEST) == 2
 
 
+def test_a_read_that_is_cut_short_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b'{"step": 1}\n{"step": 2}\n'
+    (path := tmp_path / "metrics.jsonl").write_bytes(content + b'{"st')
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, n, at: pread(file, (n + 1) // 2, at))
+    LogFile(path, fresh=False).close()
+    assert path.read_bytes() == content
+
+
+READ_ONLY = """mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@" """
+
+
+@pytest.mark.slow
+def test_a_read_only_file_system_can_be_read_from_and_is_not_written_to(
+    tmp_path: Path, trained: Path
+) -> None:
+    shutil.copytree(trained, out := tmp_path / "disk" / "out")
+    command = ["unshare", "--mount", "sh", "-c", READ_ONLY, str(out.parent)]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("this user cannot mount")
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def call(*words: str) -> tuple[int, str]:
+        program = [*command, sys.executable, "-m", "mlx_randygpt", *words]
+        done = subprocess.run(program, capture_output=True, text=True, env=environ, check=False)
+        return done.returncode, done.stderr
+
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    reading = ["info", str(out)], ["runs", str(out)], ["eval", "--checkpoint", str(out)]
+    writing = ["train", "--resume", "--out", str(out)], ["plot", str(out), "-o", str(out / "x.svg")]
+    for words in reading:
+        assert call(*words)[0] == 0, words
+    for words in writing:
+        code, errors = call(*words)
+        assert (code, errors.count("\n")) == (1, 1), errors
+        assert "Read-only file system" in errors
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 # Links and foreign content
+
+
+def test_another_name_of_a_checkpoint_keeps_its_content(tmp_path: Path, trained: Path) -> None:
+    shutil.copytree(trained, out := tmp_path / "out")
+    os.link(out / NEWEST, other := tmp_path / "other")
+    content = other.read_bytes()
+    assert train(out, "--resume", "--iters=6").exit_code == 0
+    assert peek_step(out / NEWEST) == 6
+    assert other.read_bytes() == content
+
 
 VICTIM = "kept for years\n"
 
