@@ -86,7 +86,7 @@ def test_a_cache_is_used_again_whatever_the_name(
 ) -> None:
     tokenizer, corpus = load(files)
     moved = [file.rename(file.with_stem("moved")) for file in files]
-    monkeypatch.setattr("mlx_randygpt.data.corpus.pieces", None)  # reading would fail
+    monkeypatch.setattr("mlx_randygpt.data.corpus.all_pieces", None)  # reading would fail
     for wanted in (tokenizer, Vocabulary()):
         again, same = load(moved, wanted)
         assert (again, same.sha256) == (tokenizer, corpus.sha256)
