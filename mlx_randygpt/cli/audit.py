@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from mlx_randygpt.cli.output import echo
 from mlx_randygpt.words import clean_text, format_bytes, format_duration, format_share
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def suitable_run(found: Audit, *, measure: bool) -> Suitable:
     model, train = settings.resolve_new({}, vocabulary, int(0.9 * n_tokens))
     if not measure:
         return Suitable(model, train, None)
-    click.echo("Measuring short steps on this machine …", err=True)
+    echo("Measuring short steps on this machine …", err=True)
     backend = choose("auto")[0]
     threads = available_cores() if backend == "numpy" else 1
     rate = measure_rate(model, train, backend, 1, threads)
