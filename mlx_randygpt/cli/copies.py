@@ -61,7 +61,9 @@ def load_training_text(
     except DataError as error:
         if data:
             raise
-        raise DataError(f"the training text: {error}; give it with --data") from error
+        raise DataError(
+            f"the training text cannot be read ({error}); give it with --data"
+        ) from error
     changed = corpus.sha256 != saved.data.get("sha256")
     if changed and not data:
         echo(CHANGED, err=True)

@@ -206,6 +206,7 @@ check_options = options(
     ),
     click.option(
         "--data",
+        type=data_path,
         multiple=True,
         help="With --check: the training text; repeatable.  [default: the run's own]",
     ),

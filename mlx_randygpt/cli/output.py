@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
-    """Print text; on a terminal, replace control characters. Files and pipes get all of it."""
+    """Print text; on a terminal, replace control characters. Files and pipes get all of it.
+
+    Half characters, which no encoding has, are replaced everywhere.
+    """
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if is_terminal(sys.stderr if err else sys.stdout):
         text = clean_text(text, keep="\n\t")
     click.echo(text, err=err, nl=nl, color=True)  # without color=True a pipe would get less

@@ -37,8 +37,8 @@ class ExistingFile(FilePath):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path; fail with the reason if it is not that of a file, or `-`."""
         try:
-            if value != "-":
-                exists(Path(value).expanduser())
+            if value != "-" and "\0" not in str(value):
+                exists(Path(os.path.expanduser(value)))  # pathlib raises for an unknown ~user
         except OSError as error:
             self.fail(f"{value} cannot be read: {error.strerror}", param, ctx)
         return super().convert(value, param, ctx)

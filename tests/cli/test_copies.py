@@ -84,7 +84,7 @@ def test_a_text_that_is_gone_or_has_changed_is_reported(tmp_path: Path) -> None:
     text.unlink()
     gone = call(*words)
     assert gone.exit_code == 1
-    assert "Error: the training text: no such file" in gone.stderr
+    assert "Error: the training text cannot be read (no such file" in gone.stderr
     assert "give it with --data" in gone.stderr
     assert not gone.stdout
     assert call(*words, "--data", str(other)).exit_code == 0

@@ -27,7 +27,8 @@ BASES = {  # what a command needs before it looks at the option
     "plan": "plan --device=h100",
     "plot": "plot run",
     "export": "export --output=new",
-    "sample": f"sample --checkpoint=run/{NEWEST} --backend=numpy",
+    "sample": f"sample --checkpoint=run/{NEWEST} --backend=numpy --check",
+    "serve": f"serve --checkpoint=run/{NEWEST} --backend=numpy --check",
     "chat": f"chat --checkpoint=run/{NEWEST} --backend=numpy",
     "inspect": f"inspect run/{NEWEST}",
     "launch": "launch -- train",
@@ -101,6 +102,9 @@ def test_the_walk_finds_options_of_every_kind() -> None:
     names = {(words, param.name) for words, param in PATHS}
     assert {("train", "data"), ("train", "resume"), ("data prepare", "tokenizer")} <= names
     assert {("info", "path"), ("plot", "runs"), ("launch", "hostfile"), ("eval", "config")} <= names
+    words = {name for _, name in names} | {"PATH", "FILE", "DIR"}
+    others = [param for _, param in PARAMS if not isinstance(param.type, click.Path)]
+    assert not [p for p in others if {p.name, *(p.metavar or "").strip("[]").split()} & words]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -182,6 +186,10 @@ def test_a_home_folder_is_meant_wherever_a_path_is_given(
 def test_a_path_in_a_file_without_a_meaning_is_one_line() -> None:
     Path("nul.toml").write_text('out = "a\\u0000b"')
     assert "holds a NUL character" in refusal(call(*TRAIN.split(), "--config=nul.toml"))
+
+
+def test_the_home_of_nobody_does_not_exist() -> None:
+    assert "does not exist" in refusal(call(*TRAIN.split(), "--config=~nobodyofthatname/a.toml"))
 
 
 def test_a_text_that_is_gone_reads_as_a_sentence(run: Path) -> None:

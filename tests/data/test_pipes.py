@@ -96,7 +96,7 @@ def test_a_tokenizer_and_a_config_can_come_from_a_pipe(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     (tmp_path / "c.toml").write_text('data = "text"\njson = true\n', "utf-8-sig")
     (tmp_path / "text").write_text(TEXT)
-    learned, _ = Loader().learn([tmp_path / "text"], Vocabulary("bpe", 270))
+    learned, _ = Loader().load([tmp_path / "text"], Vocabulary("bpe", 270))
     (tmp_path / "t.json").write_text(json.dumps(learned.to_json()["tokenizer"]))
     prepare = f"{M} data prepare --config <(cat c.toml) --tokenizer <(cat t.json)"
     done = shell(tmp_path, prepare)

@@ -30,8 +30,8 @@ READING = ("encoding", "text_field")  # options that read other text from the sa
 
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
-    pipe = next(filter(is_pipe, paths), "")
-    if pipe and (LIFELINE in os.environ or is_ranked()):
+    is_rank = LIFELINE in os.environ or is_ranked()
+    if pipe := next(filter(is_pipe, paths if is_rank else ()), ""):
         raise DataError(
             f"ranks cannot read stdin or a pipe, so --data {pipe} is not possible; name a file"
         )
