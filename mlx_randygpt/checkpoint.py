@@ -373,10 +373,11 @@ def _verify_shapes(
 
 
 def _digest(header: str, tensors: Params) -> str:
-    digest = hashlib.sha256(header.encode())
+    digest = hashlib.sha256(header.encode("utf-8", "surrogatepass"))
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
-        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        line = f"\n{name} {array.dtype.str} {array.shape}\n"
+        digest.update(line.encode("utf-8", "surrogatepass"))  # a damaged name can be anything
         digest.update(array.data)
     return digest.hexdigest()
 
