@@ -1,6 +1,6 @@
 """Every system call of a saving run fails in turn, and nothing is lost.
 
-MLXGPT_SWEEP=1 pytest tests/chaos/test_sweep.py -m slow -rP tries all (about 11,000; 35 minutes).
+MLXGPT_SWEEP=1 pytest tests/chaos/test_sweep.py -m slow -rP tries all (about 14,000; 45 minutes).
 """
 
 from __future__ import annotations
