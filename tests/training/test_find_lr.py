@@ -14,7 +14,14 @@ from click.testing import CliRunner
 
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.cli import group
-from mlx_randygpt.training.find_lr import BACK_OFF, TOO_HIGH, Trial, range_test, suggest
+from mlx_randygpt.training.find_lr import (
+    BACK_OFF,
+    TOO_HIGH,
+    Trial,
+    is_worth_trying,
+    range_test,
+    suggest,
+)
 from mlx_randygpt.training.loop import Run
 
 Make = Callable[..., tuple[Run, Backend]]
@@ -68,7 +75,7 @@ def test_the_command_prints_one_object(text: str, tmp_path: Path) -> None:
     words = ["find-lr", "--data", str(tmp_path / "t.txt"), "--preset", "mini", "--iters", "10"]
     result = CliRunner().invoke(group, [*words, "--backend", "numpy", "--json"])
     found = json.loads(result.stdout)
-    assert found.keys() == {"suggestion", "recipe_lr", "trials"}
+    assert found.keys() == {"suggestion", "recipe_lr", "trials", "worth_trying"}
     assert next(trial["lr"] for trial in found["trials"]) == 1e-4
     drawn = CliRunner().invoke(group, [*words, "--backend", "numpy"])
     assert "Suggested: --lr" in drawn.stdout
@@ -79,3 +86,10 @@ def test_rates_that_do_not_grow_are_refused() -> None:
     result = CliRunner().invoke(group, ["find-lr", "--from", "0.1", "--to", "0.01"])
     assert result.exit_code == 2
     assert "rates must grow" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("rate", "worth"), [(0.02, False), (0.05, False), (0.07, True), (6e-3, True)]
+)
+def test_a_suggestion_close_to_the_rule_is_not_worth_trying(rate: float, worth: bool) -> None:
+    assert is_worth_trying(rate, 0.02) is worth

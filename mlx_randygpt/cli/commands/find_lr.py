@@ -57,7 +57,7 @@ def command(
     from mlx_randygpt.data.corpus import check_length
     from mlx_randygpt.model import initial_params
     from mlx_randygpt.state import TrainState
-    from mlx_randygpt.training.find_lr import range_test, suggest
+    from mlx_randygpt.training.find_lr import is_worth_trying, range_test, suggest
 
     if not 0 < lowest < highest < float("inf") or iters < 2:
         raise click.UsageError(
@@ -82,10 +82,19 @@ def command(
     rate = suggest(trials)
     if json:
         rows = [{"lr": trial.lr, "loss": trial.loss} for trial in trials]
-        print_json({"suggestion": rate, "recipe_lr": train.lr, "trials": rows})
+        worth = is_worth_trying(rate, train.lr)
+        print_json(
+            {"suggestion": rate, "recipe_lr": train.lr, "worth_trying": worth, "trials": rows}
+        )
         return
     echo("\n".join(chart(trials)))
     echo(f"\nSuggested: --lr {rate:.2g} (the {train.recipe} recipe has {train.lr:g})")
+    if is_worth_trying(rate, train.lr):
+        echo("Worth a try: compare both over a few hundred steps before a long run.")
+    else:
+        echo(
+            "Not worth a change: rates this close to the recipe's end within a range test's noise."
+        )
 
 
 def chart(trials: list[Trial]) -> list[str]:
