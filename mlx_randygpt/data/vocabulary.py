@@ -1,8 +1,8 @@
 """The tokenizer of a text: learned from it, or read from a file.
 
 By default it is characters if they cover the text, else byte-level BPE. Characters are counted in
-the whole text. Subwords are learned from an even sample of a long one, so that memory and time stay
-bounded.
+the whole text. Subwords are learned from the part for training, so that the validation text is new
+to them, and of a long text from an even sample, so that memory and time stay bounded.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data import DataError
+from mlx_randygpt.data.split import TRAIN_SHARE
 from mlx_randygpt.files import read_text
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, count_characters
@@ -50,15 +51,17 @@ class Vocabulary:
     def key(self) -> dict[str, Any]:
         """Return everything but the text that decides what is learned."""
         rule = {"rule": [MAX_CHARS, MAX_LOST, BPE_SIZES, LARGEST_BPE]}
-        return asdict(self) | (rule if self.kind == AUTO else {})
+        part = {} if self.kind == "char" else {"share": TRAIN_SHARE}  # that is learned from
+        return asdict(self) | part | (rule if self.kind == AUTO else {})
 
     def learn(self, texts: Iterable[str], n_bytes: int) -> Tokenizer:
         """Learn the tokenizer of this kind from `texts`, which have about `n_bytes` in total."""
         assert self.kind != AUTO
         if self.kind == "char":
             return CharTokenizer.train(_join(texts), self.size or MAX_CHARS)
+        part = _take_bytes(texts, int(TRAIN_SHARE * n_bytes))
         size = self.size or DEFAULT_SIZE
-        return SubwordTokenizer.train(self.kind, _sample_evenly(texts, n_bytes), size)
+        return SubwordTokenizer.train(self.kind, _sample_evenly(part, n_bytes), size)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def learn(
     choice = Choice.by_counts(counts)
     if choice.vocabulary.kind == "char":
         return CharTokenizer.most_frequent(counts), choice
-    return choice.vocabulary.learn(texts(), n_bytes), choice
+    return choice.vocabulary.learn(texts(), choice.n_bytes), choice
 
 
 def choose_tokenizer(name: str, size: int) -> Tokenizer | Vocabulary:
@@ -152,6 +155,17 @@ def _join(texts: Iterable[str]) -> Iterator[str]:
             yield "".join(waiting)
             waiting, size = [], 0
     yield "".join(waiting)
+
+
+def _take_bytes(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
+    """Yield the beginning of the texts, at most `n_bytes` in UTF-8."""
+    for text in texts:
+        raw = text.encode("utf-8", "surrogatepass")
+        if len(raw) >= n_bytes:
+            yield raw[:n_bytes].decode("utf-8", "ignore")
+            return
+        n_bytes -= len(raw)
+        yield text
 
 
 def _sample_evenly(texts: Iterable[str], n_bytes: int) -> Iterator[str]:

@@ -28,6 +28,17 @@ def test_subwords_of_a_long_text_are_learned_from_an_even_sample(
     assert learned == SubwordTokenizer.train("bpe", texts[::4], 300)
 
 
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_subwords_are_learned_from_the_training_part_alone(kind: str) -> None:
+    pytest.importorskip("tokenizers")
+    seen, held_out = "the cat sat é ", "zyxwvu zyxwvu "
+    texts = [seen * 90, held_out * 10]  # the end of the second is the validation text
+    learned = Vocabulary(kind, 700).learn(texts, sum(len(text.encode()) for text in texts))
+    names = str(learned.to_json())
+    assert "cat" in names
+    assert "zyx" not in names
+
+
 def test_a_file_is_read_as_tokenizer_json(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     made = SubwordTokenizer.train("bpe", ["abc"], 260)
