@@ -212,10 +212,11 @@ def test_ctrl_z_and_sigquit_give_the_terminal_back_first(name: str) -> None:
 
 
 LEARN = """
-import random, sys
+import random, signal, sys
 from mlx_randygpt.cli import main
 from mlx_randygpt.data import vocabulary
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 moment = sys.argv.pop(1)
 
 def texts(*_):
