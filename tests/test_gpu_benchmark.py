@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("mlx.core", exc_type=ImportError)
 
 from mlx_randygpt.check import SUBJECTS
+from mlx_randygpt.recipes import RECIPES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -66,7 +67,9 @@ def test_every_model_is_proven_in_every_type_and_at_the_sizes_of_fused_kernels(
             assert "128 × 128" in sizes
     assert all(0 <= row["error"] <= row["bound"] for row in rows)
     resumed = report["parts"]["resume"]["tables"]["resume"]
-    assert len({(row["recipe"], row["dtype"], row["embedding"]) for row in resumed}) == 8
+    assert len({(row["recipe"], row["dtype"], row["embedding"]) for row in resumed}) == 4 * len(
+        RECIPES
+    )
 
 
 def test_the_tables_hold_what_the_documents_show(report: dict[str, Any]) -> None:
