@@ -22,7 +22,7 @@ MAX_LOGPROBS = 20
 MAX_COST = 1 << 19  # of one request: texts times tokens times (1 + alternatives)
 MAX_COST_TOGETHER = 1 << 20  # of all requests whose responses are not complete
 MAX_BODY_BYTES = 1 << 20
-MAX_BODIES_BYTES = 1 << 26  # of all requests that are being read
+MAX_BODIES_BYTES = 1 << 25  # of all requests that are being read
 N_THREADS = 4  # that read requests and write whole responses
 BODY_SECONDS = 30.0  # for a body to arrive
 
