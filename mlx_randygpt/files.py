@@ -52,17 +52,17 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def exists(path: Path) -> bool:
-    """Return whether `path` exists, links followed; raise OSError if that is unknown."""
+    """Return whether `path` exists, links followed; raise OSError if it cannot be determined."""
     return _mode(path) != 0
 
 
 def is_file(path: Path) -> bool:
-    """Return whether `path` is a regular file; raise OSError if that is unknown."""
+    """Return whether `path` is a regular file; raise OSError if it cannot be determined."""
     return stat.S_ISREG(_mode(path))
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether `path` is a folder; raise OSError if that is unknown."""
+    """Return whether `path` is a folder; raise OSError if it cannot be determined."""
     return stat.S_ISDIR(_mode(path))
 
 

@@ -70,6 +70,13 @@ def clean_text(text: str, *, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else "�" for c in text)
 
 
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no encoding can hold, by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def unknown_line(counts: Mapping[str, int]) -> str:
     """Return one line about characters that were dropped, or ""."""
     if not counts:

@@ -65,7 +65,7 @@ def fill_disk() -> None:
 
 
 def start(place: Path, name: str, **options: object) -> subprocess.Popen[str]:
-    """Start the command that writes `name`."""
+    """Start the command that writes the file `name`."""
     pipe = subprocess.PIPE
     environ = os.environ | {"MLXGPT_CACHE": str(place / "cache"), "MLXGPT_TEST_FOLDER": str(place)}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), *sys.path]))

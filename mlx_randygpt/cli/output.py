@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.words import clean_text
+from mlx_randygpt.words import clean_text, replace_surrogates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text; on a terminal, replace control characters. Files and pipes get all of it.
 
-    Half characters, which no encoding has, are replaced everywhere.
+    Lone surrogates, which no encoding can hold, are replaced everywhere.
     """
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = replace_surrogates(text)
     if is_terminal(sys.stderr if err else sys.stdout):
         text = clean_text(text, keep="\n\t")
     click.echo(text, err=err, nl=nl, color=True)  # without color=True a pipe would get less

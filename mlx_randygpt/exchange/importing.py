@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_randygpt import files
 from mlx_randygpt.exchange import ExchangeError
+from mlx_randygpt.exchange.exporters.gguf import GGUF
 from mlx_randygpt.exchange.importers import arcee, gguf, gpt2, nanogpt, native, randygpt
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel
 from mlx_randygpt.exchange.importers.tensors import read_json
@@ -96,9 +97,8 @@ def _detect_folder(source: Path) -> str:
         )
     if files.is_file(source / nanogpt.CHECKPOINT):
         return "nanogpt"
-    if files.is_file(source / gguf.FILE_NAME):
+    if files.is_file(source / GGUF):
         return "gguf"
     raise ExchangeError(
-        f"{source} holds neither a config.json, a {nanogpt.CHECKPOINT} nor a {gguf.FILE_NAME}; "
-        "name the file"
+        f"{source} holds neither a config.json, a {nanogpt.CHECKPOINT} nor a {GGUF}; name the file"
     )

@@ -46,7 +46,7 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """A message or a saved file, in one line."""
+    """One line for the screen: a message, or the name of a saved file."""
 
     line: str
     urgency: Urgency = Urgency.NOTE

@@ -259,18 +259,24 @@ class Api:
         return json_response(facts)
 
     async def _attention(self, request: HttpRequest) -> Response:
-        async with self._bodies.read(request) as content:
-            body, _ = await self._in_thread(parse, content, AttentionBody)
-        async with self._attention_lock:  # one at a time: each is a forward pass
-            attention = await self._in_thread(map_attention, self._served, body)
-        return json_response(attention)
+        lock = self._attention_lock  # one at a time: each is a forward pass
+        return await self._inspect(request, AttentionBody, lock, map_attention)
 
     async def _copies(self, request: HttpRequest) -> Response:
+        lock = self._copies_lock  # one at a time: each reads the whole text
+        return await self._inspect(request, CopiesBody, lock, report_copies)
+
+    async def _inspect(
+        self,
+        request: HttpRequest,
+        model: type[B],
+        lock: asyncio.Lock,
+        inspect: Callable[[ServedModel, B], dict[str, Any]],
+    ) -> Response:
         async with self._bodies.read(request) as content:
-            body, _ = await self._in_thread(parse, content, CopiesBody)
-        async with self._copies_lock:  # one at a time: each reads the whole text
-            copies = await self._in_thread(report_copies, self._served, body)
-        return json_response(copies)
+            body, _ = await self._in_thread(parse, content, model)
+        async with lock:
+            return json_response(await self._in_thread(inspect, self._served, body))
 
     async def _page(self, request: HttpRequest) -> Response:
         content, media_type = self._files[request.url.path]

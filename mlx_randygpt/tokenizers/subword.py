@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mlx_randygpt.config import LIMITS, ConfigError, UserError, missing
 from mlx_randygpt.tokenizers import TokenizerError
 from mlx_randygpt.tokenizers.content import check_content
-from mlx_randygpt.words import one_line
+from mlx_randygpt.words import one_line, replace_surrogates
 
 KINDS = ("bpe", "wordpiece")
 MIN_VOCAB_SIZE = {
@@ -79,7 +79,7 @@ class SubwordTokenizer:
                 f"{MIN_VOCAB_SIZE[kind]} to {LIMITS['vocab_size']}, since every byte is a token"
             )
         learn = _learn_bpe if kind == "bpe" else _learn_wordpiece
-        runs = (run for text in texts for run in _cut_long_runs(_replace_surrogates(text)))
+        runs = (run for text in texts for run in _cut_long_runs(replace_surrogates(text)))
         library = _library()
         with _one_line_errors("the text cannot be learned from"):
             return cls(kind, _interruptibly(lambda: learn(library, runs, vocab_size)).to_str())
@@ -133,7 +133,7 @@ class SubwordTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Encode each text."""
         # Unlike `encode`, the library's batch method releases Python's lock, even for one text.
-        batch = [_replace_surrogates(text) for text in texts]
+        batch = [replace_surrogates(text) for text in texts]
         with _one_line_errors("the text cannot be encoded"):
             encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
@@ -164,7 +164,7 @@ class SubwordTokenizer:
             chars = self._characters
             return dict(Counter(c for c in text if chars and c not in chars).most_common())
         with _one_line_errors("the text cannot be encoded"):
-            batch = [_replace_surrogates(text)]  # see encode_batch
+            batch = [replace_surrogates(text)]  # see encode_batch
             [encoding] = self._model.encode_batch(batch, add_special_tokens=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return dict(Counter(text[a:b] for id_, (a, b) in pairs if id_ == self._unk).most_common())
@@ -286,13 +286,6 @@ def _one_line_errors(problem: str) -> Iterator[None]:
             raise
         reason = str(error) if str(error).startswith("tokenizer: ") else ""
         raise TokenizerError(reason or f"tokenizer: {problem} ({one_line(error)})") from error
-
-
-def _replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which the library rejects, by U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cut_long_runs(text: str) -> Iterator[str]:

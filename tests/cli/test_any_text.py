@@ -238,7 +238,7 @@ def test_prepare_makes_what_train_then_uses(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def chinese() -> str:
-    """A text with more characters than a tokenizer of characters has, in zh.txt."""
+    """Write zh.txt, a text with more different characters than a character tokenizer holds."""
     text = "".join(chr(0x4E00 + i * i % 797) + "。" * (i % 9 == 0) for i in range(4000))
     text += "".join(map(chr, range(0x5000, 0x5000 + 300)))
     Path("zh.txt").write_text(text)

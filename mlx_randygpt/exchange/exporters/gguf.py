@@ -16,7 +16,7 @@ from mlx_randygpt.config import missing
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.exporters.arcee import weights as arcee_weights
 from mlx_randygpt.exchange.exporters.gpt2 import with_biases
-from mlx_randygpt.exchange.exporters.tokenizer import token_names
+from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS, token_names, tokenizer_json
 from mlx_randygpt.model import GPT2_NORM_EPS
 from mlx_randygpt.state import Array, Params
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
@@ -154,7 +154,7 @@ def characters_as_bpe(tokenizer: CharTokenizer) -> tuple[list[str], list[int], l
     spelled = ["".join(char_of[byte] for byte in char.encode()) for char in tokenizer.chars]
     merges = dict.fromkeys(f"{s[:n]} {s[n]}" for s in spelled for n in range(1, len(s)))
     kinds = [NORMAL] * len(spelled) + [CONTROL, CONTROL, UNKNOWN]
-    return [*spelled, "<bos>", "<eos>", "<unk>"], kinds, list(merges)
+    return [*spelled, *CHAR_SPECIALS], kinds, list(merges)
 
 
 def add_tensor(writer: Any, name: str, array: Array, outtype: str) -> None:
@@ -188,9 +188,7 @@ def gpt2_names(n_layer: int) -> dict[str, str]:
 def modelfile(saved: Checkpoint) -> str:
     """Return the Modelfile from which `ollama create` makes a model that continues text."""
     tokenizer = tokenizer_from_json(saved.tokenizer)
-    end = "<eos>"
-    if not isinstance(tokenizer, CharTokenizer):
-        end = token_names(saved.tokenizer["tokenizer"])[tokenizer.eos]
+    end = token_names(tokenizer_json(tokenizer))[tokenizer.eos]
     return (
         f"FROM ./{GGUF}\n"
         'TEMPLATE "{{ .Prompt }}"\n'

@@ -1,4 +1,4 @@
-"""Import Arcee as Hugging Face stores it: a folder of config.json, weights and a tokenizer.
+"""Import an Arcee model from a Hugging Face folder: config.json, weights and a tokenizer.
 
 Our norms have no gains, so each gain is folded into the matrix that reads the norm's output. A
 config.json that describes a model with other components is refused.

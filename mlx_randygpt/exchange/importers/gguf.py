@@ -18,6 +18,7 @@ from mlx_randygpt.config import ARCHS, ConfigError, ModelConfig, missing
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.exporters.gguf import (
     CONTROL,
+    GGUF,
     NORMAL,
     UNUSED,
     gpt2_names,
@@ -33,7 +34,6 @@ from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.words import one_line
 
-FILE_NAME = "model.gguf"  # in an exported folder
 LETTERS = b"GGUF"  # with which a file begins
 SIZES = {  # our name -> that after the architecture's
     "block_size": "context_length",
@@ -53,7 +53,7 @@ TOKENS = "tokenizer.ggml.tokens"
 
 def read_file(source: Path, vocab: Path | None) -> ImportedModel:
     """Read the model in a GGUF file, or in the folder that `mlxgpt export` wrote it to."""
-    path = source / FILE_NAME if files.is_folder(source) else source
+    path = source / GGUF if files.is_folder(source) else source
     settings, stored = _read(path)
     arch = settings.get("general.architecture")
     if arch not in FIXED:

@@ -75,7 +75,7 @@ def byte_level_bpe(
 
 
 def _characters(content: Mapping[str, Any], size: int, config: Path) -> Tokenizer | None:
-    """Return the character tokenizer that was exported as this tokenizer.json, if one was.
+    """Return the character tokenizer of which this tokenizer.json is an export, else None.
 
     `config` is the tokenizer_config.json beside it, which records where a text begins.
     """
