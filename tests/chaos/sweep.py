@@ -28,6 +28,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_randygpt.checkpoint import Checkpoint
 
 SHIM = "MLXGPT_SWEEP_SHIM"
 KINDS = ("open", "write", "fsync", "rename", "link", "unlink", "stat", "read")
@@ -92,6 +96,24 @@ def preload_shim(folder: Path) -> None:
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
+def write_in_turn() -> None:
+    """Make the training wait until the writer takes each snapshot, so that it writes them all.
+
+    On a slow disk it would leave out those that a newer one has replaced, and with them the step
+    that a scenario is to resume from.
+    """
+    from mlx_randygpt.training.saving import CheckpointWriter
+
+    submit = CheckpointWriter.submit
+
+    def submit_and_wait(writer: CheckpointWriter, path: Path, checkpoint: Checkpoint) -> None:
+        submit(writer, path, checkpoint)
+        while writer._waiting:
+            time.sleep(0.001)
+
+    CheckpointWriter.submit = submit_and_wait  # type: ignore[method-assign]
+
+
 class Sweep:
     """The runs, and what they have shown."""
 
@@ -108,7 +130,9 @@ class Sweep:
         self.outcome: Counter[str] = Counter()
         self.failures: list[str] = []
 
-    def start(self, *words: str, case: Case | None = None, counting: bool = False) -> int:
+    def start(
+        self, *words: str, case: Case | None = None, counting: bool = False, in_turn: bool = False
+    ) -> int:
         """Run the command in a forked process; return its exit code, negative for a signal."""
         if pid := os.fork():
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -127,6 +151,8 @@ class Sweep:
                 self._arm(-1, 0, 0, 0, 0)
             from mlx_randygpt.cli import main
 
+            if in_turn:
+                write_in_turn()
             main()
             code = 0
         except SystemExit as end:
@@ -221,7 +247,8 @@ class Sweep:
         for n in itertools.count(1):
             self._lay_out(fresh)
             kill = Case(fresh, KINDS.index("rename"), n, "killed after")
-            assert self.start(*self.words(fresh), case=kill) == -signal.SIGKILL, self.said()
+            code = self.start(*self.words(fresh), case=kill, in_turn=True)
+            assert code == -signal.SIGKILL, self.said()
             newest = self.out / NEWEST
             if newest.exists() and peek_step(newest) == scenario.resumes:
                 break

@@ -480,9 +480,10 @@ def test_a_stopped_run_saves_where_it_stands(
 ) -> None:
     run, backend = faked(iters=100, eval_every=2)
     stop = lambda: backend.step == 5  # noqa: E731
-    *_, newest, best = train(run, backend, tmp_path, stop)  # type: ignore[arg-type]
-    assert isinstance(newest, SaveLog)
-    assert (newest.step, newest.best, Path(newest.path).name) == (5, False, NEWEST)
+    saves = of(SaveLog, list(train(run, backend, tmp_path, stop)))  # type: ignore[arg-type]
+    newest = [log for log in saves if not log.best][-1]
+    best = [log for log in saves if log.best][-1]
+    assert (newest.step, Path(newest.path).name) == (5, NEWEST)
     assert best == SaveLog(4, str(tmp_path / BEST), True, 3.0 / 5)
     assert load_checkpoint(tmp_path / NEWEST).state.step == 5
     assert load_checkpoint(tmp_path / BEST).state.step == 4
