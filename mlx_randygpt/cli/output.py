@@ -29,6 +29,12 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     click.echo(text, err=err, nl=nl, color=True)  # without color=True a pipe would get less
 
 
+def ring_bell() -> None:
+    """Ring the bell of the terminal on stderr, if there is one."""
+    if is_terminal(sys.stderr):
+        click.echo("\a", err=True, nl=False)
+
+
 def is_terminal(stream: Any) -> bool:
     """Return whether a stream is a terminal."""
     return bool(stream.isatty())

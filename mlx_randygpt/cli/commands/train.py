@@ -56,6 +56,7 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
 @backend_option
 @threads_option
 @click.option("--plain", is_flag=True, help="Plain lines instead of the live screen.")
+@click.option("--allow-sleep", is_flag=True, help="Let a Mac sleep during the run.")
 @options(
     tokenizer_options,
     reading_options,
@@ -168,6 +169,7 @@ def command(
     init_from: Path | None,
     backend: str,
     plain: bool,
+    allow_sleep: bool,
     **values: Any,
 ) -> None:
     """Train a model on your text. Ctrl-C saves and stops; --resume continues exactly."""
@@ -187,6 +189,7 @@ def command(
         out=out or (resume_path.parent if resume_path else DEFAULT_OUT),
         backend=backend,
         plain=plain,
+        allow_sleep=allow_sleep,
         overwrite=overwrite,
         resume=resume_path,
         resume_newest=resume == RESUME_NEWEST,
