@@ -39,7 +39,7 @@ PROMPT = "> "
 @click.option(
     "--replay",
     type=FilePath(path_type=Path),
-    help="Replay a conversation that was saved with /save.",
+    help="Replay a conversation that /save has written.",
 )
 @quantize_option
 @backend_option
