@@ -91,7 +91,8 @@ def introduction(loaded: Loaded) -> Iterator[str]:
     yield f"Model: {loaded.path}"
     yield f"Size: {parameter_count(model):,} parameters, context {model.block_size:,} tokens"
     if math.isfinite(progress.val_loss):
-        yield f"Loss: {progress.val_loss:.4f} on the validation text, at step {progress.eval_step:,}"
+        step = f"{progress.eval_step:,}"
+        yield f"Loss: {progress.val_loss:.4f} on the validation text, at step {step}"
     else:
         yield "Loss: not evaluated"
     yield "This model continues text and does not answer: it was not trained on dialogue."
