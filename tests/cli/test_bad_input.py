@@ -133,7 +133,6 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("import other", 2, "Missing option '-o' / '--output'"),
     ("import other --format=keras -o new", 2, "'keras' is not one of 'auto', 'gpt2'"),
     # plot, runs, export, inspect
-    ("plot", 2, "Missing argument 'RUNS...'"),
     ("plot checkpoints -o loss.gif", 2, "the name should end in .svg, .html or .png"),
     ("plot checkpoints --smooth=-1", 2, "-1.0 is not in the range x>=0"),
     ("plot hollow", 1, "hollow/metrics.jsonl does not exist"),
