@@ -1,9 +1,9 @@
 """Kernels of our own for Metal: norm with token shift, QK-norm with rotation, causal attention.
 
-Each replaces many of MLX's kernels, forward or backward; a self-test on the machine decides whether it is used.
-float32 only; T and D are multiples of 8. The formulas are derived in docs/numerics.md. A body below
-is what `mx.fast.metal_kernel` takes: inputs and outputs are pointers by name, sizes are constants.
-A simdgroup is 32 lanes that run in step and can exchange values.
+Each replaces many of MLX's kernels, forward or backward. float32 only; T and D are multiples of 8.
+The formulas are derived in docs/numerics.md. A body below is what `mx.fast.metal_kernel` takes:
+inputs and outputs are pointers by name, sizes are constants. A simdgroup is 32 lanes that run in
+step and can exchange values.
 
 Legend: B batch, T time, C n_embd, H heads, D = C/H.
 """
@@ -331,7 +331,8 @@ def attend(qk: mx.array, qkv: mx.array) -> list[mx.array]:
 
     Queries and keys are qk (B, 2H, T, D), values the last third of qkv (B, T, 3C).
     """
-    b, h, t, d = qk.shape[0], qk.shape[1] // 2, *qk.shape[2:]
+    b, parts, t, d = qk.shape
+    h = parts // 2
     grid, shapes = (LANES, t // TILE, b * h), [(b, t, h * d), (b, h, t)]
     return _attend([qk, qkv], grid, shapes, T=t, H=h, D=d)
 
