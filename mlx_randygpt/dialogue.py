@@ -75,6 +75,18 @@ def join(parts: Sequence[Rendered]) -> Rendered:
     return Rendered(np.concatenate(ids), np.concatenate(counts))
 
 
+def fit_prompt(
+    turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int, max_tokens: int
+) -> tuple[list[int], int]:
+    """Return the ids of a prompt that leaves room for its answer, and how many turns were dropped.
+
+    The room is `max_tokens`, at most a quarter of the context of `block_size` tokens. The prompt is
+    longer than that if the system's turn and the last one are.
+    """
+    kept, n_dropped = fit(turns, tokenizer, block_size - min(max_tokens, block_size // 4))
+    return render_prompt(kept, tokenizer).tolist(), n_dropped
+
+
 def fit(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> tuple[list[Turn], int]:
     """Return the turns whose prompt fits into `room` tokens, and how many were dropped.
 
