@@ -77,14 +77,12 @@ def join(parts: Sequence[Rendered]) -> Rendered:
 
 def fit_prompt(
     turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int, max_tokens: int
-) -> tuple[list[int], int]:
-    """Return the ids of a prompt that leaves room for its answer, and how many turns were dropped.
+) -> tuple[list[Turn], int]:
+    """Return the turns that fit into a context with their answer, and how many were dropped.
 
-    The room is `max_tokens`, at most a quarter of the context of `block_size` tokens. The prompt is
-    longer than that if the system's turn and the last one are.
+    The answer gets `max_tokens`, but at most a quarter of the context of `block_size` tokens.
     """
-    kept, n_dropped = fit(turns, tokenizer, block_size - min(max_tokens, block_size // 4))
-    return render_prompt(kept, tokenizer).tolist(), n_dropped
+    return fit(turns, tokenizer, block_size - min(max_tokens, block_size // 4))
 
 
 def fit(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> tuple[list[Turn], int]:

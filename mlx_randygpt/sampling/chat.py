@@ -20,7 +20,7 @@ from mlx_randygpt import files
 from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig, UserError
 from mlx_randygpt.dialogue import Turn as Said
-from mlx_randygpt.dialogue import fit_prompt, has_dialogue, render
+from mlx_randygpt.dialogue import fit_prompt, has_dialogue, render, render_prompt
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Generated, generate, shown_length
 from mlx_randygpt.tokenizers import Tokenizer
@@ -119,11 +119,12 @@ class Conversation:
         """Return the ids of the conversation; report what of it does not fit into the context."""
         size = self.model.block_size
         said = [*self._said(), Said("user", prompt)]
-        ids, n_dropped = fit_prompt(said, self.tokenizer, size, self.config.max_tokens)
+        kept, n_dropped = fit_prompt(said, self.tokenizer, size, self.config.max_tokens)
+        ids: list[int] = render_prompt(kept, self.tokenizer).tolist()
         if n_dropped:
             one = n_dropped == 1
             turns = "the oldest turn was" if one else f"the {n_dropped} oldest turns were"
-            self.notify(f"{turns} left out, to fit into the context of {size} tokens")
+            self.notify(f"{turns} left out: with the answer, the context of {size} tokens is full")
         if len(ids) > size:
             self.notify(f"this prompt has {len(ids)} tokens, the context {size}: its end is used")
         return ids

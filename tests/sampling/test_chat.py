@@ -213,7 +213,9 @@ class TestDialogue:
         assert notices == []
         asked = Turn("user", "The small grey bird.")
         answer = say(talk, asked.text)
-        assert notices == ["the 2 oldest turns were left out, to fit into the context of 64 tokens"]
+        assert notices == [
+            "the 2 oldest turns were left out: with the answer, the context of 64 tokens is full"
+        ]
         assert answer == self.answer_to(talk, [Turn("system", "Sing."), asked], 6)
 
     def test_a_prompt_beyond_the_context_is_reported(
