@@ -1,7 +1,7 @@
-"""A conversation with a model that continues text: its history, its turns and its commands.
+"""A conversation with a model that continues text: its turns and its commands.
 
 Each input is appended to the conversation on its own line, and the model continues from there. An
-answer depends only on the text so far, the settings and the number of the turn, so a saved
+answer depends only on the text so far, the settings and the seed of the turn, so a saved
 conversation can be replayed word for word.
 """
 
@@ -34,6 +34,8 @@ SETTINGS = {  # command -> (field of SampleConfig, its type, what it does)
     "/seed": ("seed", int, "seed; counts from the next answer"),
 }
 OTHER_COMMANDS = {
+    "/retry": "answer the last prompt again, with the next seed",
+    "/undo": "forget the last prompt and its answer",
     "/reset": "forget the conversation",
     "/show": "show the settings and the length of the conversation",
     "/save": "FILE: save the conversation, for --replay",
@@ -66,14 +68,22 @@ class Conversation:
     tokenizer: Tokenizer
     config: SampleConfig
     turns: list[Turn] = field(default_factory=list)
-    history: str = ""
+    first: int = 0  # of the turns that are not forgotten
     answered: int = 0  # answers since the seed was set
+
+    @property
+    def history(self) -> str:
+        """Return the text so far: prompts and answers, each prompt on a line of its own."""
+        text = ""
+        for turn in self.turns[self.first :]:
+            text += _on_new_line(text, turn.prompt) + turn.text
+        return text
 
     def answer(self, prompt: str, should_stop: Callable[[], bool]) -> Iterator[str]:
         """Yield the answer piece by piece; what was generated before a stop is kept."""
         config = replace(self.config, seed=self.config.seed + self.answered)
-        fresh, prompt = not self.history, unify_newlines(prompt)
-        context = self.history + "\n" * (not fresh and not self.history.endswith("\n")) + prompt
+        history, prompt = self.history, unify_newlines(prompt)
+        context = history + _on_new_line(history, prompt)
         ids = self.tokenizer.encode(context).tolist() or [self.tokenizer.bos]
         sample, shown = Generated(), 0
         for [sample] in generate(
@@ -84,8 +94,12 @@ class Conversation:
             yield sample.text[shown:ready]
             shown = max(shown, ready)
         yield sample.text[shown:]
-        self.history, self.answered = context + sample.text, self.answered + 1
-        self.turns.append(Turn(prompt, config, sample.text, fresh))
+        self.answered += 1
+        self.turns.append(Turn(prompt, config, sample.text, len(self.turns) == self.first))
+
+    def retry(self, should_stop: Callable[[], bool]) -> Iterator[str]:
+        """Answer the last prompt again, with the next seed; ChatError if there is none."""
+        return self.answer(self._forget_last().prompt, should_stop)
 
     def command(self, line: str) -> str:
         """Run a line that begins with "/" and return the reply; ChatError if it is invalid."""
@@ -94,7 +108,12 @@ class Conversation:
             return self._set(name, value.strip())
         if name == "/save":
             return self.save(Path(expanduser(value.strip()))) if value.strip() else _needs_file()
-        actions = {"/reset": self._reset, "/show": self._show, "/help": _help}
+        actions = {
+            "/undo": self._undo,
+            "/reset": self._reset,
+            "/show": self._show,
+            "/help": _help,
+        }
         if name not in actions:
             raise ChatError(
                 f"{reprlib.repr(name)} is not a command; use one of {', '.join(COMMANDS)}"
@@ -132,8 +151,16 @@ class Conversation:
         self.answered = 0 if key == "seed" else self.answered
         return f"{key} = {number}"
 
+    def _undo(self) -> str:
+        return f"forgot {reprlib.repr(self._forget_last().prompt)} and its answer"
+
+    def _forget_last(self) -> Turn:
+        if len(self.turns) == self.first:
+            raise ChatError("there is no answer yet; type a prompt first")
+        return self.turns.pop()
+
     def _reset(self) -> str:
-        self.history = ""
+        self.first = len(self.turns)
         return "conversation forgotten"
 
     def _show(self) -> str:
@@ -173,6 +200,10 @@ def _turn(values: dict[str, Any]) -> Turn:
 def completions(prefix: str) -> list[str]:
     """Return the commands that start with `prefix`."""
     return [n for n in COMMANDS if n.startswith(prefix)] if prefix.startswith("/") else []
+
+
+def _on_new_line(history: str, prompt: str) -> str:
+    return "\n" * bool(history and not history.endswith("\n")) + prompt
 
 
 def _example(key: str) -> object:

@@ -71,6 +71,38 @@ def test_commands_set_what_the_next_answer_is_made_with(talk: Conversation) -> N
     assert talk.config.temperature == 0
 
 
+def test_retry_answers_the_same_prompt_with_the_next_seed(talk: Conversation) -> None:
+    first = say(talk, "The old")
+    say(talk, "A king")
+    text = "".join(talk.retry(lambda: False))
+    assert text == written(talk, f"The old{first}\nA king", 7)
+    assert [(turn.prompt, turn.config.seed) for turn in talk.turns] == [
+        ("The old", 5),
+        ("A king", 7),
+    ]
+
+
+def test_undo_forgets_one_prompt_and_its_answer(talk: Conversation) -> None:
+    first = say(talk, "The old")
+    say(talk, "A king")
+    assert talk.command("/undo") == "forgot 'A king' and its answer"
+    assert talk.history == "The old" + first
+    talk.command("/undo")
+    assert say(talk, "Under") == written(talk, "Under", 7)  # as the first prompt
+
+
+@pytest.mark.parametrize("line", ["", "/reset"])
+def test_without_an_answer_there_is_nothing_to_retry_or_undo(line: str, talk: Conversation) -> None:
+    if line:
+        say(talk, "The old")
+        talk.command(line)
+    with pytest.raises(ChatError, match="no answer yet"):
+        talk.retry(lambda: False)
+    with pytest.raises(ChatError, match="no answer yet"):
+        talk.command("/undo")
+    assert len(talk.turns) == bool(line)  # what was forgotten can still be saved
+
+
 def test_reset_forgets_and_seed_begins_anew(talk: Conversation) -> None:
     first = say(talk, "The")
     assert talk.command("/reset") == "conversation forgotten"
@@ -144,15 +176,25 @@ def checkpoint(make_run: MakeRun, tmp_path: Path) -> Path:
 def test_a_script_can_talk_through_a_pipe(checkpoint: Path, tmp_path: Path) -> None:
     words = ["--checkpoint", str(checkpoint), "--backend", "numpy", "--max-tokens", "9"]
     saved = tmp_path / "talk.json"
-    typed = f"The old\n/len 4\n/bad\nA king\n/save {saved}\n/quit\nnever read\n"
+    typed = f"The old\n/retry\n/len 4\n/bad\nA king\n/save {saved}\n/quit\nnever read\n"
     done = CliRunner().invoke(group, ["chat", *words], input=typed)
     assert (done.exit_code, len(load_turns(saved))) == (0, 2)
     first, second = load_turns(saved)
-    assert done.stdout == f"{first.text}\n{second.text}\n"
+    retried = done.stdout.removesuffix(f"\n{first.text}\n{second.text}\n")
+    assert len(retried) == 9  # the answer that was replaced
     assert "Error: '/bad' is not a command" in done.stderr
     again = CliRunner().invoke(group, ["chat", *words, "--replay", str(saved)], input="")
     assert again.stdout == f"The old{first.text}\nA king{second.text}\n"
     assert "differs" not in again.stderr
+
+
+def test_chat_says_which_model_it_is_and_that_it_does_not_answer(checkpoint: Path) -> None:
+    done = CliRunner().invoke(group, ["chat", "--checkpoint", str(checkpoint)], input="")
+    _, *lines = done.stderr.splitlines()
+    assert lines[0] == f"Model: {checkpoint}"
+    assert re.fullmatch(r"Size: [\d,]+ parameters, context 16 tokens", lines[1])
+    assert lines[2] == "Loss: not evaluated"
+    assert lines[3].startswith("This model continues text and does not answer")
 
 
 def test_sample_interactive_is_chat(checkpoint: Path) -> None:
@@ -193,7 +235,7 @@ def test_ctrl_c_stops_the_text_and_ctrl_d_leaves(checkpoint: Path, tmp_path: Pat
     terminal = Terminal([*words, "--max-tokens", "100000000"], tmp_path / "state")
     terminal.read_until("> ")
     terminal.type("The old\n")
-    terminal.read_until("The old\r?\n.{40}")
+    terminal.read_until("The old\r?\n.{8}")
     terminal.type("\x03")
     terminal.read_until("\n> ")
     terminal.type("/sho\t")
