@@ -55,7 +55,7 @@ def test_a_damaged_metrics_file_spoils_nothing(tmp_path: Path) -> None:
 def test_the_last_sample_up_to_the_step_comes_back(tmp_path: Path) -> None:
     rows = [{"step": n, "prompt": "A", "text": f" {n}"} for n in (2, 4, 6)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_history(tmp_path, 5, PROGRESS).sample == SampleLog(4, "A", " 4")
+    assert read_history(tmp_path, 5, PROGRESS).samples[-1] == SampleLog(4, "A", " 4")
 
 
 @pytest.fixture
@@ -101,3 +101,23 @@ def test_a_run_with_usual_intervals_looks_early(tmp_path: Path, infos: list[RunI
         call = f"{words} --iters 2 --batch-size 2 --out {tmp_path / str(i)} {more}"
         assert CliRunner().invoke(group, call.split()).exit_code == 0
     assert [info.early for info in infos] == [{"evaluation", "sample"}, {"sample"}]
+
+
+def test_why_there_is_another_text_stays_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    terminal = Console(file=(tmp_path / "screen").open("w"), force_terminal=True)
+    monkeypatch.setattr(Dashboard, "note", lambda self, text: shown.append(text))
+    monkeypatch.setattr(training_run, "choose_console", lambda plain: (terminal, plain))
+    monkeypatch.setattr(
+        training_run, "make_view", lambda info, console, plain: Dashboard(info, console)
+    )
+    monkeypatch.setenv("MLXGPT_SHAKESPEARE_URL", "http://127.0.0.1:9/none")
+    monkeypatch.chdir(tmp_path)
+    words = "train --backend numpy --threads 1 --preset mini --iters 1 --batch-size 2"
+    done = CliRunner().invoke(group, words.split())
+    assert done.exit_code == 0, done.output
+    reason = next(line for line in shown if line.startswith("Text: the sample corpus inside"))
+    assert "no connection" in reason
+    assert reason in done.stderr  # for a pipe, and after the run

@@ -63,6 +63,7 @@ class Start:
     progress: Progress = field(default_factory=Progress)
     data: dict[str, Any] = field(default_factory=dict)  # of the resumed checkpoint: how it read
     notes: tuple[str, ...] = ()
+    heard: tuple[str, ...] = ()  # lines that are on stderr already
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,9 @@ def new(request: TrainRequest, machine: Machine) -> Start:
     """Start a run with initial weights and, unless the request has one, a new tokenizer."""
     options = request.options
     tokenizer = tokenizer_from_json(request.tokenizer) if request.tokenizer else None
+    heard: list[str] = []
     tokenizer, corpus = text.load(
-        text.files_of(request.data),
+        text.files_of(request.data, heard),
         text.reading(options),
         tokenizer or text.requested_tokenizer(options),
     )
@@ -133,6 +135,7 @@ def new(request: TrainRequest, machine: Machine) -> Start:
         train=train,
         state=TrainState(0, initial_params(model, train.seed), {}),
         notes=tuple(filter(None, notes)),
+        heard=tuple(heard),
     )
 
 
@@ -141,7 +144,8 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
     options = request.options
     tokenizer = tokenizer_from_json(saved.tokenizer)
     check_tokenizer(tokenizer, options)
-    files, how = text.files_of(request.data), text.reading(options)
+    heard: list[str] = []
+    files, how = text.files_of(request.data, heard), text.reading(options)
     _, corpus = text.load(files, how, tokenizer)
     n_tokens = len(corpus.train)
     model, train = settings.resolve_fine_tuning(options, saved.model, saved.train, n_tokens)
@@ -154,6 +158,7 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
         train=train,
         state=TrainState(0, add_adapters(model, saved.state.params, train.seed), {}),
         notes=tuple(filter(None, notes)),
+        heard=tuple(heard),
     )
 
 

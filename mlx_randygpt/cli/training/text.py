@@ -28,8 +28,12 @@ from mlx_randygpt.words import format_share, unknown_line
 READING = ("encoding", "text_field")  # options that read other text from the same files
 
 
-def files_of(paths: Sequence[str]) -> list[Path]:
-    """Return the files that paths name; without paths, search as docs/cli.md describes."""
+def files_of(paths: Sequence[str], heard: list[str] | None = None) -> list[Path]:
+    """Return the files that paths name; without paths, search as docs/cli.md describes.
+
+    What is chosen or left out is a line on stderr, and goes to `heard` too, for the live screen
+    that will hide it.
+    """
     is_rank = LIFELINE in os.environ or is_ranked()
     if pipe := next(filter(is_pipe, paths if is_rank else ()), ""):
         raise DataError(
@@ -38,6 +42,8 @@ def files_of(paths: Sequence[str]) -> list[Path]:
 
     def note(line: str) -> None:
         echo(line, err=True)
+        if heard is not None:
+            heard.append(line)
 
     if paths:
         return find_files(paths, note)
