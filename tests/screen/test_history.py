@@ -13,6 +13,8 @@ from rich.console import Console
 
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training import run as training_run
+from mlx_randygpt.cli.training import text as training_text
+from mlx_randygpt.data import DataError
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.screen.dashboard import Dashboard, make_view, screen
 from mlx_randygpt.screen.history import History, read_history
@@ -106,18 +108,20 @@ def test_a_run_with_usual_intervals_looks_early(tmp_path: Path, infos: list[RunI
 def test_why_there_is_another_text_stays_on_the_screen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(path: Path) -> None:
+        raise DataError("no connection")
+
     shown: list[str] = []
-    terminal = Console(file=(tmp_path / "screen").open("w"), force_terminal=True)
     monkeypatch.setattr(Dashboard, "note", lambda self, text: shown.append(text))
-    monkeypatch.setattr(training_run, "choose_console", lambda plain: (terminal, plain))
-    monkeypatch.setattr(
-        training_run, "make_view", lambda info, console, plain: Dashboard(info, console)
-    )
-    monkeypatch.setenv("MLXGPT_SHAKESPEARE_URL", "http://127.0.0.1:9/none")
+    monkeypatch.setattr(training_text, "download_shakespeare", fail)
     monkeypatch.chdir(tmp_path)
     words = "train --backend numpy --threads 1 --preset mini --iters 1 --batch-size 2"
-    done = CliRunner().invoke(group, words.split())
+    with (tmp_path / "screen").open("w") as file:
+        terminal = Console(file=file, force_terminal=True)
+        view = Dashboard(RunInfo("", "", "", "", "", "", 1), terminal)
+        monkeypatch.setattr(training_run, "make_view", lambda info, console, plain: view)
+        done = CliRunner().invoke(group, words.split())
     assert done.exit_code == 0, done.output
-    reason = next(line for line in shown if line.startswith("Text: the sample corpus inside"))
-    assert "no connection" in reason
+    reason = "Text: the sample corpus inside the package (no connection)"
+    assert reason in shown
     assert reason in done.stderr  # for a pipe, and after the run

@@ -51,8 +51,10 @@ INFO = RunInfo(
     early=frozenset({"evaluation", "sample"}),
 )
 VERSE = (
-    "\nWhat light is this that in the window stands?\nIt is the east, and there the morning walks.\n"
-    "\nJULIET:\nThen let it be; the night was long enough,\nand all that slept in it are waking now."
+    "\nWhat light is this that in the window stands?"
+    "\nIt is the east, and there the morning walks.\n"
+    "\nJULIET:\nThen let it be; the night was long enough,"
+    "\nand all that slept in it are waking now."
 )
 OFFLINE = "Text: the sample corpus inside the package (no connection)"
 
