@@ -32,7 +32,8 @@ FAR = "9" * 400
 # fit. Words are split at spaces; the later of two equal options counts.
 BAD_INPUT: list[tuple[str, int, str]] = [
     # the program
-    ("trane", 2, "No such command 'trane'; it is one of train, find-lr, sample"),
+    ("trane", 2, "No such command 'trane'; did you mean train?"),
+    ("qqq", 2, "No such command 'qqq'; use train, "),
     ("--colour train", 2, "No such option '--colour'"),
     ("train --config", 2, "Option '--config' requires an argument"),
     # train: the command line
@@ -104,11 +105,8 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     # train: files to begin from
     (f"{NEW} --resume", 1, "there is no checkpoint in new; leave --resume out to start a new run"),
     (f"{NEW} --resume=none", 1, "could not read none: No such file or directory"),
-    (
-        f"{NEW} --resume=hollow",
-        1,
-        "hollow is a folder; name the file, such as hollow/",
-    ),
+    (f"{NEW} --resume=hollow", 1, "could not read hollow/checkpoint.safetensors: No such file"),
+    (f"{NEW} --init-from=hollow", 1, "there is neither checkpoint_best.safetensors nor"),
     (f"{NEW} --resume=cut", 1, "cut is not a checkpoint of mlxgpt, or is truncated or damaged"),
     (f"{NEW} --resume=flipped", 1, "flipped is damaged: its contents do not match its SHA-256"),
     (f"{NEW} --resume=other", 1, "other is a safetensors file but not a checkpoint of mlxgpt"),
@@ -135,7 +133,6 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("import other", 2, "Missing option '-o' / '--output'"),
     ("import other --format=keras -o new", 2, "'keras' is not one of 'auto', 'gpt2'"),
     # plot, runs, export, inspect
-    ("plot", 2, "Missing argument 'RUNS...'"),
     ("plot checkpoints -o loss.gif", 2, "the name should end in .svg, .html or .png"),
     ("plot checkpoints --smooth=-1", 2, "-1.0 is not in the range x>=0"),
     ("plot hollow", 1, "hollow/metrics.jsonl does not exist"),
@@ -170,7 +167,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{FIND} --seed=-2", 1, "seed=-2 is too small; it must be at least 0"),
     (f"{FIND} --batch-size=0", 1, "batch_size=0 is too small; it must be at least 1"),
     # data
-    ("data fetsh", 2, "No such command 'fetsh'"),
+    ("data fetsh", 2, "No such command 'fetsh'; did you mean fetch?"),
     ("data fetch", 2, "Missing argument 'NAME'"),
     ("data fetch bible", 1, "no corpus is called 'bible'; choose from tinyshakespeare, shakespe"),
     ("data fetch text8 --book=1", 2, "--book needs the corpus gutenberg"),

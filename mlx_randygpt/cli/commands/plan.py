@@ -42,10 +42,14 @@ TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
 @click.option(
     "--vocab-size",
     type=click.IntRange(1),
-    help="Tokens in the vocabulary.  [default: 67; 50,257 for gpt2 presets]",
+    help="Plan for this many tokens in the vocabulary.  [default: 67; 50,257 for gpt2 presets]",
 )
-@click.option("--tokens", type=float, help="Tokens to train on.  [default: 1000 steps]")
-@click.option("--batch-size", type=int, help="Sequences, over all hosts.  [default: preset, 64]")
+@click.option("--tokens", type=float, help="Train on this many tokens.  [default: 1000 steps]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Draw this many sequences per batch, over all hosts.  [default: 64; 8 for gpt2 presets]",
+)
 @grad_accum_option
 @memory_options
 @optimizer_option
@@ -55,21 +59,23 @@ TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
     default="this",
     show_default=True,
     metavar="NAME",
-    help="this, or a device named above.",
+    help="Plan for this machine, or for a device named above.",
 )
 @click.option(
     "--hosts",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Devices that share each batch.",
+    help="Share each batch between this many devices.",
 )
 @click.option(
     "--link",
     type=Number(0, min_open=True),
-    help="GB/s between hosts, each way.  [default: that of the device]",
+    help="Send X GB/s between hosts, each way.  [default: that of the device]",
 )
-@click.option("--cost-per-hour", type=Number(0), help="Price of one host per hour.")
+@click.option(
+    "--cost-per-hour", type=Number(0), help="Pay this for one host per hour, in any currency."
+)
 @threads_option
 @backend_option
 @json_option

@@ -23,6 +23,7 @@ from mlx_randygpt.cli.options import (
 )
 from mlx_randygpt.cli.output import echo, print_json, show
 from mlx_randygpt.cli.values import ExistingFile, Number
+from mlx_randygpt.palette import PROBABILITIES
 from mlx_randygpt.words import clean_text
 
 if TYPE_CHECKING:
@@ -37,26 +38,33 @@ N_ALTERNATIVES = 5  # to show for each token
 
 @click.command("sample", cls=Command)
 @checkpoint_option
-@click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
+@click.option("--prompt", help="Continue this text.  [default: the prompt of the run]")
 @click.option(
     "--prompt-file",
     type=ExistingFile(allow_dash=True),
-    help="File with the prompt; - is stdin.",
+    help="Read the prompt from a file; - is stdin.",
 )
 @sampling_options
-@click.option("--beams", default=1, show_default=True, help="Beams of a beam search; 1 samples.")
+@click.option(
+    "--beams",
+    default=1,
+    show_default=True,
+    help="Search the likeliest text with this many beams; 1 samples.",
+)
 @click.option(
     "--length-penalty",
     type=Number(-10, 10),
     default=1.0,
     show_default=True,
-    help="Length penalty of beams; above 1 favours long texts.",
+    help="Favour long texts in the beam search (above 1).",
 )
-@click.option("--num-samples", default=1, show_default=True, help="Texts to generate.")
-@click.option("--no-echo", is_flag=True, help="Do not print the prompt.")
-@click.option("--show-probs", is_flag=True, help="Colour tokens by probability; list alternatives.")
+@click.option("--num-samples", default=1, show_default=True, help="Generate this many texts.")
+@click.option("--no-echo", is_flag=True, help="Leave the prompt out of the output.")
+@click.option(
+    "--show-probs", is_flag=True, help="Colour tokens by their probability and list alternatives."
+)
 @check_options
-@click.option("--interactive", is_flag=True, help="Chat; the same as `mlxgpt chat`.")
+@click.option("--interactive", is_flag=True, help="Chat, as `mlxgpt chat` does.")
 @quantize_option
 @backend_option
 @json_option
@@ -241,25 +249,20 @@ def _report(
     return rows
 
 
-# Highest probability and its style, from surprising to expected: distinguishable without red and
-# green, on dark and light backgrounds.
-TOKEN_COLORS = (
-    (0.05, "black on #f4a582"),
-    (0.2, "black on #fddbc7"),
-    (0.5, "black on #f7f7f7"),
-    (0.8, "black on #d1e5f0"),
-    (1.0, "black on #92c5de"),
-)
 VISIBLE = {"\n": "⏎\n", "\t": "⇥"}
 
 
 def token_color(probability: float) -> str:
     """Return the style of a token that had this probability."""
-    return next(style for limit, style in TOKEN_COLORS if probability <= limit + 1e-9)
+    return next(_on(ground) for most, ground in PROBABILITIES if probability <= most + 1e-9)
+
+
+def _on(ground: str) -> str:
+    return f"black on {ground}"
 
 
 def show_choices(prompt: str, sample: Generated, tokenizer: Tokenizer) -> None:
-    """Print the text coloured by probability, a legend, and a line with alternatives per token."""
+    """Print a line with alternatives per token, a legend, and last the text in their colours."""
     from rich.table import Table
     from rich.text import Text
 
@@ -275,7 +278,7 @@ def show_choices(prompt: str, sample: Generated, tokenizer: Tokenizer) -> None:
         others = [(i, q) for i, q in choice.likeliest if i != choice.token]
         listed = "  ".join(f"{name(i)!r} {math.exp(q):.1%}" for i, q in others)
         table.add_row(Text(repr(written), token_color(p)), f"{p:.1%}", listed)
-    for limit, style in TOKEN_COLORS:
-        legend.append(f" to {limit:.0%} ", style)
-    for part in (text, Text(), legend, Text(), table):
+    for most, ground in PROBABILITIES:
+        legend.append(f" to {most:.0%} ", _on(ground))
+    for part in (table, Text(), legend, Text(), text):
         show(part)
