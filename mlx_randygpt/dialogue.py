@@ -75,6 +75,16 @@ def join(parts: Sequence[Rendered]) -> Rendered:
     return Rendered(np.concatenate(ids), np.concatenate(counts))
 
 
+def fit_prompt(
+    turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int, max_tokens: int
+) -> tuple[list[Turn], int]:
+    """Return the turns that fit into a context with their answer, and how many were dropped.
+
+    The answer gets `max_tokens`, but at most a quarter of the context of `block_size` tokens.
+    """
+    return fit(turns, tokenizer, block_size - min(max_tokens, block_size // 4))
+
+
 def fit(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> tuple[list[Turn], int]:
     """Return the turns whose prompt fits into `room` tokens, and how many were dropped.
 

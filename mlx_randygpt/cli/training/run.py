@@ -295,9 +295,9 @@ def _conclude(
         return team.exit_code or 1
     if end is not None and end.reason == "stopped":
         echo(f"Go on with: {resume_line(request, session.run)}", err=session.console.stderr)
-    elif end is not None:
-        if sample is not None:
-            echo(_copies_note(sample.text, session.run), err=session.console.stderr)
+    elif end is not None and sample is not None:
+        echo(_copies_note(sample.text, session.run), err=session.console.stderr)
+    if end is not None:
         echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
     return team.exit_code
 
