@@ -84,6 +84,22 @@ def require_features(name: str, *, adapters: bool = False, ranks: bool = False) 
         raise RankError(f"--backend {name} trains on one rank; mlx and numpy on several")
 
 
+def limit_memory(backend: Scorer, planned: int = 0) -> None:
+    """Keep MLX on a Metal GPU within `planned` bytes (0: unknown), and what it uses in memory."""
+    if backend.name == "mlx" and (device := mlx_device()[0]) and device.recommended:
+        _mlx_memory().limit(planned, device.recommended)
+
+
+def release_memory(backend: Scorer) -> None:
+    """Return what a backend keeps for reuse to the system; it is idle, or has done its work."""
+    if backend.name == "mlx":
+        _mlx_memory().release()
+
+
+def _mlx_memory() -> Any:
+    return import_module("mlx_randygpt.backends.mlx.memory")
+
+
 def mlx_device() -> tuple[Device | None, str]:
     """Return MLX's device, or None and one line with the reason why MLX does not run here."""
     module = BACKENDS["mlx"][0]

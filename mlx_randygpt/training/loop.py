@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlx_randygpt.backends import release_memory
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
@@ -86,6 +87,7 @@ def train(
         yield from Trainer(run, backend, saver, should_stop, clock, looks).run_to_target()
     finally:
         saver.close()
+        release_memory(backend)
 
 
 def step_batches(
