@@ -443,9 +443,9 @@ def test_the_end_says_what_the_loss_means(loss: float, reading: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 55), (140, 45)])
+@pytest.mark.parametrize(("width", "height"), [(80, 40), (140, 45)])
 def test_a_tall_screen_is_used_to_its_last_row(width: int, height: int) -> None:
-    samples = [SampleLog(n, "ROMEO:", f"\nLine of {n}. " * 20) for n in range(100, 900, 100)]
+    samples = [SampleLog(n, "ROMEO:", f" Line of {n}." * 20) for n in range(100, 900, 100)]
     lines = shown(tally_of(*reports(), *samples), width, height)
     assert len(lines) == height
     assert "Ctrl-C saves and stops" in lines[-1]
