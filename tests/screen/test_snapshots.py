@@ -167,7 +167,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("words", ["plot", "plot small", "runs", "train --help", "--help"])
+@pytest.mark.parametrize("words", ["plot", "plot small", "runs", "--help"])
 def test_a_command(
     words: str, size: tuple[int, int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
