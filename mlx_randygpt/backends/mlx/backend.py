@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -157,9 +157,7 @@ class MLXBackend:
         total = max(1, sum(batch.n_targets() for batch in batches))
         size = self._train.micro_batch or max(1, len(batches[0].starts))
         terms = (
-            self._weighted_grads(
-                replace(b, starts=b.starts[i : i + size], row=b.row + i), index, total
-            )
+            self._weighted_grads(b.part(i, i + size), index, total)
             for index, b in enumerate(batches)
             for i in range(0, len(b.starts), size)
         )

@@ -108,24 +108,27 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
 
     from mlx_randygpt.cli.training import text
     from mlx_randygpt.data.token_file import TokenFile
+    from mlx_randygpt.state import plain_ids
 
     given = {name: value for name, value in options.items() if value is not None}
     files = text.files_of(data)
     tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
     for line in text.tokenizer_lines(corpus, tokenizer):
         echo(line, err=True)
-    n_bytes = int(tokenizer.token_bytes()[np.asarray(corpus.tokens[:1_000_000])].sum())
+    first = plain_ids(np.asarray(corpus.tokens[:1_000_000]))
+    n_bytes = int(tokenizer.token_bytes()[first].sum())
     cached = corpus.tokens.file.path if isinstance(corpus.tokens, TokenFile) else None
     values = {
         "files": len(files),
         "documents": len(corpus.starts),
+        "conversations": corpus.n_conversations,
         "characters": corpus.characters,
         "tokens": len(corpus.tokens),
         "train_tokens": len(corpus.train),
         "validation": corpus.validation,
         "tokenizer": tokenizer.to_json()["type"],
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": n_bytes / max(1, min(1_000_000, len(corpus.tokens))),
+        "bytes_per_token": n_bytes / max(1, len(first)),
         "cache": str(cached) if cached else None,
     }
     if json:

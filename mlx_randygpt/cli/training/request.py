@@ -56,7 +56,7 @@ def config_toml(request: TrainRequest, run: Run) -> str:
     lora = settings.LORA_FIELDS if run.model.lora_rank else ()
     values = {
         "data": run.data["paths"],
-        **{name: run.data[name] for name in (*text.READING, "respect_documents")},
+        **{name: run.data[name] for name in (*text.READING, "respect_documents", "pack")},
         **text.tokenizer_options(run.tokenizer, request.options),
         "out": str(request.out),
         "backend": request.backend,
