@@ -76,7 +76,7 @@ def whatsapp_messages(lines: Iterable[str]) -> Iterator[Message]:
         yield from _written(day, name, parts)
         day, name, parts = found[0], "", []
         if (named := NAMED.fullmatch(found[1])) is not None:
-            name, parts = named[1].strip(MARKS + " "), [named[2] or ""]
+            name, parts = " ".join(named[1].strip(MARKS).split()), [named[2] or ""]
     yield from _written(day, name, parts)
 
 
@@ -121,7 +121,7 @@ def conversations(messages: Iterable[Message], me: str, place: str) -> Iterator[
     if not counts[me]:
         names = [f"{one_line(n)} ({count:,})" for n, count in counts.most_common() if count]
         names[MAX_NAMES:] = [f"{len(names) - MAX_NAMES} more"] * (len(names) > MAX_NAMES)
-        problem = f"nobody in it is called {me!r}" if me else "whose answers are learned?"
+        problem = f"nobody in it is called {me!r}." if me else "whose answers are learned?"
         raise DataError(
             f"{place} is a chat: {problem} Choose with --me NAME, one of "
             f"{', '.join(names) or 'no names'}; --as-text reads it as plain text"

@@ -97,6 +97,37 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     echo(f"{target} is there. Train on it: mlxgpt train {use} {target}")
 
 
+@command.command("example", cls=Command)
+@click.argument("name", type=click.Choice(["additions"]))
+@click.option(
+    "--out",
+    type=FilePath(path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="Write the two files to this folder.",
+)
+def example(name: str, out: Path) -> None:
+    """Write an example of dialogues: rows to train on, and rows that are held out.
+
+    additions: 7,444 questions such as "What is 47 + 38?", and 656 held-out ones.
+    """
+    import json
+
+    from mlx_randygpt.data import DataError, examples
+    from mlx_randygpt.files import write
+
+    made = examples.EXAMPLES[name]()
+    files = {f"{name}.jsonl": made.training, f"{name}-held-out.jsonl": made.held_out}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, rows in files.items():
+            write(out / file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            echo(f"{out / file}: {len(rows):,} conversations")
+    except OSError as error:
+        raise DataError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+    echo(f"Train on it: mlxgpt train --data {out / name}.jsonl")
+
+
 @command.command("prepare", cls=Command)
 @data_option
 @tokenizer_options
