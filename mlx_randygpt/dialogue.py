@@ -17,14 +17,17 @@ from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, END_OF_TURN, NO_TOKEN, Toke
 
 ROLES = ("system", "user", "assistant")
 ROLE_TOKENS = dict(zip(ROLES, DIALOGUE_TOKENS, strict=False))
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (  # with <|assistant|> in one piece, llama.cpp without Jinja takes it for Phi-3's
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('role must be system, user or assistant') }}"
     "{% endif %}"
+    "{% if message['content'] is not string %}"
+    "{{ raise_exception('content must be text') }}"
+    "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|' + 'assistant|>' }}{% endif %}"
 )
 
 
@@ -73,6 +76,16 @@ def join(parts: Sequence[Rendered]) -> Rendered:
     nothing = Rendered(np.empty(0, np.int32), np.empty(0, np.bool_))
     ids, counts = zip(nothing, *parts, strict=True)
     return Rendered(np.concatenate(ids), np.concatenate(counts))
+
+
+def fit_prompt(
+    turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int, max_tokens: int
+) -> tuple[list[Turn], int]:
+    """Return the turns that fit into a context with their answer, and how many were dropped.
+
+    The answer gets `max_tokens`, but at most a quarter of the context of `block_size` tokens.
+    """
+    return fit(turns, tokenizer, block_size - min(max_tokens, block_size // 4))
 
 
 def fit(turns: Sequence[Turn], tokenizer: Tokenizer, room: int) -> tuple[list[Turn], int]:

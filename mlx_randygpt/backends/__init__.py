@@ -6,6 +6,7 @@ GPU; if it is missing or does not run, the reason is reported.
 
 from __future__ import annotations
 
+import platform
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,22 @@ def require_features(name: str, *, adapters: bool = False, ranks: bool = False) 
         raise RankError(f"--backend {name} trains on one rank; mlx and numpy on several")
 
 
+def limit_memory(backend: Scorer, planned: int = 0) -> None:
+    """Keep MLX on a Metal GPU within `planned` bytes (0: unknown), and what it uses in memory."""
+    if backend.name == "mlx" and (device := mlx_device()[0]) and device.recommended:
+        _mlx_memory().limit(planned, device.recommended)
+
+
+def release_memory(backend: Scorer) -> None:
+    """Return what a backend keeps for reuse to the system; it is idle, or has done its work."""
+    if backend.name == "mlx":
+        _mlx_memory().release()
+
+
+def _mlx_memory() -> Any:
+    return import_module("mlx_randygpt.backends.mlx.memory")
+
+
 def mlx_device() -> tuple[Device | None, str]:
     """Return MLX's device, or None and one line with the reason why MLX does not run here."""
     module = BACKENDS["mlx"][0]
@@ -91,10 +108,20 @@ def mlx_device() -> tuple[Device | None, str]:
     except ModuleNotFoundError:
         return None, "MLX is not installed"
     except RuntimeError as error:
-        return None, f"{error}; reinstall with [cpu]"
+        hidden = "a sandbox or a virtual machine may hide it"
+        return None, f"{error}; {hidden if platform.system() == 'Darwin' else install_mlx()}"
     except ImportError as error:  # plain `mlx` on Linux: the library comes with an extra
-        return None, f"MLX is installed without its library ({error}); reinstall with [cpu]"
+        return None, f"MLX is installed without its library ({error}); {install_mlx()}"
     return device, ""
+
+
+def install_mlx() -> str:
+    """Return what brings an MLX that runs on this system."""
+    if platform.system() != "Darwin":
+        return "pip install 'mlx-randygpt[cpu]'"
+    if platform.machine() == "arm64":
+        return "pip install --force-reinstall mlx"
+    return "it needs Apple silicon and a Python for arm64"
 
 
 def _backend_class(name: str) -> Any:

@@ -76,7 +76,7 @@ def default_checkpoint(path: Path | None) -> Path:
 
 def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Scorer:
     """Build a backend with these weights, in `quantize` bits if given; report it on stderr."""
-    from mlx_randygpt.backends import choose, make_scorer
+    from mlx_randygpt.backends import choose, limit_memory, make_scorer
 
     if quantize is not None:
         require_mlx(backend)
@@ -84,6 +84,7 @@ def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Score
     name, reason = choose(backend)
     params = saved.state.params
     built: Any = make_scorer(name, saved.model, params, dtype=saved.train.dtype, bits=quantize or 0)
+    limit_memory(built)
     echo(f"Backend: {describe_backend(built, reason)}", err=True)
     if quantize is not None:
         before = format_bytes(sum(weight.nbytes for weight in params.values()))
@@ -95,13 +96,13 @@ def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Score
 
 def require_mlx(backend: str) -> None:
     """Raise BackendError unless `--quantize` can run with this choice of backend."""
-    from mlx_randygpt.backends import choose, mlx_device
+    from mlx_randygpt.backends import choose, install_mlx, mlx_device
     from mlx_randygpt.backends.base import BackendError
 
     name, reason = choose(backend)
     device, missing = mlx_device()
     if name != "mlx" and device is None:
-        raise BackendError(f"--quantize needs MLX: {missing}; pip install 'mlx-randygpt[cpu]'")
+        raise BackendError(f"--quantize needs MLX: {missing}; {install_mlx()}")
     if name != "mlx":
         chosen = f"but auto chose NumPy ({reason})" if reason else f"not --backend {name}"
         raise BackendError(f"--quantize needs MLX, {chosen}; add --backend mlx")

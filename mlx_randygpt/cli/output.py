@@ -32,6 +32,12 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     click.echo(text, err=err, nl=nl, color=True)  # without color=True a pipe would get less
 
 
+def ring_bell() -> None:
+    """Ring the bell of the terminal on stderr, if there is one."""
+    if is_terminal(sys.stderr):
+        click.echo("\a", err=True, nl=False)
+
+
 def echo_notice(text: str, *, is_error: bool = False) -> None:
     """Print a remark or an error on stderr; on a terminal its style keeps it apart from answers."""
     if not is_terminal(sys.stderr):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_randygpt.backends import release_memory
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
@@ -89,6 +90,7 @@ def train(
         yield from Trainer(run, backend, saver, should_stop, clock, looks).run_to_target()
     finally:
         saver.close()
+        release_memory(backend)
 
 
 def step_batches(

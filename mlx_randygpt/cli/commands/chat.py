@@ -52,7 +52,10 @@ def command(
     quantize: int | None,
     **filters: Any,
 ) -> None:
-    """Chat with a trained model, which continues the whole conversation. /help lists commands."""
+    """Chat with a trained model. /help lists the commands of the conversation.
+
+    A model that was not trained on dialogue does not answer: it continues the conversation as text.
+    """
     from mlx_randygpt.sampling.filters import SampleConfig
 
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
@@ -63,9 +66,11 @@ def command(
 
 def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -> None:
     """Answer the lines of stdin on stdout until the end of input or /quit."""
+    from mlx_randygpt.backends import release_memory
     from mlx_randygpt.sampling.chat import Conversation
 
-    conversation = Conversation(loaded.backend, loaded.saved.model, loaded.tokenizer, config)
+    model, tokenizer = loaded.saved.model, loaded.tokenizer
+    conversation = Conversation(loaded.backend, model, tokenizer, config, echo_notice)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     lines = "\n".join(introduction(loaded))
     if at_terminal:
@@ -79,23 +84,27 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
             if line.strip() == "/quit":
                 break
             _respond(conversation, line, ctrl_c)
+            release_memory(loaded.backend)
             if ctrl_c.pressed and not at_terminal:
                 raise KeyboardInterrupt
 
 
 def introduction(loaded: Loaded) -> Iterator[str]:
     """Yield the lines that say which model this is, how large and how good."""
+    from mlx_randygpt.dialogue import has_dialogue
     from mlx_randygpt.model import parameter_count
 
     model, progress = loaded.saved.model, loaded.saved.progress
+    is_dialogue = has_dialogue(loaded.tokenizer)
     yield f"Model: {loaded.path}"
     yield f"Size: {parameter_count(model):,} parameters, context {model.block_size:,} tokens"
     if math.isfinite(progress.val_loss):
-        step = f"{progress.eval_step:,}"
-        yield f"Loss: {progress.val_loss:.4f} on the validation text, at step {step}"
+        text = "the answers of the validation text" if is_dialogue else "the validation text"
+        yield f"Loss: {progress.val_loss:.4f} on {text}, at step {progress.eval_step:,}"
     else:
         yield "Loss: not evaluated"
-    yield "This model continues text and does not answer: it was not trained on dialogue."
+    if not is_dialogue:
+        yield "This model continues text and does not answer: it was not trained on dialogue."
 
 
 def _respond(conversation: Conversation, line: str, ctrl_c: CtrlC) -> None:
@@ -120,7 +129,7 @@ def _replay(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.sampling.chat import load_turns
 
     for turn in load_turns(path):
-        echo(turn.prompt, nl=False)
+        echo(turn.prompt, nl=conversation.is_dialogue)
         _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
         if ctrl_c.pressed:
             return

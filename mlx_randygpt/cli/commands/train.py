@@ -67,7 +67,7 @@ BEGINNERS = (  # options that open the help, in this order
     is_flag=False,
     flag_value=RESUME_NEWEST,
     metavar="[PATH]",
-    help="Continue from the newest checkpoint in --out, or from this file.",
+    help="Continue from the newest checkpoint in --out, or from this file or folder.",
 )
 @click.option(
     "--overwrite",
@@ -210,6 +210,7 @@ BEGINNERS = (  # options that open the help, in this order
         type=float,
         help="With several ranks, give up on one after X seconds of silence.  [default: 20]",
     ),
+    click.option("--allow-sleep", is_flag=True, help="Let a Mac sleep during the run."),
     section="Memory and machines",
 )
 def command(
@@ -220,12 +221,14 @@ def command(
     init_from: Path | None,
     backend: str,
     plain: bool,
+    allow_sleep: bool,
     **values: Any,
 ) -> None:
     """Train a model on your text. Ctrl-C saves and stops; --resume continues exactly.
 
     Without options it trains a small model on a text that it finds or downloads, for a few minutes.
     """
+    from mlx_randygpt.checkpoint import NEWEST, is_run_folder
     from mlx_randygpt.cli.training.request import DEFAULT_OUT, TrainRequest
     from mlx_randygpt.cli.training.run import train_command
 
@@ -236,12 +239,18 @@ def command(
     if (values["lora_alpha"] or values["lora_targets"]) and not (values["lora_rank"] or resume):
         raise click.UsageError("--lora-alpha and --lora-targets need --lora-rank")
     resume_path = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
+    if resume_path and is_run_folder(resume_path):
+        if out in (None, resume_path):
+            out, resume, resume_path = resume_path, RESUME_NEWEST, None
+        else:
+            resume_path /= NEWEST
     request = TrainRequest(
         options=given_options(values),
         data=data,
         out=out or (resume_path.parent if resume_path else DEFAULT_OUT),
         backend=backend,
         plain=plain,
+        allow_sleep=allow_sleep,
         overwrite=overwrite,
         resume=resume_path,
         resume_newest=resume == RESUME_NEWEST,

@@ -42,6 +42,7 @@ class TrainRequest:
     resume: Path | None
     resume_newest: bool
     init_from: Path | None
+    allow_sleep: bool = False  # macOS
     tokenizer: dict[str, Any] | None = None  # rank 0's, for the other ranks of a new run
 
     @property
@@ -80,16 +81,13 @@ def describe_model(model: ModelConfig) -> str:
 
 def resume_line(request: TrainRequest, run: Run) -> str:
     """Return the command that resumes this run."""
-    words = [
-        *shlex.split(os.environ.get(LAUNCH, "mlxgpt")),
-        "train",
-        "--iters",
-        str(run.train.iters),
-        "--resume",
-    ]
+    words = [*shlex.split(os.environ.get(LAUNCH, "mlxgpt")), "train", "--resume"]
+    if request.resuming and "iters" in request.options:  # a new run has saved its target
+        words += ["--iters", str(run.train.iters)]
     words += ["--out", str(request.out)] if request.out != DEFAULT_OUT else []
     words += [word for name in request.options.get("log", ()) for word in ("--log", name)]
     words += ["--backend", request.backend] if request.backend != "auto" else []
+    words += ["--allow-sleep"] if request.allow_sleep else []
     return shlex.join(words)
 
 
@@ -104,10 +102,8 @@ def recovery_line(request: TrainRequest, run: Run) -> str:
 
 def sample_line(request: TrainRequest) -> str:
     """Return the command that samples from this run's best checkpoint."""
-    words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
-    if request.out != DEFAULT_OUT:
-        words += ["--checkpoint", str(request.out)]
-    return shlex.join(words)
+    words = ["--checkpoint", str(request.out)] if request.out != DEFAULT_OUT else []
+    return shlex.join(["mlxgpt", "sample", *words])
 
 
 def describe_interval(save_every: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import numpy as np
 from rich.console import Console
 
 from mlx_randygpt.analysis.copies import find_copies
-from mlx_randygpt.backends import choose
+from mlx_randygpt.backends import choose, limit_memory
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
 from mlx_randygpt.cli.audit import check_start
 from mlx_randygpt.cli.copies import copies_line
+from mlx_randygpt.cli.device_errors import DeviceError, describe_failure
 from mlx_randygpt.cli.loading import describe_backend
-from mlx_randygpt.cli.output import echo
+from mlx_randygpt.cli.output import echo, ring_bell
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.agreement import (
@@ -24,6 +27,7 @@ from mlx_randygpt.cli.training.agreement import (
     checkpoint_without_arrays,
     start_message,
 )
+from mlx_randygpt.cli.training.awake import KeepAwake
 from mlx_randygpt.cli.training.folder import (
     RunFolder,
     generation_of,
@@ -50,13 +54,16 @@ from mlx_randygpt.cli.training.start import (
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
 from mlx_randygpt.data.decoding import decoded
+from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
+from mlx_randygpt.state import TrainState
 from mlx_randygpt.training.early import early_kinds
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SampleLog, SaveLog
 
+BELL_SECONDS = 300  # a run that takes longer rings the bell when it ends by itself
 MAX_SEARCHED_TOKENS = 1 << 24  # at the end of a run, so that it takes a few seconds at most
 
 
@@ -82,21 +89,33 @@ class Session:
         return replace(self.request, out=self.folder.path)
 
 
-def train_command(request: TrainRequest) -> int:
-    """Train as requested and return the exit code."""
+def train_command(request: TrainRequest, clock: Callable[[], float] = time.monotonic) -> int:
+    """Train as requested, ring the bell after a long run, and return the exit code."""
+    started = clock()
+    try:
+        return _train(request)
+    finally:
+        if clock() - started > BELL_SECONDS:
+            ring_bell()
+
+
+def _train(request: TrainRequest) -> int:
     overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
     timeout = request.options.get("rank_timeout", RANK_TIMEOUT)
-    with StopSignals() as signals, Team(timeout) as team, overflow_is_checked:
+    awake = KeepAwake(request.allow_sleep)
+    with StopSignals() as signals, Team(timeout) as team, overflow_is_checked, awake:
         if team.rank > 0:
             return run_follower(request, team, signals)
         if request.resume_newest and not is_run_folder(request.out):
             raise CheckpointError(no_checkpoint(request.out))
         with RunFolder(request.out) as folder:
-            return run_leader(request, team, folder, signals)
+            return run_leader(request, team, folder, signals, awake.note)
 
 
-def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals) -> int:
-    """Run as rank 0, or as the only rank: write the files and show the screen."""
+def run_leader(
+    request: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals, note: str = ""
+) -> int:
+    """Run as rank 0, or as the only rank: write the files and show the screen, `note` on it."""
     with team.leading():
         source = load_source(request, folder)
         if source.finished:
@@ -112,7 +131,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
         message = start_message(saved, run)
     team.group.broadcast(message)
     team.agree(agreed_values(run, backend_name))
-    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    backend = make_limited(backend_name, run, start.state, team)
     checked = check_start(start.corpus, text.reading(request.options, start.data))
     notes = [*filter(None, [checked, *start.notes, documents_note(run)])]
     history = History()
@@ -145,7 +164,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
     moved = restore_best(folder.path, saved) if saved and request.resuming else ""
     del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
-    notes[:0] = [*skipped, *filter(None, [moved])]
+    notes[:0] = [*skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
     console, plain = choose_console(request.plain)
@@ -178,7 +197,7 @@ def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int
     start = start_run(request, saved, Machine(backend_name, team.n_beside))
     run = make_run(request, start)
     team.agree(agreed_values(run, backend_name))
-    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    backend = make_limited(backend_name, run, start.state, team)
     del saved, start  # the backend has its own copy of the state
     team.start_watch(lambda: signals.exit_code)
     signals.defer()
@@ -190,6 +209,14 @@ def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int
         return 1  # on every rank alike; rank 0 prints the reason
     team.finish()
     return team.exit_code
+
+
+def make_limited(name: str, run: Run, state: TrainState, team: Team) -> Backend:
+    """Return the backend of a run, which keeps to the memory that `mlxgpt plan` expects."""
+    backend = team.make_backend(name, run.model, run.train, state)
+    n_tokens = len(run.train_tokens) + len(run.val_tokens)
+    limit_memory(backend, device_bytes(run.model, run.train, team.group.size, n_tokens))
+    return backend
 
 
 def show_run(session: Session) -> int:
@@ -211,6 +238,11 @@ def show_run(session: Session) -> int:
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
+        except (RuntimeError, MemoryError) as error:
+            if problem := describe_failure(error, in_training=True):
+                recovery = recovery_line(session.located_request, session.run)
+                raise DeviceError(f"{problem}. {recovery}") from error
+            raise
         logs = session.folder.logs
         logs.flush()
         for line in filter(None, (*session.folder.news, logs.unwritten())):
@@ -263,9 +295,9 @@ def _conclude(
         return team.exit_code or 1
     if end is not None and end.reason == "stopped":
         echo(f"Go on with: {resume_line(request, session.run)}", err=session.console.stderr)
-    elif end is not None:
-        if sample is not None:
-            echo(_copies_note(sample.text, session.run), err=session.console.stderr)
+    elif end is not None and sample is not None:
+        echo(_copies_note(sample.text, session.run), err=session.console.stderr)
+    if end is not None:
         echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
     return team.exit_code
 
