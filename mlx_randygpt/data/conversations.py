@@ -15,9 +15,11 @@ from mlx_randygpt.data import DataError
 from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.data.windows import Conversations
 from mlx_randygpt.dialogue import ROLE_TOKENS, ROLES, has_dialogue
+from mlx_randygpt.state import plain_ids
 from mlx_randygpt.tokenizers import Tokenizer
 
 BLOCK_TOKENS = 1 << 20  # read at a time
+N_QUESTIONS = 20
 USER, ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
 Array = NDArray[Any]
 Numbers = NDArray[np.int64]
@@ -80,6 +82,15 @@ def cut_windows(turns: Turns, block_size: int, *, pack: bool = False) -> Convers
     if not learns.any():
         raise DataError("no conversation has an answer to learn")
     return Conversations(first[learns], ends[learns])
+
+
+def short_question(tokens: Array | TokenFile, starts: Numbers, tokenizer: Tokenizer) -> str:
+    """Return the shortest of the first questions in tokens (n,) with conversations at `starts`."""
+    turns = find_turns(tokens, starts, tokenizer)
+    asks = np.flatnonzero(turns.roles == USER)[:N_QUESTIONS]
+    places = zip(turns.first[asks] + 1, turns.ends[asks] - 1, strict=True)
+    texts = [tokenizer.decode(plain_ids(np.asarray(tokens[a:b]))) for a, b in places]
+    return min(texts, key=len, default="Hello")
 
 
 def _next(starts: Numbers, places: Numbers, n: int) -> Numbers:

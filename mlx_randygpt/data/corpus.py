@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError, cache, token_files
+from mlx_randygpt.data.conversations import short_question
 from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
 from mlx_randygpt.data.reading import Piece, Reading, Seen, all_pieces, holds_conversations
@@ -36,7 +37,6 @@ from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.data.vocabulary import AUTO, Choice, Vocabulary, choose_tokenizer, learn
 from mlx_randygpt.dialogue import has_dialogue
 from mlx_randygpt.files import resolve
-from mlx_randygpt.state import plain_ids
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
 
@@ -380,9 +380,14 @@ def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
 def default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Return a prompt for the samples: "ROMEO:", a newline, or the first character of the text.
 
-    It is the first of these that occurs near the beginning of the text.
+    It is the first of these that occurs near the beginning of the text. If there are conversations,
+    it is a question of those for validation.
     """
-    text = tokenizer.decode(plain_ids(np.asarray(corpus.tokens[:PROMPT_TOKENS])))
+    if corpus.n_conversations:
+        n_train = len(corpus.train)
+        starts = corpus.starts[corpus.starts >= n_train] - n_train
+        return short_question(corpus.val, starts, tokenizer)
+    text = tokenizer.decode(np.asarray(corpus.tokens[:PROMPT_TOKENS]))
     return "ROMEO:" if "ROMEO:" in text else "\n" if "\n" in text else text[:1] or "\n"
 
 

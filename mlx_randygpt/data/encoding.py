@@ -55,18 +55,15 @@ class TextStats:
         """Count one more piece."""
         between = b"\0" if piece.begins and self._n_read else b""
         self._n_read += piece.begins
-        raw = piece.text.encode("utf-8", "surrogatepass")
-        marked = f"<|{piece.role}|>".encode() + raw if piece.role else raw
-        self.digest.update(between + marked)
-        self._document = sha256(marked) if piece.begins else self._document
-        if not piece.begins:
-            self._document.update(marked)
+        self.digest.update(between + piece.identity)
         if piece.begins:
+            self._document = sha256()
             self.talks.append(piece.role != "")
+        self._document.update(piece.identity)
         if piece.ends:
             self.documents.append(int.from_bytes(self._document.digest()[:8], "little"))
         self.characters += len(piece.text)
-        self.n_bytes += len(raw)
+        self.n_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
 
 
 def blocks(

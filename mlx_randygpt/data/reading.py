@@ -76,6 +76,12 @@ class Piece(NamedTuple):
     ends: bool  # whether it is the last
     role: str = ""  # of a turn; a conversation is a document
 
+    @property
+    def identity(self) -> bytes:
+        """Return what tells it apart from other pieces: its text, and who says it."""
+        mark = f"<|{self.role}|>" if self.role else ""
+        return (mark + self.text).encode("utf-8", "surrogatepass")
+
 
 def read_text(file: Path, reading: Reading | None = None) -> str:
     r"""Return the text of a file without byte order mark, with "\r\n" and "\r" as "\n".

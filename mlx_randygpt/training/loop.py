@@ -20,6 +20,7 @@ from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
 from mlx_randygpt.data.windows import Conversations, Windows, eval_batches, sample_batch
+from mlx_randygpt.dialogue import Turn, render_prompt
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
@@ -299,13 +300,15 @@ class Trainer:
         self.early.end("sample")
         text = self._generate(math.inf)
         if text or not self.should_stop():  # a stop can come before the first token
-            yield SampleLog(self.step, self.run.train.prompt, text)
+            yield SampleLog(self.step, self._shown_prompt, text)
         self.pace.restart()
 
     def _generate(self, seconds: float) -> str:
         """Return a sample, or what there is of it `seconds` after its first token."""
         run, end = self.run, math.inf
         prompt = run.tokenizer.encode(run.train.prompt)
+        if self._answers:
+            prompt = render_prompt([Turn("user", run.train.prompt)], run.tokenizer)
         config = SampleConfig(seed=run.train.seed + self.step)
         text = ""
         for samples in generate(
@@ -316,6 +319,15 @@ class Trainer:
             if now >= end:
                 break
         return text
+
+    @property
+    def _answers(self) -> bool:
+        """Whether the run learns answers, so that the prompt of its samples is a question."""
+        return self.run.val_windows is not None
+
+    @property
+    def _shown_prompt(self) -> str:
+        return self.run.train.prompt + "\n" * self._answers
 
     def _look(self) -> Iterator[Report]:
         """Yield an early validation loss and an early sample; the run's own state stays."""
@@ -333,7 +345,7 @@ class Trainer:
                 )
         if "sample" in self.early and not self.should_stop():
             text = self._generate(COST_SECONDS)
-            yield EarlySampleLog(self.step, self.run.train.prompt, text, next_seconds)
+            yield EarlySampleLog(self.step, self._shown_prompt, text, next_seconds)
         self.pace.restart()
 
     def _checkpoint(self) -> Checkpoint:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError
+from mlx_randygpt.data.audit import audit
 from mlx_randygpt.data.corpus import Corpus, Loader, check_length
 from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.data.files import TextSource, find_sources
@@ -20,6 +21,7 @@ from mlx_randygpt.data.mixture import (
     training_windows,
     validation_windows,
 )
+from mlx_randygpt.data.reading import Reading, all_pieces
 from mlx_randygpt.data.vocabulary import Vocabulary
 from mlx_randygpt.data.windows import Documents, Mixture, Windows, sample_batch
 from mlx_randygpt.dialogue import has_dialogue
@@ -191,3 +193,17 @@ def test_validation_reads_the_windows_of_its_conversations(write: Write, tmp_pat
     whole = conversations_in(corpus.tokens, corpus.starts, tokenizer, Drawing(12))
     assert len(whole.first) == 40
     assert validation_windows(replace(corpus, n_conversations=0), tokenizer, Drawing(12)) is None
+
+
+def test_an_audit_knows_the_split_of_conversations(write: Write, tmp_path: Path) -> None:
+    files = [write("a.jsonl", [*ASKED, ASKED[3]]), write("b.jsonl", ["x", "y"])]
+    (tmp_path / "c.txt").write_text("some notes " * 30)
+    files.append(tmp_path / "c.txt")
+    found = audit(lambda: all_pieces(files, Reading()))
+    _, corpus = load(*files, folder=tmp_path)
+    assert corpus.split is not None
+    assert found.n_conversations == corpus.n_conversations == 43
+    names = ["a.jsonl", "b.jsonl", "c.txt"]
+    assert [bool(n) for n in found.split.n_val] == [bool(n) for n in corpus.split.n_val]
+    assert found.split.describe(names).endswith(" and all of b.jsonl")
+    assert found.n_leaks == 0

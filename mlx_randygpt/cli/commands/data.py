@@ -195,6 +195,7 @@ def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> 
     files = text.files_of(paths)
     if tokens := next(filter(is_tokens, files), None):
         raise DataError(f"{tokens} holds token ids; data check reads texts")
+    skipped = dict[str, None]()  # the problems of invalid rows
     with text.ProgressBar() as bar:
         size = sum(file.stat().st_size for file in files)
 
@@ -206,9 +207,11 @@ def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> 
                 done += n
                 bar("Checking the text", done, size)
 
-            return all_pieces(files, how, seen)
+            return all_pieces(files, how, seen, lambda problem: skipped.setdefault(problem))
 
         found = audit(pieces)
+    for line in text.skipped_lines(len(skipped), next(iter(skipped), "")):
+        echo(line, err=True)
     names = [str(file) for file in files]
     suits = suitable_run(found, measure=not no_time)
     if json:

@@ -170,7 +170,7 @@ def tokenizer_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
 
 def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
     """Return lines about invalid rows and about characters that were left out, if any."""
-    skipped = skipped_lines(corpus)
+    skipped = skipped_lines(corpus.n_skipped, corpus.first_skipped)
     if not (line := unknown_line(corpus.unknown)):
         return skipped
     if tokenizer.to_json()["type"] != "char":
@@ -179,13 +179,10 @@ def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
     return [*skipped, f"{line}; {share} of the text; a new run with --tokenizer bpe loses none"]
 
 
-def skipped_lines(corpus: Corpus) -> list[str]:
-    """Return a line about invalid rows that were left out, if any."""
-    n = corpus.n_skipped
-    if not n:
-        return []
+def skipped_lines(n: int, first: str) -> list[str]:
+    """Return a line about `n` invalid rows that were left out, and the `first`, if any."""
     rows = f"{n:,} invalid row{'s' * (n > 1)}"
-    return [f"Skipped: {rows}; the first: {corpus.first_skipped}"]
+    return [f"Skipped: {rows}; the first: {first}"] if n else []
 
 
 def split_lines(corpus: Corpus) -> list[str]:
