@@ -81,7 +81,10 @@ def cut_windows(turns: Turns, block_size: int, *, pack: bool = False) -> Convers
     learns = answer_first[following] + 1 < ends
     if not learns.any():
         raise DataError("no conversation has an answer to learn")
-    return Conversations(first[learns], ends[learns])
+    last = np.append(turns.begin[1:], True)[: len(turns.begin)]
+    sizes = turns.ends[last] - turns.first[turns.begin]
+    n_long = int((sizes > block_size + 1).sum())
+    return Conversations(first[learns], ends[learns], len(sizes), n_long)
 
 
 def short_question(tokens: Array | TokenFile, starts: Numbers, tokenizer: Tokenizer) -> str:

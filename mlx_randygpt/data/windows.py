@@ -131,6 +131,8 @@ class Conversations:
 
     first: NDArray[np.int64]  # (W,) first token of each window
     ends: NDArray[np.int64]  # (W,) past its last token
+    n_conversations: int = 0  # that they are cut from
+    n_long: int = 0  # of these, too long for one window
 
     def draw(self, random: np.random.Generator, n: int) -> Drawn:
         """Draw `n` windows, each equally likely."""

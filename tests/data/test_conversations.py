@@ -57,7 +57,9 @@ def test_a_window_holds_one_conversation_unless_they_are_packed() -> None:
 
 
 def test_a_long_conversation_is_cut_ahead_of_a_question() -> None:
-    assert spans(windows_of(SHORT, 7)[1]) == [(0, 7), (7, 14), (14, 20)]
+    found = windows_of(SHORT, 7)[1]
+    assert spans(found) == [(0, 7), (7, 14), (14, 20)]
+    assert (found.n_conversations, found.n_long) == (2, 1)
 
 
 def test_a_long_exchange_is_cut_where_a_window_ends() -> None:

@@ -192,6 +192,12 @@ def test_a_model_of_texts_learns_dialogue_from_its_own_weights(folder: Path) -> 
     assert ended("adapted").model.vocab_size == tuned.model.vocab_size
 
 
+def test_a_line_says_how_many_conversations_are_cut(folder: Path) -> None:
+    short = SMALL.replace("--block-size=16", "--block-size=8")
+    out = done(f"train {short} --iters=1 --out=run --data=talks.jsonl")
+    assert "54 of 54 conversations are longer than a context of 8 tokens and are cut ahead" in out
+
+
 def test_a_model_of_texts_is_not_evaluated_on_conversations(folder: Path) -> None:
     done(f"train {SMALL} --iters=1 --out=base --data=notes.txt")
     line = refused(f"eval --backend=numpy --checkpoint=base/{NEWEST} --data=talks.jsonl")

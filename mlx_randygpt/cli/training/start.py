@@ -33,7 +33,7 @@ from mlx_randygpt.data.files import TextSource
 from mlx_randygpt.data.mixture import Drawing, training_windows, validation_windows
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
-from mlx_randygpt.data.windows import Documents
+from mlx_randygpt.data.windows import Conversations, Documents, Mixture
 from mlx_randygpt.model import add_adapters, add_tokens, initial_params
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.settings import ResumeError
@@ -274,14 +274,22 @@ def dropout_note(
 
 
 def documents_note(run: Run) -> str:
-    """Return a line about documents that are too short for a training window, or ""."""
-    documents = run.windows
-    if not isinstance(documents, Documents) or not documents.n_left_out:
-        return ""
-    return (
-        f"{documents.n_left_out:,} of {len(documents.first):,} documents are left out: "
-        f"shorter than a context of {run.model.block_size} and the token after it."
-    )
+    """Return a line about documents that no window holds, or conversations that are cut, or ""."""
+    windows, size = run.windows, run.model.block_size
+    if isinstance(windows, Documents) and windows.n_left_out:
+        return (
+            f"{windows.n_left_out:,} of {len(windows.first):,} documents are left out: "
+            f"shorter than a context of {size} and the token after it."
+        )
+    parts = windows.parts if isinstance(windows, Mixture) else [windows]
+    talks = [part for part in parts if isinstance(part, Conversations)]
+    if n_long := sum(part.n_long for part in talks):
+        n = sum(part.n_conversations for part in talks)
+        return (
+            f"{n_long:,} of {n:,} conversations are longer than a context of {size} tokens and are "
+            "cut ahead of a question where possible; a larger --block-size keeps them whole."
+        )
+    return ""
 
 
 # What a resumed run is compared with
