@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_randygpt.backends.base import Backend, BackendError, Scorer
+from mlx_randygpt.backends.placement import faster_on
 from mlx_randygpt.backends.ranks.group import SINGLE, Group, RankError
 from mlx_randygpt.config import BACKENDS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.model import merge_adapters
@@ -36,6 +37,14 @@ def choose(name: str) -> tuple[str, str]:
     if name == "mlx" or (device is not None and device.has_gpu):
         return "mlx", ""
     return "numpy", reason if device is None else "MLX has no GPU here"
+
+
+def choose_for_text(name: str, model: ModelConfig, n_streams: int) -> tuple[str, str]:
+    """Resolve `auto` to the backend that generates text faster; return its name and the reason."""
+    chosen, reason = choose(name)
+    if name != "auto" or chosen != "mlx":
+        return chosen, reason
+    return faster_on(model, n_streams)
 
 
 def make_backend(
@@ -73,6 +82,16 @@ def make_scorer(
     module = import_module("mlx_randygpt.backends.mlx.quantized")
     scorer: Scorer = module.QuantizedScorer(model, params, bits)
     return scorer
+
+
+def text_scorer(name: str, model: ModelConfig, backend: Backend) -> Scorer:
+    """Return what generates text with the weights of a backend in training, as they are now.
+
+    It is `backend` itself, or another one called `name` with a copy of the weights.
+    """
+    if name in ("", backend.name):
+        return backend
+    return make_scorer(name, model, backend.state().params)
 
 
 def require_features(name: str, *, adapters: bool = False, ranks: bool = False) -> None:

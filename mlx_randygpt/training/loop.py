@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_randygpt.backends import release_memory
+from mlx_randygpt.backends import release_memory, text_scorer
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
@@ -66,6 +66,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     windows: Windows | None = None  # the rule of training windows; None: anywhere
     val_windows: Conversations | None = None  # that are evaluated; None: all tokens, in order
+    text_backend: str = ""  # the name of the one that writes samples; "": the one that trains
     recent_loss: float = math.nan  # of a resumed run: the moving average of its training loss
 
 
@@ -311,8 +312,9 @@ class Trainer:
             prompt = render_prompt([Turn("user", run.train.prompt)], run.tokenizer)
         config = SampleConfig(seed=run.train.seed + self.step)
         text = ""
+        scorer = text_scorer(run.text_backend, run.model, self.backend)
         for samples in generate(
-            self.backend, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
+            scorer, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
         ):
             text, now = samples[0].text, self.clock()
             end = min(end, now + seconds)

@@ -12,13 +12,13 @@ import numpy as np
 from rich.console import Console
 
 from mlx_randygpt.analysis.copies import find_copies
-from mlx_randygpt.backends import choose, limit_memory
+from mlx_randygpt.backends import choose, choose_for_text, limit_memory
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
 from mlx_randygpt.cli.audit import check_start
 from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.device_errors import DeviceError, describe_failure
-from mlx_randygpt.cli.loading import describe_backend
+from mlx_randygpt.cli.loading import BACKEND_TITLES, describe_backend
 from mlx_randygpt.cli.output import echo, ring_bell
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
@@ -133,7 +133,8 @@ def run_leader(
     team.agree(agreed_values(run, backend_name))
     backend = make_limited(backend_name, run, start.state, team)
     checked = check_start(start.corpus, text.reading(request.options, start.data))
-    notes = [*filter(None, [checked, *start.notes, documents_note(run)])]
+    run, samples_note = place_samples(request, run, backend_name)
+    notes = [*filter(None, [checked, *start.notes, documents_note(run), samples_note])]
     history = History()
     if request.resuming:
         past = request.resume.parent if request.resume else folder.path
@@ -183,6 +184,13 @@ def run_leader(
             early=early,
         )
     )
+
+
+def place_samples(request: TrainRequest, run: Run, backend: str) -> tuple[Run, str]:
+    """Return the run with the backend that writes its samples, and a line if it is another one."""
+    name, reason = choose_for_text(request.backend, run.model, 1)
+    line = f"Samples: {BACKEND_TITLES[name]}, {reason}." if name != backend else ""
+    return replace(run, text_backend=name), line
 
 
 def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int:
