@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,3 +26,27 @@ def on_cpu(build_on_cpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
     from mlx_randygpt.backends.mlx import kernels
 
     monkeypatch.setattr(kernels, "build", build_on_cpu)
+
+
+@pytest.fixture
+def launched(
+    on_cpu: None, build_on_cpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """Let models use all kernels that suit them; the names of those that run are appended."""
+    from mlx_randygpt.backends.mlx import kernels, selftest
+
+    names: list[str] = []
+
+    def build(kernel: Any) -> Any:
+        names.append(kernel.name)
+        return build_on_cpu(kernel)
+
+    def pass_all(sizes: selftest.Sizes) -> tuple[selftest.Verdict, ...]:
+        return tuple(selftest.Verdict(kernel) for kernel, _, _ in selftest.trials(sizes))
+
+    monkeypatch.setattr(kernels, "build", build)
+    monkeypatch.setattr(selftest, "unavailable", lambda: "")
+    monkeypatch.setattr(selftest, "verdicts", pass_all)
+    selftest.chosen.cache_clear()
+    yield names
+    selftest.chosen.cache_clear()
