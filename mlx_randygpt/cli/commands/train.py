@@ -67,7 +67,7 @@ BEGINNERS = (  # options that open the help, in this order
     is_flag=False,
     flag_value=RESUME_NEWEST,
     metavar="[PATH]",
-    help="Continue from the newest checkpoint in --out, or from this file.",
+    help="Continue from the newest checkpoint in --out, or from this file or folder.",
 )
 @click.option(
     "--overwrite",
@@ -222,6 +222,7 @@ def command(
 
     Without options it trains a small model on a text that it finds or downloads, for a few minutes.
     """
+    from mlx_randygpt.checkpoint import NEWEST, is_run_folder
     from mlx_randygpt.cli.training.request import DEFAULT_OUT, TrainRequest
     from mlx_randygpt.cli.training.run import train_command
 
@@ -232,6 +233,11 @@ def command(
     if (values["lora_alpha"] or values["lora_targets"]) and not (values["lora_rank"] or resume):
         raise click.UsageError("--lora-alpha and --lora-targets need --lora-rank")
     resume_path = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
+    if resume_path and is_run_folder(resume_path):
+        if out in (None, resume_path):
+            out, resume, resume_path = resume_path, RESUME_NEWEST, None
+        else:
+            resume_path /= NEWEST
     request = TrainRequest(
         options=given_options(values),
         data=data,
