@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_randygpt.backends.base import ALL, StepResult
+from mlx_randygpt.backends.mlx import selftest
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.forward import Forward
 from mlx_randygpt.backends.mlx.memory import HeldMemory
@@ -96,6 +97,12 @@ class MLXBackend:
         self._training_grads = compiled(self._value_and_grad)
         self._evaluated_loss = compiled(self._mean_loss)
         self._update = compiled(partial(update, train, self._muon))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Name the Metal kernels that do not compute here although they could; tests them first."""
+        in_float32 = self._forward.dtype == mx.float32
+        return selftest.notes(self._forward.config) if in_float32 else ()
 
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step; with several ranks, from rank 0's."""

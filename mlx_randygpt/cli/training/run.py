@@ -167,7 +167,8 @@ def run_leader(
     folder.begin(config_toml(request, run), fresh=not request.resuming)
     notes[:0] = [*skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
-        notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
+        enabled = f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}"
+        notes[:0] = [enabled, *getattr(backend, "notes", ())]
     console, plain = choose_console(request.plain)
     return show_run(
         Session(
