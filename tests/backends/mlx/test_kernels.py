@@ -1,7 +1,8 @@
 """The Metal kernels' own text, compiled as C++ and run on the CPU, against NumPy in float64.
 
 What a Mac adds is its compiler, its arithmetic and simdgroups that run at once: the self-test looks
-at those. Measured over all shapes: 8e-7 at worst, the attention over 1,024 positions.
+at those. Measured over all shapes: 1e-7 for the norms, 8e-7 for attention after QK-norm, over 1,024
+positions, and 1.9e-6 without it.
 """
 
 from __future__ import annotations

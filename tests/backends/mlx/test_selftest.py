@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("mlx.core", exc_type=ImportError)
 
@@ -18,8 +20,18 @@ from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.mlx import kernels, selftest
 from mlx_randygpt.backends.mlx.ops import MLX_STEPS, TRAINING
 from mlx_randygpt.backends.mlx.selftest import VARIABLE, Verdict, compare, unavailable
-from mlx_randygpt.check import SUBJECTS, check_model, cross_check, distance, scaled_up
+from mlx_randygpt.check import (
+    SUBJECTS,
+    TRAJECTORIES,
+    check_model,
+    cross_check,
+    distance,
+    scaled_up,
+    trajectory,
+)
+from mlx_randygpt.cli import group
 from mlx_randygpt.config import TrainConfig
+from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Batch, TrainState, rng
 
 ATTENTION = {"attend", "deltas", "attend_gradient"}
@@ -100,6 +112,29 @@ def test_a_model_with_kernels_has_the_gradients_of_numpy(subject: str, launched:
     assert set(launched) == (ALL if model.qk_norm else ATTENTION)
 
 
+@pytest.mark.slow
+def test_steps_with_kernels_are_those_of_numpy(launched: list[str]) -> None:
+    model, (steps, lr, bound) = check_model("modern"), TRAJECTORIES["muon"]
+    train = TrainConfig(**{**RECIPES["modern"]["train"], "lr": lr, "min_lr": 0.0})
+    found = trajectory(model, scaled_up(model, 1337), train, "mlx", steps, bound)
+    assert [f"{f.tensor}: {f.error}" for f in found if not f.holds] == []  # measured: 1.4e-6
+    assert len(launched) > 20 * model.n_layer * len(ALL)
+
+
+def test_a_run_says_which_kernels_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "Metal kernel for attention is off: it is slower, 2.000 ms instead of 1.500"
+    monkeypatch.setattr(selftest, "notes", lambda _: (line,))
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("to be or not to be\n" * 100)
+    words = ["train", "--plain", "--data=text.txt", "--preset=mini", "--iters=2", "--backend=mlx"]
+    run = CliRunner().invoke(group, words)
+    assert run.exit_code == 0, run.output
+    assert line in run.stdout
+    run = CliRunner().invoke(group, [*words, "--dtype=bfloat16", "--out=half"])
+    assert run.exit_code == 0, run.output
+    assert line not in run.stdout
+
+
 def test_recomputed_activations_come_from_the_same_kernels(launched: list[str]) -> None:
     model = check_model("modern")
     state = TrainState(0, scaled_up(model, 1337), {})
@@ -147,6 +182,13 @@ def test_only_what_passed_is_used(launched: list[str], monkeypatch: pytest.Monke
     assert selftest.notes(model) == (
         "Metal kernel for attention is off: it is slower, 2 ms instead of 1",
     )
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+@pytest.mark.parametrize("subject", ["modern", "classic"])
+def test_the_kernels_are_right_on_this_gpu(subject: str) -> None:
+    found = selftest.verdicts(selftest.sizes_of(check_model(subject)))
+    assert [v for v in found if v.problem and v.seconds is None] == []  # slower ones were right
 
 
 def test_without_metal_nothing_is_tested_or_replaced() -> None:
