@@ -15,7 +15,13 @@ import numpy as np
 
 from mlx_randygpt.backends.base import Cache, Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig
-from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
+from mlx_randygpt.sampling.filters import (
+    SampleConfig,
+    changes_logits,
+    penalise,
+    pick,
+    probabilities,
+)
 from mlx_randygpt.state import Array, rng
 from mlx_randygpt.tokenizers import Tokenizer, stops
 
@@ -122,6 +128,7 @@ class Continuation:
             last = tokenizer.vocab_size - 1
             raise ConfigError(f"logit_bias of token {outside[0]}: token ids are 0 to {last}")
         self.config, self.sample, self.prompt = config, Generated(), list(prompt)
+        self.is_penalised = changes_logits(config)
         self.random = rng(config.seed, "sample", index)
         self.n_likely, self.forced = n_likely, deque(forced)
         self._ends, self._spell = stops(tokenizer), tokenizer.decoder()
@@ -145,12 +152,13 @@ class Continuation:
             return
         at = len(sample.text)
         sample.text += piece
-        ends = [
-            end
-            for stop in stops
-            if (end := sample.text.find(stop, max(0, at - len(stop) + 1))) >= 0
-        ]
-        if ends:
+        if stops and (
+            ends := [
+                end
+                for stop in stops
+                if (end := sample.text.find(stop, max(0, at - len(stop) + 1))) >= 0
+            ]
+        ):
             sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
         elif len(sample.ids) >= self.config.max_tokens:
             sample.finish_reason = "length"
@@ -162,13 +170,15 @@ def extend(texts: Sequence[Continuation], logits: Array) -> list[int]:
     logprobs = {i: log_softmax(scores[i]) for i, w in enumerate(texts) if w.n_likely is not None}
     banned = texts[0].banned  # of one model, so of one tokenizer
     scores[:, banned] = -np.inf
-    for text, row in zip(texts, scores, strict=True):
-        penalise(row, text.config, text.prompt, text.sample.ids)
+    for i, text in enumerate(texts):
+        if text.is_penalised:
+            penalise(scores[i], text.config, text.prompt, text.sample.ids)
     p = probabilities(scores, [text.config for text in texts])
     draws = [0.0 if text.forced else text.random.random() for text in texts]
     tokens: list[int] = pick(p, np.array(draws)).tolist()
     for i, text in enumerate(texts):
-        tokens[i] = text.forced[0] if text.forced else tokens[i]
+        if text.forced:
+            tokens[i] = text.forced[0]
         if i in logprobs:
             text.sample.choices.append(_choice(tokens[i], logprobs[i], text.n_likely or 0, banned))
         text.take(tokens[i])
