@@ -41,14 +41,18 @@ class Streams:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def join(self, prompts: Array) -> Array:
-        """Read the last `block_size` tokens of prompts (n, T) in new rows; return logits (n, V)."""
+    def join(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """Read the last `block_size` tokens of each prompt in a new row; return logits (n, V)."""
         rows = slice(len(self), len(self) + len(prompts))
         half = max(1, self._model.block_size // 2)
-        self._windows += [deque(prompt, half) for prompt in prompts.tolist()]
+        self._windows += [deque(prompt, half) for prompt in prompts]
         self._cache.reset(rows)
-        latest = np.asarray(prompts, np.int32)[:, -self._model.block_size :]
-        return self._backend.logits(latest, self._cache, rows)
+        latest = [prompt[-self._model.block_size :] for prompt in prompts]
+        lengths = np.array([len(prompt) for prompt in latest])
+        tokens = np.full((len(prompts), lengths.max()), latest[0][0], np.int32)
+        for row, prompt in zip(tokens, latest, strict=True):
+            row[: len(prompt)] = prompt
+        return self._backend.logits(tokens, self._cache, rows, lengths)
 
     def append(self, tokens: Sequence[int]) -> Array:
         """Feed one token to every row; return the next logits, (n, V)."""
@@ -220,10 +224,7 @@ def generate(  # noqa: PLR0913
         yield samples
     tokens: list[int] = []
     while growing and config.max_tokens and not should_stop():
-        if len(streams):
-            logits = streams.append(tokens)
-        else:
-            logits = streams.join(np.tile(np.asarray(prompt, np.int32), (n_samples, 1)))
+        logits = streams.append(tokens) if len(streams) else streams.join([prompt] * n_samples)
         tokens = extend(growing, logits)
         yield samples
         for row in reversed(range(len(growing))):
