@@ -148,12 +148,15 @@ class MLXBackend:
         """Return a cache with `batch_size` empty rows."""
         return self._forward.new_cache(batch_size)
 
-    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: MLXCache, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
 
         They are computed in float32 whatever the training type.
         """
-        return self._forward.logits(self._trained.merged(self._weights), tokens, cache, rows)
+        weights = self._trained.merged(self._weights)
+        return self._forward.logits(weights, tokens, cache, rows, lengths)
 
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32; waits for the device."""
