@@ -165,7 +165,7 @@ def run_leader(
     moved = restore_best(folder.path, saved) if saved and request.resuming else ""
     del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
-    notes[:0] = [*skipped, *filter(None, [moved, note])]
+    notes[:0] = [*getattr(backend, "notes", ()), *skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
     console, plain = choose_console(request.plain)
