@@ -78,16 +78,22 @@ class Scorer(Protocol):
     def new_cache(self, batch_size: int) -> Any:
         """Return a Cache with `batch_size` empty rows."""
 
-    def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: Any, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return float32 logits of the last position, (B, V).
 
         With rotary positions the window slides: each layer attends to the last `block_size` keys.
-        With learned positions no length may pass `block_size`. Raises ValueError if T, an id or a
-        position is out of range.
+        With learned positions no length may pass `block_size`. Empty rows can read different
+        numbers of tokens: `lengths` (B,), at least 1; the rest of a row of tokens is padding.
+        Raises ValueError if T, an id or a position is out of range.
         """
 
     def memory_bytes(self) -> int:
-        """Return the peak so far: of device memory, or of the process's resident memory."""
+        """Return the most held so far: of a device's memory, or of the process's resident memory.
+
+        A device shows what it holds at the moment, so read it after every step.
+        """
 
 
 class Backend(Scorer, Protocol):

@@ -18,9 +18,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
+from mlx_randygpt.backends.base import ALL, StepResult
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.forward import Forward
+from mlx_randygpt.backends.mlx.memory import HeldMemory
 from mlx_randygpt.backends.mlx.optimizer import Moments, Rates, rates, update
 from mlx_randygpt.backends.mlx.stacks import Stacks, Weights
 from mlx_randygpt.backends.mlx.trained import Adapters, AllWeights, Trained
@@ -87,6 +88,7 @@ class MLXBackend:
         assert train.optimizer == "adamw" or not model.lora_rank, "Muon does not train adapters"
         device = probe()
         self.device = device.description
+        self._memory = HeldMemory(on_gpu=device.has_gpu)
         self._train, self._group = train, group
         self._trained: Trained = Adapters(model) if model.lora_rank else AllWeights(model)
         muon = muon_matrices(model) if train.optimizer == "muon" else {}
@@ -165,12 +167,15 @@ class MLXBackend:
         """Return a cache with `batch_size` empty rows."""
         return self._forward.new_cache(batch_size)
 
-    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: MLXCache, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
 
         They are computed in float32 whatever the training type.
         """
-        return self._forward.logits(self._trained.merged(self._named), tokens, cache, rows)
+        weights = self._trained.merged(self._named)
+        return self._forward.logits(weights, tokens, cache, rows, lengths)
 
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32; waits for the device."""
@@ -185,8 +190,8 @@ class MLXBackend:
         return matmul_flops(on_gpu=self._forward.on_gpu)
 
     def memory_bytes(self) -> int:
-        """Return the peak so far of the device's memory; on a CPU, of the process."""
-        return memory_bytes(on_gpu=self._forward.on_gpu)
+        """Return the most memory held so far, as seen at each call; on a CPU, of the process."""
+        return self._memory.read()
 
     def _passes(self, batches: Sequence[Batch]) -> list[Pass]:
         """Cut a step's batches into passes of `micro_batch` sequences."""
@@ -245,13 +250,6 @@ class MLXBackend:
         """Return the loss, and weights, moments and norm after a step of one pass."""
         loss, grads = self._grads(weights, *inputs)
         return loss, *self._update(weights, moments, now, grads)
-
-
-def memory_bytes(*, on_gpu: bool) -> int:
-    """Return peak device memory and what MLX keeps for reuse; on a CPU, the process's peak."""
-    if not on_gpu:
-        return resident_bytes()
-    return int(mx.get_peak_memory() + mx.get_cache_memory())
 
 
 def matmul_flops(*, on_gpu: bool) -> float:

@@ -17,7 +17,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_randygpt.backends.base import ALL, check_decoding, check_ids
-from mlx_randygpt.backends.mlx.cache import Layer, LayerPass, MLXCache, attention_mask
+from mlx_randygpt.backends.mlx.cache import (
+    Layer,
+    LayerPass,
+    MLXCache,
+    at_ends,
+    attention_mask,
+)
 from mlx_randygpt.backends.mlx.gpt2 import GPT2, GPT2Args
 from mlx_randygpt.backends.mlx.model import GPT, ModelArgs, Operations
 from mlx_randygpt.backends.mlx.ops import TRAINING
@@ -76,35 +82,51 @@ class Forward:
         return MLXCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.head_size))
 
     def logits(
-        self, weights: Weights | None, tokens: Array, cache: MLXCache, rows: slice = ALL
+        self,
+        weights: Weights | None,
+        tokens: Array,
+        cache: MLXCache,
+        rows: slice = ALL,
+        lengths: Array | None = None,
     ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
 
-        Empty rows take up to block_size tokens at once, others take them one by one.
+        Empty rows take up to block_size tokens at once, and different numbers of them; others take
+        them one by one.
         """
         check_decoding(self.config, tokens, cache.lengths[rows])
         empty = not cache.lengths[rows].any()
         for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
             inputs = mx.array(part.astype(np.int32)), mx.array(cache.lengths[rows].astype(np.int32))
-            advance = self._advance_token if part.shape[1] == 1 else self.advance
-            logits, layers = advance(weights, *inputs, cache.read(rows))
-            cache.write(rows, layers, part.shape[1])
+            if part.shape[1] == 1:
+                logits, layers = self._advance_token(weights, *inputs, cache.read(rows))
+            else:
+                counts = np.full(len(part), part.shape[1]) if lengths is None else lengths
+                ends = mx.array(counts.astype(np.int32) - 1)
+                logits, layers = self.advance(weights, *inputs, cache.read(rows), ends)
+            cache.write(rows, layers, 1 if part.shape[1] == 1 else counts)
             del layers  # the cache owns them now
             mx.eval(logits, cache.layers)
         return np.array(logits)
 
     def advance(
-        self, weights: Weights | None, ids: mx.array, lengths: mx.array, layers: list[Layer]
+        self,
+        weights: Weights | None,
+        ids: mx.array,
+        lengths: mx.array,
+        layers: list[Layer],
+        ends: mx.array | None = None,
     ) -> tuple[mx.array, list[Layer]]:
         """Return the logits (B, V) after ids (B, T), and what the rows hold then.
 
-        The rows have these lengths (B,); either T = 1 or all rows are empty.
+        The rows have these lengths (B,); either T = 1 or all rows are empty. The last id of each
+        row is at its end (B,); what follows is padding.
         """
         self.bind(weights)
         passes = [LayerPass(layer, lengths, ids.shape[1]) for layer in layers]
         mask = attention_mask(layers, lengths, ids.shape[1])
         x = self.model.features(ids, passes, mask)  # (B, T, C)
-        return self.model.lm_head(x[:, -1]), [each.layer() for each in passes]
+        return self.model.lm_head(at_ends(x, ends)[:, 0]), [each.layer(ends) for each in passes]
 
     def windows(self, batch: Batch, total: int = 0, n_rows: int = 0) -> Windows:
         """Gather inputs, targets and the share of each target in the mean over `total` of them.
