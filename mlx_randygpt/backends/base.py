@@ -115,6 +115,10 @@ class Backend(Scorer, Protocol):
     features: tuple[str, ...]  # of "adapters" and "ranks", those that it can train with
     step: int  # optimizer steps taken
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return lines for the user about how it computes here; a backend may leave it out."""
+
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step on the mean loss over all micro-batches (of one shape).
 

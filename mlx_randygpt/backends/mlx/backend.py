@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_randygpt.backends.base import ALL, StepResult
+from mlx_randygpt.backends.mlx import selftest
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.forward import Forward
 from mlx_randygpt.backends.mlx.memory import HeldMemory
@@ -96,6 +97,12 @@ class MLXBackend:
         self._training_grads = compiled(self._value_and_grad)
         self._evaluated_loss = compiled(self._mean_loss)
         self._update = compiled(partial(update, train, self._muon))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Name the Metal kernels that do not compute here although they could; tests them first."""
+        in_float32 = self._forward.dtype == mx.float32
+        return selftest.notes(self._forward.config) if in_float32 else ()
 
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step; with several ranks, from rank 0's."""
@@ -177,9 +184,7 @@ class MLXBackend:
         total = max(1, sum(batch.n_targets() for batch in batches))
         size = self._train.micro_batch or max(1, len(batches[0].starts))
         terms = (
-            self._weighted_grads(
-                replace(b, starts=b.starts[i : i + size], row=b.row + i), index, total
-            )
+            self._weighted_grads(b.part(i, i + size), index, total)
             for index, b in enumerate(batches)
             for i in range(0, len(b.starts), size)
         )

@@ -29,8 +29,9 @@ from mlx_randygpt.backends.mlx.model import GPT, ModelArgs, Operations
 from mlx_randygpt.backends.mlx.ops import TRAINING
 from mlx_randygpt.backends.mlx.optimizer import Weights
 from mlx_randygpt.backends.mlx.recompute import recompute
+from mlx_randygpt.backends.mlx.selftest import operations
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.state import IGNORED, Array, Batch, Tokens
+from mlx_randygpt.state import IGNORED, Array, Batch, Tokens, plain_ids
 
 MAX_RESIDENT_SPLITS = 4  # token arrays on the device: train, validation and two to spare
 MAX_RESIDENT_TOKENS = 2**26  # longer arrays are gathered on the host while the device is busy
@@ -52,7 +53,7 @@ class Forward:
         self.on_gpu = on_gpu
         # cuDNN's attention keeps no T x T array, but has half types only
         is_fused = on_gpu and not mx.metal.is_available() and dtype != mx.float32
-        ops = replace(TRAINING, attention=None) if is_fused else TRAINING
+        ops = replace(TRAINING, attention=None) if is_fused else operations(config)
         self.model = build_modules(config, ops, recomputes=recomputes)
         self._splits: list[tuple[Tokens, mx.array]] = []  # the latest last
         self._advance_token = self.compile(self.advance)
@@ -143,7 +144,10 @@ class Forward:
         at = starts[:, None] + mx.arange(batch.block_size)  # (B, T)
         x = tokens[mx.minimum(at, n - 1)].astype(mx.int32)
         y = tokens[mx.minimum(at + 1, n - 1)].astype(mx.int32)
-        return x, mx.where(at + 1 < n, y, IGNORED)
+        if batch.ends is None:
+            return x, mx.where(at + 1 < n, y, IGNORED)
+        ends = mx.array(batch.ends.astype(np.int32))[:, None]  # (B, 1)
+        return mx.where(x < 0, -1 - x, x), mx.where((at + 1 < ends) & (y >= 0), y, IGNORED)
 
     def _resident(self, tokens: Tokens) -> mx.array:
         """Return the device's copy of this very array, checked and made when it is first seen."""
@@ -151,7 +155,7 @@ class Forward:
             if split is tokens:
                 self._splits.append(self._splits.pop(index))
                 return resident
-        check_ids(ids := np.asarray(tokens), self.config.vocab_size)
+        check_ids(plain_ids(ids := np.asarray(tokens)), self.config.vocab_size)
         self._splits = [*self._splits[1 - MAX_RESIDENT_SPLITS :], (tokens, mx.array(ids))]
         return self._splits[-1][1]
 

@@ -34,6 +34,7 @@ class NumpyBackend:
 
     name = "numpy"
     features: tuple[str, ...] = ("adapters", "ranks")
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
