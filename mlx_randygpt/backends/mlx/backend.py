@@ -184,6 +184,14 @@ class MLXBackend:
         weights = self._trained.merged(self._named)
         return self._forward.logits(weights, tokens, cache, rows, lengths)
 
+    def warm_up(self) -> None:
+        """Do nothing: the first token is compiled."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by MLX" if self._forward.on_gpu else "MLX"
+
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32; waits for the device."""
         moments = {
