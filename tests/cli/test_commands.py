@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -211,6 +212,29 @@ def test_bench_gives_positive_numbers(mode: str, recipe: str) -> None:
     assert found["tokens_per_second"] == pytest.approx(1e3 * per_step / found["step_ms"])
     assert (found["backend"], found["device"], found["mode"]) == ("numpy", "1 thread", mode)
     assert (found["recipe"], found["preset"], found["block_size"]) == (recipe, "mini", 8)
+
+
+def test_bench_sample_is_warm_and_says_how_it_decodes() -> None:
+    found = answer("bench", "sample", "--preset", "mini", "--iters", "2", "--backend", "numpy")
+    compiled = importlib.util.find_spec("numba") is not None
+    assert found["decoding"] == ("compiled by numba" if compiled else "NumPy without numba")
+    assert "Decoding" in call("bench", "sample", "--preset", "mini", "--iters", "2").stdout
+
+
+def test_bench_sweeps_over_the_numbers_of_streams() -> None:
+    size = ["--preset", "mini", "--iters", "2", "--backend", "numpy", "--streams", "5"]
+    found = answer("bench", "sample", *size)
+    assert [each["batch_size"] for each in found["sweep"]] == [1, 2, 4, 5]
+    assert {**found, "sweep": 0} == {**found["sweep"][-1], "sweep": 0}
+    lines = call("bench", "sample", *size).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "4", "5"]
+
+
+@pytest.mark.parametrize("wrong", [["train"], ["sample", "--batch-size", "2"]])
+def test_a_sweep_is_for_sampling_alone(wrong: list[str]) -> None:
+    result = call("bench", *wrong, "--streams", "2")
+    assert result.exit_code == 2
+    assert "--streams is for `bench sample`, without --batch-size" in result.stderr
 
 
 def test_bench_refuses_no_steps_with_one_line() -> None:
