@@ -1,4 +1,4 @@
-"""Every page in a real browser: accessible, without errors, by keyboard, on a phone, by day and night.
+"""The pages that commands write, and the docs, in a real browser: accessible, by keyboard, on a phone.
 
 Skipped where Chromium or playwright is missing; `.ci/run` installs both.
 """
@@ -17,9 +17,10 @@ import pytest
 from click.testing import CliRunner
 
 pytest.importorskip("playwright")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+pytest.importorskip("axe_playwright_python")
 
-from playwright.sync_api import Browser, Page, expect
+from browsing import SCREENS, each_scheme, each_screen, excess_width, opened, problems
+from playwright.sync_api import Browser, expect
 
 from mlx_randygpt.analysis.metrics import metrics_row
 from mlx_randygpt.checkpoint import Checkpoint, save_checkpoint
@@ -29,9 +30,6 @@ from mlx_randygpt.training.reports import EvalLog, StepLog
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-SCREENS = [(390, 844), (1280, 800)]
-each_screen = pytest.mark.parametrize("size", SCREENS, ids=["phone", "desktop"])
-each_scheme = pytest.mark.parametrize("scheme", ["light", "dark"])
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -48,6 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
     handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -76,52 +75,74 @@ def folder(make_run: Callable[..., Any], text: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=["inspect", "plot"])
-def page_file(request: pytest.FixtureRequest, folder: Path) -> Path:
-    """A page that a command writes."""
-    out = folder / f"{request.param}.html"
-    words = {"inspect": [str(folder), "--text", "The old king"], "plot": [str(folder)]}
-    done = CliRunner().invoke(group, [request.param, *words[request.param], "-o", str(out)])
+def written(command: str, folder: Path, *more: str) -> Path:
+    """The page that a command writes about the run."""
+    out = folder / f"{command}.html"
+    done = CliRunner().invoke(group, [command, str(folder), "-o", str(out), *more])
     assert done.exit_code == 0, done.output
     return out
 
 
-def opened(browser: Browser, url: str, size: tuple[int, int], scheme: Any) -> Iterator[Page]:
-    """A page; at the end it has said nothing and asked for nothing from elsewhere."""
-    viewport: Any = {"width": size[0], "height": size[1]}
-    page = browser.new_context(viewport=viewport, color_scheme=scheme).new_page()
-    wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: said.type != "error" or wrong.append(said.text))
-    page.goto(url)
-    yield page
-    page.context.close()
-    assert wrong == []
-
-
-def problems(page: Page) -> list[str]:
-    """What axe-core objects to, and whether the page is wider than the screen."""
-    found = axe.Axe().run(page).response["violations"]
-    lines = [f"{v['id']}: {n['html'][:120]}" for v in found for n in v["nodes"][:3]]
-    width = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-    return lines + ([f"{width} px too wide"] if width > 0 else [])
-
-
+@pytest.mark.parametrize("command", ["inspect", "plot"])
 @each_scheme
 @each_screen
 def test_a_written_page_is_accessible(
-    size: tuple[int, int], scheme: str, page_file: Path, browser: Browser
+    size: tuple[int, int], scheme: str, command: str, folder: Path, browser: Browser
 ) -> None:
-    for page in opened(browser, page_file.as_uri(), size, scheme):
+    for page in opened(browser, written(command, folder).as_uri(), size, scheme):
         assert problems(page) == []
+        assert excess_width(page) == 0
 
 
-@each_scheme
+@pytest.mark.parametrize("name", ["", "cli/", "python/"])
 @each_screen
-@pytest.mark.parametrize("name", ["", "cli/", "architecture/", "python/"])
-def test_the_docs_are_accessible(
-    name: str, size: tuple[int, int], scheme: str, site: str, browser: Browser
+def test_the_docs_fit_the_screen(
+    name: str, size: tuple[int, int], site: str, browser: Browser
 ) -> None:
-    for page in opened(browser, f"{site}/{name}", size, scheme):
+    for page in opened(browser, f"{site}/{name}", size, "light"):
         expect(page.locator("h1").first).to_be_visible()
-        assert problems(page) == []
+        assert excess_width(page) == 0
+
+
+def test_inspect_is_read_by_keyboard(folder: Path, browser: Browser) -> None:
+    for page in opened(browser, written("inspect", folder).as_uri(), SCREENS[0], "light"):
+        for box, says, key in (
+            ("text", "shares", "ArrowLeft"),
+            ("heads", "which", "ArrowRight"),
+            ("plane", "of", "ArrowRight"),
+            ("strip", "there", "ArrowRight"),
+        ):
+            before = page.locator(f"#{says}").text_content()
+            page.locator(f"#{box}").focus()
+            page.keyboard.press(key)
+            assert page.locator(f"#{says}").text_content() != before, box
+        expect(page.locator("#which")).to_have_text("Layer 1, head 2")
+        page.locator("#heads").focus()
+        page.keyboard.press("ArrowDown")
+        expect(page.locator("#which")).to_have_text("Layer 2, head 2")
+        page.locator("#hardest .t").first.focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#nats")).to_contain_text("nats")
+        expect(page.locator("#command")).to_have_text(f"mlxgpt sample --checkpoint {folder}/checkpoint.safetensors")
+
+
+def test_inspect_names_what_the_model_does_not_know(folder: Path, browser: Browser) -> None:
+    out = written("inspect", folder, "--text", "the ¤ ship")
+    for page in opened(browser, out.as_uri(), SCREENS[1], "light"):
+        expect(page.locator("#warnings")).to_contain_text("¤")
+
+
+def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> None:
+    for page in opened(browser, written("plot", folder).as_uri(), SCREENS[1], "light"):
+        page.locator("#charts").focus()
+        page.keyboard.press("Home")
+        expect(page.locator("#values")).to_contain_text("step 1\n")
+        page.keyboard.press("End")
+        expect(page.locator("#values")).to_contain_text("step 100\n")
+        expect(page.locator("#values")).to_contain_text("validation loss 1.62")
+        page.locator("#charts .wide").hover()
+        expect(page.locator("#values")).not_to_contain_text("step 100\n")
+        page.locator("#copy").click()
+        page.set_viewport_size({"width": 390, "height": 800})
+        expect(page.locator("#charts .narrow")).to_be_visible()
+        expect(page.locator("#charts .wide")).to_be_hidden()

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("axe_playwright_python")
 pytest.importorskip("playwright")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("pydantic")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from browsing import each_scheme, each_screen, excess_width, problems
+from browsing import opened as opened_at
 from playwright.sync_api import Browser, Page, expect
 from served import Host
 
@@ -270,3 +273,21 @@ def test_a_message_that_is_refused_is_given_back(dialogue: tuple[Page, Host]) ->
     expect(page.locator("#status")).to_contain_text("context is 64 tokens")
     expect(page.locator("#prompt")).to_have_value("a" * 70)
     assert page.locator("#text .user").all_text_contents() == ["king"]
+
+
+@each_scheme
+@each_screen
+def test_it_is_accessible(
+    size: tuple[int, int], scheme: str, browser: Browser, host: Host
+) -> None:
+    for page in opened_at(browser, host.url, size, scheme):
+        expect(page.locator("#facts")).to_contain_text("parameters")
+        assert problems(page) == []
+        set_slider(page, "max_tokens", 30)
+        write(page, "The", 3)
+        for name in ("attention", "run"):
+            page.locator(f"#{name} summary").click()
+        expect(page.locator("#shares")).to_contain_text("attends to")
+        expect(page.locator("#curve svg")).to_be_visible()
+        assert problems(page) == []
+        assert excess_width(page) == 0
