@@ -23,6 +23,7 @@ from mlx_randygpt.cli.options import (
     threads_option,
     tokenizer_options,
 )
+from mlx_randygpt.cli.time_budget import take_minutes, time_options
 from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import ON_NAN, SCHEDULES
 
@@ -31,6 +32,7 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
 @click.option(
     "--iters", type=int, help="Step to train to; on resume, the total.  [default: 1000, or rule]"
 )
+@time_options
 @click.option(
     "--data",
     type=data_path,
@@ -180,6 +182,9 @@ def command(
         raise click.UsageError("--lora-rank needs a trained model: give it with --init-from")
     if (values["lora_alpha"] or values["lora_targets"]) and not (values["lora_rank"] or resume):
         raise click.UsageError("--lora-alpha and --lora-targets need --lora-rank")
+    values = take_minutes(values)
+    if resume and values["minutes"] and values["iters"]:
+        raise click.UsageError("a resumed run ends by --iters or by --minutes; omit one of them")
     resume_path = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
     request = TrainRequest(
         options=given_options(values),

@@ -62,7 +62,12 @@ def config_toml(request: TrainRequest, run: Run) -> str:
         "backend": request.backend,
         **{name: getattr(run.model, name) for name in (*shared, *lora)},
     }
-    train = {name: value for name, value in asdict(run.train).items() if name not in RECIPE_ONLY}
+    other = "iters" if run.train.minutes else "minutes"  # one of them decides the end
+    train = {
+        name: value
+        for name, value in asdict(run.train).items()
+        if name not in (*RECIPE_ONLY, other)
+    }
     return settings.to_toml(values | train)
 
 
@@ -80,13 +85,8 @@ def describe_model(model: ModelConfig) -> str:
 
 def resume_line(request: TrainRequest, run: Run) -> str:
     """Return the command that resumes this run."""
-    words = [
-        *shlex.split(os.environ.get(LAUNCH, "mlxgpt")),
-        "train",
-        "--iters",
-        str(run.train.iters),
-        "--resume",
-    ]
+    target = [] if run.train.minutes else ["--iters", str(run.train.iters)]
+    words = [*shlex.split(os.environ.get(LAUNCH, "mlxgpt")), "train", *target, "--resume"]
     words += ["--out", str(request.out)] if request.out != DEFAULT_OUT else []
     words += [word for name in request.options.get("log", ()) for word in ("--log", name)]
     words += ["--backend", request.backend] if request.backend != "auto" else []

@@ -49,6 +49,7 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
+from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.history import History, read_history
@@ -98,6 +99,8 @@ def train_command(request: TrainRequest) -> int:
 def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals) -> int:
     """Run as rank 0, or as the only rank: write the files and show the screen."""
     with team.leading():
+        if "minutes" in request.options and team.group.size > 1:
+            raise ConfigError("--minutes needs a run on one rank; give several ranks --iters")
         source = load_source(request, folder)
         if source.finished:
             for line in (*source.skipped, source.finished):
