@@ -16,38 +16,45 @@ from typing import Any
 import click
 
 from mlx_randygpt import __version__
+from mlx_randygpt.cli.errors import Group
 from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import end_on_ctrl_c
 from mlx_randygpt.words import clean_text
 
-# name -> (module of cli.commands, line for --help)
-COMMANDS = {
-    "train": ("train", "Train a model on your text, or resume a run with --resume."),
-    "find-lr": ("find_lr", "Find a learning rate in under a minute."),
-    "sample": ("sample", "Generate text with a trained model."),
-    "chat": ("chat", "Chat with a trained model."),
-    "serve": ("serve", "Serve a trained model: an OpenAI-compatible API and a web page."),
-    "eval": (
-        "evaluate",
-        "Evaluate a checkpoint on a whole split: loss, perplexity, bits per byte.",
-    ),
-    "info": ("info", "Show what a checkpoint holds and verify its checksum."),
-    "data": ("data", "Download a corpus by name, or tokenize a text before a run."),
-    "import": ("import_", "Import a model of GPT-2, nanoGPT or randyGPT."),
-    "plot": ("plot", "Plot the curves of runs, in the terminal or as a picture."),
-    "runs": ("runs", "List and compare runs, the best first."),
-    "inspect": ("inspect", "Show what a model has learned, as a web page."),
-    "export": ("export", "Export a model for other programs."),
-    "launch": ("launch", "Train on several ranks or machines: launch -n 4 -- train …"),
-    "check": ("check", "Check the gradients on this machine."),
-    "bench": ("bench", "Measure training or sampling speed."),
-    "plan": ("plan", "Estimate memory, time and cost of a run."),
-    "presets": ("presets", "List the presets with their sizes and parameter counts."),
-    "doctor": ("doctor", "Examine this machine and suggest what would make it faster."),
+# section of --help -> name -> (module of cli.commands, line for --help)
+SECTIONS = {
+    "Training": {
+        "train": ("train", "Train a model on your text, or resume a run with --resume."),
+        "runs": ("runs", "List and compare runs, the best first."),
+        "plot": ("plot", "Plot the curves of runs, in the terminal or as a picture."),
+        "find-lr": ("find_lr", "Find a learning rate in under a minute."),
+        "launch": ("launch", "Train on several ranks or machines: launch -n 4 -- train …"),
+    },
+    "Using a model": {
+        "sample": ("sample", "Generate text with a trained model."),
+        "chat": ("chat", "Chat with a trained model."),
+        "serve": ("serve", "Serve a trained model: an OpenAI-compatible API and a web page."),
+        "eval": ("evaluate", "Evaluate a model on a whole text: loss, perplexity, bits/byte."),
+        "inspect": ("inspect", "Show what a model has learned, as a web page."),
+        "info": ("info", "Show what a checkpoint holds and verify its checksum."),
+    },
+    "Texts and models": {
+        "data": ("data", "Download a corpus by name; check or tokenize a text before a run."),
+        "import": ("import_", "Import a model of GPT-2, nanoGPT or randyGPT."),
+        "export": ("export", "Export a model for other programs."),
+        "presets": ("presets", "List the presets with their sizes and parameter counts."),
+    },
+    "This machine": {
+        "plan": ("plan", "Estimate memory, time and cost of a run."),
+        "bench": ("bench", "Measure training or sampling speed."),
+        "check": ("check", "Check the gradients on this machine."),
+        "doctor": ("doctor", "Examine this machine and suggest what would make it faster."),
+    },
 }
+COMMANDS = {name: row for commands in SECTIONS.values() for name, row in commands.items()}
 
 
-class CommandGroup(click.Group):
+class CommandGroup(Group):
     """The group of all commands, each imported on use."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -69,14 +76,6 @@ class CommandGroup(click.Group):
         command: click.Command = module.command
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Fail with the list of commands if the name is unknown."""
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"No such command {args[0]!r}; it is one of {', '.join(COMMANDS)}")
-        return super().resolve_command(ctx, args)
-
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; exit with code 130 if Ctrl-C comes while it is being imported."""
         try:
@@ -88,8 +87,10 @@ class CommandGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+        width = max(map(len, COMMANDS))  # one column for all sections
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{n:{width}}", line) for n, (_, line) in commands.items()])
 
 
 @contextlib.contextmanager
@@ -107,7 +108,7 @@ def _clean_errors() -> Iterator[None]:
 def group() -> None:
     """Train a GPT from scratch on your own text, watch it learn, and generate text with it.
 
-    Start with `mlxgpt train`, then `mlxgpt sample`.
+    Start with `mlxgpt train`, then `mlxgpt sample`. `mlxgpt COMMAND --help` explains a command.
     """
 
 

@@ -24,7 +24,7 @@ def config_option() -> click.Option:
         is_eager=True,
         expose_value=False,
         callback=_load_config,
-        help="TOML file with options of this command; command line and MLXGPT_… take precedence.",
+        help="Read options from a TOML file; the command line and MLXGPT_… override it.",
     )
 
 

@@ -1,7 +1,9 @@
-"""The base class of all commands: one-line errors, exit codes, `--debug`, Ctrl-C, `--help`."""
+"""The base classes of all commands: one-line errors, exit codes, `--debug`, Ctrl-C, `--help`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from typing import Any
 
@@ -20,25 +22,57 @@ NO_MEMORY = (  # what MLX's RuntimeErrors contain: allocator, Metal command buff
     "insufficient memory",
     "out of memory",
 )
+FIRST, LAST = "Options", "For every command"  # sections of --help
+PLACEHOLDERS = {  # of values: click's names for types, and those of the docs
+    "INTEGER RANGE": "N",
+    "FLOAT RANGE": "X",
+    "INTEGER": "N",
+    "FLOAT": "X",
+    "FILE": "PATH",
+}
+
+
+class Group(click.Group):
+    """A group of commands that suggests a name for an unknown one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Fail with the nearest commands if the name is unknown, or with all if none is near."""
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            near = get_close_matches(args[0], names)
+            known = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join(names)}"
+            ctx.fail(f"No such command {args[0]!r}; {known}")
+        return super().resolve_command(ctx, args)
 
 
 class Command(click.Command):
     """A command that fails with one line and exit code 1; `--debug` shows the traceback."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Add the options that every command has."""
+    def __init__(self, *args: Any, first: Iterable[str] = (), **kwargs: Any) -> None:
+        """Add the options that every command has; those named in `first` open the help."""
         super().__init__(*args, **kwargs)
+        self.first = tuple(first)
         self.params += [config_option(), _debug_option()]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options in sections: those of the command first, then the shared ones."""
-        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for param in self.get_params(ctx):
-            if record := param.get_help_record(ctx):
-                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        """Write the options in sections: the most important first, those of all commands last."""
+        sections: dict[str, list[tuple[str, str]]] = {FIRST: []}
+        params = {param.name: param for param in self.get_params(ctx)}
+        places = dict.fromkeys(self.first, FIRST) | {"config": LAST, "debug": LAST}
+        for name in dict.fromkeys((*self.first, *params)):
+            record = params[name].get_help_record(ctx)
+            if record is None or isinstance(params[name], click.Argument):
+                continue
+            own = LAST if "--help" in params[name].opts else getattr(params[name], "section", FIRST)
+            title = places.get(str(name), own)
+            sections.setdefault(title, []).append((_short(record[0]), record[1]))
+        sections[LAST] = sections.pop(LAST)
         for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn any exception into an exit code and one line."""
@@ -54,6 +88,13 @@ class Command(click.Command):
             if ctx.meta.get(_DEBUG):
                 raise
             raise click.ClickException(describe_error(error)) from error
+
+
+def _short(spec: str) -> str:
+    """Return `--iters N` for `--iters INTEGER`, and so on."""
+    for long, short in PLACEHOLDERS.items():
+        spec = spec.replace(long, short)
+    return spec
 
 
 def _debug_option() -> click.Option:

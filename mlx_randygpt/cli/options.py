@@ -43,11 +43,11 @@ backend_option = click.option(
     type=click.Choice(["auto", *BACKENDS]),
     default="auto",
     show_default=True,
-    help="auto: MLX if it has a GPU, else NumPy.",
+    help="Compute with MLX or with NumPy; auto is MLX if it has a GPU, else NumPy.",
 )
 json_option = click.option("--json", is_flag=True, help="Print exactly one JSON object on stdout.")
 threads_option = click.option(
-    "--threads", type=int, help="Threads of the NumPy backend.  [default: all cores]"
+    "--threads", type=int, help="Use this many threads (NumPy only).  [default: all cores]"
 )
 
 # The text
@@ -57,26 +57,26 @@ data_option = click.option(
     "--data",
     type=data_path,
     multiple=True,
-    help="Text files or folders, as for `mlxgpt train`; repeatable.",
+    help="Read these text files or folders, as `mlxgpt train` does; repeatable.",
 )
 tokenizer_options = options(
     click.option(
         "--tokenizer",
         type=FilePath(readable=False),
         metavar="NAME",
-        help="auto, char, bpe, wordpiece, or the path of a tokenizer.json.  [default: auto]",
+        help="Split the text by auto, char, bpe, wordpiece, or a tokenizer.json.  [default: auto]",
     ),
     click.option(
         "--vocab-size",
         type=int,
-        help="Size of the vocabulary.  [default: at most 512 characters, else by the text]",
+        help="Limit the vocabulary.  [default: at most 512 characters; subwords by the text]",
     ),
     section="Text",
 )
 reading_options = options(
-    click.option("--encoding", help="Encoding of text files.  [default: utf-8]"),
+    click.option("--encoding", help="Decode text files by this encoding.  [default: utf-8]"),
     click.option(
-        "--text-field", help="Field of .jsonl and .parquet rows to read.  [default: text]"
+        "--text-field", help="Read this field of .jsonl and .parquet rows.  [default: text]"
     ),
     section="Text",
 )
@@ -84,38 +84,47 @@ reading_options = options(
 # The model
 
 
-def model_options(defaults: bool = True) -> Decorator[Any]:
+def model_options(defaults: bool = True, by_text: bool = False) -> Decorator[Any]:
     """Return the options that decide the model: recipe, preset and sizes.
 
-    `defaults` names the defaults in the help; omit them if a checkpoint decides.
+    `defaults` names the defaults in the help; omit them if a checkpoint decides. `by_text`: a text
+    decides some of them.
     """
 
     def default(text: str) -> str:
         return f"  [default: {text}]" if defaults else ""
 
+    preset = f"{DEFAULT_PRESET}; tiny for a short text" if by_text else DEFAULT_PRESET
+    dropout = "0; 0.1 for a large model on a short text" if by_text else "0"
     return options(
         click.option(
             "--recipe",
             type=click.Choice(sorted(RECIPES)),
-            help=f"Model switches and training settings.{default('modern')}",
+            help=f"Choose model switches and training settings.{default('modern')}",
         ),
         click.option(
             "--arch",
             type=click.Choice(list(ARCHS)),
-            help=f"Architecture: this project's, or GPT-2's.{default('gpt')}",
+            help=f"Build this project's model, or GPT-2.{default('gpt')}",
         ),
         click.option(
             "--preset",
             type=click.Choice(list(PRESETS)),
             metavar="NAME",
-            help=f"Named sizes; see `mlxgpt presets`.{default(DEFAULT_PRESET)}",
+            help=f"Choose the model's sizes by name; `mlxgpt presets` lists them.{default(preset)}",
         ),
-        click.option("--n-layer", type=int, help="Number of layers."),
-        click.option("--n-head", type=int, help="Number of attention heads."),
-        click.option("--n-embd", type=int, help="Width of the embedding."),
-        click.option("--block-size", type=int, help="Context length in tokens."),
+        click.option("--n-layer", type=int, help=f"Stack this many layers.{default('preset')}"),
         click.option(
-            "--dropout", type=float, help=f"Dropout after attention and MLP.{default('rule')}"
+            "--n-head", type=int, help=f"Split attention into this many heads.{default('preset')}"
+        ),
+        click.option("--n-embd", type=int, help=f"Set the width of the model.{default('preset')}"),
+        click.option(
+            "--block-size", type=int, help=f"Let the model see this many tokens.{default('preset')}"
+        ),
+        click.option(
+            "--dropout",
+            type=float,
+            help=f"Drop this share of values after attention and MLP.{default(dropout)}",
         ),
         section="Model",
     )
@@ -124,15 +133,17 @@ def model_options(defaults: bool = True) -> Decorator[Any]:
 # Training
 
 optimizer_option = click.option(
-    "--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer.  [default: recipe]"
+    "--optimizer", type=click.Choice(OPTIMIZERS), help="Choose the optimizer.  [default: recipe]"
 )
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Compute type on a GPU; weights and moments stay float32.  [default: float32]",
+    help="Compute in this type (MLX only); weights stay float32.  [default: float32]",
 )
 grad_accum_option = click.option(
-    "--grad-accum", type=int, help="Micro-batches per step.  [default: 1]"
+    "--grad-accum",
+    type=int,
+    help="Average the gradients of this many batches in each step.  [default: 1]",
 )
 
 AUTO = "auto_micro_batch"  # key that stands for `--micro-batch auto` until the size is known
@@ -160,14 +171,14 @@ memory_options = options(
         "--micro-batch",
         type=MicroBatch(),
         metavar="N|auto",
-        help="Sequences per pass of MLX, to save memory; batch and gradient stay the same. "
-        "auto: as many as fit.  [default: all]",
+        help="Cut a batch into micro-batches of N sequences to save memory (MLX only); the "
+        "gradient stays the same. auto takes as many as fit.  [default: the whole batch]",
     ),
     click.option(
         "--checkpoint-activations/--keep-activations",
         default=None,
-        help="Recompute activations in the backward pass: less memory, about a quarter more "
-        "time.  [default: keep]",
+        help="Recompute activations in the backward pass, which saves memory and takes about a "
+        "quarter more time.  [default: keep]",
     ),
     section="Memory",
 )
@@ -202,13 +213,15 @@ def fit_micro_batch(
 
 check_options = options(
     click.option(
-        "--check", is_flag=True, help="Report what generated text copies from the training text."
+        "--check",
+        is_flag=True,
+        help="Report what the generated text copies from the training text.",
     ),
     click.option(
         "--data",
         type=data_path,
         multiple=True,
-        help="With --check: the training text; repeatable.  [default: the run's own]",
+        help="With --check, compare with this text; repeatable.  [default: the run's own]",
     ),
 )
 
@@ -222,7 +235,7 @@ def _check_bits(ctx: click.Context, param: click.Parameter, value: int | None) -
 checkpoint_option = click.option(
     "--checkpoint",
     type=FilePath(path_type=Path),
-    help="Checkpoint file.  [default: the best of checkpoints/, else the newest]",
+    help="Use this checkpoint, or the best one of this run's folder.  [default: checkpoints]",
 )
 
 
@@ -237,14 +250,17 @@ quantize_option = click.option(
     type=int,
     metavar="8|4",
     callback=_check_bits,
-    help="Store the weights in 8 or 4 bits (MLX only).  [default: off, 32]",
+    help="Store the weights in 8 or 4 bits (MLX only).  [default: 32]",
 )
 sampling_options = options(  # named as the fields of SampleConfig
     click.option(
         "--max-tokens", default=200, show_default=True, help="Stop after this many tokens."
     ),
     click.option(
-        "--temperature", default=0.8, show_default=True, help="0 always takes the likeliest token."
+        "--temperature",
+        default=0.8,
+        show_default=True,
+        help="Make likely tokens likelier below 1; 0 always takes the likeliest.",
     ),
     click.option(
         "--top-p",
@@ -271,7 +287,7 @@ sampling_options = options(  # named as the fields of SampleConfig
         "--repetition-penalty",
         default=1.0,
         show_default=True,
-        help="Above 1, tokens of prompt and text become less likely.",
+        help="Make tokens of the prompt and the text less likely (above 1).",
     ),
     click.option(
         "--presence-penalty",
@@ -292,6 +308,6 @@ sampling_options = options(  # named as the fields of SampleConfig
         help="Add X to the logit of a token, given as its text or #id; repeatable.",
     ),
     click.option("--stop", multiple=True, help="Stop before this text; repeatable."),
-    click.option("--seed", default=1337, show_default=True, help="Random seed."),
+    click.option("--seed", default=1337, show_default=True, help="Draw by this random seed."),
     section="Sampling",
 )

@@ -32,7 +32,8 @@ FAR = "9" * 400
 # fit. Words are split at spaces; the later of two equal options counts.
 BAD_INPUT: list[tuple[str, int, str]] = [
     # the program
-    ("trane", 2, "No such command 'trane'; it is one of train, find-lr, sample"),
+    ("trane", 2, "No such command 'trane'; did you mean train?"),
+    ("qqq", 2, "No such command 'qqq'; use train, "),
     ("--colour train", 2, "No such option '--colour'"),
     ("train --config", 2, "Option '--config' requires an argument"),
     # train: the command line
@@ -170,7 +171,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{FIND} --seed=-2", 1, "seed=-2 is too small; it must be at least 0"),
     (f"{FIND} --batch-size=0", 1, "batch_size=0 is too small; it must be at least 1"),
     # data
-    ("data fetsh", 2, "No such command 'fetsh'"),
+    ("data fetsh", 2, "No such command 'fetsh'; did you mean fetch?"),
     ("data fetch", 2, "Missing argument 'NAME'"),
     ("data fetch bible", 1, "no corpus is called 'bible'; choose from tinyshakespeare, shakespe"),
     ("data fetch text8 --book=1", 2, "--book needs the corpus gutenberg"),

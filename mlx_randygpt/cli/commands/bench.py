@@ -29,9 +29,13 @@ DEFAULT_ITERS = {"train": 20, "sample": 200}
 @click.option(
     "--batch-size",
     type=int,
-    help="Sequences, or streams of text.  [default: preset, 64; sample: 1]",
+    help="Compute this many sequences at once.  [default: 64; 8 for gpt2 presets; 1 for sample]",
 )
-@click.option("--iters", type=int, help="Steps, or tokens.  [default: 20; sample: 200]")
+@click.option(
+    "--iters",
+    type=int,
+    help="Measure this many steps, or tokens for sample.  [default: 20; 200 for sample]",
+)
 @threads_option
 @backend_option
 @json_option

@@ -36,7 +36,7 @@ MAX_HISTORY = 1000  # lines
 @click.option(
     "--replay",
     type=FilePath(path_type=Path),
-    help="Replay a conversation that was saved with /save.",
+    help="Replay a conversation that /save has written.",
 )
 @quantize_option
 @backend_option

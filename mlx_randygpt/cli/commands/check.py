@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=FilePath(path_type=Path),
-    help="Check at the weights of this model instead of those of small models.",
+    help="Check at the weights of this checkpoint or run, instead of small models.",
 )
 @json_option
 @click.pass_context

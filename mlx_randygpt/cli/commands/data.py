@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.cli.errors import Command
+from mlx_randygpt.cli.errors import Command, Group
 from mlx_randygpt.cli.options import (
     data_option,
     json_option,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.data.download import Remote
 
 
-@click.group("data")
+@click.group("data", cls=Group)
 def command() -> None:
     """Download a corpus by name; check or tokenize a text before a run."""
 
@@ -53,10 +53,13 @@ def list_corpora(json: bool) -> None:
     type=FilePath(path_type=Path),
     default=Path("data"),
     show_default=True,
-    help="Folder to put the texts in.",
+    help="Put the texts into this folder.",
 )
 @click.option(
-    "--book", type=int, multiple=True, help="Number of a book of Project Gutenberg; repeatable."
+    "--book",
+    type=int,
+    multiple=True,
+    help="Fetch this book of Project Gutenberg, by its number; repeatable.",
 )
 def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     """Download a corpus and unpack it to text files. An interrupted download resumes."""
@@ -141,10 +144,11 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
 @click.option("--no-time", is_flag=True, help="Do not measure how long a run would take here.")
 @json_option
 def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> None:
-    """Report what could spoil a run on a text: copies, leaks, lost characters, repeated lines.
+    """Report what could spoil a run on a text.
 
-    It also names the validation text, and the tokenizer, preset and time that suit. Nothing is
-    modified. Without PATHS it checks the text that `mlxgpt train` would find.
+    It looks for copies, leaks, lost characters and repeated lines. It also names the
+    validation text, and the tokenizer, preset and time that suit. Nothing is modified. Without
+    PATHS it checks the text that `mlxgpt train` would find.
     """
     from mlx_randygpt.cli.audit import audit_facts, audit_json, suitable_run
     from mlx_randygpt.cli.training import text

@@ -32,18 +32,27 @@ if TYPE_CHECKING:
 @click.command("eval", cls=Command)
 @checkpoint_option
 @click.option(
-    "--data", type=data_path, multiple=True, help="Text to evaluate.  [default: the run's own]"
+    "--data",
+    type=data_path,
+    multiple=True,
+    help="Evaluate on this text; repeatable.  [default: the run's own]",
 )
 @click.option(
     "--split",
     type=click.Choice(["val", "train", "all"]),
     default="val",
     show_default=True,
-    help="The validation text, the training text, or both.",
+    help="Evaluate on the validation text, the training text, or both.",
 )
 @reading_options
 @model_options(defaults=False)
-@click.option("--batch-size", type=int, default=64, show_default=True, help="Windows per pass.")
+@click.option(
+    "--batch-size",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Compute this many windows at once.",
+)
 @quantize_option
 @backend_option
 @json_option

@@ -23,7 +23,8 @@ from mlx_randygpt.words import format_bytes
     type=click.Choice(tuple(EXPORT_FORMATS)),
     default="hf",
     show_default=True,
-    help=". ".join(f"{name}: {text}" for name, text in EXPORT_FORMATS.items()) + ".",
+    help="Write this format. "
+    + " ".join(f"{name} is {text}." for name, text in EXPORT_FORMATS.items()),
 )
 @click.option(
     "-o",
@@ -31,12 +32,12 @@ from mlx_randygpt.words import format_bytes
     type=FilePath(path_type=Path),
     required=True,
     metavar="DIR",
-    help="The folder to write.",
+    help="Write this folder.",
 )
 @click.option(
     "--outtype",
     type=click.Choice(GGUF_OUTTYPES),
-    help="gguf: type of the matrices.  [default: f32]",
+    help="Store the matrices of a GGUF file in this type.  [default: f32]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing export.")
 @json_option
@@ -50,7 +51,8 @@ def command(
 ) -> None:
     """Export a model as files that other programs run.
 
-    Without CHECKPOINT: the best one in checkpoints/, else the newest.
+    CHECKPOINT is a file or the folder of a run, whose best checkpoint counts; without it, the
+    folder is checkpoints.
     """
     from mlx_randygpt.exchange.arcee import find_misfit
     from mlx_randygpt.exchange.export import export

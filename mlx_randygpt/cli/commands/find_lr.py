@@ -29,12 +29,18 @@ WIDTH, HEIGHT = 64, 12  # of the curve, in characters
 @tokenizer_options
 @reading_options
 @model_options()
-@click.option("--batch-size", type=int, help="Sequences per step.  [default: preset, 64]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Draw this many sequences per step.  [default: 64; 8 for gpt2 presets]",
+)
 @optimizer_option
-@click.option("--from", "lowest", default=1e-4, show_default=True, help="Lowest rate.")
-@click.option("--to", "highest", default=1.0, show_default=True, help="Highest rate.")
-@click.option("--iters", default=100, show_default=True, help="Steps, each with its own rate.")
-@click.option("--seed", type=int, help="Random seed.  [default: 1337]")
+@click.option("--from", "lowest", default=1e-4, show_default=True, help="Begin at this rate.")
+@click.option("--to", "highest", default=1.0, show_default=True, help="End at this rate.")
+@click.option(
+    "--iters", default=100, show_default=True, help="Train this many steps, each at its own rate."
+)
+@click.option("--seed", type=int, help="Draw by this random seed.  [default: 1337]")
 @backend_option
 @json_option
 def command(

@@ -25,32 +25,32 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", *IMPORT_FORMATS]),
     default="auto",
     show_default=True,
-    help="auto: detect it. "
-    + ". ".join(f"{name}: {text}" for name, text in IMPORT_FORMATS.items())
-    + ".",
+    help="Read this format; auto detects it. "
+    + " ".join(f"{name} is {text}." for name, text in IMPORT_FORMATS.items()),
 )
 @click.option(
     "-o",
     "--output",
     type=FilePath(path_type=Path),
     required=True,
-    help="The checkpoint to write.",
+    help="Write this checkpoint.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option(
     "--vocab",
     type=FilePath(path_type=Path),
-    help="Tokenizer: tokenizer.json, a folder, vocab.json, meta.pkl.  [default: beside SOURCE]",
+    help="Take the tokenizer from a tokenizer.json, vocab.json, meta.pkl or folder.  [default: "
+    "beside SOURCE]",
 )
 @click.option(
     "--activation",
     type=click.Choice(GPT2_ACTIVATIONS),
-    help="nanogpt: the variant of GELU.  [default: gelu]",
+    help="For nanogpt, compute this variant of GELU.  [default: gelu]",
 )
-@click.option("--n-layer", type=int, help="randygpt: layers, which its file does not record.")
-@click.option("--n-head", type=int, help="randygpt: attention heads.")
-@click.option("--n-embd", type=int, help="randygpt: width of the model.")
-@click.option("--block-size", type=int, help="randygpt: context in tokens.")
+@click.option("--n-layer", type=int, help="For randygpt, whose files do not record it: the layers.")
+@click.option("--n-head", type=int, help="For randygpt: the attention heads.")
+@click.option("--n-embd", type=int, help="For randygpt: the width of the model.")
+@click.option("--block-size", type=int, help="For randygpt: the context in tokens.")
 @json_option
 def command(
     source: Path,

@@ -29,7 +29,8 @@ N_PATHS = 3  # of the text to show
 def command(path: Path | None, json: bool) -> None:
     """Show what a checkpoint holds and verify its checksum.
 
-    Without PATH: checkpoint_best.safetensors, else checkpoint.safetensors, in checkpoints/.
+    PATH is a checkpoint or the folder of a run, whose best checkpoint counts; without it, the
+    folder is checkpoints.
     """
     from mlx_randygpt.checkpoint import load_checkpoint
 

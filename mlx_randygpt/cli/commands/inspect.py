@@ -23,18 +23,23 @@ DEFAULT_TOKENS = 50_000
     type=FilePath(path_type=Path, dir_okay=False),
     default="inspect.html",
     show_default=True,
-    help="The page to write.",
+    help="Write this page.",
 )
-@click.option("--text", help="Text whose attention is shown.  [default: from the validation text]")
 @click.option(
-    "--data", type=data_path, multiple=True, help="Text to evaluate on.  [default: the run's own]"
+    "--text", help="Show the attention in this text.  [default: from the validation text]"
+)
+@click.option(
+    "--data",
+    type=data_path,
+    multiple=True,
+    help="Evaluate on this text; repeatable.  [default: the run's own]",
 )
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
     default=DEFAULT_TOKENS,
     show_default=True,
-    help="Tokens of the validation text to evaluate.",
+    help="Evaluate at most this many tokens of the validation text.",
 )
 def command(
     checkpoint: Path | None, output: Path, text: str | None, data: tuple[str, ...], max_tokens: int

@@ -20,18 +20,20 @@ MAX_RANKS = 1024
     cls=Command,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.option("-n", "n", type=click.IntRange(1, MAX_RANKS), help="Number of ranks on this machine.")
+@click.option(
+    "-n", "n", type=click.IntRange(1, MAX_RANKS), help="Start this many ranks on this machine."
+)
 @click.option(
     "--hostfile",
     type=FilePath(path_type=Path),
-    help="File that lists the machines, one rank on each, started by ssh (format of mlx.launch).",
+    help="Start one rank on each machine of this file by ssh (format of mlx.launch).",
 )
 @click.option(
     "--starting-port",
     type=click.IntRange(1, 65535 - MAX_RANKS),
     default=STARTING_PORT,
     show_default=True,
-    help="First port of the ring between machines; ranks on this machine use free ports.",
+    help="Use ports from this one on between machines; ranks on one machine use free ports.",
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- train [OPTIONS]")
 def command(

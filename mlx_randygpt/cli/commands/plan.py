@@ -48,12 +48,16 @@ TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
 @click.option(
     "--vocab-size",
     type=click.IntRange(1),
-    help="Tokens in the vocabulary.  [default: 67; 50,257 for gpt2 presets]",
+    help="Plan for this many tokens in the vocabulary.  [default: 67; 50,257 for gpt2 presets]",
 )
-@click.option("--tokens", type=float, help="Tokens to train on.  [default: 1000 steps]")
+@click.option("--tokens", type=float, help="Train on this many tokens.  [default: 1000 steps]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Draw this many sequences per batch, over all hosts.  [default: 64; 8 for gpt2 presets]",
+)
 @time_options
 @data_option
-@click.option("--batch-size", type=int, help="Sequences, over all hosts.  [default: preset, 64]")
 @grad_accum_option
 @memory_options
 @optimizer_option
@@ -63,21 +67,23 @@ TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
     default="this",
     show_default=True,
     metavar="NAME",
-    help="this, or a device named above.",
+    help="Plan for this machine, or for a device named above.",
 )
 @click.option(
     "--hosts",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Devices that share each batch.",
+    help="Share each batch between this many devices.",
 )
 @click.option(
     "--link",
     type=Number(0, min_open=True),
-    help="GB/s between hosts, each way.  [default: that of the device]",
+    help="Send X GB/s between hosts, each way.  [default: that of the device]",
 )
-@click.option("--cost-per-hour", type=Number(0), help="Price of one host per hour.")
+@click.option(
+    "--cost-per-hour", type=Number(0), help="Pay this for one host per hour, in any currency."
+)
 @threads_option
 @backend_option
 @json_option
@@ -96,8 +102,8 @@ def command(
     """Estimate what a run needs: memory, the largest batch that fits, time and cost.
 
     With --minutes or --hours, show what `mlxgpt train` would choose for that time and the text of
-    --data. This machine is measured for a few seconds. Estimates for other devices follow from published
-    rates and stated assumptions: m2-ultra, m3-max, m3-ultra, m4-max, a100, h100, h200.
+    --data. This machine is measured for a few seconds. Estimates for other devices follow from
+    published rates and stated assumptions: m2-ultra, m3-max, m3-ultra, m4-max, a100, h100, h200.
     """
     from mlx_randygpt import settings
     from mlx_randygpt.backends import choose as choose_backend

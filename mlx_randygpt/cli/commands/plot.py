@@ -29,9 +29,11 @@ AXIS, HEIGHTS = 10, (12, 5)  # columns left of a chart; rows of the loss, of the
     "-o",
     "--output",
     type=FilePath(path_type=Path, dir_okay=False),
-    help="The picture to write: .svg, .html or .png.  [default: draw in the terminal]",
+    help="Write a picture: .svg, .html or .png.  [default: draw in the terminal]",
 )
-@click.option("--smooth", type=Number(0), help="Steps to average over.  [default: 1 % of all]")
+@click.option(
+    "--smooth", type=Number(0), help="Average over this many steps.  [default: 1 % of all]"
+)
 def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -> None:
     """Plot loss, learning rate, gradient norm and speed of one or more runs.
 

@@ -23,7 +23,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size")
     type=click.Choice(sorted(RECIPES)),
     default="modern",
     show_default=True,
-    help="Recipe: it decides the parameters and the moments in a checkpoint.",
+    help="Count parameters and moments by this recipe.",
 )
 @json_option
 def command(recipe: str, json: bool) -> None:

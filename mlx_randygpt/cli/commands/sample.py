@@ -37,26 +37,33 @@ N_ALTERNATIVES = 5  # to show for each token
 
 @click.command("sample", cls=Command)
 @checkpoint_option
-@click.option("--prompt", help="Text to continue.  [default: the prompt of the run]")
+@click.option("--prompt", help="Continue this text.  [default: the prompt of the run]")
 @click.option(
     "--prompt-file",
     type=ExistingFile(allow_dash=True),
-    help="File with the prompt; - is stdin.",
+    help="Read the prompt from a file; - is stdin.",
 )
 @sampling_options
-@click.option("--beams", default=1, show_default=True, help="Beams of a beam search; 1 samples.")
+@click.option(
+    "--beams",
+    default=1,
+    show_default=True,
+    help="Search the likeliest text with this many beams; 1 samples.",
+)
 @click.option(
     "--length-penalty",
     type=Number(-10, 10),
     default=1.0,
     show_default=True,
-    help="Length penalty of beams; above 1 favours long texts.",
+    help="Favour long texts in the beam search (above 1).",
 )
-@click.option("--num-samples", default=1, show_default=True, help="Texts to generate.")
-@click.option("--no-echo", is_flag=True, help="Do not print the prompt.")
-@click.option("--show-probs", is_flag=True, help="Colour tokens by probability; list alternatives.")
+@click.option("--num-samples", default=1, show_default=True, help="Generate this many texts.")
+@click.option("--no-echo", is_flag=True, help="Leave the prompt out of the output.")
+@click.option(
+    "--show-probs", is_flag=True, help="Colour tokens by their probability and list alternatives."
+)
 @check_options
-@click.option("--interactive", is_flag=True, help="Chat; the same as `mlxgpt chat`.")
+@click.option("--interactive", is_flag=True, help="Chat, as `mlxgpt chat` does.")
 @quantize_option
 @backend_option
 @json_option

@@ -48,28 +48,34 @@ class ServeError(UserError, RuntimeError):
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; 0.0.0.0: all networks.",
+    help="Listen on this address; 0.0.0.0 is all networks.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Listen on this port; 0 is a free one.",
+)
 @click.option(
     "--api-key",
     default="",
-    help="Require this key; MLXGPT_SERVE_API_KEY keeps it out of the process list.",
+    help="Ask for this key; MLXGPT_SERVE_API_KEY keeps it out of the process list.",
 )
-@click.option("--name", help="The model's name.  [default: the folder of the run]")
+@click.option("--name", help="Give the model this name.  [default: the folder of the run]")
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 4096),
     default=64,
     show_default=True,
-    help="Texts decoded together, at most.",
+    help="Decode at most this many texts together.",
 )
 @click.option(
     "--queue",
     type=click.IntRange(0, 100_000),
     default=256,
     show_default=True,
-    help="Texts that can wait; more are refused with 503.",
+    help="Let this many texts wait; more are refused with 503.",
 )
 @sampling_options
 @check_options

@@ -27,23 +27,42 @@ from mlx_randygpt.cli.time_budget import take_minutes, time_options
 from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import ON_NAN, SCHEDULES
 
+BEGINNERS = (  # options that open the help, in this order
+    "data",
+    "preset",
+    "iters",
+    "minutes",
+    "out",
+    "prompt",
+    "resume",
+    "overwrite",
+    "init_from",
+    "plain",
+    "backend",
+)
 
-@click.command("train", cls=Command)
+
+@click.command("train", cls=Command, first=BEGINNERS)
 @click.option(
-    "--iters", type=int, help="Step to train to; on resume, the total.  [default: 1000, or rule]"
+    "--iters",
+    type=int,
+    help="Train up to this step; --resume counts on from the step it finds.  [default: 1000; "
+    "fewer for a short text]",
 )
 @time_options
 @click.option(
     "--data",
     type=data_path,
     multiple=True,
-    help="Text, source code, .jsonl, .parquet, .gz, .zst, train.bin, a folder, a glob, or - for "
-    "stdin; repeatable.  [default: ./train.txt, data/*.txt, tiny Shakespeare, a bundled sample]",
+    help="Train on this: text, source code, .jsonl, .parquet, .gz, .zst, train.bin, a folder, a "
+    "glob, or - for stdin; repeatable.  [default: train.txt, else data/*.txt, else tiny "
+    "Shakespeare, else a bundled sample]",
 )
 @click.option(
     "--out",
     type=FilePath(path_type=Path),
-    help="Folder for checkpoints and metrics.  [default: checkpoints, or that of --resume PATH]",
+    help="Write checkpoints and metrics to this folder.  [default: checkpoints, or that of "
+    "--resume PATH]",
 )
 @click.option(
     "--resume",
@@ -51,13 +70,15 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
     is_flag=False,
     flag_value=RESUME_NEWEST,
     metavar="[PATH]",
-    help="Resume from the newest checkpoint in --out, or from a file.",
+    help="Continue from the newest checkpoint in --out, or from this file.",
 )
-@click.option("--overwrite", is_flag=True, help="Start a new run in a folder that holds one.")
-@click.option("--seed", type=int, help="Random seed.  [default: 1337]")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start a new run in a folder that holds one, which is deleted.",
+)
 @backend_option
-@threads_option
-@click.option("--plain", is_flag=True, help="Plain lines instead of the live screen.")
+@click.option("--plain", is_flag=True, help="Print plain lines instead of the live screen.")
 @options(
     tokenizer_options,
     reading_options,
@@ -69,72 +90,97 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
     ),
     section="Text",
 )
-@model_options()
+@model_options(by_text=True)
 @options(
     click.option(
         "--init-from",
         type=FilePath(path_type=Path),
         metavar="PATH",
-        help="Fine-tuning: start at step 0 from the weights of this checkpoint.",
+        help="Start at step 0 with the weights of this model: a checkpoint or a run's folder.",
     ),
     click.option(
         "--lora-rank",
         type=int,
-        help="Fine-tune with LoRA adapters of this rank (with --init-from).",
+        help="Train only LoRA adapters of this rank (with --init-from).  [default: all weights]",
     ),
-    click.option(
-        "--lora-alpha", type=float, help="Scale of the adapters, times the rank.  [default: 16]"
-    ),
+    click.option("--lora-alpha", type=float, help="Scale the adapters by X / rank.  [default: 16]"),
     click.option(
         "--lora-targets",
         metavar="NAMES",
-        help="Matrices with adapters: c_attn, c_proj, c_fc, separated by commas.  [default: all]",
+        help="Give adapters to these matrices: c_attn, c_proj, c_fc, separated by commas.  "
+        "[default: all]",
     ),
     section="Fine-tuning",
 )
 @options(
     click.option(
-        "--batch-size", type=int, help="Sequences per micro-batch.  [default: preset, 64]"
+        "--batch-size",
+        type=int,
+        help="Draw this many sequences per batch.  [default: 64; 8 for gpt2 presets]",
     ),
     grad_accum_option,
-    optimizer_option,
-    click.option("--lr", type=float, help="Peak learning rate.  [default: recipe, or rule]"),
     click.option(
-        "--min-lr", type=float, help="Learning rate at the end of the decay.  [default: recipe]"
+        "--seed",
+        type=int,
+        help="Draw weights, batches and samples by this random seed.  [default: 1337]",
+    ),
+    optimizer_option,
+    click.option(
+        "--lr",
+        type=float,
+        help="Set the highest learning rate.  [default: recipe, scaled by model and batch]",
+    ),
+    click.option(
+        "--min-lr", type=float, help="Let the learning rate decay to this.  [default: recipe]"
     ),
     click.option(
         "--schedule",
         type=click.Choice(SCHEDULES),
-        help="Learning rate schedule.  [default: recipe]",
+        help="Choose how the learning rate changes.  [default: recipe]",
     ),
-    click.option("--warmup", type=int, help="Steps of linear warmup.  [default: rule]"),
     click.option(
-        "--weight-decay", type=float, help="Decoupled weight decay, on matrices.  [default: rule]"
+        "--warmup",
+        type=int,
+        help="Raise the learning rate over the first N steps.  [default: recipe; fewer for a short "
+        "run]",
     ),
-    click.option("--grad-clip", type=float, help="Maximum gradient norm; 0 is off.  [default: 1]"),
+    click.option(
+        "--weight-decay",
+        type=float,
+        help="Let the matrices decay by this times the learning rate.  [default: by the length of "
+        "the text]",
+    ),
+    click.option(
+        "--grad-clip",
+        type=float,
+        help="Scale a gradient down to this norm; 0 is off.  [default: 1]",
+    ),
     click.option(
         "--patience",
         type=int,
-        help="Evaluations without a new best before early stopping; with --schedule plateau, "
-        "before the learning rate is halved (at most 3 times).  [default: off]",
+        help="Stop after N evaluations without a new best; with --schedule plateau, halve the "
+        "learning rate first, at most 3 times.  [default: off; 5 for plateau]",
     ),
     click.option(
         "--on-nan",
         type=click.Choice(ON_NAN),
-        help="If loss or gradient is not finite: stop; skip the step; or roll back to the last "
-        "save, at half the learning rate.  [default: stop]",
+        help="If loss or gradient is not finite, stop, skip the step, or roll back to the last "
+        "save and halve the learning rate.  [default: stop]",
     ),
     section="Optimization",
 )
 @options(
-    click.option("--eval-every", type=int, help="Steps between evaluations.  [default: 250]"),
-    click.option("--sample-every", type=int, help="Steps between samples.  [default: 500]"),
+    click.option("--eval-every", type=int, help="Evaluate every N steps.  [default: 250]"),
+    click.option("--sample-every", type=int, help="Write a sample every N steps.  [default: 500]"),
     click.option(
         "--prompt",
-        help="Prompt of the samples.  [default: ROMEO: if the text has it, else a newline]",
+        help="Begin the samples with this text.  [default: ROMEO: if the text has it, else a "
+        "newline]",
     ),
     click.option(
-        "--save-every", help="Steps (1000) or time (60s, 5m) between saves.  [default: 60s]"
+        "--save-every",
+        metavar="N|TIME",
+        help="Save every N steps (1000), or after this time (60s, 5m).  [default: 60s]",
     ),
     click.option(
         "--keep-every",
@@ -142,7 +188,7 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
         help="Also keep checkpoint-<step>.safetensors every N steps.  [default: off]",
     ),
     click.option(
-        "--log-every", type=int, help="Steps between lines of metrics.jsonl.  [default: 1]"
+        "--log-every", type=int, help="Write a line of metrics.jsonl every N steps.  [default: 1]"
     ),
     click.option(
         "--log",
@@ -150,15 +196,16 @@ from mlx_randygpt.config import ON_NAN, SCHEDULES
         type=click.Choice(["tensorboard", "wandb", "trackio"]),
         help="Also log to this library; repeatable.",
     ),
-    section="Evaluation and output",
+    section="Evaluation, samples and saving",
 )
 @options(
     memory_options,
+    threads_option,
     dtype_option,
     click.option(
         "--rank-timeout",
         type=float,
-        help="With several ranks: seconds of silence after which a rank is lost.  [default: 20]",
+        help="With several ranks, give up on one after X seconds of silence.  [default: 20]",
     ),
     section="Memory and machines",
 )
@@ -172,7 +219,10 @@ def command(
     plain: bool,
     **values: Any,
 ) -> None:
-    """Train a model on your text. Ctrl-C saves and stops; --resume continues exactly."""
+    """Train a model on your text. Ctrl-C saves and stops; --resume continues exactly.
+
+    Without options it trains a small model on a text that it finds or downloads, for a few minutes.
+    """
     from mlx_randygpt.cli.training.request import DEFAULT_OUT, TrainRequest
     from mlx_randygpt.cli.training.run import train_command
 
