@@ -15,7 +15,7 @@ import numpy as np
 from mlx_randygpt import check, settings
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.backends.mlx import model as mlx_model
+from mlx_randygpt.backends.mlx import embedding
 from mlx_randygpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import initial_params
@@ -92,12 +92,12 @@ def resume(options: argparse.Namespace) -> Found:
     in another way: see `resumed`."""
     given = {"preset": "mini" if options.small else "m", "dropout": 0.1, "grad_accum": 2}
     given |= {"batch_size": 4 if options.small else 16, "iters": 6 if options.small else 20}
-    for max_rows in (mlx_model.MAX_ONE_HOT_ROWS, 0):
-        mlx_model.MAX_ONE_HOT_ROWS = max_rows
+    for max_rows in (embedding.MAX_ONE_HOT_ROWS, 0):
+        embedding.MAX_ONE_HOT_ROWS = max_rows
         for recipe, dtype in product(RECIPES, ("float32", "bfloat16")):
             about = {"recipe": recipe, "dtype": dtype}
-            embedding = {"embedding": "narrow" if max_rows else "wide"}
-            yield "resume", about | embedding | resumed(given | about)
+            table = {"embedding": "narrow" if max_rows else "wide"}
+            yield "resume", about | table | resumed(given | about)
 
 
 def resumed(given: dict[str, Any]) -> dict[str, Any]:

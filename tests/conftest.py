@@ -114,3 +114,24 @@ def make_run(
         return run, make_backend(backend, shape, settings, first)
 
     return build
+
+
+@pytest.fixture
+def dialogue_run(
+    text: str,
+    tiny_model: Callable[..., ModelConfig],
+    tiny_train: Callable[..., TrainConfig],
+    lively: Callable[..., Params],
+) -> Callable[..., tuple[Run, Backend]]:
+    """(**model changes) -> a run of a lively model with the tokens of dialogue, and its backend."""
+
+    def build(**changes: Any) -> tuple[Run, Backend]:
+        tokenizer = CharTokenizer.train(text + "<|end|>").with_dialogue()
+        corpus, train = encode_corpus({"text": text}, tokenizer), tiny_train("portable")
+        model = tiny_model("portable", vocab_size=tokenizer.vocab_size, block_size=64, **changes)
+        state = TrainState(3, lively(model), {})
+        data = {"paths": [], "characters": len(text), "sha256": corpus.sha256}
+        run = Run(model, train, tokenizer, corpus.train, corpus.val, data)
+        return run, make_backend("numpy", model, train, state)
+
+    return build

@@ -18,7 +18,7 @@ PACKAGE = ROOT.name
 SHIPPED = ROOT / "exchange" / "shipped"  # copied into exports; never imported here
 LAYERS = (  # lowest first; a module imports from its own layer and from those before it
     "words", "recipes", "config", "state", "model", "progress", "files", "settings", "backends",
-    "tokenizers", "checkpoint", "data", "sampling", "training", "planning", "analysis",
+    "tokenizers", "dialogue", "checkpoint", "data", "sampling", "training", "planning", "analysis",
     "check", "screen", "exchange", "serve", "api", "cli", "__main__", "",
 )  # fmt: skip
 MAY_IMPORT = {  # third parties, and the modules that name them

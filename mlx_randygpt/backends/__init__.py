@@ -6,6 +6,7 @@ GPU; if it is missing or does not run, the reason is reported.
 
 from __future__ import annotations
 
+import platform
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,20 @@ def mlx_device() -> tuple[Device | None, str]:
     except ModuleNotFoundError:
         return None, "MLX is not installed"
     except RuntimeError as error:
-        return None, f"{error}; reinstall with [cpu]"
+        hidden = "a sandbox or a virtual machine may hide it"
+        return None, f"{error}; {hidden if platform.system() == 'Darwin' else install_mlx()}"
     except ImportError as error:  # plain `mlx` on Linux: the library comes with an extra
-        return None, f"MLX is installed without its library ({error}); reinstall with [cpu]"
+        return None, f"MLX is installed without its library ({error}); {install_mlx()}"
     return device, ""
+
+
+def install_mlx() -> str:
+    """Return what brings an MLX that runs on this system."""
+    if platform.system() != "Darwin":
+        return "pip install 'mlx-randygpt[cpu]'"
+    if platform.machine() == "arm64":
+        return "pip install --force-reinstall mlx"
+    return "it needs Apple silicon and a Python for arm64"
 
 
 def _backend_class(name: str) -> Any:

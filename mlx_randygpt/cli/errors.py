@@ -10,18 +10,13 @@ from typing import Any
 import click
 
 from mlx_randygpt.cli.config_file import config_option
+from mlx_randygpt.cli.device_errors import describe_failure
 from mlx_randygpt.cli.output import echo
 from mlx_randygpt.cli.signals import raise_on_ctrl_c
 from mlx_randygpt.config import UserError
 from mlx_randygpt.words import clean_text, one_line
 
 _DEBUG = "mlx_randygpt.debug"
-NO_MEMORY = (  # what MLX's RuntimeErrors contain: allocator, Metal command buffers, CUDA
-    "unable to allocate",
-    "maximum allowed buffer size",
-    "insufficient memory",
-    "out of memory",
-)
 FIRST, LAST = "Options", "For every command"  # sections of --help
 PLACEHOLDERS = {  # of values: click's names for types, and those of the docs
     "INTEGER RANGE": "N",
@@ -112,11 +107,10 @@ def describe_error(error: Exception) -> str:
     """Return the line that follows `Error: `."""
     if isinstance(error, UserError):
         return clean_text(str(error))
-    text = one_line(error)
-    if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in NO_MEMORY):
-        return f"out of memory ({text}); try a smaller --batch-size, --block-size or model"
+    if failure := describe_failure(error):
+        return failure
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EIO):
         return f"the output cannot be written: {error.strerror}"
-    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+    return f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"

@@ -95,13 +95,13 @@ def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Score
 
 def require_mlx(backend: str) -> None:
     """Raise BackendError unless `--quantize` can run with this choice of backend."""
-    from mlx_randygpt.backends import choose, mlx_device
+    from mlx_randygpt.backends import choose, install_mlx, mlx_device
     from mlx_randygpt.backends.base import BackendError
 
     name, reason = choose(backend)
     device, missing = mlx_device()
     if name != "mlx" and device is None:
-        raise BackendError(f"--quantize needs MLX: {missing}; pip install 'mlx-randygpt[cpu]'")
+        raise BackendError(f"--quantize needs MLX: {missing}; {install_mlx()}")
     if name != "mlx":
         chosen = f"but auto chose NumPy ({reason})" if reason else f"not --backend {name}"
         raise BackendError(f"--quantize needs MLX, {chosen}; add --backend mlx")

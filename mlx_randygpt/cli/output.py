@@ -1,4 +1,4 @@
-"""The one place that prints: text, JSON, tables, and facts as aligned lines.
+"""The one place that prints: text, notices, JSON, tables, and facts as aligned lines.
 
 What a terminal could act on never reaches it: names, paths and the text of a model may hold any
 character. The live screen and the plain lines of a run clean their text themselves.
@@ -6,7 +6,10 @@ character. The live screen and the plain lines of a run clean their text themsel
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +30,38 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     if is_terminal(sys.stderr if err else sys.stdout):
         text = clean_text(text, keep="\n\t")
     click.echo(text, err=err, nl=nl, color=True)  # without color=True a pipe would get less
+
+
+def ring_bell() -> None:
+    """Ring the bell of the terminal on stderr, if there is one."""
+    if is_terminal(sys.stderr):
+        click.echo("\a", err=True, nl=False)
+
+
+def echo_notice(text: str, *, is_error: bool = False) -> None:
+    """Print a remark or an error on stderr; on a terminal its style keeps it apart from answers."""
+    if not is_terminal(sys.stderr):
+        echo(text, err=True)
+        return
+    lines = wrap(clean_text(text, keep="\n\t"), indent=0 if is_error else 2)
+    shown = "\n".join(lines)
+    style: dict[str, Any] = {"fg": "red"} if is_error else {"dim": True}
+    click.echo(styled(shown if is_error else "·" + shown[1:], **style), err=True, color=True)
+
+
+def wrap(text: str, indent: int = 0) -> list[str]:
+    """Return the lines of a text, broken between words to fit the terminal, and indented."""
+    width = shutil.get_terminal_size().columns - indent
+    lines = []
+    for line in text.split("\n"):
+        lines += textwrap.wrap(line, max(1, width), replace_whitespace=False) or [""]
+    return [" " * indent + line for line in lines]
+
+
+def styled(text: str, **style: Any) -> str:
+    """Return a text in a style of `click.style`, or as it is if colours are not wanted."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else click.style(text, **style)
 
 
 def is_terminal(stream: Any) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from mlx_randygpt.planning import mac
 
 Facts = dict[str, Any]
 
@@ -35,15 +36,17 @@ def collect(checks: dict[str, Callable[[], Any]]) -> Facts:
 
 def advice(facts: Facts) -> list[str]:
     """Return what to change on such a machine, one line each."""
-    return [*_mlx_advice(facts), *_cpu_advice(facts)]
+    on_mac = mac.advice(facts["macos"] or {}, facts["mlx"] or {})
+    return [*on_mac, *_mlx_advice(facts), *_cpu_advice(facts)]
 
 
 def _mlx_advice(facts: Facts) -> Iterator[str]:
     mlx, rate, numpy_rate = facts["mlx"] or {}, facts["mlx_gflops"], facts["numpy_gflops"]
-    if not mlx.get("device") and (facts["system"], facts["machine"]) == ("Darwin", "arm64"):
+    installed = (facts["packages"] or {}).get("mlx")
+    if installed and mlx.get("absent"):
+        yield f"{mlx['absent']}."
+    elif not mlx.get("device") and (facts["system"], facts["machine"]) == ("Darwin", "arm64"):
         yield f"{mlx.get('absent')}: `pip install mlx` lets training run on the GPU."
-    elif (facts["packages"] or {}).get("mlx") and mlx.get("absent"):
-        yield f"{mlx['absent']}, as in `pip install 'mlx[cpu]'`."
     if facts["nvidia_smi"] and not mlx.get("has_gpu"):
         yield (
             "MLX does not use the NVIDIA GPU of this machine: `pip uninstall mlx-cpu`, then "
@@ -95,8 +98,7 @@ def _packages() -> dict[str, str | None]:
 
 def _cpu() -> str:
     if platform.system() == "Darwin":
-        call = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+        return mac.brand()
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         models = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
         return next(models, platform.machine())  # not listed on ARM
@@ -149,6 +151,9 @@ def _mlx() -> Facts:
     if device.has_gpu:
         facts["memory_bytes"] = device.memory or None
         facts["tf32"] = os.environ.get("MLX_ENABLE_TF32") != "0"
+    if device.recommended:
+        facts["recommended_bytes"] = device.recommended
+        facts["tensor_units"] = mac.tensor_units(device.architecture, platform.mac_ver()[0])
     return facts
 
 
@@ -170,6 +175,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "platform": platform.platform,
     "system": platform.system,
     "machine": platform.machine,
+    "macos": mac.facts,
     "cpu": _cpu,
     "cores": _cores,
     "cores_present": os.cpu_count,

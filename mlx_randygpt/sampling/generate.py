@@ -17,7 +17,7 @@ from mlx_randygpt.backends.base import Cache, Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
 from mlx_randygpt.state import Array, rng
-from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.tokenizers import Tokenizer, stops
 
 
 class Streams:
@@ -94,7 +94,9 @@ class Generated:
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    finish_reason: str = ""  # "stop" (end of text or a stop text) | "length" | "" while growing
+    finish_reason: str = (
+        ""  # "stop" (end of text or turn, or a stop text) | "length" | "" while growing
+    )
     choices: list[Choice] = field(default_factory=list)  # if requested
 
 
@@ -122,7 +124,7 @@ class Continuation:
         self.config, self.sample, self.prompt = config, Generated(), list(prompt)
         self.random = rng(config.seed, "sample", index)
         self.n_likely, self.forced = n_likely, deque(forced)
-        self._eos, self._spell = tokenizer.eos, tokenizer.decoder()
+        self._ends, self._spell = stops(tokenizer), tokenizer.decoder()
         self.banned = list(tokenizer.never_sampled())
 
     def take(self, token: int) -> None:
@@ -138,7 +140,7 @@ class Continuation:
         """Append a token whose text is `piece`."""
         sample, stops = self.sample, self.config.stop
         sample.ids.append(token)
-        if token == self._eos:
+        if token in self._ends:
             sample.finish_reason = "stop"
             return
         at = len(sample.text)

@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from mlx_randygpt.backends.base import resident_bytes
 from mlx_randygpt.config import UserError
+from mlx_randygpt.dialogue import has_dialogue
 from mlx_randygpt.sampling.generate import Continuation
 from mlx_randygpt.serve import N_THREADS, ApiError, ServedModel, Settings
 from mlx_randygpt.serve.engine import Engine, Request
@@ -242,6 +243,7 @@ class Api:
             "created": served.created,
             "owned_by": "mlx-randygpt",
             "context_length": served.model.block_size,
+            "dialogue": has_dialogue(served.tokenizer),
         }
 
     async def _health(self, request: HttpRequest) -> Response:

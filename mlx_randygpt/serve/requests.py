@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_randygpt.config import ConfigError
+from mlx_randygpt.dialogue import Turn, fit_prompt, has_dialogue, render_prompt
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation
 from mlx_randygpt.serve import MAX_CHOICES, MAX_COST, MAX_TOKENS, ApiError, ServedModel, Settings
@@ -146,7 +147,7 @@ def read_completion(
 def read_chat(
     body: ChatBody, served: ServedModel, settings: Settings, drawn_seed: int
 ) -> GenerationRequest:
-    """Read `POST /v1/chat/completions`: the messages become a plain transcript."""
+    """Read `POST /v1/chat/completions`: the messages become turns, or a plain transcript."""
     _check_model(body, served)
     if body.max_completion_tokens is not None:
         body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
@@ -154,11 +155,15 @@ def read_chat(
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
     messages = [(m.role, unify_newlines(_join(m.content))) for m in body.messages]
-    prompt, n_dropped = transcript(messages, served)
+    if has_dialogue(served.tokenizer):
+        prompt, n_dropped = dialogue(messages, served, config.max_tokens)
+    else:
+        prompt, n_dropped = transcript(messages, served)
+        config = replace(config, stop=(*config.stop, *ENDS))
     dropped = (f"the {n_dropped} oldest messages do not fit into the context and were left out",)
     return GenerationRequest(
         prompts=[prompt],
-        config=replace(config, stop=(*config.stop, *ENDS)),
+        config=config,
         n=body.n or 1,
         stream=bool(body.stream),
         include_usage=_include_usage(body),
@@ -176,6 +181,21 @@ def read_plain(
     prompts = [_prompt(body.prompt, served)]
     request = GenerationRequest(prompts=prompts, config=config, warnings=_warn(prompts, served))
     return request.check_cost()
+
+
+def dialogue(
+    messages: Sequence[tuple[str, str]], served: ServedModel, max_tokens: int
+) -> tuple[Prompt, int]:
+    """Return messages as a model of dialogue reads them, and how many of the oldest were dropped.
+
+    The system's message at the beginning is kept; with it the last one must fit into the context.
+    """
+    turns = [Turn("system" if role == "developer" else role, text) for role, text in messages]
+    kept, n_dropped = fit_prompt(turns, served.tokenizer, served.model.block_size, max_tokens)
+    ids = render_prompt(kept, served.tokenizer).tolist()
+    prompt = Prompt("\n".join(turn.text for turn in kept), ids)
+    _check_length(prompt, served)
+    return prompt, n_dropped
 
 
 def transcript(messages: Sequence[tuple[str, str]], served: ServedModel) -> tuple[Prompt, int]:

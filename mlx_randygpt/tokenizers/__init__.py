@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from mlx_randygpt.config import UserError
 
 NO_TOKEN = -1  # stands for a token that does not exist
+END_OF_TURN = "<|end|>"
+DIALOGUE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN)
 _CLASSES = {"char": ("chars", "CharTokenizer"), "table": ("chars", "FixedCharTokenizer")}
 
 
@@ -62,6 +64,12 @@ class Tokenizer(Protocol):
     def never_sampled(self) -> tuple[int, ...]:
         """Return the ids that generation must not pick."""
 
+    def special(self, name: str) -> int:
+        """Return the id of the special token with this name, NO_TOKEN if there is none."""
+
+    def with_dialogue(self) -> Tokenizer:
+        """Return the tokenizer with DIALOGUE_TOKENS; those that it lacks get the next ids."""
+
     def to_json(self) -> dict[str, Any]:
         """Return the vocabulary as JSON, for `tokenizer_from_json`."""
 
@@ -76,7 +84,14 @@ def tokenizer_from_json(data: object) -> Tokenizer:
     return tokenizer
 
 
+def stops(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids at which generation stops: the end of a text, and that of a turn."""
+    ends = tokenizer.eos, tokenizer.special(END_OF_TURN)
+    return tuple(token for token in ends if token != NO_TOKEN)
+
+
 def token_speller(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """Return a function from a token id to its text; BOS and EOS are `<bos>` and `<eos>`."""
+    """Return a function from a token id to its text; special tokens are their names."""
     names = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>"}
+    names |= {tokenizer.special(name): name for name in DIALOGUE_TOKENS}
     return lambda token: tokenizer.decode([token]) or names.get(token, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -14,19 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.config import LIMITS
-from mlx_randygpt.tokenizers import NO_TOKEN
+from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, END_OF_TURN, NO_TOKEN
 
 MAX_CHARS = 512
 REPLACEMENT = 0xFFFD  # the character that <unk> decodes to
 CODE_POINTS = 0x110000
 SURROGATES = range(0xD800, 0xE000)  # code points that UTF-8 cannot encode
+UNK = "<unk>"
+SPECIALS = ("<bos>", "<eos>", UNK)
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """Ids 0 to n-1 are `chars`, in ascending order; then come `<bos>`, `<eos>` and `<unk>`."""
+    """Ids 0 to n-1 are `chars`, in ascending order; then come `<bos>`, `<eos>` and `<unk>`.
+
+    With `dialogue`, DIALOGUE_TOKENS are the last.
+    """
 
     chars: str
+    dialogue: bool = False
 
     @classmethod
     def train(cls, texts: str | Iterable[str], max_chars: int = MAX_CHARS) -> CharTokenizer:
@@ -53,7 +59,7 @@ class CharTokenizer:
         for i, char in enumerate(chars):
             if not isinstance(char, str) or len(char) != 1:
                 raise ValueError(f"tokenizer: chars[{i}]={reprlib.repr(char)} is not one character")
-        return cls("".join(chars))
+        return cls("".join(chars), _dialogue(data))
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.chars) <= MAX_CHARS:
@@ -86,7 +92,20 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         """Return the number of ids, special tokens included."""
-        return len(self.chars) + 3
+        return len(self.chars) + len(self.specials)
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """Return the names of the special tokens, whose ids follow those of the characters."""
+        return SPECIALS + DIALOGUE_TOKENS * self.dialogue
+
+    def special(self, name: str) -> int:
+        """Return the id of the special token with this name, NO_TOKEN if there is none."""
+        return len(self.chars) + self.specials.index(name) if name in self.specials else NO_TOKEN
+
+    def with_dialogue(self) -> CharTokenizer:
+        """Return the tokenizer with DIALOGUE_TOKENS."""
+        return replace(self, dialogue=True)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return the ids of `text`, without BOS and EOS."""
@@ -96,7 +115,7 @@ class CharTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Encode each text."""
         ends = np.cumsum([len(text) for text in texts])
-        return np.split(self.encode("".join(texts)), ends[:-1])
+        return np.split(self.encode("".join(texts)), ends)[:-1]
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """Return the text of `ids`; raise ValueError for an id outside the vocabulary."""
@@ -104,7 +123,7 @@ class CharTokenizer:
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
             raise ValueError(f"token id {outside[0]} is not in 0..{self.vocab_size - 1}")
-        visible = ids[(ids != self.bos) & (ids != self.eos)]
+        visible = ids[(ids < self.bos) | (ids == self.unk)]
         return str(self._code_of_id[visible].tobytes(), "utf-32-le")
 
     def decoder(self) -> Callable[[int], str]:
@@ -122,15 +141,17 @@ class CharTokenizer:
 
     def token_bytes(self) -> NDArray[np.int64]:
         """Return the UTF-8 bytes per token, (V,)."""
-        return np.array([len(char.encode()) for char in self.chars] + [0, 0, 1], np.int64)
+        sizes = [len(char.encode()) for char in self.chars]
+        return np.array([*sizes, *(int(name == UNK) for name in self.specials)], np.int64)
 
     def never_sampled(self) -> tuple[int, ...]:
         """Return the ids that generation must not pick."""
-        return self.bos, self.unk
+        return self.bos, *range(self.unk, self.vocab_size - self.dialogue)  # END_OF_TURN is last
 
     def to_json(self) -> dict[str, Any]:
         """Return the vocabulary as JSON, for `tokenizer_from_json`."""
-        return {"type": "char", "chars": list(self.chars)}
+        fields: dict[str, Any] = {"type": "char", "chars": list(self.chars)}
+        return fields | {"dialogue": True} if self.dialogue else fields
 
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
@@ -152,11 +173,12 @@ class FixedCharTokenizer:
     """A fixed table: `symbols[i]` is the character of id i, or "" if the id has no character.
 
     Characters outside the table are dropped. No token ends a text. An empty prompt becomes `begin`
-    or, without one, a newline.
+    or, without one, a newline. With `dialogue`, DIALOGUE_TOKENS follow the table.
     """
 
     symbols: tuple[str, ...]
     begin: int = NO_TOKEN
+    dialogue: bool = False
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FixedCharTokenizer:
@@ -166,7 +188,7 @@ class FixedCharTokenizer:
             raise ValueError(f"tokenizer: symbols={reprlib.repr(symbols)} is not a list of texts")
         if begin is not None and type(begin) is not int:
             raise ValueError(f"tokenizer: begin={reprlib.repr(begin)} is not a token id")
-        return cls(tuple(symbols), NO_TOKEN if begin is None else begin)
+        return cls(tuple(symbols), NO_TOKEN if begin is None else begin, _dialogue(data))
 
     def __post_init__(self) -> None:
         if len(self.symbols) > LIMITS["vocab_size"]:
@@ -190,7 +212,7 @@ class FixedCharTokenizer:
     @property
     def vocab_size(self) -> int:
         """Return the number of ids."""
-        return len(self.symbols)
+        return len(self._texts)
 
     @cached_property
     def bos(self) -> int:
@@ -204,6 +226,15 @@ class FixedCharTokenizer:
     def eos(self) -> int:
         """Return NO_TOKEN: no token ends a text."""
         return NO_TOKEN
+
+    def special(self, name: str) -> int:
+        """Return the id of the special token with this name, NO_TOKEN if there is none."""
+        known = self.dialogue and name in DIALOGUE_TOKENS
+        return len(self.symbols) + DIALOGUE_TOKENS.index(name) if known else NO_TOKEN
+
+    def with_dialogue(self) -> FixedCharTokenizer:
+        """Return the tokenizer with DIALOGUE_TOKENS."""
+        return replace(self, dialogue=True)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return the ids of `text`, without BOS and EOS."""
@@ -220,11 +251,11 @@ class FixedCharTokenizer:
         for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is not in 0..{self.vocab_size - 1}")
-        return "".join(map(self.symbols.__getitem__, tokens))
+        return "".join(map(self._texts.__getitem__, tokens))
 
     def decoder(self) -> Callable[[int], str]:
         """Return a function from the next id to the text that it completes."""
-        return self.symbols.__getitem__
+        return self._texts.__getitem__
 
     def unknown(self, text: str) -> dict[str, int]:
         """Count the characters that `encode` drops, most frequent first."""
@@ -233,16 +264,23 @@ class FixedCharTokenizer:
 
     def token_bytes(self) -> NDArray[np.int64]:
         """Return the UTF-8 bytes per token, (V,)."""
-        return np.array([len(symbol.encode()) for symbol in self.symbols], np.int64)
+        return np.array([len(text.encode()) for text in self._texts], np.int64)
 
     def never_sampled(self) -> tuple[int, ...]:
         """Return the ids that generation must not pick."""
-        return tuple(token for token, symbol in enumerate(self.symbols) if not symbol)
+        end = self.special(END_OF_TURN)
+        return tuple(i for i, text in enumerate(self._texts) if not text and i != end)
 
     def to_json(self) -> dict[str, Any]:
         """Return the vocabulary as JSON, for `tokenizer_from_json`."""
         begin = None if self.begin == NO_TOKEN else self.begin
-        return {"type": "table", "symbols": list(self.symbols), "begin": begin}
+        fields = {"type": "table", "symbols": list(self.symbols), "begin": begin}
+        return fields | {"dialogue": True} if self.dialogue else fields
+
+    @cached_property
+    def _texts(self) -> tuple[str, ...]:
+        """Return the text of each id."""
+        return self.symbols + ("",) * (len(DIALOGUE_TOKENS) * self.dialogue)
 
     @cached_property
     def _id_of_code(self) -> NDArray[np.int32]:
@@ -251,6 +289,14 @@ class FixedCharTokenizer:
         table = np.full(max(id_of) + 2, NO_TOKEN, np.int32)
         table[list(id_of)] = list(id_of.values())
         return table
+
+
+def _dialogue(data: Mapping[str, Any]) -> bool:
+    """Return whether the JSON of a tokenizer has DIALOGUE_TOKENS."""
+    dialogue = data.get("dialogue", False)
+    if type(dialogue) is not bool:
+        raise ValueError(f"tokenizer: dialogue={reprlib.repr(dialogue)} is not true or false")
+    return dialogue
 
 
 def count_characters(texts: Iterable[str]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.config import LIMITS, ConfigError, UserError, missing
-from mlx_randygpt.tokenizers import TokenizerError
+from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, END_OF_TURN, NO_TOKEN, TokenizerError
 from mlx_randygpt.tokenizers.content import check_content
 from mlx_randygpt.words import one_line, replace_surrogates
 
@@ -94,9 +94,7 @@ class SubwordTokenizer:
         model = _read(content)
         vocab = model.get_vocab()
         names = [n for n in (*BOS_NAMES, *EOS_NAMES) if n in vocab] or [END_OF_TEXT]
-        special = _library().AddedToken
-        model.add_special_tokens([special(name, special=True) for name in names])
-        return cls("file", model.to_str())
+        return cls("file", _with_special(model, names).to_str())
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SubwordTokenizer:
@@ -179,7 +177,17 @@ class SubwordTokenizer:
         """Return the ids that generation must not pick."""
         nameless = {token for token, name in enumerate(self._names) if not name}
         unknown = set() if self._unk is None else {self._unk}
-        return tuple(sorted((self._special | nameless | unknown | {self.bos}) - {self.eos}))
+        ends = {self.eos, self.special(END_OF_TURN)}
+        return tuple(sorted((self._special | nameless | unknown | {self.bos}) - ends))
+
+    def special(self, name: str) -> int:
+        """Return the id of the special token with this name, NO_TOKEN if there is none."""
+        token = self._names.index(name) if name in self._names else NO_TOKEN
+        return token if token in self._special else NO_TOKEN
+
+    def with_dialogue(self) -> SubwordTokenizer:
+        """Return the tokenizer with DIALOGUE_TOKENS; those that it lacks get the next ids."""
+        return replace(self, content=_with_special(_read(self.content), DIALOGUE_TOKENS).to_str())
 
     def to_json(self) -> dict[str, Any]:
         """Return the vocabulary as JSON, for `tokenizer_from_json`."""
@@ -271,6 +279,13 @@ def _read(content: str) -> Any:
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True
+    return model
+
+
+def _with_special(model: Any, names: Sequence[str]) -> Any:
+    """Make these names special tokens of the library's tokenizer, with new ids if need be."""
+    token = _library().AddedToken
+    model.add_special_tokens([token(name, special=True, normalized=False) for name in names])
     return model
 
 

@@ -190,7 +190,7 @@ MACHINE: dict[str, Any] = {
     "packages": {"mlx": None}, "system": "Linux", "machine": "x86_64", "cores": 8,
     "cores_present": 8, "blas": [{"name": "openblas"}], "numpy_gflops": 240.0,
     "mlx": {"device": None, "absent": "MLX is not installed"}, "mlx_gflops": None,
-    "nvidia_smi": None, "environment": {},
+    "nvidia_smi": None, "environment": {}, "macos": None,
 }  # fmt: skip
 
 
@@ -200,7 +200,10 @@ MACHINE: dict[str, Any] = {
         ({"system": "Darwin", "machine": "arm64"}, "pip install mlx"),
         ({"mlx": {"device": "CPU", "has_gpu": False}, "mlx_gflops": 8.0}, "libopenblas"),
         ({"nvidia_smi": "/usr/bin/nvidia-smi"}, "cuda13"),
-        ({"packages": {"mlx": "0.32.4"}, "mlx": {"absent": "MLX lacks its library"}}, "mlx[cpu]"),
+        (
+            {"packages": {"mlx": "0.32.4"}, "mlx": {"absent": "MLX lacks its library"}},
+            "its library.",
+        ),
         ({"blas": [{"name": "blas"}]}, "no optimised BLAS"),
         ({"environment": {"OMP_NUM_THREADS": "1"}}, "--threads"),
         ({"cores": 2}, "2 of 8 cores"),

@@ -24,7 +24,9 @@ import openai
 from served import Host
 
 from mlx_randygpt.backends import make_backend
+from mlx_randygpt.dialogue import Turn, render_prompt
 from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.serve import MAX_BODY_BYTES, Settings
 from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -169,6 +171,87 @@ def test_of_a_long_talk_the_oldest_messages_are_left_out(host: Host, client: Any
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(messages=[{"role": "user", "content": "a" * 60}], **settings)
     assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.fixture
+def dialogue(dialogue_run: Any) -> Iterator[tuple[Host, Any]]:
+    """A server of a model of dialogue, and a client."""
+    host = Host(*dialogue_run())
+    host.start()
+    with openai.OpenAI(base_url=f"{host.url}/v1", api_key="any", max_retries=0) as client:
+        yield host, client
+    host.stop()
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def answer_to(host: Host, messages: list[dict[str, str]], **config: Any) -> Any:
+    """What the model answers to these turns as the renderer writes them."""
+    tokenizer = host.run.tokenizer
+    turns = [Turn(row["role"], row["content"]) for row in messages]
+    ids, settings = render_prompt(turns, tokenizer).tolist(), SampleConfig(**config)
+    *_, [sample] = generate(host.backend, host.run.model, tokenizer, ids, settings)
+    return sample
+
+
+def test_a_model_of_dialogue_gets_turns_and_stops_at_the_end_of_its_own(dialogue: Any) -> None:
+    host, client = dialogue
+    messages = [message("system", "Sing."), message("user", "The old <|end|> ship")]
+    reasons = set()
+    for seed in range(6):
+        expected = answer_to(host, messages, seed=seed, max_tokens=60)
+        settings = {"model": "tale", "messages": messages, "seed": seed, "max_tokens": 60}
+        answer = client.chat.completions.create(**settings)
+        [choice], usage = answer.choices, answer.usage
+        assert (choice.message.content, choice.finish_reason) == (
+            expected.text,
+            expected.finish_reason,
+        )
+        assert usage.completion_tokens == len(expected.ids)
+        pieces = list(client.chat.completions.create(**settings, stream=True))
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected.text
+        assert pieces[-1].choices[0].finish_reason == expected.finish_reason
+        assert answer.warnings == []
+        reasons.add(choice.finish_reason)
+    assert "stop" in reasons
+
+
+def test_developer_is_another_name_of_system(dialogue: Any) -> None:
+    _, client = dialogue
+    asked = [message(role, "Sing.") for role in ("system", "developer")]
+    answers = [
+        client.chat.completions.create(
+            model="tale", messages=[first, message("user", "king")], seed=3, max_tokens=9
+        )
+        for first in asked
+    ]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+
+
+def test_a_long_conversation_loses_its_oldest_whole_turns(dialogue: Any) -> None:
+    host, client = dialogue
+    system, last = message("system", "Sing."), message("user", "The small grey bird")
+    old = [message("user", "a red hill é"), message("assistant", "under the hill")]
+    settings = {"model": "tale", "seed": 3, "max_tokens": 9}
+    answer = client.chat.completions.create(messages=[system, *old, last], **settings)
+    expected = answer_to(host, [system, last], seed=3, max_tokens=9)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.warnings == [
+        "the 2 oldest messages do not fit into the context and were left out"
+    ]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(messages=[message("user", "a" * 62)], **settings)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="'tool'; it must be 'system', 'developer', "):
+        client.chat.completions.create(messages=[message("tool", "5")], **settings)
+
+
+def test_a_models_object_says_whether_it_answers(host: Host, dialogue: Any) -> None:
+    for served, expected in ((host, False), (dialogue[0], True)):
+        [model] = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert model["dialogue"] is expected
 
 
 def test_models_are_listed(client: Any) -> None:

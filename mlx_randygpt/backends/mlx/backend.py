@@ -40,6 +40,7 @@ class Device:
     description: str  # "Apple M3 Max (Metal)", "NVIDIA H200 (CUDA)", "CPU"
     memory: int = 0  # bytes of a GPU; 0 if unknown
     recommended: int = 0  # bytes that a program should use at most, as Metal reports
+    architecture: str = ""  # "applegpu_g16s"
 
 
 def probe() -> Device:
@@ -56,7 +57,13 @@ def probe() -> Device:
     info = mx.device_info()
     name = f"{info.get('device_name', 'GPU')} ({'Metal' if is_metal else 'CUDA'})"
     memory = info.get("memory_size") or info.get("total_memory") or 0
-    return Device(True, name, int(memory), int(info.get("max_recommended_working_set_size") or 0))
+    return Device(
+        True,
+        name,
+        int(memory),
+        int(info.get("max_recommended_working_set_size") or 0),
+        str(info.get("architecture", "")),
+    )
 
 
 class MLXBackend:

@@ -1,32 +1,43 @@
-"""The lookup in a wide embedding table, with a gradient that has the same bits each time.
+"""The lookup in an embedding table, with a gradient that has the same bits each time.
 
 The gradient of a row is the sum over all positions that have its id. Autodiff adds them at indices,
-and a GPU adds in whichever order its threads arrive. Here they are sorted by id and each run of one
-id is summed as a tree, in float32, so that only one sum is added to each row.
+and a GPU adds in whichever order its threads arrive; in bfloat16, most of the terms of a frequent
+id would be lost, too. Here a product with one-hot rows adds in float32 and in one order. For a
+table that is too wide for that, positions are sorted by id and each run of one id is summed as a
+tree, in float32, so that only one sum is added to each row.
 
 Legend: B batch, T time, N = B·T, C n_embd, V vocab.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
+MAX_ONE_HOT_ROWS = 1024  # with more, the product would cost as much as the head
 
-def gather_rows(table: mx.array, ids: mx.array) -> mx.array:
-    """Return `table[ids]`, (B, T, C) of (V, C) float32, differentiable in the table."""
 
-    @mx.custom_function  # type: ignore[untyped-decorator]
-    def gather(table: mx.array) -> mx.array:
-        return table[ids]
+def embed(table: mx.array, ids: mx.array) -> mx.array:
+    """Return `table[ids]`, (B, T, C) of (V, C), differentiable in the table."""
 
-    @gather.vjp  # type: ignore[untyped-decorator]
-    def backward(table: mx.array, cotangent: mx.array, _: Any) -> mx.array:
-        return gradient(ids.reshape(-1), cotangent.reshape(ids.size, -1), len(table))
+    def backward(table: mx.array, dx: mx.array, _: mx.array) -> mx.array:
+        dx, n_rows = dx.reshape(ids.size, -1), len(table)  # (N, C)
+        if n_rows > MAX_ONE_HOT_ROWS:
+            return gradient(ids.reshape(-1), dx.astype(mx.float32), n_rows).astype(table.dtype)
+        one_hot = ids.reshape(-1, 1) == mx.arange(n_rows)  # (N, V)
+        return one_hot.astype(dx.dtype).T @ dx
 
-    rows: mx.array = gather(table)
+    rows: mx.array = with_gradient(lambda table: table[ids], backward)(table)
     return rows
+
+
+def with_gradient(function: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with this gradient, a function of (arguments, cotangents, outputs)."""
+    custom = mx.custom_function(function)
+    custom.vjp(gradient)
+    return custom  # type: ignore[no-any-return]
 
 
 def gradient(ids: mx.array, x: mx.array, n_rows: int) -> mx.array:

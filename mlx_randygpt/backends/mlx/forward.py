@@ -9,7 +9,7 @@ Legend: B batch, T time, C n_embd, V vocab.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,9 +18,9 @@ from mlx.utils import tree_unflatten
 
 from mlx_randygpt.backends.base import ALL, check_decoding, check_ids
 from mlx_randygpt.backends.mlx.cache import Layer, LayerPass, MLXCache, attention_mask
-from mlx_randygpt.backends.mlx.embedding import gather_rows
 from mlx_randygpt.backends.mlx.gpt2 import GPT2, GPT2Args
-from mlx_randygpt.backends.mlx.model import GPT, ModelArgs
+from mlx_randygpt.backends.mlx.model import GPT, ModelArgs, Operations
+from mlx_randygpt.backends.mlx.ops import TRAINING
 from mlx_randygpt.backends.mlx.optimizer import Weights
 from mlx_randygpt.backends.mlx.recompute import recompute
 from mlx_randygpt.config import ModelConfig
@@ -44,7 +44,10 @@ class Forward:
         self.config = config
         self.dtype = dtype  # of the loss; decoding is float32
         self.on_gpu = on_gpu
-        self.model = build_modules(config, recomputes=recomputes)
+        # cuDNN's attention keeps no T x T array, but has half types only
+        is_fused = on_gpu and not mx.metal.is_available() and dtype != mx.float32
+        ops = replace(TRAINING, attention=None) if is_fused else TRAINING
+        self.model = build_modules(config, ops, recomputes=recomputes)
         self._splits: list[tuple[Tokens, mx.array]] = []  # the latest last
         self._advance_token = self.compile(self.advance)
 
@@ -131,9 +134,9 @@ class Forward:
         return self._splits[-1][1]
 
 
-def build_modules(config: ModelConfig, *, recomputes: bool = False) -> GPT:
+def build_modules(config: ModelConfig, ops: Operations, *, recomputes: bool = False) -> GPT:
     """Build the model's modules; with `recomputes`, its blocks recompute their activations."""
     model: type[GPT] = GPT2 if config.is_gpt2 else GPT
     args: type[ModelArgs] = GPT2Args if config.is_gpt2 else ModelArgs
     values = {field.name: getattr(config, field.name) for field in fields(args)}
-    return model(args(**values), gather=gather_rows, wrap=recompute if recomputes else None)
+    return model(args(**values), ops=ops, wrap=recompute if recomputes else None)

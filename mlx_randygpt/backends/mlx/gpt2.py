@@ -15,7 +15,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_randygpt.backends.mlx.model import GPT, Attention, Embedding, ModelArgs, drop, plain_rows
+from mlx_randygpt.backends.mlx.model import (
+    GPT,
+    PLAIN,
+    Attention,
+    Embedding,
+    ModelArgs,
+    Operations,
+    drop,
+)
 from mlx_randygpt.model import GPT2_NORM_EPS
 
 
@@ -40,8 +48,8 @@ def gelu_tanh(h: mx.array) -> mx.array:
 class GPT2Attention(Attention):
     """Attention with biases."""
 
-    def __init__(self, args: GPT2Args) -> None:
-        super().__init__(args)
+    def __init__(self, args: GPT2Args, ops: Operations) -> None:
+        super().__init__(args, ops)
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
 
@@ -63,11 +71,11 @@ class GPT2MLP(nn.Module):  # type: ignore[misc]
 class GPT2Block(nn.Module):  # type: ignore[misc]
     """Pre-norm residual block."""
 
-    def __init__(self, args: GPT2Args) -> None:
+    def __init__(self, args: GPT2Args, ops: Operations) -> None:
         super().__init__()
         self.dropout = args.dropout
         self.ln_1 = nn.LayerNorm(args.n_embd, GPT2_NORM_EPS, bias=args.bias)
-        self.attn = GPT2Attention(args)
+        self.attn = GPT2Attention(args, ops)
         self.ln_2 = nn.LayerNorm(args.n_embd, GPT2_NORM_EPS, bias=args.bias)
         self.mlp = GPT2MLP(args)
 
@@ -84,15 +92,15 @@ class GPT2(GPT):
         self,
         args: GPT2Args,
         *,
-        gather: Callable[[mx.array, mx.array], mx.array] = plain_rows,
+        ops: Operations = PLAIN,
         wrap: Callable[[Any], Callable[..., mx.array]] | None = None,
     ) -> None:
         nn.Module.__init__(self)  # other modules under the same names
         self.args = args
         self.wrap = wrap
-        self.wte = Embedding(args.vocab_size, args.n_embd, gather)
+        self.wte = Embedding(args.vocab_size, args.n_embd, ops)
         self.wpe = nn.Embedding(args.block_size, args.n_embd)
-        self.h = [GPT2Block(args) for _ in range(args.n_layer)]
+        self.h = [GPT2Block(args, ops) for _ in range(args.n_layer)]
         self.ln_f = nn.LayerNorm(args.n_embd, GPT2_NORM_EPS, bias=args.bias)
 
     def normalize_final(self, x: mx.array) -> mx.array:

@@ -16,7 +16,6 @@ import mlx.nn as nn
 
 EPS = 1e-5  # of every RMSNorm
 ROPE_BASE = 10000.0
-MAX_ONE_HOT_ROWS = 1024  # of an embedding; with more, the product would cost as much as the head
 
 
 @dataclass(frozen=True)
@@ -73,40 +72,49 @@ def plain_rows(table: mx.array, ids: mx.array) -> mx.array:
     return table[ids]
 
 
+def plain_sum(x: mx.array, a: mx.array, w: mx.array) -> mx.array:
+    """Return x + a wᵀ, (B, T, out)."""
+    return x + a @ w.T
+
+
+def rotate(x: mx.array, offset: Any = 0) -> mx.array:
+    """Apply rotary positions (arXiv 2104.09864) to interleaved pairs of x (B, H, T, D)."""
+    even = x.shape[-1] // 2 * 2  # an odd head keeps its last value
+    return mx.fast.rope(x, even, traditional=True, base=ROPE_BASE, scale=1.0, offset=offset)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations that can be replaced by others with the same values and better gradients."""
+
+    embed: Callable[[mx.array, mx.array], mx.array] = plain_rows
+    norm_shift: Callable[[mx.array], mx.array] = lambda x: shift(rms(x), None, 0)
+    squared_relu: Callable[[mx.array], mx.array] = lambda h: mx.square(nn.relu(h))
+    add_product: Callable[[mx.array, mx.array, mx.array], mx.array] = plain_sum
+    attention: Callable[..., mx.array] | None = None  # causal, of all positions at once
+
+
+PLAIN = Operations()
+
+
 class Embedding(nn.Embedding):  # type: ignore[misc]
-    """An embedding with a more precise gradient than MLX's.
+    """An embedding that looks its rows up by `ops.embed`."""
 
-    The gradient of a frequent id is a sum over thousands of positions, of which bfloat16 loses
-    most, and a GPU adds them in any order. A product with one-hot rows adds in float32 and in one
-    order. `gather` looks up the rows of a table that is too wide for that.
-    """
-
-    def __init__(
-        self,
-        n_rows: int,
-        width: int,
-        gather: Callable[[mx.array, mx.array], mx.array] = plain_rows,
-    ) -> None:
+    def __init__(self, n_rows: int, width: int, ops: Operations = PLAIN) -> None:
         super().__init__(n_rows, width)
-        self.gather = gather
+        self.ops = ops
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Map ids (B, T) to rows of the table, (B, T, C)."""
-        table = self.weight  # (V, C)
-        if ids.shape[-1] == 1:  # decoding
-            return table[ids]
-        if len(table) > MAX_ONE_HOT_ROWS:
-            return self.gather(table.astype(mx.float32), ids).astype(table.dtype)  # (B, T, C)
-        one_hot = (ids[..., None] == mx.arange(len(table))).astype(table.dtype)  # (B, T, V)
-        product = one_hot @ table  # (B, T, C)
-        return mx.stop_gradient(table[ids] - product) + product  # TF32 would round the rows
+        return self.ops.embed(self.weight, ids)
 
 
 class Attention(nn.Module):  # type: ignore[misc]
     """Causal self-attention; the rows of c_attn are query, key and value, each H slices of D."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, ops: Operations = PLAIN) -> None:
         super().__init__()
+        self.ops = ops
         self.n_head = args.n_head
         self.qk_norm = args.qk_norm
         self.rotary = args.position == "rope"
@@ -115,57 +123,75 @@ class Attention(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
         """Map (B, T, C) to (B, T, C), attending under `mask`."""
-        b, t, c = x.shape
-        d = c // self.n_head
-        qkv = self.c_attn(x).reshape(b, t, 3, self.n_head, d)  # (B, T, 3, H, D)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        return self.c_proj(self.mix(x, mask, cache))
+
+    def mix(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        """Return the input of the last projection, (B, T, C)."""
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        if self.ops.attention and cache is None:
+            return self.ops.attention(qkv, self.n_head, qk_norm=self.qk_norm, rotary=self.rotary)
+        return self.attend(qkv, mask, cache)
+
+    def attend(self, qkv: mx.array, mask: Any, cache: Any) -> mx.array:
+        """Return the mixed values (B, T, C) of qkv (B, T, 3C), under `mask`."""
+        b, t, _ = qkv.shape
+        heads = qkv.reshape(b, t, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)
+        q, k, v = heads  # (B, H, T, D) each
         if self.qk_norm:
             q, k = rms(q), rms(k)
         if self.rotary:
-            q, k = self.rotate(q, cache), self.rotate(k, cache)
+            offset = 0 if cache is None else cache.offset
+            q, k = rotate(q, offset), rotate(k, offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)  # (B, H, S, D)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)
-        return self.c_proj(y.transpose(0, 2, 1, 3).reshape(b, t, c))  # (B, T, C)
-
-    def rotate(self, x: mx.array, cache: Any) -> mx.array:
-        """Apply rotary positions (arXiv 2104.09864) to interleaved pairs, after the cache's."""
-        offset = 0 if cache is None else cache.offset
-        even = x.shape[-1] // 2 * 2  # an odd head keeps its last value
-        return mx.fast.rope(x, even, traditional=True, base=ROPE_BASE, scale=1.0, offset=offset)
+        scale = q.shape[-1] ** -0.5
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return y.transpose(0, 2, 1, 3).reshape(b, t, -1)
 
 
 class MLP(nn.Module):  # type: ignore[misc]
     """Squared ReLU between two projections (arXiv 2109.08668)."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, ops: Operations) -> None:
         super().__init__()
+        self.ops = ops
         self.c_fc = nn.Linear(args.n_embd, 4 * args.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * args.n_embd, args.n_embd, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map (B, T, C) to (B, T, C)."""
-        return self.c_proj(mx.square(nn.relu(self.c_fc(x))))  # (B, T, F) inside
+    def hidden(self, x: mx.array) -> mx.array:
+        """Return the input of the last projection, (B, T, F)."""
+        return self.ops.squared_relu(self.c_fc(x))
 
 
 class Block(nn.Module):  # type: ignore[misc]
     """Pre-norm residual block."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, ops: Operations) -> None:
         super().__init__()
+        self.ops = ops
         self.dropout = args.dropout
         self.token_shift = args.token_shift
-        self.attn = Attention(args)
-        self.mlp = MLP(args)
+        self.attn = Attention(args, ops)
+        self.mlp = MLP(args, ops)
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
         """Map (B, T, C) to (B, T, C); `keys` are the dropout keys of the two branches."""
-        x = x + drop(self.attn(self.branch_input(x, cache, 0), mask, cache), self.dropout, keys[0])
-        return x + drop(self.mlp(self.branch_input(x, cache, 1)), self.dropout, keys[1])
+        y = self.attn.mix(self.branch_input(x, cache, 0), mask, cache)
+        x = self.join(x, self.attn.c_proj, y, keys[0])
+        a = self.mlp.hidden(self.branch_input(x, cache, 1))
+        return self.join(x, self.mlp.c_proj, a, keys[1])
 
     def branch_input(self, x: mx.array, cache: Any, slot: int) -> mx.array:
         """Return the input of attention (slot 0) or MLP (slot 1), (B, T, C)."""
-        return shift(rms(x), cache, slot) if self.token_shift else rms(x)
+        if not self.token_shift:
+            return rms(x)
+        return self.ops.norm_shift(x) if cache is None else shift(rms(x), cache, slot)
+
+    def join(self, x: mx.array, projection: Any, a: mx.array, key: mx.array | None) -> mx.array:
+        """Return x (B, T, C) plus the projection of a branch's last activations, a."""
+        if type(projection) is nn.Linear and (key is None or self.dropout == 0):
+            return self.ops.add_product(x, a, projection.weight)
+        return x + drop(projection(a), self.dropout, key)  # quantised, or beside adapters
 
 
 class GPT(nn.Module):  # type: ignore[misc]
@@ -183,16 +209,16 @@ class GPT(nn.Module):  # type: ignore[misc]
         self,
         args: ModelArgs,
         *,
-        gather: Callable[[mx.array, mx.array], mx.array] = plain_rows,
+        ops: Operations = PLAIN,
         wrap: Callable[[Any], Callable[..., mx.array]] | None = None,
     ) -> None:
         super().__init__()
         self.args = args
         self.wrap = wrap
-        self.wte = Embedding(args.vocab_size, args.n_embd, gather)
+        self.wte = Embedding(args.vocab_size, args.n_embd, ops)
         if args.position == "learned":
             self.wpe = nn.Embedding(args.block_size, args.n_embd)
-        self.h = [Block(args) for _ in range(args.n_layer)]
+        self.h = [Block(args, ops) for _ in range(args.n_layer)]
         self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
 
     def __call__(

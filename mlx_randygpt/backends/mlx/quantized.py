@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 from mlx_randygpt.backends.base import ALL, BackendError
 from mlx_randygpt.backends.mlx.backend import memory_bytes, probe
 from mlx_randygpt.backends.mlx.cache import MLXCache
+from mlx_randygpt.backends.mlx.embedding import MAX_ONE_HOT_ROWS
 from mlx_randygpt.backends.mlx.forward import Forward
-from mlx_randygpt.backends.mlx.model import MAX_ONE_HOT_ROWS
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import Array, Batch, Params
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from mlx_randygpt.cli.options import (
     quantize_option,
     sampling_options,
 )
-from mlx_randygpt.cli.output import echo
+from mlx_randygpt.cli.output import echo, echo_notice, is_terminal, styled, wrap
 from mlx_randygpt.cli.signals import CtrlC
 from mlx_randygpt.cli.values import FilePath
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mlx_randygpt.sampling.filters import SampleConfig
 
 MAX_HISTORY = 1000  # lines
+PROMPT = "> "
 
 
 @click.command("chat", cls=Command)
@@ -49,7 +52,10 @@ def command(
     quantize: int | None,
     **filters: Any,
 ) -> None:
-    """Chat with a trained model, which continues the whole conversation. /help lists commands."""
+    """Chat with a trained model. /help lists the commands of the conversation.
+
+    A model that was not trained on dialogue does not answer: it continues the conversation as text.
+    """
     from mlx_randygpt.sampling.filters import SampleConfig
 
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
@@ -62,14 +68,18 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
     """Answer the lines of stdin on stdout until the end of input or /quit."""
     from mlx_randygpt.sampling.chat import Conversation
 
-    conversation = Conversation(loaded.backend, loaded.saved.model, loaded.tokenizer, config)
+    model, tokenizer = loaded.saved.model, loaded.tokenizer
+    conversation = Conversation(loaded.backend, model, tokenizer, config, echo_notice)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    lines = "\n".join(introduction(loaded))
     if at_terminal:
-        echo("/help lists the commands, Ctrl-D quits.", err=True)
+        keys = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D quits."
+        lines = "\n".join(wrap(f"{lines}\n{keys}"))
+    echo(lines, err=True)
     with CtrlC() as ctrl_c, _line_editing() if at_terminal else contextlib.nullcontext():
         if replay is not None:
             _replay(conversation, replay, ctrl_c)
-        for line in _lines("> " if at_terminal else "", ctrl_c):
+        for line in _lines(at_terminal, ctrl_c):
             if line.strip() == "/quit":
                 break
             _respond(conversation, line, ctrl_c)
@@ -77,55 +87,88 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
                 raise KeyboardInterrupt
 
 
+def introduction(loaded: Loaded) -> Iterator[str]:
+    """Yield the lines that say which model this is, how large and how good."""
+    from mlx_randygpt.dialogue import has_dialogue
+    from mlx_randygpt.model import parameter_count
+
+    model, progress = loaded.saved.model, loaded.saved.progress
+    is_dialogue = has_dialogue(loaded.tokenizer)
+    yield f"Model: {loaded.path}"
+    yield f"Size: {parameter_count(model):,} parameters, context {model.block_size:,} tokens"
+    if math.isfinite(progress.val_loss):
+        text = "the answers of the validation text" if is_dialogue else "the validation text"
+        yield f"Loss: {progress.val_loss:.4f} on {text}, at step {progress.eval_step:,}"
+    else:
+        yield "Loss: not evaluated"
+    if not is_dialogue:
+        yield "This model continues text and does not answer: it was not trained on dialogue."
+
+
 def _respond(conversation: Conversation, line: str, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.sampling.chat import ChatError
     from mlx_randygpt.words import unify_newlines, unknown_line
 
-    line = unify_newlines(line)
-    if line.startswith("/"):
-        try:
-            echo(conversation.command(line), err=True)
-        except ChatError as error:
-            echo(f"Error: {error}", err=True)
-        return
-    if warning := unknown_line(conversation.tokenizer.unknown(line)):
-        echo(warning, err=True)
-    ctrl_c.pressed = False
-    _stream(conversation.answer(line, lambda: ctrl_c.pressed))
+    line, ctrl_c.pressed = unify_newlines(line), False
+    try:
+        if line.strip() == "/retry":
+            _stream(conversation.retry(lambda: ctrl_c.pressed))
+        elif line.startswith("/"):
+            echo_notice(conversation.command(line))
+        else:
+            if warning := unknown_line(conversation.tokenizer.unknown(line)):
+                echo_notice(warning)
+            _stream(conversation.answer(line, lambda: ctrl_c.pressed))
+    except ChatError as error:
+        echo_notice(f"Error: {error}", is_error=True)
 
 
 def _replay(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.sampling.chat import load_turns
 
     for turn in load_turns(path):
-        echo(turn.prompt, nl=False)
+        echo(turn.prompt, nl=conversation.is_dialogue)
         _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
         if ctrl_c.pressed:
             return
         if conversation.turns[-1].text != turn.text:
-            echo("The answer differs from the saved one: is it another model?", err=True)
+            echo_notice("The answer differs from the saved one: is it another model?")
 
 
 def _stream(parts: Iterator[str]) -> None:
-    """Write the parts as they come, and a newline."""
+    """Write the parts as they come, and a newline; on a terminal lines end between words."""
+    if not is_terminal(sys.stdout):
+        for part in parts:
+            echo(part, nl=False)
+        echo()
+        return
+    from mlx_randygpt.cli.wrapping import WordWrapper
+
+    wrapper = WordWrapper(shutil.get_terminal_size().columns)
     for part in parts:
-        echo(part, nl=False)
-    echo()
+        echo(wrapper.add(part), nl=False)
+    echo(wrapper.end())
 
 
-def _lines(prompt: str, ctrl_c: CtrlC) -> Iterator[str]:
-    """Yield the lines of stdin; with a prompt, Ctrl-C discards the line being typed."""
+def _lines(at_terminal: bool, ctrl_c: CtrlC) -> Iterator[str]:
+    """Yield the lines of stdin; at a terminal, Ctrl-C discards the line being typed."""
+    prompt = styled(PROMPT, fg="cyan", bold=True)
+    if prompt != PROMPT:  # for readline, which counts the columns
+        prompt = prompt.replace(PROMPT, f"\x02{PROMPT}\x01")
+        prompt = f"\x01{prompt}\x02"
     while True:
         try:
+            if at_terminal:
+                echo()
             with ctrl_c.interrupting():
-                line = input(prompt)
+                line = input(prompt if at_terminal else "")
             yield line
         except KeyboardInterrupt:
             echo(err=True)
-            if not prompt:
+            if not at_terminal:
                 raise
         except EOFError:
-            echo(err=True, nl=bool(prompt))
+            echo(err=True, nl=at_terminal)
             return
 
 

@@ -35,6 +35,8 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Python", str(facts["python"])
     yield "Packages", ", ".join(f"{name} {version or 'absent'}" for name, version in packages)
     yield "Platform", str(facts["platform"])
+    if facts["macos"]:
+        yield "macOS", _macos_line(facts["macos"])
     yield "CPU", f"{facts['cpu']}, {facts['cores']} of {facts['cores_present']} cores usable"
     yield "Memory", format_bytes(facts["memory_bytes"] or 0)
     for library in facts["blas"] or ():
@@ -58,7 +60,25 @@ def _mlx_line(facts: dict[str, Any]) -> str:
         return f"{mlx['device']}, {_rate(facts['mlx_gflops'])}"
     tf32 = "on (MLX_ENABLE_TF32=0 turns it off)" if mlx["tf32"] else "off"
     memory = f", {format_bytes(mlx['memory_bytes'])}" if mlx["memory_bytes"] else ""
-    return f"{mlx['device']}{memory}, TF32 if the GPU has it: {tf32}"
+    if most := mlx.get("recommended_bytes"):
+        memory += f" of which Metal recommends to use at most {format_bytes(most)}"
+    units = {"used": ", tensor units used", "unused": ", tensor units not used"}
+    tensor_units = units.get(mlx.get("tensor_units", ""), "")
+    return f"{mlx['device']}{memory}{tensor_units}, TF32 if the GPU has it: {tf32}"
+
+
+def _macos_line(macos: dict[str, Any]) -> str:
+    """Return `15.5, Low Power Mode off, no thermal warning`."""
+    warning, limit = macos["thermal_level"], macos["speed_limit"]
+    heat = f"thermal warning level {warning}" if warning else "no thermal warning"
+    return ", ".join(
+        [
+            macos["version"],
+            f"Low Power Mode {'on' if macos['low_power'] else 'off'}",
+            heat + (f", processor limited to {limit} %" if limit and limit < 100 else ""),
+            *["Python under Rosetta"] * macos["rosetta"],
+        ]
+    )
 
 
 def _rate(gflops: float | None) -> str:

@@ -207,6 +207,7 @@ BEGINNERS = (  # options that open the help, in this order
         type=float,
         help="With several ranks, give up on one after X seconds of silence.  [default: 20]",
     ),
+    click.option("--allow-sleep", is_flag=True, help="Let a Mac sleep during the run."),
     section="Memory and machines",
 )
 def command(
@@ -217,6 +218,7 @@ def command(
     init_from: Path | None,
     backend: str,
     plain: bool,
+    allow_sleep: bool,
     **values: Any,
 ) -> None:
     """Train a model on your text. Ctrl-C saves and stops; --resume continues exactly.
@@ -242,6 +244,7 @@ def command(
         out=out or (resume_path.parent if resume_path else DEFAULT_OUT),
         backend=backend,
         plain=plain,
+        allow_sleep=allow_sleep,
         overwrite=overwrite,
         resume=resume_path,
         resume_newest=resume == RESUME_NEWEST,

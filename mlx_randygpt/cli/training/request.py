@@ -42,6 +42,7 @@ class TrainRequest:
     resume: Path | None
     resume_newest: bool
     init_from: Path | None
+    allow_sleep: bool = False  # macOS
     tokenizer: dict[str, Any] | None = None  # rank 0's, for the other ranks of a new run
 
     @property
@@ -90,6 +91,7 @@ def resume_line(request: TrainRequest, run: Run) -> str:
     words += ["--out", str(request.out)] if request.out != DEFAULT_OUT else []
     words += [word for name in request.options.get("log", ()) for word in ("--log", name)]
     words += ["--backend", request.backend] if request.backend != "auto" else []
+    words += ["--allow-sleep"] if request.allow_sleep else []
     return shlex.join(words)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
 from mlx_randygpt.cli.audit import check_start
 from mlx_randygpt.cli.copies import copies_line
+from mlx_randygpt.cli.device_errors import DeviceError, describe_failure
 from mlx_randygpt.cli.loading import describe_backend
-from mlx_randygpt.cli.output import echo
+from mlx_randygpt.cli.output import echo, ring_bell
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
 from mlx_randygpt.cli.training.agreement import (
@@ -24,6 +27,7 @@ from mlx_randygpt.cli.training.agreement import (
     checkpoint_without_arrays,
     start_message,
 )
+from mlx_randygpt.cli.training.awake import KeepAwake
 from mlx_randygpt.cli.training.folder import (
     RunFolder,
     generation_of,
@@ -58,6 +62,7 @@ from mlx_randygpt.training.early import early_kinds
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SampleLog, SaveLog
 
+BELL_SECONDS = 300  # a run that takes longer rings the bell when it ends by itself
 MAX_SEARCHED_TOKENS = 1 << 24  # at the end of a run, so that it takes a few seconds at most
 
 
@@ -83,21 +88,33 @@ class Session:
         return replace(self.request, out=self.folder.path)
 
 
-def train_command(request: TrainRequest) -> int:
-    """Train as requested and return the exit code."""
+def train_command(request: TrainRequest, clock: Callable[[], float] = time.monotonic) -> int:
+    """Train as requested, ring the bell after a long run, and return the exit code."""
+    started = clock()
+    try:
+        return _train(request)
+    finally:
+        if clock() - started > BELL_SECONDS:
+            ring_bell()
+
+
+def _train(request: TrainRequest) -> int:
     overflow_is_checked = np.errstate(over="ignore", invalid="ignore", divide="ignore")
     timeout = request.options.get("rank_timeout", RANK_TIMEOUT)
-    with StopSignals() as signals, Team(timeout) as team, overflow_is_checked:
+    awake = KeepAwake(request.allow_sleep)
+    with StopSignals() as signals, Team(timeout) as team, overflow_is_checked, awake:
         if team.rank > 0:
             return run_follower(request, team, signals)
         if request.resume_newest and not is_run_folder(request.out):
             raise CheckpointError(no_checkpoint(request.out))
         with RunFolder(request.out) as folder:
-            return run_leader(request, team, folder, signals)
+            return run_leader(request, team, folder, signals, awake.note)
 
 
-def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals) -> int:
-    """Run as rank 0, or as the only rank: write the files and show the screen."""
+def run_leader(
+    request: TrainRequest, team: Team, folder: RunFolder, signals: StopSignals, note: str = ""
+) -> int:
+    """Run as rank 0, or as the only rank: write the files and show the screen, `note` on it."""
     with team.leading():
         if "minutes" in request.options and team.group.size > 1:
             raise ConfigError("--minutes needs a run on one rank; give several ranks --iters")
@@ -148,7 +165,7 @@ def run_leader(request: TrainRequest, team: Team, folder: RunFolder, signals: St
     moved = restore_best(folder.path, saved) if saved and request.resuming else ""
     del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
-    notes[:0] = [*skipped, *filter(None, [moved])]
+    notes[:0] = [*skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
     console, plain = choose_console(request.plain)
@@ -214,6 +231,11 @@ def show_run(session: Session) -> int:
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
+        except (RuntimeError, MemoryError) as error:
+            if problem := describe_failure(error, in_training=True):
+                recovery = recovery_line(session.located_request, session.run)
+                raise DeviceError(f"{problem}. {recovery}") from error
+            raise
         logs = session.folder.logs
         logs.flush()
         for line in filter(None, (*session.folder.news, logs.unwritten())):

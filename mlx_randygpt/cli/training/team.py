@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_randygpt.backends import make_backend, require_features
+from mlx_randygpt.backends import install_mlx, make_backend, require_features
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.backends.ranks.group import Group, RankError, SingleRank, is_ranked, ring_hosts
 from mlx_randygpt.backends.ranks.heartbeat import Heartbeat, own_addresses
@@ -220,7 +220,7 @@ def _join() -> Group:
     except ImportError as error:
         raise RankError(
             "several ranks need MLX, for its collectives, with the NumPy backend too: "
-            f"pip install 'mlx-randygpt[cpu]' ({error})"
+            f"{install_mlx()} ({error})"
         ) from error
     noted = False
 

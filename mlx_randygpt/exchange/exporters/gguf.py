@@ -16,11 +16,11 @@ from mlx_randygpt.config import missing
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.exporters.arcee import weights as arcee_weights
 from mlx_randygpt.exchange.exporters.gpt2 import with_biases
-from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS, token_names, tokenizer_json
+from mlx_randygpt.exchange.exporters.tokenizer import token_names, tokenizer_json
 from mlx_randygpt.model import GPT2_NORM_EPS
 from mlx_randygpt.state import Array, Params
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
-from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.tokenizers.chars import UNK, CharTokenizer
 
 GGUF, MODELFILE = "model.gguf", "Modelfile"
 OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
@@ -153,8 +153,8 @@ def characters_as_bpe(tokenizer: CharTokenizer) -> tuple[list[str], list[int], l
     char_of = byte_characters()
     spelled = ["".join(char_of[byte] for byte in char.encode()) for char in tokenizer.chars]
     merges = dict.fromkeys(f"{s[:n]} {s[n]}" for s in spelled for n in range(1, len(s)))
-    kinds = [NORMAL] * len(spelled) + [CONTROL, CONTROL, UNKNOWN]
-    return [*spelled, *CHAR_SPECIALS], kinds, list(merges)
+    kinds = [UNKNOWN if name == UNK else CONTROL for name in tokenizer.specials]
+    return [*spelled, *tokenizer.specials], [NORMAL] * len(spelled) + kinds, list(merges)
 
 
 def add_tensor(writer: Any, name: str, array: Array, outtype: str) -> None:

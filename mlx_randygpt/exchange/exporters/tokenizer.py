@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer, tokenizer_from_json
-from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
+from mlx_randygpt.tokenizers import (
+    DIALOGUE_TOKENS,
+    NO_TOKEN,
+    Tokenizer,
+    tokenizer_from_json,
+)
+from mlx_randygpt.tokenizers.chars import UNK, CharTokenizer, FixedCharTokenizer
 
-CHAR_SPECIALS = ("<bos>", "<eos>", "<unk>")  # in the order of their ids, after the characters
 BEGIN = "mlxgpt_begin"  # of tokenizer_config.json: the id that stands for an empty prompt
 ANY_CHARACTER = r"[\s\S]"
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # one continuous text
@@ -49,11 +53,14 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, FixedCharTokenizer):
         ids = {symbol: token for token, symbol in enumerate(tokenizer.symbols) if symbol}
         listed = "".join(f"\\x{{{ord(symbol):X}}}" for symbol in ids)
+        special = DIALOGUE_TOKENS * tokenizer.dialogue
+        ids |= {name: tokenizer.special(name) for name in special}
         others = {"type": "Replace", "pattern": {"Regex": f"[^{listed}]"}, "content": ""}
-        return _characters(ids, [], others)
+        return _characters(ids, special, others)
     if isinstance(tokenizer, CharTokenizer):
-        words = [*tokenizer.chars, *CHAR_SPECIALS]
-        return _characters({word: token for token, word in enumerate(words)}, CHAR_SPECIALS, None)
+        words = [*tokenizer.chars, *tokenizer.specials]
+        ids = {word: token for token, word in enumerate(words)}
+        return _characters(ids, tokenizer.specials, None)
     content: dict[str, Any] = tokenizer.to_json()["tokenizer"]
     return content
 
@@ -79,7 +86,7 @@ def _characters(
         },
         "post_processor": None,
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": ids, "unk_token": CHAR_SPECIALS[2]},
+        "model": {"type": "WordLevel", "vocab": ids, "unk_token": UNK},
     }
 
 

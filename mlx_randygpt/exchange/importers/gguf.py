@@ -23,7 +23,6 @@ from mlx_randygpt.exchange.exporters.gguf import (
     UNUSED,
     gpt2_names,
 )
-from mlx_randygpt.exchange.exporters.tokenizer import CHAR_SPECIALS
 from mlx_randygpt.exchange.importers import arcee as arcee_folder
 from mlx_randygpt.exchange.importers import gpt2
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
@@ -31,7 +30,7 @@ from mlx_randygpt.exchange.importers.tensors import LazyTensor
 from mlx_randygpt.exchange.importers.vocabulary import byte_level_bpe, tokenizer_at
 from mlx_randygpt.model import GPT2_NORM_EPS
 from mlx_randygpt.tokenizers import Tokenizer
-from mlx_randygpt.tokenizers.chars import CharTokenizer
+from mlx_randygpt.tokenizers.chars import SPECIALS, CharTokenizer
 from mlx_randygpt.words import one_line
 
 LETTERS = b"GGUF"  # with which a file begins
@@ -161,7 +160,7 @@ def _tokenizer(path: Path, settings: Mapping[str, Any], size: int) -> Tokenizer:
         raise ExchangeError(
             f"{path} has {len(names)} tokens of {len(kinds)} kinds and a model of {size}"
         )
-    if tuple(names[-3:]) == CHAR_SPECIALS and (characters := _characters(names[:-3])):
+    if tuple(names[-3:]) == SPECIALS and (characters := _characters(names[:-3])):
         return CharTokenizer(characters)
     added = {i: name for i, name in enumerate(names) if kinds[i] != NORMAL}
     special = {i for i in added if kinds[i] in (CONTROL, UNUSED)}

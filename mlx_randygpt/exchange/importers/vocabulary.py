@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, CHAR_SPECIALS, tokenizer_json
+from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, tokenizer_json
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
 from mlx_randygpt.files import is_file, is_folder, open_to_read, read_text
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
-from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
+from mlx_randygpt.tokenizers.chars import SPECIALS, CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "meta.pkl")  # names to try in a folder, in this order
@@ -90,10 +90,10 @@ def _characters(content: Mapping[str, Any], size: int, config: Path) -> Tokenize
         if type(token) is not int or not 0 <= token < size:
             return None
         symbols[token] = name
-    specials, begin = len(CHAR_SPECIALS), _begin(config, size)
+    specials, begin = len(SPECIALS), _begin(config, size)
     with contextlib.suppress(ValueError):  # such as words, or characters in another order
         tokenizer: Tokenizer
-        if tuple(symbols[-specials:]) == CHAR_SPECIALS and all(
+        if tuple(symbols[-specials:]) == SPECIALS and all(
             len(symbol) == 1 for symbol in symbols[:-specials]
         ):
             tokenizer = CharTokenizer("".join(symbols[:-specials]))

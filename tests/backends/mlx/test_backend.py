@@ -22,8 +22,8 @@ from mlx.utils import tree_flatten
 
 from mlx_randygpt.backends import choose, mlx_device
 from mlx_randygpt.backends.base import BackendError
+from mlx_randygpt.backends.mlx import embedding
 from mlx_randygpt.backends.mlx import forward as mlx_forward
-from mlx_randygpt.backends.mlx import model as mlx_model
 from mlx_randygpt.backends.mlx.backend import MLXBackend
 from mlx_randygpt.backends.mlx.forward import Forward
 from mlx_randygpt.backends.mlx.optimizer import newton_schulz, update
@@ -271,11 +271,11 @@ def test_two_half_batches_make_the_step_of_one_whole(recipe: str) -> None:
         np.testing.assert_allclose(got[name], m, atol=5e-6 * abs(m).max())  # measured: 6e-7
 
 
-@pytest.mark.parametrize("max_rows", [mlx_model.MAX_ONE_HOT_ROWS, 0])
+@pytest.mark.parametrize("max_rows", [embedding.MAX_ONE_HOT_ROWS, 0])
 def test_bfloat16_adds_up_the_gradient_of_the_embedding_in_float32(
     max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_model, "MAX_ONE_HOT_ROWS", max_rows)
+    monkeypatch.setattr(embedding, "MAX_ONE_HOT_ROWS", max_rows)
     batch = Batch.of(tokens(1024, T + 1) % 3)  # 5,000 positions of each id that occurs
     half = backend("modern", train_config("modern", dtype="bfloat16"), n_layer=1)
     full = backend("modern", n_layer=1)
@@ -284,14 +284,13 @@ def test_bfloat16_adds_up_the_gradient_of_the_embedding_in_float32(
     assert error < 0.1  # measured: 0.012; added up in bfloat16, 0.62
 
 
-@pytest.mark.parametrize("max_rows", [mlx_model.MAX_ONE_HOT_ROWS, 0])
+@pytest.mark.parametrize("max_rows", [embedding.MAX_ONE_HOT_ROWS, 0])
 def test_the_embedding_gives_its_rows_to_the_bit(
     max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_model, "MAX_ONE_HOT_ROWS", max_rows)
-    table = mlx_model.Embedding(V, 8)
-    ids = mx.array(tokens(3, T))
-    assert np.array_equal(table(ids), np.array(table.weight)[np.array(ids)])
+    monkeypatch.setattr(embedding, "MAX_ONE_HOT_ROWS", max_rows)
+    table, ids = mx.random.normal((V, 8)), mx.array(tokens(3, T))
+    assert np.array_equal(embedding.embed(table, ids), np.array(table)[np.array(ids)])
 
 
 @pytest.fixture

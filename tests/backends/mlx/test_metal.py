@@ -7,6 +7,7 @@ operations (norm, rotation, attention) replace the operations that they consist 
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import Batch, TrainState
 
 MODELS = [subject for subject in SUBJECTS if subject != "lora"]  # products of those weights
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 FILES = sorted((Path(mlx_randygpt.__file__).parent / "backends" / "mlx").glob("[!_]*.py"))
 # MLX's Metal back end throws for float64 and for these (mlx/backend/metal/primitives.cpp).
 FORBIDDEN = {"float64", "complex64", "double", "linalg", "cpu", "qr", "svd", "inv", "cholesky"}
@@ -37,9 +39,10 @@ TYPES = {mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int32, mx.int64, mx.float3
 # Every operation that training and decoding use. Add one only if Metal has a kernel for it.
 HAVE_KERNELS = {
     # unary, binary and ternary .metal files: one thread an element
-    "Add", "AsType", "Cos", "Cosh", "Divide", "Equal", "Erf", "Exp", "Greater", "GreaterEqual",
-    "Less", "LessEqual", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
-    "NotEqual", "Remainder", "Rsqrt", "Select", "Sin", "Sqrt", "Square", "Subtract", "Tanh",
+    "Abs", "Add", "AsType", "Cos", "Cosh", "Divide", "Equal", "Erf", "Exp", "Greater",
+    "GreaterEqual", "Less", "LessEqual", "LogicalNot", "LogicalOr", "Maximum", "Minimum",
+    "Multiply", "Negative", "NotEqual", "Remainder", "Rsqrt", "Select", "Sin", "Sqrt", "Square",
+    "Subtract", "Tanh",
     # kernels of their own; a scatter adds with atomics, see `lacking`
     "AddMM", "Arange", "ArgSort", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits",
     "Reduce", "Scatter", "ScatterAxis", "Softmax",
@@ -49,22 +52,25 @@ HAVE_KERNELS = {
 }  # fmt: skip
 
 
+Record = Callable[[Callable[..., Any], list[mx.array]], "Recorded"]
+
+
 @pytest.fixture(autouse=True)
-def on_the_cpu() -> Iterator[None]:
-    """Compute on the CPU, where every operation can be recorded."""
+def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
+    """(run, arrays) -> what `run` does with them, on the CPU, where all operations are seen."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    graph = importlib.import_module("mlx_graph")
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
-    yield
+    with graph.exportable():
+        yield lambda run, arrays: Recorded(graph.operations(run, arrays))
     mx.set_default_device(device)
 
 
 class Recorded:
-    """The operations of `run` on these arrays: their names and the types of their values."""
+    """The names of these operations and the types of their values."""
 
-    def __init__(self, run: Callable[..., Any], arrays: list[mx.array]) -> None:
-        parts: list[dict[str, Any]] = []
-        mx.export_function(parts.append, run, *arrays)
-        operations = [part for part in parts if part["type"] == "primitive"]
+    def __init__(self, operations: list[dict[str, Any]]) -> None:
         ends = [end for part in operations for end in (*part["inputs"], *part["outputs"])]
         self.operations = {part["name"] for part in operations}
         self.types = {dtype for _, _, dtype in ends}
@@ -91,6 +97,7 @@ def test_a_training_step_uses_what_metal_has(
     recipe: str,
     dtype: str,
     optimizer: str,
+    record: Record,
     tiny_model: Callable[..., ModelConfig],
     tiny_train: Callable[..., TrainConfig],
 ) -> None:
@@ -105,14 +112,14 @@ def test_a_training_step_uses_what_metal_has(
         new, moments, norm = update(b._train, b._muon, old, b._moments, grads, now)
         return [loss, norm, *new.values(), *(m for kind in moments.values() for m in kind.values())]
 
-    recorded = Recorded(step, list(b._weights.values()))
+    recorded = record(step, list(b._weights.values()))
     assert {"Matmul", "ScatterAxis", "RandomBits"} < recorded.operations
     assert (mx.bfloat16 in recorded.types) is (dtype == "bfloat16")
     assert recorded.lacking() == set()
 
 
-def test_the_gradient_of_a_wide_embedding_uses_what_metal_has() -> None:
-    recorded = Recorded(lambda x, ids: [gradient(ids, x, 9)], [mx.ones((8, 4)), mx.arange(8)])
+def test_the_gradient_of_a_wide_embedding_uses_what_metal_has(record: Record) -> None:
+    recorded = record(lambda x, ids: [gradient(ids, x, 9)], [mx.ones((8, 4)), mx.arange(8)])
     assert {"ArgSort", "Scatter"} < recorded.operations
     assert recorded.lacking() == set()
 
@@ -122,6 +129,7 @@ def test_the_gradient_of_a_wide_embedding_uses_what_metal_has() -> None:
 def test_decoding_uses_what_metal_has(
     recipe: str,
     lengths: list[int],
+    record: Record,
     tiny_model: Callable[..., ModelConfig],
     tiny_train: Callable[..., TrainConfig],
 ) -> None:
@@ -135,17 +143,17 @@ def test_decoding_uses_what_metal_has(
         token, layers = b._forward.advance(whole, ids[:, :1], mx.array(lengths), layers)
         return [prompt, token, *(array for layer in layers for array in layer)]
 
-    recorded = Recorded(read, list(b._weights.values()))
+    recorded = record(read, list(b._weights.values()))
     assert {"Matmul", "Softmax", "ScatterAxis"} < recorded.operations
     assert recorded.lacking() == set()
 
 
-def test_the_recorder_sees_what_metal_lacks() -> None:
+def test_the_recorder_sees_what_metal_lacks(record: Record) -> None:
     def wrong(x: mx.array) -> list[mx.array]:
         many = mx.zeros(4, mx.int64).at[mx.array([1, 1])].add(mx.array([1, 2], mx.int64))
         return [mx.linalg.qr(x)[0], x.astype(mx.float64), many]
 
-    assert Recorded(wrong, [mx.ones((2, 2))]).lacking() == {"QRF", mx.float64, mx.int64}
+    assert record(wrong, [mx.ones((2, 2))]).lacking() == {"QRF", mx.float64, mx.int64}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
