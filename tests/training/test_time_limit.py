@@ -18,10 +18,9 @@ class Clock:
 
 def take_steps(limit: TimeLimit, clock: Clock, seconds_of_step: list[float], iters: int) -> int:
     """Take steps until the target and return the last."""
-    step, target = 0, iters
-    for seconds in seconds_of_step:
+    target = iters
+    for step, seconds in enumerate(seconds_of_step, start=1):
         clock.now += seconds
-        step += 1
         if step == target:
             return step
         target = limit.target(step)
@@ -35,7 +34,7 @@ def test_without_a_time_the_target_stays() -> None:
 
 
 def test_the_last_step_ends_with_the_time() -> None:
-    for pace in (0.25, 0.5, 2.0):  # 1 s a step was expected
+    for pace in (0.25, 0.5, 2.0):  # it began with 1 s a step
         clock = Clock()
         limit = TimeLimit(TrainConfig(iters=60, minutes=1), clock, 0.0)
         take_steps(limit, clock, [pace] * 300, 60)
