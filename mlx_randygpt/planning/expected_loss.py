@@ -71,4 +71,4 @@ def expected_loss(model: ModelConfig, train: TrainConfig, text: TextFacts) -> fl
         + STEPS * steps**-STEPS_POWER
         + CONTEXT * context**-CONTEXT_POWER
     )
-    return text.difficulty * text.bytes_per_token * per_byte
+    return float(text.difficulty * text.bytes_per_token * per_byte)
