@@ -17,13 +17,15 @@ ROOT = Path(mlx_randygpt.__file__).parent
 PACKAGE = ROOT.name
 SHIPPED = ROOT / "exchange" / "shipped"  # copied into exports; never imported here
 LAYERS = (  # lowest first; a module imports from its own layer and from those before it
-    "words", "recipes", "config", "state", "model", "progress", "files", "settings", "backends",
-    "tokenizers", "dialogue", "checkpoint", "data", "sampling", "training", "planning", "analysis",
+    "words", "palette", "recipes", "config", "state", "model", "progress", "files", "settings",
+    "backends", "tokenizers", "dialogue", "checkpoint", "data", "sampling", "training", "planning",
+    "analysis",
     "check", "screen", "exchange", "serve", "api", "cli", "__main__", "",
 )  # fmt: skip
 MAY_IMPORT = {  # third parties, and the modules that name them
     "mlx": ("backends.mlx.", "backends.ranks.ring"),
-    "numba": ("backends.numpy.decode_numba",),
+    "llvmlite": ("backends.numpy.tiles",),
+    "numba": ("backends.numpy.tiles",),
     "matplotlib": ("analysis.charts",),
     "click": ("cli",),
     "rich": ("cli", "screen"),

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, smooth
+from mlx_randygpt.palette import RUNS, VALIDATION
 from mlx_randygpt.state import Array
 
 PANELS = (  # series, title, scale
@@ -23,7 +24,6 @@ PANELS = (  # series, title, scale
     ("grad_norm", "gradient norm", "log"),
     ("tokens_per_second", "tokens per second", "linear"),
 )
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e879a6", "#a78bfa", "#b08968", "#22b8cf", "#94a3b8")
 WIDTH, LEFT, RIGHT = 840, 74, 20
 LEGEND_ROW, TITLE, AXIS = 20, 30, 28  # heights
 TALL, LOW = 260, 120  # heights of the plot areas: loss, others
@@ -112,12 +112,12 @@ def write_png(file: BinaryIO, records: Sequence[RunRecord], span: float) -> None
         axes.set_yscale(scale)
         axes.grid(alpha=0.3)
         for i, (record, label) in enumerate(zip(records, labels(records), strict=True)):
-            table, colour = record.series[name], COLOURS[i % len(COLOURS)]
+            table, colour = record.series[name], _colour(i)
             axes.fill_between(table[:, 0], table[:, 2], table[:, 3], color=colour, alpha=0.18, lw=0)
             axes.plot(table[:, 0], draw_curve(name, table, span), color=colour, lw=1.2, label=label)
             if name == "loss":
                 marks = record.series["val_loss"]
-                axes.plot(marks[:, 0], marks[:, 1], "o", color=colour, ms=3)
+                axes.plot(marks[:, 0], marks[:, 1], "o", color=_mark_colour(i, records), ms=3)
                 axes.set_ylim(*limits(_losses(records), log=False))
     areas[-1].set_xlabel("step")
     figure.legend(*areas[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8)
@@ -164,9 +164,10 @@ def _draw_panel(panel: _Panel, records: Sequence[RunRecord], span: float) -> lis
         if len(table):
             parts += _draw_series(panel, table, _colour(i), span)
         every = len(mark) // 200 + 1
+        fill = _mark_colour(i, records)
         for x, y in zip(panel.x(mark[::every, 0]), panel.y(mark[::every, 1]), strict=True):
             parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_colour(i)}" class="dot" '
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}" class="dot" '
                 'stroke="var(--paper)"/>'
             )
     return parts
@@ -249,7 +250,12 @@ def _points(x: Array, y: Array) -> str:
 
 
 def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+    return RUNS[i % len(RUNS)][1]
+
+
+def _mark_colour(i: int, records: Sequence[RunRecord]) -> str:
+    """Return the colour of a run's evaluations: of one run another than that of its curve."""
+    return _colour(i) if len(records) > 1 else VALIDATION[1]
 
 
 def _cut(text: str) -> str:

@@ -12,8 +12,9 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,33 @@ def read_run(path: Path) -> RunRecord:
     if not record.series["loss"].size and not record.evaluations:
         raise MetricsError(f"{file} holds no steps yet; a run adds a line per step")
     return replace(record, name=str(path))
+
+
+def runs_below(folders: Iterable[Path], skip: Callable[[str], None]) -> dict[Path, RunRecord]:
+    """Return the runs in and below folders by path; `skip` gets the reason for what is left out.
+
+    Raises MetricsError if there is none.
+    """
+    reasons: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        reasons.append(f"{error.filename} cannot be read: {error.strerror}")
+        skip(reasons[-1])
+
+    names = list(folders)
+    below = (files.walk(name, lambda entry: not entry.is_symlink(), unreadable) for name in names)
+    runs: dict[Path, RunRecord] = {}
+    for folder in sorted({p.parent for p in chain(*below) if p.name == "metrics.jsonl"}):
+        try:
+            runs[folder] = read_run(folder)
+        except MetricsError as error:
+            skip(str(error))
+        except OSError as error:
+            unreadable(error)
+    if not runs:
+        reason = reasons[0] if reasons else "a run is a folder of `mlxgpt train --out`"
+        raise MetricsError(f"no run below {', '.join(map(str, names))}; {reason}")
+    return runs
 
 
 def read_metrics(file: Path) -> RunRecord:

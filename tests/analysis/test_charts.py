@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -148,3 +150,46 @@ def test_on_a_narrow_terminal_the_names_of_the_runs_stay() -> None:
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     done = call("runs", str(tmp_path))
     assert (done.exit_code, "no run below" in done.stderr) == (1, True)
+
+
+def at_terminal(columns: int, rows: int, *words: str) -> list[str]:
+    environ = {"FORCE_COLOR": "1", "COLUMNS": str(columns), "LINES": str(rows), "TERM": "xterm"}
+    done = CliRunner().invoke(group, words, env=environ)
+    assert (done.exit_code, done.exception) == (0, None)
+    return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(60, 20), (80, 24), (140, 45)])
+def test_a_plot_fits_the_terminal(
+    two: list[str], columns: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = at_terminal(columns, rows, "plot")
+    assert len(lines) < rows  # one is for the prompt
+    assert max(map(len, lines)) <= columns
+    for title in ("loss", "learning rate", "gradient norm", "tokens per second"):
+        assert any(title in line for line in lines)
+    if rows > 40:
+        assert len(lines) > 35
+
+
+def test_plot_without_runs_uses_those_that_are_here(
+    two: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("plot").stdout == call("plot", "fast", "slow & <low>").stdout
+    monkeypatch.chdir(tmp_path / "fast")
+    assert call("plot").stdout == call("plot", ".").stdout
+
+
+def test_plot_without_runs_draws_the_newest_if_there_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(9):
+        write(tmp_path / f"run{n}", row(1, 2.0) + row(2, 1.0))
+        os.utime(tmp_path / f"run{n}" / "metrics.jsonl", (n, n))
+    monkeypatch.chdir(tmp_path)
+    done = call("plot")
+    assert "Plotted: the newest 7 of 9 runs" in done.stderr
+    assert "run8" in done.stdout
+    assert "run1" not in done.stdout

@@ -105,11 +105,8 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     # train: files to begin from
     (f"{NEW} --resume", 1, "there is no checkpoint in new; leave --resume out to start a new run"),
     (f"{NEW} --resume=none", 1, "could not read none: No such file or directory"),
-    (
-        f"{NEW} --resume=hollow",
-        1,
-        "hollow is a folder; name the file, such as hollow/",
-    ),
+    (f"{NEW} --resume=hollow", 1, "could not read hollow/checkpoint.safetensors: No such file"),
+    (f"{NEW} --init-from=hollow", 1, "there is neither checkpoint_best.safetensors nor"),
     (f"{NEW} --resume=cut", 1, "cut is not a checkpoint of mlxgpt, or is truncated or damaged"),
     (f"{NEW} --resume=flipped", 1, "flipped is damaged: its contents do not match its SHA-256"),
     (f"{NEW} --resume=other", 1, "other is a safetensors file but not a checkpoint of mlxgpt"),
@@ -136,7 +133,6 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("import other", 2, "Missing option '-o' / '--output'"),
     ("import other --format=keras -o new", 2, "'keras' is not one of 'auto', 'gpt2'"),
     # plot, runs, export, inspect
-    ("plot", 2, "Missing argument 'RUNS...'"),
     ("plot checkpoints -o loss.gif", 2, "the name should end in .svg, .html or .png"),
     ("plot checkpoints --smooth=-1", 2, "-1.0 is not in the range x>=0"),
     ("plot hollow", 1, "hollow/metrics.jsonl does not exist"),

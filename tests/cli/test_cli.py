@@ -111,7 +111,7 @@ def test_texts_that_cannot_be_trained_on(content: bytes | None, reason: str) -> 
         ("--dtype=bfloat16", "--dtype bfloat16 needs MLX"),
         ("--resume=nowhere.safetensors", "could not read nowhere.safetensors: No such file"),
         ("--resume=text.txt", "text.txt is not a checkpoint of mlxgpt"),
-        ("--resume=.", ". is a folder; name the file, such as checkpoint.safetensors"),
+        ("--resume=.", "there is no checkpoint in .; leave --resume out"),
         ("--resume", "there is no checkpoint in checkpoints; leave --resume out"),
         ("--init-from=text.txt", "text.txt is not a checkpoint of mlxgpt"),
         ("--out=text.txt", "--out text.txt cannot be written: it is a file, not a folder"),

@@ -101,8 +101,9 @@ def test_one_signal_finishes_the_step_saves_both_files_and_leaves(
     assert f"✓ Saved {run.out / NEWEST} (iter {stopped})" in rest
     best_line = f"✓ Saved {run.out / BEST} (best loss {best.progress.best_loss:.4f} @"
     assert any(line.startswith(best_line) for line in rest)
-    resume = f"mlxgpt train --iters 1000000 --resume --out {run.out} --backend numpy"
+    resume = f"mlxgpt train --resume --out {run.out} --backend numpy"
     assert f"Go on with: {resume}" in rest
+    assert f"Let it write: mlxgpt sample --checkpoint {run.out}" in rest
 
 
 BLOCKING = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,10 @@ def command(folders: tuple[Path, ...], json: bool) -> None:
 
     A FOLDER is a run, or contains runs at any depth; the default is the current folder.
     """
-    from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, read_run
-    from mlx_randygpt.files import walk
+    from mlx_randygpt.analysis.metrics import differing_settings, runs_below
 
-    folders = folders or (Path(),)
-    unreadable: list[str] = []
-
-    def skip(error: OSError) -> None:
-        unreadable.append(f"{error.filename} cannot be read: {error.strerror}")
-        echo(f"Skipped: {unreadable[-1]}", err=True)
-
-    below = (walk(folder, lambda entry: not entry.is_symlink(), skip) for folder in folders)
-    places = sorted({path.parent for path in chain(*below) if path.name == "metrics.jsonl"})
-    runs: list[tuple[Path, RunRecord]] = []
-    for folder in places:
-        try:
-            runs.append((folder, read_run(folder)))
-        except MetricsError as error:
-            echo(f"Skipped: {error}", err=True)
-        except OSError as error:
-            skip(error)
-    if not runs:
-        searched = ", ".join(map(str, folders))
-        reason = unreadable[0] if unreadable else "a run is a folder of `mlxgpt train --out`"
-        raise MetricsError(f"no run below {searched}; {reason}")
-    runs.sort(key=lambda run: float(run[1].best.get("val_loss", math.inf)))
+    found = runs_below(folders or (Path(),), lambda reason: echo(f"Skipped: {reason}", err=True))
+    runs = sorted(found.items(), key=lambda run: float(run[1].best.get("val_loss", math.inf)))
     settings = differing_settings([record for _, record in runs])
     rows = [
         {**facts(path, record), "settings": {name: values[i] for name, values in settings.items()}}

@@ -23,6 +23,7 @@ from mlx_randygpt.cli.options import (
 )
 from mlx_randygpt.cli.output import echo, print_json, show
 from mlx_randygpt.cli.values import ExistingFile, Number
+from mlx_randygpt.palette import PROBABILITIES
 from mlx_randygpt.words import clean_text
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def command(
 
     _check_usage(ctx.params)
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
-    loaded = load(checkpoint, backend, quantize)
+    loaded = load(checkpoint, backend, quantize, max(beams, num_samples))
     bias = parse_biases(logit_bias, loaded.tokenizer)
     config = SampleConfig(stop=stop, logit_bias=bias, **filters)
     if interactive:
@@ -248,25 +249,20 @@ def _report(
     return rows
 
 
-# Highest probability and its style, from surprising to expected: distinguishable without red and
-# green, on dark and light backgrounds.
-TOKEN_COLORS = (
-    (0.05, "black on #f4a582"),
-    (0.2, "black on #fddbc7"),
-    (0.5, "black on #f7f7f7"),
-    (0.8, "black on #d1e5f0"),
-    (1.0, "black on #92c5de"),
-)
 VISIBLE = {"\n": "⏎\n", "\t": "⇥"}
 
 
 def token_color(probability: float) -> str:
     """Return the style of a token that had this probability."""
-    return next(style for limit, style in TOKEN_COLORS if probability <= limit + 1e-9)
+    return next(_on(ground) for most, ground in PROBABILITIES if probability <= most + 1e-9)
+
+
+def _on(ground: str) -> str:
+    return f"black on {ground}"
 
 
 def show_choices(prompt: str, sample: Generated, tokenizer: Tokenizer) -> None:
-    """Print the text coloured by probability, a legend, and a line with alternatives per token."""
+    """Print a line with alternatives per token, a legend, and last the text in their colours."""
     from rich.table import Table
     from rich.text import Text
 
@@ -282,7 +278,7 @@ def show_choices(prompt: str, sample: Generated, tokenizer: Tokenizer) -> None:
         others = [(i, q) for i, q in choice.likeliest if i != choice.token]
         listed = "  ".join(f"{name(i)!r} {math.exp(q):.1%}" for i, q in others)
         table.add_row(Text(repr(written), token_color(p)), f"{p:.1%}", listed)
-    for limit, style in TOKEN_COLORS:
-        legend.append(f" to {limit:.0%} ", style)
-    for part in (text, Text(), legend, Text(), table):
+    for most, ground in PROBABILITIES:
+        legend.append(f" to {most:.0%} ", _on(ground))
+    for part in (table, Text(), legend, Text(), text):
         show(part)

@@ -70,7 +70,7 @@ BEGINNERS = (  # options that open the help, in this order
     is_flag=False,
     flag_value=RESUME_NEWEST,
     metavar="[PATH]",
-    help="Continue from the newest checkpoint in --out, or from this file.",
+    help="Continue from the newest checkpoint in --out, or from this file or folder.",
 )
 @click.option(
     "--overwrite",
@@ -225,6 +225,7 @@ def command(
 
     Without options it trains a small model on a text that it finds or downloads, for a few minutes.
     """
+    from mlx_randygpt.checkpoint import NEWEST, is_run_folder
     from mlx_randygpt.cli.training.request import DEFAULT_OUT, TrainRequest
     from mlx_randygpt.cli.training.run import train_command
 
@@ -238,6 +239,11 @@ def command(
     if resume and values["minutes"] and values["iters"]:
         raise click.UsageError("a resumed run ends by --iters or by --minutes; omit one of them")
     resume_path = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
+    if resume_path and is_run_folder(resume_path):
+        if out in (None, resume_path):
+            out, resume, resume_path = resume_path, RESUME_NEWEST, None
+        else:
+            resume_path /= NEWEST
     request = TrainRequest(
         options=given_options(values),
         data=data,

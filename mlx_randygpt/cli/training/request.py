@@ -86,8 +86,11 @@ def describe_model(model: ModelConfig) -> str:
 
 def resume_line(request: TrainRequest, run: Run) -> str:
     """Return the command that resumes this run."""
-    target = [] if run.train.minutes else ["--iters", str(run.train.iters)]
-    words = [*shlex.split(os.environ.get(LAUNCH, "mlxgpt")), "train", *target, "--resume"]
+    words = [*shlex.split(os.environ.get(LAUNCH, "mlxgpt")), "train", "--resume"]
+    if request.resuming and "iters" in request.options:  # a new run has saved its target
+        words += ["--iters", str(run.train.iters)]
+    elif request.resuming and "minutes" in request.options:
+        words += ["--minutes", f"{run.train.minutes:g}"]
     words += ["--out", str(request.out)] if request.out != DEFAULT_OUT else []
     words += [word for name in request.options.get("log", ()) for word in ("--log", name)]
     words += ["--backend", request.backend] if request.backend != "auto" else []
@@ -106,10 +109,8 @@ def recovery_line(request: TrainRequest, run: Run) -> str:
 
 def sample_line(request: TrainRequest) -> str:
     """Return the command that samples from this run's best checkpoint."""
-    words = ["mlxgpt", "sample", "--temperature", "0.8", "--top-p", "0.9"]
-    if request.out != DEFAULT_OUT:
-        words += ["--checkpoint", str(request.out)]
-    return shlex.join(words)
+    words = ["--checkpoint", str(request.out)] if request.out != DEFAULT_OUT else []
+    return shlex.join(["mlxgpt", "sample", *words])
 
 
 def describe_interval(save_every: str) -> str:

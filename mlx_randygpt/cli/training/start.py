@@ -11,10 +11,8 @@ from typing import Any
 from mlx_randygpt import files, settings
 from mlx_randygpt.backends.base import BackendError
 from mlx_randygpt.checkpoint import (
-    NEWEST,
     Checkpoint,
     CheckpointError,
-    is_run_folder,
     kept_name,
     load_checkpoint,
 )
@@ -93,7 +91,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
             return Source(saved, tuple(skipped), finished)
         return Source(checkpoint_before_decay(saved, train.iters, folder.path), tuple(skipped))
     if request.resume:
-        saved = _load_file(request.resume)
+        saved = load_checkpoint(request.resume)
         is_own = files.resolve(request.resume).parent == files.resolve(request.out)
         if not is_own:
             advice = f"to continue from {request.resume}, give --out another folder"
@@ -107,14 +105,8 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
     if not request.overwrite:
         refuse_checkpoints(folder.path)
     if request.init_from:
-        return Source(without_adapters(_load_file(request.init_from)))
+        return Source(without_adapters(load_checkpoint(request.init_from)))
     return Source(None)
-
-
-def _load_file(path: Path) -> Checkpoint:
-    if is_run_folder(path):
-        raise CheckpointError(f"{path} is a folder; name the file, such as {path / NEWEST}")
-    return load_checkpoint(path)
 
 
 def resolve_resume(request: TrainRequest, saved: Checkpoint) -> settings.Configs:

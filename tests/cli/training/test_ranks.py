@@ -229,7 +229,7 @@ def test_no_rank_outlives_a_launcher_that_is_killed(
     launcher = start(*LONG, launch=TWO)
     launcher.until("✓ Saved")
     launcher.process.kill()
-    launcher.until("Go on with")  # rank 0, which has the same stdout
+    launcher.until("Let it write")  # rank 0, which has the same stdout
     assert launcher.process.stdout
     assert launcher.process.stdout.read() == ""  # until nobody is left to write
     lock = (tmp_path / "out" / ".lock").read_text()
