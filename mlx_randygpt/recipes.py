@@ -40,7 +40,7 @@ PRESETS: dict[str, Preset] = {
     "gpt2-xl": Preset(48, 25, 1600, 1024, batch_size=8),
 }
 DEFAULT_PRESET = "small"
-SIZES_FOR_TIMES = ("mini", "tiny", "small4", "small", "medium", "large", "gpt2")  # for --minutes
+SIZES_FOR_TIMES = ("mini", "tiny", "small4", "small", "medium", "large")  # for --minutes
 
 # What a recipe decides, for the model and for the run; every field may be overridden by name.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
