@@ -1,6 +1,6 @@
 """Where text is generated faster: a small model on the CPU, a large one on the GPU.
 
-A token of one text is a few hundred small operations. A GPU takes about a millisecond to start
+A token of one text is a hundred small operations. A GPU takes most of a millisecond to start
 them, however small they are; NumPy compiled by numba has finished a small model by then. The more
 parameters and texts there are, the less the start weighs. Both write the same text.
 """

@@ -78,7 +78,7 @@ def measure_sampling(
     configs = [SampleConfig(seed=train.seed)] * train.batch_size
     random = rng(train.seed, "sample")
     streams = Streams(backend, model, train.batch_size)
-    logits = streams.join(np.zeros((train.batch_size, 1), np.int32))
+    logits = streams.join([[0]] * train.batch_size)
 
     def step(_: int) -> None:
         nonlocal logits

@@ -58,8 +58,8 @@ def choose_run(
     return min(fitting, key=lambda run: run.loss)
 
 
-def describe(run: TimedRun, seconds: float) -> str:
-    """Return the line that states the choice."""
+def describe(run: TimedRun, seconds: float, *, knows_loss: bool = True) -> str:
+    """Return the line that states the choice; the loss of answers alone is not known before."""
     time = format_duration(seconds)
     choice = f"preset {run.train.preset}, about {run.train.iters:,} steps"
     short = (
@@ -68,7 +68,8 @@ def describe(run: TimedRun, seconds: float) -> str:
         else f" The run ends after about {format_duration(run.seconds)}: "
         "more steps would learn this text by heart."
     )
-    return f"Chosen for {time}: {choice}; expected validation loss {run.loss:.2f}.{short}"
+    loss = f"; expected validation loss {run.loss:.2f}" if knows_loss else ""
+    return f"Chosen for {time}: {choice}{loss}.{short}"
 
 
 def _has_sizes(options: settings.Options) -> bool:

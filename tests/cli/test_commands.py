@@ -173,7 +173,22 @@ def test_doctor_describes_this_machine() -> None:
     assert found["packages"]["numpy"]
     assert found["cores_present"] >= found["cores"] > 0
     assert found["numpy_gflops"] > 0
+    assert found["kernels"].keys() in ({"absent"}, {"tested"})
     assert call("doctor").exit_code == 0
+
+
+def test_doctor_shows_the_kernels_and_both_times() -> None:
+    def kernel_lines(**kernels: Any) -> list[str]:
+        facts = collect(dict.fromkeys(CHECKS, lambda: None)) | {"kernels": kernels}
+        return [value for name, value in lines(facts) if name == "Kernels"]
+
+    slow = {"kernel": "attention", "problem": "it is slower, 2.000 ms instead of 1.500"}
+    fast = {"kernel": "norm + token shift", "problem": "", "seconds": 0.001, "plain_seconds": 0.003}
+    assert kernel_lines(tested=[fast, slow]) == [
+        "norm + token shift: on, 1.000 ms instead of 3.000",
+        "attention: off, it is slower, 2.000 ms instead of 1.500",
+    ]
+    assert kernel_lines(absent="MLX has no Metal GPU here") == ["none: MLX has no Metal GPU here"]
 
 
 def test_doctor_survives_checks_that_fail() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_randygpt.backends.base import ALL, StepResult
+from mlx_randygpt.backends.mlx import selftest
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.forward import Forward
 from mlx_randygpt.backends.mlx.memory import HeldMemory
@@ -97,6 +98,12 @@ class MLXBackend:
         self._evaluated_loss = compiled(self._mean_loss)
         self._update = compiled(partial(update, train, self._muon))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Name the Metal kernels that do not compute here although they could; tests them first."""
+        in_float32 = self._forward.dtype == mx.float32
+        return selftest.notes(self._forward.config) if in_float32 else ()
+
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step; with several ranks, from rank 0's."""
         state = self._group.same_state(state)
@@ -141,12 +148,15 @@ class MLXBackend:
         """Return a cache with `batch_size` empty rows."""
         return self._forward.new_cache(batch_size)
 
-    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: MLXCache, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
 
         They are computed in float32 whatever the training type.
         """
-        return self._forward.logits(self._trained.merged(self._weights), tokens, cache, rows)
+        weights = self._trained.merged(self._weights)
+        return self._forward.logits(weights, tokens, cache, rows, lengths)
 
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32; waits for the device."""
@@ -166,9 +176,7 @@ class MLXBackend:
         total = max(1, sum(batch.n_targets() for batch in batches))
         size = self._train.micro_batch or max(1, len(batches[0].starts))
         terms = (
-            self._weighted_grads(
-                replace(b, starts=b.starts[i : i + size], row=b.row + i), index, total
-            )
+            self._weighted_grads(b.part(i, i + size), index, total)
             for index, b in enumerate(batches)
             for i in range(0, len(b.starts), size)
         )

@@ -17,14 +17,21 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_randygpt.backends.base import ALL, check_decoding, check_ids
-from mlx_randygpt.backends.mlx.cache import Layer, LayerPass, MLXCache, attention_mask
+from mlx_randygpt.backends.mlx.cache import (
+    Layer,
+    LayerPass,
+    MLXCache,
+    at_ends,
+    attention_mask,
+)
 from mlx_randygpt.backends.mlx.gpt2 import GPT2, GPT2Args
 from mlx_randygpt.backends.mlx.model import GPT, ModelArgs, Operations
 from mlx_randygpt.backends.mlx.ops import TRAINING
 from mlx_randygpt.backends.mlx.optimizer import Weights
 from mlx_randygpt.backends.mlx.recompute import recompute
+from mlx_randygpt.backends.mlx.selftest import operations
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.state import IGNORED, Array, Batch, Tokens
+from mlx_randygpt.state import IGNORED, Array, Batch, Tokens, plain_ids
 
 MAX_RESIDENT_SPLITS = 4  # token arrays on the device: train, validation and two to spare
 MAX_RESIDENT_TOKENS = 2**26  # longer arrays are gathered on the host while the device is busy
@@ -46,7 +53,7 @@ class Forward:
         self.on_gpu = on_gpu
         # cuDNN's attention keeps no T x T array, but has half types only
         is_fused = on_gpu and not mx.metal.is_available() and dtype != mx.float32
-        ops = replace(TRAINING, attention=None) if is_fused else TRAINING
+        ops = replace(TRAINING, attention=None) if is_fused else operations(config)
         self.model = build_modules(config, ops, recomputes=recomputes)
         self._splits: list[tuple[Tokens, mx.array]] = []  # the latest last
         self._advance_token = self.compile(self.advance)
@@ -78,35 +85,51 @@ class Forward:
         return MLXCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.head_size))
 
     def logits(
-        self, weights: Weights | None, tokens: Array, cache: MLXCache, rows: slice = ALL
+        self,
+        weights: Weights | None,
+        tokens: Array,
+        cache: MLXCache,
+        rows: slice = ALL,
+        lengths: Array | None = None,
     ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
 
-        Empty rows take up to block_size tokens at once, others take them one by one.
+        Empty rows take up to block_size tokens at once, and different numbers of them; others take
+        them one by one.
         """
         check_decoding(self.config, tokens, cache.lengths[rows])
         empty = not cache.lengths[rows].any()
         for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
             inputs = mx.array(part.astype(np.int32)), mx.array(cache.lengths[rows].astype(np.int32))
-            advance = self._advance_token if part.shape[1] == 1 else self.advance
-            logits, layers = advance(weights, *inputs, cache.read(rows))
-            cache.write(rows, layers, part.shape[1])
+            if part.shape[1] == 1:
+                logits, layers = self._advance_token(weights, *inputs, cache.read(rows))
+            else:
+                counts = np.full(len(part), part.shape[1]) if lengths is None else lengths
+                ends = mx.array(counts.astype(np.int32) - 1)
+                logits, layers = self.advance(weights, *inputs, cache.read(rows), ends)
+            cache.write(rows, layers, 1 if part.shape[1] == 1 else counts)
             del layers  # the cache owns them now
             mx.eval(logits, cache.layers)
         return np.array(logits)
 
     def advance(
-        self, weights: Weights | None, ids: mx.array, lengths: mx.array, layers: list[Layer]
+        self,
+        weights: Weights | None,
+        ids: mx.array,
+        lengths: mx.array,
+        layers: list[Layer],
+        ends: mx.array | None = None,
     ) -> tuple[mx.array, list[Layer]]:
         """Return the logits (B, V) after ids (B, T), and what the rows hold then.
 
-        The rows have these lengths (B,); either T = 1 or all rows are empty.
+        The rows have these lengths (B,); either T = 1 or all rows are empty. The last id of each
+        row is at its end (B,); what follows is padding.
         """
         self.bind(weights)
         passes = [LayerPass(layer, lengths, ids.shape[1]) for layer in layers]
         mask = attention_mask(layers, lengths, ids.shape[1])
         x = self.model.features(ids, passes, mask)  # (B, T, C)
-        return self.model.lm_head(x[:, -1]), [each.layer() for each in passes]
+        return self.model.lm_head(at_ends(x, ends)[:, 0]), [each.layer(ends) for each in passes]
 
     def windows(self, batch: Batch) -> tuple[mx.array, mx.array]:
         """Gather inputs and targets, (B, T) int32, equal to batch.x() and batch.y()."""
@@ -121,7 +144,10 @@ class Forward:
         at = starts[:, None] + mx.arange(batch.block_size)  # (B, T)
         x = tokens[mx.minimum(at, n - 1)].astype(mx.int32)
         y = tokens[mx.minimum(at + 1, n - 1)].astype(mx.int32)
-        return x, mx.where(at + 1 < n, y, IGNORED)
+        if batch.ends is None:
+            return x, mx.where(at + 1 < n, y, IGNORED)
+        ends = mx.array(batch.ends.astype(np.int32))[:, None]  # (B, 1)
+        return mx.where(x < 0, -1 - x, x), mx.where((at + 1 < ends) & (y >= 0), y, IGNORED)
 
     def _resident(self, tokens: Tokens) -> mx.array:
         """Return the device's copy of this very array, checked and made when it is first seen."""
@@ -129,7 +155,7 @@ class Forward:
             if split is tokens:
                 self._splits.append(self._splits.pop(index))
                 return resident
-        check_ids(ids := np.asarray(tokens), self.config.vocab_size)
+        check_ids(plain_ids(ids := np.asarray(tokens)), self.config.vocab_size)
         self._splits = [*self._splits[1 - MAX_RESIDENT_SPLITS :], (tokens, mx.array(ids))]
         return self._splits[-1][1]
 

@@ -56,9 +56,11 @@ class QuantizedScorer:
         """Return a cache with `batch_size` empty rows."""
         return self._forward.new_cache(batch_size)
 
-    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: MLXCache, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32."""
-        return self._forward.logits(None, tokens, cache, rows)
+        return self._forward.logits(None, tokens, cache, rows, lengths)
 
     def memory_bytes(self) -> int:
         """Return the most memory held so far, as seen at each call; on a CPU, of the process."""

@@ -44,6 +44,8 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "BLAS", f"{library['name']} {version}, threads: {threads}"
     yield "NumPy", f"{_rate(facts['numpy_gflops'])}, {facts['split']}"
     yield "MLX", _mlx_line(facts)
+    for line in _kernel_lines(facts["kernels"] or {}):
+        yield "Kernels", line
     yield "Compiler", str(facts["compiler"] or "none (mx.compile on a CPU would need one)")
     if choice := facts["backend"]:
         name, reason = choice["name"], choice["reason"] or "it has a GPU"
@@ -65,6 +67,18 @@ def _mlx_line(facts: dict[str, Any]) -> str:
     units = {"used": ", tensor units used", "unused": ", tensor units not used"}
     tensor_units = units.get(mlx.get("tensor_units", ""), "")
     return f"{mlx['device']}{memory}{tensor_units}, TF32 if the GPU has it: {tf32}"
+
+
+def _kernel_lines(kernels: dict[str, Any]) -> Iterator[str]:
+    """Yield `attention: on, 1.103 ms instead of 2.031` for each kernel, or why there are none."""
+    if absent := kernels.get("absent"):
+        yield f"none: {absent}"
+    for verdict in kernels.get("tested", ()):
+        state = f"off, {verdict['problem']}"
+        if not verdict["problem"]:
+            ours, plain = 1e3 * verdict["seconds"], 1e3 * verdict["plain_seconds"]
+            state = f"on, {ours:.3f} ms instead of {plain:.3f}"
+        yield f"{verdict['kernel']}: {state}"
 
 
 def _macos_line(macos: dict[str, Any]) -> str:
