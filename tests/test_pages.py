@@ -1,4 +1,4 @@
-"""The pages that commands write, and the docs, in a real browser: accessible, by keyboard, on a phone.
+"""The pages that commands write, and the docs, in a real browser, by keyboard and on a phone.
 
 Skipped where Chromium or playwright is missing; `.ci/run` installs both.
 """
@@ -123,7 +123,9 @@ def test_inspect_is_read_by_keyboard(folder: Path, browser: Browser) -> None:
         page.locator("#hardest .t").first.focus()
         page.keyboard.press("ArrowRight")
         expect(page.locator("#nats")).to_contain_text("nats")
-        expect(page.locator("#command")).to_have_text(f"mlxgpt sample --checkpoint {folder}/checkpoint.safetensors")
+        expect(page.locator("#command")).to_have_text(
+            f"mlxgpt sample --checkpoint {folder}/checkpoint.safetensors"
+        )
 
 
 def test_inspect_names_what_the_model_does_not_know(folder: Path, browser: Browser) -> None:

@@ -78,15 +78,15 @@ def svg(records: Sequence[RunRecord], span: float, width: int = WIDTH, name: str
         parts.append("</g>")
         y += TITLE + height + AXIS
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" class="{name}" role="img" '
-        f'aria-label="loss, learning rate, gradient norm and speed over steps">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img" '
+        f'class="{name}" aria-label="loss, learning rate, gradient norm and speed over steps">'
     )
     paper = '<rect class="paper" width="100%" height="100%"/>'
     return "\n".join([head, f"<style>{STYLE}</style>", paper, *parts, "</svg>\n"])
 
 
 def page(records: Sequence[RunRecord], span: float) -> str:
-    """Return a self-contained HTML page: the picture, also for a phone, and the values at a step."""
+    """Return a self-contained page: the picture, one for a phone, and the values at a step."""
     pictures = svg(records, span, WIDTH, "wide") + svg(records, span, NARROW, "narrow")
     steps = [float(t[-1, 0]) for record in records for t in record.series.values() if len(t)]
     values = {

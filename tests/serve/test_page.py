@@ -277,9 +277,7 @@ def test_a_message_that_is_refused_is_given_back(dialogue: tuple[Page, Host]) ->
 
 @each_scheme
 @each_screen
-def test_it_is_accessible(
-    size: tuple[int, int], scheme: str, browser: Browser, host: Host
-) -> None:
+def test_it_is_accessible(size: tuple[int, int], scheme: str, browser: Browser, host: Host) -> None:
     for page in opened_at(browser, host.url, size, scheme):
         expect(page.locator("#facts")).to_contain_text("parameters")
         assert problems(page) == []
