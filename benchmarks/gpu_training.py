@@ -25,8 +25,11 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.model import flops_per_token, initial_params, parameter_count
 from mlx_randygpt.planning.bench import measure_sampling
+from mlx_randygpt.planning.devices import here
+from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.state import Array, TrainState
 from mlx_randygpt.training.loop import step_batches, step_rate
+from mlx_randygpt.words import format_bytes
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 Measure = Callable[[], Found]
@@ -118,8 +121,19 @@ def training(options: argparse.Namespace) -> Found:
             yield from attempt("training", about, measure)
 
 
+def lacking(model: ModelConfig, train: TrainConfig) -> str:
+    """Why a training step does not fit into this device's memory by `mlxgpt plan`, or ""."""
+    needed, room = device_bytes(model, train, 1, 0), here("mlx").memory
+    if needed <= room:
+        return ""
+    return f"needs {format_bytes(needed)} by plan, the device has {format_bytes(room)}"
+
+
 def trained(case: Case, dtype: str, peak: float, about: dict[str, Any], small: bool) -> Found:
     model, train = case.settings(dtype=dtype)
+    if why := lacking(model, train):
+        yield "training", about | {"left_out": why}
+        return
     backend, tokens = built(model, train), random_tokens(model)
     steps(backend, train, tokens, 3)
     pace = timed(lambda: steps(backend, train, tokens, 2)) / 2

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mlx_randygpt.analysis import insight
-from mlx_randygpt.backends import make_backend, make_scorer
+from mlx_randygpt.backends import choose_for_text, make_backend, make_scorer
 from mlx_randygpt.backends.base import Backend, Scorer
 from mlx_randygpt.checkpoint import load_checkpoint
 from mlx_randygpt.config import ModelConfig
@@ -123,6 +123,7 @@ def load(path: str | Path = "checkpoints", *, backend: str = "auto") -> LoadedMo
     """
     saved = load_checkpoint(path, weights_only=True)
     params, config = merge_adapters(saved.state.params, saved.model)
-    scorer = make_scorer(backend, config, params, dtype=saved.train.dtype)
+    name, _ = choose_for_text(backend, config, 1)
+    scorer = make_scorer(name, config, params, dtype=saved.train.dtype)
     tokenizer = tokenizer_from_json(saved.tokenizer)
     return LoadedModel(config=config, params=params, tokenizer=tokenizer, backend=scorer)

@@ -87,7 +87,10 @@ class Scorer(Protocol):
         """
 
     def memory_bytes(self) -> int:
-        """Return the peak so far: of device memory, or of the process's resident memory."""
+        """Return the most held so far: of a device's memory, or of the process's resident memory.
+
+        A device shows what it holds at the moment, so read it after every step.
+        """
 
 
 class Backend(Scorer, Protocol):

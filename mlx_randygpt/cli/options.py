@@ -43,7 +43,8 @@ backend_option = click.option(
     type=click.Choice(["auto", *BACKENDS]),
     default="auto",
     show_default=True,
-    help="Compute with MLX or with NumPy; auto is MLX if it has a GPU, else NumPy.",
+    help="Compute with MLX or with NumPy; auto is MLX if it has a GPU, else NumPy. "
+    "Small models write text with NumPy.",
 )
 json_option = click.option("--json", is_flag=True, help="Print exactly one JSON object on stdout.")
 threads_option = click.option(

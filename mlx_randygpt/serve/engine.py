@@ -10,10 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 
+from mlx_randygpt.backends import release_memory
 from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ModelConfig, UserError
 from mlx_randygpt.sampling.generate import Continuation, Streams, extend
@@ -63,6 +65,7 @@ class Engine:
         # called in the engine's thread with the requests to notify
         self.deliver: Callable[[list[Request]], None] = lambda requests: None
         self.backend_name = ""
+        self._release: Callable[[], None] = lambda: None  # the memory that an idle model can spare
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -95,6 +98,7 @@ class Engine:
     def _run(self) -> None:
         try:
             backend = self._build()
+            self._release = partial(release_memory, backend)
             self.backend_name = f"{backend.name} on {backend.device}"
             batch = RunningBatch(Streams(backend, self._model, self._n_streams), self._metrics)
         except BaseException as error:
@@ -121,6 +125,7 @@ class Engine:
         """Return the requests to join now; wait for one if the batch is empty; None: stop."""
         with self._changed:
             while not (self._waiting or batch.requests or self._stopping):
+                self._release()
                 self._changed.wait()
             if self._stopping:
                 return None

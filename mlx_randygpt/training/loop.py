@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlx_randygpt.backends import release_memory, text_scorer
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
@@ -61,6 +62,7 @@ class Run:
     data: dict[str, Any]  # recorded in the checkpoint: where the text came from
     progress: Progress = field(default_factory=Progress)
     documents: Documents | None = None  # if set, each training window stays inside one document
+    text_backend: str = ""  # the name of the one that writes samples; "": the one that trains
     recent_loss: float = math.nan  # of a resumed run: the moving average of its training loss
 
 
@@ -86,6 +88,7 @@ def train(
         yield from Trainer(run, backend, saver, should_stop, clock, looks).run_to_target()
     finally:
         saver.close()
+        release_memory(backend)
 
 
 def step_batches(
@@ -308,8 +311,9 @@ class Trainer:
         prompt = run.tokenizer.encode(run.train.prompt)
         config = SampleConfig(seed=run.train.seed + self.step)
         text = ""
+        scorer = text_scorer(run.text_backend, run.model, self.backend)
         for samples in generate(
-            self.backend, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
+            scorer, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
         ):
             text, now = samples[0].text, self.clock()
             end = min(end, now + seconds)

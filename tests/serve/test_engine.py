@@ -122,6 +122,28 @@ def test_who_is_cancelled_makes_room_and_others_go_on(host: Host) -> None:
     assert short.continuation.sample.text == host.alone(short)
 
 
+def test_an_idle_engine_gives_back_memory(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first text and after the last, and not in between."""
+    run, backend = make_run("modern")
+    host, idle, tokens = Host(run, backend), threading.Semaphore(0), list[int]()
+    at: list[int] = []
+
+    def release(given: Any) -> None:
+        assert given is backend
+        at.append(len(tokens))
+        idle.release()
+
+    monkeypatch.setattr("mlx_randygpt.serve.engine.release_memory", release)
+    host.engine.start()
+    assert idle.acquire(timeout=SECONDS)
+    host.engine.submit([host.job("The", lambda: tokens.append(1), max_tokens=5)])
+    assert idle.acquire(timeout=SECONDS)
+    host.engine.stop()
+    assert at == [0, 5]
+
+
 def test_more_than_may_wait_are_refused_together(make_run: MakeRun) -> None:
     host = Host(*make_run("modern"), n_streams=1, n_waiting=2)  # not started: nobody leaves
     host.engine.submit([host.job("a"), host.job("b")])

@@ -19,9 +19,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
+from mlx_randygpt.backends.base import ALL, StepResult
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.forward import Forward
+from mlx_randygpt.backends.mlx.memory import HeldMemory
 from mlx_randygpt.backends.mlx.optimizer import Moments, Weights, rates, update
 from mlx_randygpt.backends.mlx.trained import Adapters, AllWeights, Trained
 from mlx_randygpt.backends.ranks.group import SINGLE, Group, resync
@@ -78,6 +79,7 @@ class MLXBackend:
         assert train.optimizer == "adamw" or not model.lora_rank, "Muon does not train adapters"
         device = probe()
         self.device = device.description
+        self._memory = HeldMemory(on_gpu=device.has_gpu)
         self._train, self._group = train, group
         self._trained: Trained = Adapters(model) if model.lora_rank else AllWeights(model)
         self._muon = muon_matrices(model) if train.optimizer == "muon" else {}
@@ -156,8 +158,8 @@ class MLXBackend:
         return matmul_flops(on_gpu=self._forward.on_gpu)
 
     def memory_bytes(self) -> int:
-        """Return the peak so far of the device's memory; on a CPU, of the process."""
-        return memory_bytes(on_gpu=self._forward.on_gpu)
+        """Return the most memory held so far, as seen at each call; on a CPU, of the process."""
+        return self._memory.read()
 
     def _accumulate(self, batches: Sequence[Batch]) -> tuple[mx.array, Weights]:
         """Return mean loss and gradients over all targets, `micro_batch` sequences at a time."""
@@ -207,13 +209,6 @@ class MLXBackend:
                 moment = moments.get(kind, {}).get(name)
                 loaded[kind][name] = mx.zeros(shape) if moment is None else mx.array(moment)
         return loaded
-
-
-def memory_bytes(*, on_gpu: bool) -> int:
-    """Return peak device memory and what MLX keeps for reuse; on a CPU, the process's peak."""
-    if not on_gpu:
-        return resident_bytes()
-    return int(mx.get_peak_memory() + mx.get_cache_memory())
 
 
 def matmul_flops(*, on_gpu: bool) -> float:

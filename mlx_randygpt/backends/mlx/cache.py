@@ -22,12 +22,12 @@ Layer = list[mx.array]  # keys and values (B, H, S, D), then the last inputs of 
 class MLXCache:
     """The cache of all layers: keys and values, (B, H, S, D) each.
 
-    The token shift adds the inputs of attention and MLP at the last position, (B, 1, C/2) each.
+    The token shift adds the inputs of attention and MLP at the last position, (B, 1, C) each.
     """
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:
         b, h, _, d = shape
-        shapes = (shape, shape, (b, 1, h * d // 2), (b, 1, h * d // 2))
+        shapes = (shape, shape, (b, 1, h * d), (b, 1, h * d))
         self.layers: list[Layer] = [[mx.zeros(shape) for shape in shapes] for _ in range(n_layer)]
         self.lengths: NDArray[np.int64] = np.zeros(b, np.int64)
 

@@ -13,10 +13,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_randygpt.backends.base import ALL, BackendError
-from mlx_randygpt.backends.mlx.backend import memory_bytes, probe
+from mlx_randygpt.backends.mlx.backend import probe
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.embedding import MAX_ONE_HOT_ROWS
 from mlx_randygpt.backends.mlx.forward import Forward
+from mlx_randygpt.backends.mlx.memory import HeldMemory
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import Array, Batch, Params
 
@@ -38,6 +39,7 @@ class QuantizedScorer:
         assert not model.lora_rank, "adapters are merged before"
         device = probe()
         self.device = device.description
+        self._memory = HeldMemory(on_gpu=device.has_gpu)
         self._bits = bits
         self._forward = Forward(model, on_gpu=device.has_gpu)
         self._forward.bind({name: mx.array(weight) for name, weight in params.items()})
@@ -59,8 +61,8 @@ class QuantizedScorer:
         return self._forward.logits(None, tokens, cache, rows)
 
     def memory_bytes(self) -> int:
-        """Return the peak so far of the device's memory; on a CPU, of the process."""
-        return memory_bytes(on_gpu=self._forward.on_gpu)
+        """Return the most memory held so far, as seen at each call; on a CPU, of the process."""
+        return self._memory.read()
 
     def weight_bytes(self) -> int:
         """Return the size of the weights, scales and offsets included."""

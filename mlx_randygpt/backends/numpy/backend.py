@@ -62,7 +62,7 @@ class NumpyBackend:
         self.trained = (Adapters if model.lora_rank else AllWeights)(
             model, train, whole, self._grads
         )
-        self._decoder = Decoder(self.model, whole.flat, self.params, pool, n_threads)
+        self._decoder = Decoder(self.model, self.params, pool, n_threads)
         self.restore(state)
 
     def restore(self, state: TrainState) -> None:
@@ -70,6 +70,7 @@ class NumpyBackend:
         state = self._group.same_state(state)
         self.step = state.step
         self.trained.restore(state)
+        self._decoder.forget_weights()
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step on the mean loss over all micro-batches; see base."""
@@ -82,6 +83,7 @@ class NumpyBackend:
         ]
         self._reduce()
         norm = self.trained.update(self.step, lr, self._threads)
+        self._decoder.forget_weights()
         self.step += 1
         return StepResult(self._group.total(sum(losses)), norm)
 

@@ -9,12 +9,13 @@ Legend: B sequences, T new tokens, C n_embd, H heads, D = C/H, F = 4C, S slots t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class NumpyCache:
         self.v: Array = np.zeros(shape, dtype)
         self.last: Array = np.zeros((config.n_layer, 2, batch_size, config.n_embd // 2), dtype)
         self.lengths: Array = np.zeros(batch_size, np.int64)
+        self.packed = False  # whether keys and values are as `decode_numba` reads them
 
     def reset(self, rows: slice) -> None:
         """Empty these rows; keys beyond a row's length are never read."""
@@ -91,14 +93,17 @@ def next_slots(cache: NumpyCache, rows: slice, t: int) -> WriteSlots:
 
 
 class Decoder:
-    """`Backend.logits` over a flat vector of weights, changed in place, and its views `params`."""
+    """`Backend.logits` over weights that are changed in place, and then announced."""
 
-    def __init__(
-        self, config: ModelConfig, flat: Array, params: Params, pool: Executor, n_threads: int
-    ) -> None:
-        self.config, self.flat, self.params = config, flat, params
+    def __init__(self, config: ModelConfig, params: Params, pool: Executor, n_threads: int) -> None:
+        self.config, self.params = config, params
         self.pool, self.n_threads = pool, n_threads
         self.n_decoded = 0
+        self._packed: Any = None
+
+    def forget_weights(self) -> None:
+        """Copy the weights again before they are read next: they have changed."""
+        self._packed = None
 
     def logits(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
         """Return logits as `Backend.logits` does; many rows are split over the threads."""
@@ -106,31 +111,50 @@ class Decoder:
         self.n_decoded += tokens.size
         n, start = len(tokens), rows.start or 0
         n_parts = max(1, min(self.n_threads, n, max(n, tokens.size // 8) // ROWS_PER_THREAD))
-        if n_parts == 1:
-            return self._logits(tokens, cache, slice(start, start + n))
         edges = [n * i // n_parts for i in range(n_parts + 1)]
-        parts = [
-            self.pool.submit(self._logits, tokens[a:b], cache, slice(start + a, start + b))
-            for a, b in pairwise(edges)
-        ]
-        return np.concatenate([part.result() for part in parts])
+        logits: Array = np.empty((n, self.config.vocab_size), np.float32)
+        advance = self._advance_compiled(cache) if self.compiled else self._advance
 
-    def _logits(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
-        """Append up to block_size tokens at once to empty rows, one at a time to others."""
+        def work(first: int, last: int) -> None:
+            part = slice(start + first, start + last)
+            advance(tokens[first:last], cache, part, logits[first:last])
+
+        others = [self.pool.submit(work, *edge) for edge in pairwise(edges[1:])]
+        work(0, edges[1])  # this thread would only wait
+        for other in others:
+            other.result()
+        return logits
+
+    @property
+    def compiled(self) -> bool:
+        """Whether numba's function decodes now."""
+        config, dtype = self.config, self.params["wte.weight"].dtype
+        possible = not config.is_gpt2 and dtype == np.float32
+        return possible and self.n_decoded > COMPILED_FROM and has_numba()
+
+    def _advance_compiled(self, cache: NumpyCache) -> Callable[..., None]:
+        """Return what `_advance` does as one compiled function."""
+        from mlx_randygpt.backends.numpy import decode_numba
+
+        if self._packed is None:
+            self._packed = decode_numba.PackedWeights(self.config, self.params)
+        if not cache.packed:
+            cache.k, cache.v = decode_numba.pack_keys(cache.k), decode_numba.pack_values(cache.v)
+            cache.packed = True
+        advance: Callable[..., None] = self._packed.advance
+        return advance
+
+    def _advance(self, tokens: Array, cache: NumpyCache, rows: slice, logits: Array) -> None:
+        """Append up to block_size tokens at once to empty rows, one at a time to others.
+
+        The logits (B, V) of the last are written.
+        """
         if tokens.shape[1] > 1 and not cache.lengths[rows].any():
-            return self._head(advance(self.params, self.config, tokens, cache, rows))
-        compilable = not self.config.is_gpt2
-        if compilable and self.n_decoded > COMPILED_FROM and has_numba():
-            from mlx_randygpt.backends.numpy import decode_numba
-
-            return decode_numba.logits(self.config, self.flat, tokens, cache, rows)
-        for column in tokens.T:
-            x = advance(self.params, self.config, column[:, None], cache, rows)
-        return self._head(x)
-
-    def _head(self, x: Array) -> Array:
-        """Return the logits (B, V) of the head's input x (B, C)."""
-        return (x @ head_weight(self.params).T).astype(np.float32, copy=False)
+            x = advance(self.params, self.config, tokens, cache, rows)
+        else:
+            for column in tokens.T:
+                x = advance(self.params, self.config, column[:, None], cache, rows)
+        logits[...] = x @ head_weight(self.params).T
 
 
 @lru_cache(maxsize=1)

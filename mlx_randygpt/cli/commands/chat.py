@@ -66,6 +66,7 @@ def command(
 
 def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -> None:
     """Answer the lines of stdin on stdout until the end of input or /quit."""
+    from mlx_randygpt.backends import release_memory
     from mlx_randygpt.sampling.chat import Conversation
 
     model, tokenizer = loaded.saved.model, loaded.tokenizer
@@ -83,6 +84,7 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
             if line.strip() == "/quit":
                 break
             _respond(conversation, line, ctrl_c)
+            release_memory(loaded.backend)
             if ctrl_c.pressed and not at_terminal:
                 raise KeyboardInterrupt
 

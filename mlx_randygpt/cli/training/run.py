@@ -12,13 +12,13 @@ import numpy as np
 from rich.console import Console
 
 from mlx_randygpt.analysis.copies import find_copies
-from mlx_randygpt.backends import choose
+from mlx_randygpt.backends import choose, choose_for_text, limit_memory
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
 from mlx_randygpt.cli.audit import check_start
 from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.device_errors import DeviceError, describe_failure
-from mlx_randygpt.cli.loading import describe_backend
+from mlx_randygpt.cli.loading import BACKEND_TITLES, describe_backend
 from mlx_randygpt.cli.output import echo, ring_bell
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
@@ -54,9 +54,11 @@ from mlx_randygpt.cli.training.start import (
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
 from mlx_randygpt.data.decoding import decoded
+from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
+from mlx_randygpt.state import TrainState
 from mlx_randygpt.training.early import early_kinds
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SampleLog, SaveLog
@@ -129,9 +131,10 @@ def run_leader(
         message = start_message(saved, run)
     team.group.broadcast(message)
     team.agree(agreed_values(run, backend_name))
-    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    backend = make_limited(backend_name, run, start.state, team)
     checked = check_start(start.corpus, text.reading(request.options, start.data))
-    notes = [*filter(None, [checked, *start.notes, documents_note(run)])]
+    run, samples_note = place_samples(request, run, backend_name)
+    notes = [*filter(None, [checked, *start.notes, documents_note(run), samples_note])]
     history = History()
     if request.resuming:
         past = request.resume.parent if request.resume else folder.path
@@ -183,6 +186,13 @@ def run_leader(
     )
 
 
+def place_samples(request: TrainRequest, run: Run, backend: str) -> tuple[Run, str]:
+    """Return the run with the backend that writes its samples, and a line if it is another one."""
+    name, reason = choose_for_text(request.backend, run.model, 1)
+    line = f"Samples: {BACKEND_TITLES[name]}, {reason}." if name != backend else ""
+    return replace(run, text_backend=name), line
+
+
 def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int:
     """Run as another rank: compute only."""
     message = team.group.broadcast(None)
@@ -195,7 +205,7 @@ def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int
     start = start_run(request, saved, Machine(backend_name, team.n_beside))
     run = make_run(request, start)
     team.agree(agreed_values(run, backend_name))
-    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    backend = make_limited(backend_name, run, start.state, team)
     del saved, start  # the backend has its own copy of the state
     team.start_watch(lambda: signals.exit_code)
     signals.defer()
@@ -207,6 +217,14 @@ def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int
         return 1  # on every rank alike; rank 0 prints the reason
     team.finish()
     return team.exit_code
+
+
+def make_limited(name: str, run: Run, state: TrainState, team: Team) -> Backend:
+    """Return the backend of a run, which keeps to the memory that `mlxgpt plan` expects."""
+    backend = team.make_backend(name, run.model, run.train, state)
+    n_tokens = len(run.train_tokens) + len(run.val_tokens)
+    limit_memory(backend, device_bytes(run.model, run.train, team.group.size, n_tokens))
+    return backend
 
 
 def show_run(session: Session) -> int:
