@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import nanogpt
-import numpy as np
 import torch
 from torch_decode import nanogpt_generate, torch_kv
 from turns import Runners, interleave, rows, save, show
@@ -79,7 +78,7 @@ def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callabl
         decode.COMPILED_FROM = 0 if compiled else 10**12
         writers = [Continuation(TOKENIZER, [0], config, i) for i in range(n_streams)]
         streams = Streams(backend, model, n_streams)
-        logits = streams.join(np.zeros((n_streams, 1), np.int32))
+        logits = streams.join([[0]] * n_streams)
         for _ in range(n):
             logits = streams.append(extend(writers, logits))
 

@@ -87,6 +87,21 @@ def test_rows_of_any_length_decode_as_if_alone(recipe: str, n: int, build: Build
 
 
 @each_model
+def test_prompts_of_different_lengths_are_read_in_one_pass(recipe: str, build: Build) -> None:
+    backend, lengths = build(recipe), np.array([3, 12, 1, 7])
+    texts = [text(14, seed) for seed in range(4)]
+    cache, padded = backend.new_cache(6), np.zeros((4, 12), int)
+    for row, (tokens, length) in enumerate(zip(texts, lengths, strict=True)):
+        padded[row, :length] = tokens[:length]
+    got = backend.logits(padded, cache, slice(2, 6), lengths)
+    assert cache.lengths.tolist() == [0, 0, *lengths]
+    new = np.array([tokens[n] for tokens, n in zip(texts, lengths, strict=True)])
+    after = backend.logits(new[:, None], cache, slice(2, 6))
+    for row, (tokens, length) in enumerate(zip(texts, lengths, strict=True)):
+        assert_near([got[row], after[row]], alone(backend, tokens)[length - 1 : length + 1])
+
+
+@each_model
 def test_a_stream_leaves_and_another_takes_its_row(recipe: str, build: Build) -> None:
     backend = build(recipe)
     texts = [text(15, seed) for seed in range(4)]
@@ -179,11 +194,13 @@ def test_compiled_logits_have_the_same_bits_alone_and_among_others(
     )
     texts = [text(T + 9, seed) for seed in range(37)]
     cache = three.new_cache(len(texts))
-    three.logits(np.stack([tokens[:T] for tokens in texts]), cache)  # in one pass
+    lengths = np.arange(len(texts)) % T + 1
+    three.logits(np.stack([tokens[:T] for tokens in texts]), cache, slice(0, 37), lengths)
     for _ in range(9):
         got = step(three, cache, texts)
     for row in (0, 17, 36):
-        assert np.array_equal(got[row], alone(one, texts[row])[-1])  # a token at a time
+        expected = alone(one, texts[row][: lengths[row] + 9])  # a token at a time
+        assert np.array_equal(got[row], expected[-1])
 
 
 def test_compiled_decoding_reads_weights_that_have_changed(build: Build) -> None:

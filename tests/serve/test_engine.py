@@ -13,6 +13,7 @@ pytest.importorskip("prometheus_client")
 
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation, generate
+from mlx_randygpt.serve import engine
 from mlx_randygpt.serve.engine import Engine, Full, Request
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.state import rng
@@ -85,7 +86,29 @@ def test_texts_together_read_as_each_alone(host: Host) -> None:
     )
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one(host: Host) -> None:
+def test_prompts_of_different_lengths_are_read_in_one_pass(host: Host) -> None:
+    read: list[tuple[int, ...]] = []
+    logits = host.backend.logits
+
+    def watched(tokens: Any, *given: Any) -> Any:
+        read.append(tokens.shape)
+        return logits(tokens, *given)
+
+    host.backend.logits = watched
+    requests = [host.job("The old red ship"[:n], seed=n) for n in (14, 3, 8, 3)]
+    host.engine.submit(requests)
+    host.wait(*requests)
+    host.engine.stop()
+    assert read[0] == (4, 14)
+    assert [job.continuation.sample.text for job in requests] == [
+        host.alone(job) for job in requests
+    ]
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "READ_TOGETHER", 16)
     told: list[list[Request]] = []
 
     def deliver(requests: list[Request]) -> None:

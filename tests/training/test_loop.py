@@ -93,7 +93,7 @@ class Fake:
     def new_cache(self, batch_size: int) -> Any:
         return SimpleNamespace(reset=lambda rows: None, lengths=np.zeros(batch_size))
 
-    def logits(self, tokens: Any, cache: Any, rows: slice) -> Any:
+    def logits(self, tokens: Any, cache: Any, rows: slice, lengths: Any = None) -> Any:
         return np.zeros((len(tokens), self.params["wte.weight"].shape[0]), np.float32)
 
     def state(self) -> TrainState:

@@ -37,19 +37,25 @@ class PackedWeights:
         self.rates: Array = ROPE_BASE ** (-np.arange(n) / max(1, n))  # (D/2,) float64; (0,)
         self.options = (config.qk_norm, config.token_shift, config.final_norm)
 
-    def advance(self, tokens: Array, cache: Any, rows: slice, logits: Array) -> None:
-        """Append tokens (B, T) to the rows of a packed NumpyCache; write the last logits (B, V)."""
+    def advance(
+        self, tokens: Array, lengths: Array, cache: Any, rows: slice, logits: Array
+    ) -> None:
+        """Append tokens to the rows of a packed NumpyCache; write the logits (B, V) of the last.
+
+        Of tokens (B, T) those below the lengths (B,) count.
+        """
         b, t = tokens.shape
+        used = np.arange(t) < lengths[:, None]
         outputs = np.full((b, t), -1)
-        outputs[:, -1] = np.arange(b)
+        outputs[np.arange(b), lengths - 1] = np.arange(b)
         advance(
             (self.flat, self.starts, self.wte, self.wpe, self.rates),
             self.options,
             (cache.lengths, cache.k, cache.v, cache.last),
             (
-                tokens.astype(np.int64).ravel(),
-                np.repeat(np.arange(rows.start, rows.start + b), t),
-                outputs.ravel(),
+                tokens[used].astype(np.int64),
+                np.repeat(np.arange(rows.start, rows.start + b), lengths),
+                outputs[used],
             ),
             logits,
         )
@@ -61,14 +67,6 @@ def pack_keys(keys: Array) -> Array:
     blocks = np.zeros((*rest, h, d, -(-size // LANES), LANES), np.float32)
     blocks.reshape(*rest, h, d, -1)[..., :size] = keys
     return np.ascontiguousarray(np.moveaxis(blocks, -2, -4))
-
-
-def pack_values(values: Array) -> Array:
-    """Return values (…, H, D, W) as (…, W, H, D padded to LANES)."""
-    *rest, h, d, size = values.shape
-    packed = np.zeros((*rest, size, h, -(-d // LANES) * LANES), np.float32)
-    packed[..., :d] = np.moveaxis(values, -1, -3)
-    return packed
 
 
 @compiled

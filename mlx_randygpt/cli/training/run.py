@@ -42,7 +42,7 @@ from mlx_randygpt.cli.training.request import (
     describe_model,
     recovery_line,
     resume_line,
-    sample_line,
+    try_line,
 )
 from mlx_randygpt.cli.training.start import (
     Machine,
@@ -165,7 +165,7 @@ def run_leader(
     moved = restore_best(folder.path, saved) if saved and request.resuming else ""
     del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
-    notes[:0] = [*skipped, *filter(None, [moved, note])]
+    notes[:0] = [*getattr(backend, "notes", ()), *skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
     console, plain = choose_console(request.plain)
@@ -306,7 +306,7 @@ def _conclude(
     elif end is not None and sample is not None:
         echo(_copies_note(sample.text, session.run), err=session.console.stderr)
     if end is not None:
-        echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
+        echo(try_line(request, session.run), err=session.console.stderr)
     return team.exit_code
 
 
