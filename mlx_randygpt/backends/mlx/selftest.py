@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import compress
 from typing import Any
 
 import mlx.core as mx
@@ -115,10 +116,10 @@ def sizes_of(model: ModelConfig) -> Sizes:
 def verdicts(sizes: Sizes) -> tuple[Verdict, ...]:
     """Compare all kernels that such a model can use, once in a process."""
     ours = kernel_steps(sizes.qk_norm)
-    found = [
-        compare(kernel, mx.compile(call(ours)), mx.compile(call(MLX_STEPS)), inputs)
-        for kernel, call, inputs in trials(sizes)
-    ]
+    found = []
+    for kernel in suitable(sizes):
+        call, inputs = trials(sizes)[kernel]
+        found.append(compare(kernel, mx.compile(call(ours)), mx.compile(call(MLX_STEPS)), inputs))
     mx.clear_cache()
     return tuple(found)
 
@@ -135,21 +136,27 @@ def kernel_steps(qk_norm: bool) -> Steps:
     )
 
 
-def trials(sizes: Sizes) -> Iterator[tuple[str, Callable[[Steps], Function], list[mx.array]]]:
-    """Yield the kernels that such a model can use, with a call of their steps and its arguments."""
+def suitable(sizes: Sizes) -> tuple[str, ...]:
+    """Return the kernels that such a model can use."""
     if sizes.block_size % kernels.TILE or sizes.head_size % kernels.TILE:
-        return
+        return ()
+    suits = sizes.token_shift, sizes.qk_norm and sizes.rotary, True
+    return tuple(compress(FIELDS, suits))
+
+
+def trials(sizes: Sizes) -> dict[str, tuple[Callable[[Steps], Function], list[mx.array]]]:
+    """Return for each kernel a call of its steps, and the arguments."""
     t, h, d = min(sizes.block_size, MAX_T), sizes.n_head, sizes.head_size
     b, switches = N_TOKENS // t, (h, sizes.qk_norm, sizes.rotary)
     x, dy, past = (_normal(seed, b, t, h * d) for seed in range(3))
     qkv, dqk, dv = _normal(3, b, t, 3 * h * d), _normal(4, b, 2 * h, t, d), _normal(5, b, h, t, d)
-    shift, rotation, mixing = FIELDS
-    if sizes.token_shift:
-        yield shift, lambda s: partial(_norm_shift, s), [x, dy, past]
-    if sizes.qk_norm and sizes.rotary:
-        yield rotation, lambda s: partial(_norm_rotate, s, switches), [qkv, dqk, dv]
     qk = MLX_STEPS.norm_rotate(qkv, *switches)
-    yield mixing, lambda s: partial(_attend, s), [qk, qkv, dy]
+    calls = (
+        (lambda s: partial(_norm_shift, s), [x, dy, past]),
+        (lambda s: partial(_norm_rotate, s, switches), [qkv, dqk, dv]),
+        (lambda s: partial(_attend, s), [qk, qkv, dy]),
+    )
+    return dict(zip(FIELDS, calls, strict=True))
 
 
 def _norm_shift(s: Steps, x: mx.array, dy: mx.array, past: mx.array) -> list[mx.array]:
