@@ -89,6 +89,13 @@ class Scorer(Protocol):
         Raises ValueError if T, an id or a position is out of range.
         """
 
+    def warm_up(self) -> None:
+        """Load and compile now what decoding would wait for until it pays off."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people: "compiled by numba"."""
+
     def memory_bytes(self) -> int:
         """Return the most held so far: of a device's memory, or of the process's resident memory.
 

@@ -46,11 +46,11 @@ class QuantizedScorer:
         nn.quantize(self._forward.model, class_predicate=self._group_size_and_bits)
         mx.eval(self._forward.model.parameters())
         mx.clear_cache()
-        self._mean_loss = self._forward.compile(self._forward.mean_loss)
+        self._loss = self._forward.compile(self._forward.loss)
 
     def loss(self, batch: Batch) -> float:
         """Return the mean cross-entropy in nats over the targets that count."""
-        return float(self._mean_loss(None, *self._forward.windows(batch), None))
+        return float(self._loss(None, *self._forward.windows(batch), None))
 
     def new_cache(self, batch_size: int) -> MLXCache:
         """Return a cache with `batch_size` empty rows."""
@@ -61,6 +61,14 @@ class QuantizedScorer:
     ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32."""
         return self._forward.logits(None, tokens, cache, rows, lengths)
+
+    def warm_up(self) -> None:
+        """Do nothing: the first token is compiled."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by MLX" if self._forward.on_gpu else "MLX"
 
     def memory_bytes(self) -> int:
         """Return the most memory held so far, as seen at each call; on a CPU, of the process."""

@@ -108,6 +108,15 @@ class NumpyBackend:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V)."""
         return self._decoder.logits(tokens, cache, rows, lengths)
 
+    def warm_up(self) -> None:
+        """Load numba now; the first token that it decodes waits until it has compiled."""
+        self._decoder.warm_up()
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by numba" if self._decoder.compiled else "NumPy without numba"
+
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32."""
         return self.trained.state(self.step)

@@ -85,6 +85,12 @@ BEGINNERS = (  # options that open the help, in this order
         default=None,
         help="Keep each training window inside one document.",
     ),
+    click.option(
+        "--pack",
+        is_flag=True,
+        default=None,
+        help="Let a training window hold several short conversations.",
+    ),
     section="Text",
 )
 @model_options(by_text=True)

@@ -57,7 +57,7 @@ def config_toml(request: TrainRequest, run: Run) -> str:
     lora = settings.LORA_FIELDS if run.model.lora_rank else ()
     values = {
         "data": run.data["paths"],
-        **{name: run.data[name] for name in (*text.READING, "respect_documents")},
+        **{name: run.data[name] for name in (*text.READING, "respect_documents", "pack")},
         **text.tokenizer_options(run.tokenizer, request.options),
         "out": str(request.out),
         "backend": request.backend,
@@ -100,10 +100,12 @@ def recovery_line(request: TrainRequest, run: Run) -> str:
     return f"{saved}Go on with: {resume_line(request, run)}"
 
 
-def sample_line(request: TrainRequest) -> str:
-    """Return the command that samples from this run's best checkpoint."""
-    words = ["--checkpoint", str(request.out)] if request.out != DEFAULT_OUT else []
-    return shlex.join(["mlxgpt", "sample", *words])
+def try_line(request: TrainRequest, run: Run) -> str:
+    """Return how to try this run's best checkpoint: let it answer, or let it write."""
+    folder = ["--checkpoint", str(request.out)] if request.out != DEFAULT_OUT else []
+    if run.data["dialogue"]:
+        return f"Talk to it: {shlex.join(['mlxgpt', 'chat', *folder])}"
+    return f"Let it write: {shlex.join(['mlxgpt', 'sample', *folder])}"
 
 
 def describe_interval(save_every: str) -> str:

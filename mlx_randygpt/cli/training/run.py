@@ -42,7 +42,7 @@ from mlx_randygpt.cli.training.request import (
     describe_model,
     recovery_line,
     resume_line,
-    sample_line,
+    try_line,
 )
 from mlx_randygpt.cli.training.start import (
     Machine,
@@ -306,7 +306,7 @@ def _conclude(
     elif end is not None and sample is not None:
         echo(_copies_note(sample.text, session.run), err=session.console.stderr)
     if end is not None:
-        echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
+        echo(try_line(request, session.run), err=session.console.stderr)
     return team.exit_code
 
 

@@ -29,10 +29,12 @@ from mlx_randygpt.cli.training.request import TrainRequest
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import Corpus, check_length, default_prompt
+from mlx_randygpt.data.files import TextSource
+from mlx_randygpt.data.mixture import Drawing, training_windows, validation_windows
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
-from mlx_randygpt.data.windows import Documents
-from mlx_randygpt.model import add_adapters, initial_params
+from mlx_randygpt.data.windows import Conversations, Documents, Mixture
+from mlx_randygpt.model import add_adapters, add_tokens, initial_params
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.settings import ResumeError
 from mlx_randygpt.state import TrainState
@@ -62,6 +64,7 @@ class Start:
     state: TrainState
     progress: Progress = field(default_factory=Progress)
     data: dict[str, Any] = field(default_factory=dict)  # of the resumed checkpoint: how it read
+    sources: tuple[TextSource, ...] = ()  # the files of the corpus
     notes: tuple[str, ...] = ()
 
 
@@ -114,8 +117,9 @@ def new(request: TrainRequest, machine: Machine) -> Start:
     """Start a run with initial weights and, unless the request has one, a new tokenizer."""
     options = request.options
     tokenizer = tokenizer_from_json(request.tokenizer) if request.tokenizer else None
+    sources = text.sources_of(request.data)
     tokenizer, corpus = text.load(
-        text.files_of(request.data),
+        [source.file for source in sources],
         text.reading(options),
         tokenizer or text.requested_tokenizer(options),
     )
@@ -132,6 +136,7 @@ def new(request: TrainRequest, machine: Machine) -> Start:
         model=model,
         train=train,
         state=TrainState(0, initial_params(model, train.seed), {}),
+        sources=tuple(sources),
         notes=tuple(filter(None, notes)),
     )
 
@@ -141,10 +146,11 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
     options = request.options
     tokenizer = tokenizer_from_json(saved.tokenizer)
     check_tokenizer(tokenizer, options)
-    files, how = text.files_of(request.data), text.reading(options)
-    _, corpus = text.load(files, how, tokenizer)
-    n_tokens = len(corpus.train)
-    model, train = settings.resolve_fine_tuning(options, saved.model, saved.train, n_tokens)
+    sources, how = text.sources_of(request.data), text.reading(options)
+    tokenizer, corpus = text.load([source.file for source in sources], how, tokenizer)
+    n_tokens, seed = len(corpus.train), options.get("seed", saved.train.seed)
+    params, model = add_tokens(saved.state.params, saved.model, tokenizer.vocab_size, seed)
+    model, train = settings.resolve_fine_tuning(options, model, saved.train, n_tokens)
     train, notes = complete(request, (model, train), machine, tokenizer, corpus)
     notes.append(dropout_note(options, model, train, corpus))
     return Start(
@@ -152,7 +158,8 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
         corpus=corpus,
         model=model,
         train=train,
-        state=TrainState(0, add_adapters(model, saved.state.params, train.seed), {}),
+        state=TrainState(0, add_adapters(model, params, train.seed), {}),
+        sources=tuple(sources),
         notes=tuple(filter(None, notes)),
     )
 
@@ -163,7 +170,8 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
     check_tokenizer(tokenizer, request.options)
     how = text.reading(request.options, saved.data)
     try:
-        files = text.files_of(request.data or saved.data["paths"])
+        sources = text.sources_of(request.data or saved.data["paths"])
+        files = [source.file for source in sources]
         _, corpus = text.load(files, how, tokenizer, saved.data)
     except DataError as error:
         if request.data:
@@ -184,24 +192,35 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
         state=saved.state,
         progress=saved.progress,
         data=saved.data,
+        sources=tuple(sources),
         notes=tuple(filter(None, notes)),
     )
 
 
 def make_run(request: TrainRequest, start: Start) -> Run:
     """Return the run of a start, as the loop takes it."""
-    corpus, how = start.corpus, text.reading(request.options, start.data)
-    respect_documents = bool((start.data | request.options).get("respect_documents", False))
-    n_train, size = len(corpus.train), start.model.block_size
+    corpus, tokenizer = start.corpus, start.tokenizer
+    options = start.data | request.options
+    drawing = Drawing(
+        start.model.block_size,
+        respect_documents=bool(options.get("respect_documents", False)),
+        pack=bool(options.get("pack", False)),
+    )
     return Run(
         model=start.model,
         train=start.train,
-        tokenizer=start.tokenizer,
+        tokenizer=tokenizer,
         train_tokens=corpus.train,
         val_tokens=corpus.val,
-        data=corpus.provenance(how, respect_documents=respect_documents),
+        data=corpus.provenance(
+            text.reading(request.options, start.data),
+            paths=text.recorded_paths(start.sources),
+            respect_documents=drawing.respect_documents,
+            pack=drawing.pack,
+        ),
         progress=start.progress,
-        documents=Documents.within(corpus.starts, n_train, size) if respect_documents else None,
+        windows=training_windows(corpus, tokenizer, start.sources, drawing),
+        val_windows=validation_windows(corpus, tokenizer, drawing),
     )
 
 
@@ -255,13 +274,22 @@ def dropout_note(
 
 
 def documents_note(run: Run) -> str:
-    """Return a line about documents that are too short for a training window, or ""."""
-    if run.documents is None or not run.documents.n_left_out:
-        return ""
-    return (
-        f"{run.documents.n_left_out:,} of {len(run.documents.first):,} documents are left out: "
-        f"shorter than a context of {run.model.block_size} and the token after it."
-    )
+    """Return a line about documents that no window holds, or conversations that are cut, or ""."""
+    windows, size = run.windows, run.model.block_size
+    if isinstance(windows, Documents) and windows.n_left_out:
+        return (
+            f"{windows.n_left_out:,} of {len(windows.first):,} documents are left out: "
+            f"shorter than a context of {size} and the token after it."
+        )
+    parts = windows.parts if isinstance(windows, Mixture) else [windows]
+    talks = [part for part in parts if isinstance(part, Conversations)]
+    if n_long := sum(part.n_long for part in talks):
+        n = sum(part.n_conversations for part in talks)
+        return (
+            f"{n_long:,} of {n:,} conversations are longer than a context of {size} tokens and are "
+            "cut ahead of a question where possible; a larger --block-size keeps them whole."
+        )
+    return ""
 
 
 # What a resumed run is compared with
