@@ -4,9 +4,9 @@
 
 Nothing runs. The step is traced as in training and fused as `mx.compile` does (mlx_graph.py), and
 the layout of each array is followed through MLX's Metal back end (0.32; its sources are named
-below), which decides what is copied and which operation takes several kernels. Each recipe is counted with
-MLX's operations alone and with this program's kernels ("Kernel"). `--write` writes counts_mlx.json,
-which a test holds.
+below), which decides what is copied and which operation takes several kernels. Each recipe is
+counted with MLX's operations alone, and with this program's kernels ("Kernel"). `--write` writes
+counts_mlx.json, which a test holds.
 """
 
 from __future__ import annotations
