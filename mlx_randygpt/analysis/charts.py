@@ -112,7 +112,7 @@ def _values(record: RunRecord, span: float) -> Iterator[dict[str, Any]]:
     curves = [(title, name, record.series[name]) for name, title in titles.items()]
     curves.insert(1, ("validation loss", "lr", record.series["val_loss"]))  # lr: not smoothed
     for title, name, table in curves:
-        curve = draw_curve(name, table, span) if len(table) else []
+        curve = draw_curve(name, table, span) if len(table) else table[:, 1]
         shown = [float(f"{value:.4g}") for value in curve]
         yield {"title": title, "steps": [round(float(x)) for x in table[:, 0]], "values": shown}
 
