@@ -178,21 +178,21 @@ def steps(backend: Any, train: TrainConfig, tokens: Array, n: int) -> None:
 
 def profile(backend: MLXBackend, train: TrainConfig, tokens: Array) -> dict[str, float]:
     """Milliseconds of the pieces of a step, each alone, compiled as the step is, waited for."""
-    model, weights = backend._forward.config, backend._weights
+    model, weights, moments = backend._forward.config, backend._weights, backend._moments
     compiled = mx.compile if backend._forward.on_gpu else (lambda f: f)
     batch = sample_batch(tokens, train.batch_size, model.block_size, 1, 0)
     windows = backend._forward.windows(batch)
     few = backend._forward.windows(replace(batch, starts=batch.starts[:1], block_size=8))
-    forward, both = compiled(backend._mean_loss), backend._training_grads
+    forward, both = compiled(backend._loss), backend._compiled_grads
     _, grads = both(weights, *windows, None)
     now = rates(train, 0, 1e-3)
     mx.eval(windows, few, grads, now)
     attention, head = alone(backend, train.batch_size, windows[1], compiled)
-    update = (weights, backend._moments, grads, now)
+    update = (weights, moments, now, grads)
     found = {
-        "forward": median_ms(lambda: mx.eval(forward(weights, *windows, None))),
+        "forward": median_ms(lambda: mx.eval(forward(backend._named, *windows, None))),
         "forward_and_backward": median_ms(lambda: mx.eval(both(weights, *windows, None))),
-        "optimizer": median_ms(lambda: mx.eval(backend._update(*update))),
+        "optimizer": median_ms(lambda: mx.eval(backend._compiled_update(*update))),
         "attention": median_ms(attention),
         "head_and_loss": median_ms(head),
         "launches": median_ms(lambda: mx.eval(both(weights, *few, None))),  # 8 tokens: no work

@@ -280,13 +280,20 @@ def fine_tuning_rate(model: ModelConfig) -> float:
     return float(f"{rate * min(1.0, FINE_WIDTH / model.n_embd):.2g}")
 
 
-def text_advice(model: ModelConfig, n_bytes: int) -> str:
-    """Return one line if a text is too short or too long for the model, else "".
+def suitable_text(n_parameters: int) -> tuple[float, float, float]:
+    """Return the bytes of text that such a model needs, of a good text, and of use at most.
 
     The sizes are those that the ancestor projects recommend.
     """
+    _, *sizes = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n_parameters)))
+    least, good, most = sizes
+    return least, good, most
+
+
+def text_advice(model: ModelConfig, n_bytes: int) -> str:
+    """Return one line if a text is too short or too long for the model, else ""."""
     n = parameter_count(model)
-    _, least, good, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
+    least, good, most = suitable_text(n)
     subject = f"text: {format_bytes(n_bytes)} for {n:,} parameters"
     if n_bytes < least:
         sizes = f"at least {format_bytes(least)}, better {format_bytes(good)}"

@@ -186,6 +186,15 @@ def _backend() -> dict[str, str]:
     return {"name": name, "reason": reason}
 
 
+def _speed() -> Facts:
+    """Measure the steps of the presets and keep them for `mlxgpt presets`."""
+    from mlx_randygpt.planning import speed
+
+    measured = speed.measure(_backend()["name"])
+    speed.save(measured)
+    return asdict(measured)
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     "python": platform.python_version,
     "packages": _packages,
@@ -206,5 +215,6 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "nvidia_smi": lambda: shutil.which("nvidia-smi"),
     "compiler": lambda: shutil.which("xcrun" if platform.system() == "Darwin" else "g++"),
     "backend": _backend,
+    "speed": _speed,
     "environment": lambda: {n: os.environ[n] for n in THREAD_VARIABLES if n in os.environ},
 }

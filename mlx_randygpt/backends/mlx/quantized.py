@@ -46,11 +46,11 @@ class QuantizedScorer:
         nn.quantize(self._forward.model, class_predicate=self._group_size_and_bits)
         mx.eval(self._forward.model.parameters())
         mx.clear_cache()
-        self._mean_loss = self._forward.compile(self._forward.mean_loss)
+        self._loss = self._forward.compile(self._forward.loss)
 
     def loss(self, batch: Batch) -> float:
         """Return the mean cross-entropy in nats over the targets that count."""
-        return float(self._mean_loss(None, *self._forward.windows(batch), None))
+        return float(self._loss(None, *self._forward.windows(batch), None))
 
     def new_cache(self, batch_size: int) -> MLXCache:
         """Return a cache with `batch_size` empty rows."""
