@@ -63,7 +63,7 @@ PAGE = {  # path -> file in page/, media type
     "/style.css": ("style.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-SMALL_BYTES, LARGE_BYTES = 1 << 12, 1 << 16  # of a body
+LARGE_BYTES = 1 << 16  # of a body
 ENGINE_SECONDS = 0.25  # for the token that is being decoded when the server ends
 R = TypeVar("R")
 
@@ -203,10 +203,7 @@ class Api:
             # one at a time: they hold Python's lock for long, and the event loop waits for it
             is_large = len(content) > LARGE_BYTES
             async with self._large_lock if is_large else contextlib.nullcontext():
-                if len(content) > SMALL_BYTES:
-                    generation, texts = await self._in_thread(check, content)
-                else:  # another thread would take longer to begin than this takes
-                    generation, texts = check(content)
+                generation, texts = await self._in_thread(check, content)
             submission = Submission(
                 texts,
                 self._engine,
