@@ -165,6 +165,8 @@ def resolve_resume(options: Options, model: ModelConfig, train: TrainConfig) -> 
                 f"its weights need its own {name}: omit the option"
             )
     changes = {name: value for name, value in options.items() if name in TRAIN_FIELDS}
+    if "iters" in options:
+        changes.setdefault("minutes", 0.0)  # the run ends by steps from now on
     if options.get("schedule") == "plateau" and not train.patience:
         changes.setdefault("patience", PLATEAU_PATIENCE)
     dropout = options.get("dropout", model.dropout)
@@ -201,11 +203,14 @@ def choose_iters(model: ModelConfig, train: TrainConfig, n_tokens: int) -> int:
 
     A model with more parameters than the text has tokens can read it less often.
     """
-    if n_tokens == 0:
-        return train.iters
+    return min(train.iters, most_iters(model, train, n_tokens)) if n_tokens else train.iters
+
+
+def most_iters(model: ModelConfig, train: TrainConfig, n_tokens: int) -> int:
+    """Return after how many steps a model has learned a text of `n_tokens` by heart."""
     passes = MOST_PASSES * min(1.0, n_tokens / parameter_count(model)) ** 0.5
     steps = float(f"{passes * _steps_per_pass(model, train, n_tokens):.2g}")
-    return min(train.iters, max(LEAST_ITERS, int(steps)))
+    return max(LEAST_ITERS, int(steps))
 
 
 def choices_note(options: Options, train: TrainConfig, n_tokens: int) -> str:

@@ -38,9 +38,11 @@ from mlx_randygpt.training.reports import (
     Report,
     SampleLog,
     StepLog,
+    TargetLog,
 )
 from mlx_randygpt.training.saving import Folder, Saver
 from mlx_randygpt.training.schedule import is_due, learning_rate
+from mlx_randygpt.training.time_limit import TimeLimit
 
 MAX_SKIPS = 10  # consecutive steps that `--on-nan skip` skips before it stops the run
 MAX_ROLLBACKS = 3  # per run; each halves the learning rate
@@ -80,6 +82,8 @@ def train(
     early: Collection[str] = (),
 ) -> Iterator[Report]:
     """Train from the backend's step to `run.train.iters`; yield a report for every event.
+
+    With `run.train.minutes`, the target moves so that the last step ends with that time.
 
     Every `save_every`, a snapshot is written to `out` by another thread (None: nothing is saved).
     When `should_stop` returns true, the current step is finished, both files are saved, and the
@@ -151,28 +155,29 @@ class Trainer:
         self.skipped = 0  # consecutive steps
         self.recent_loss = run.recent_loss  # moving average of the training loss
         self.warned = False
+        self.limit = TimeLimit(run.train, clock, self.started)
 
     def run_to_target(self) -> Iterator[Report]:
         """Yield the reports of all events until the target, a stop or the end of patience."""
-        config = self.run.train
         if self.step == 0:
             self.saver.save(NEWEST, self._checkpoint)  # from now on the folder belongs to this run
         yield from self._warn()  # again, in a resumed run
         yield from self._evaluate()  # the untrained model first
-        while self.step < config.iters and not self.should_stop() and not self._out_of_patience():
+        while not (self._at_target() or self.should_stop() or self._out_of_patience()):
             previous, self.pending = self.pending, self._take_step()
             if previous:
                 yield self._report(previous)  # read one step late, so that the device never waits
             if self._something_due():
                 yield from self._flush()
                 yield from self._evaluate()
-                if is_due(self.step, config.sample_every) and self.step < config.iters:
+                if is_due(self.step, self.run.train.sample_every) and not self._at_target():
                     yield from self._sample()
                 self.saver.save_due(self.step, self._checkpoint)
             if self.early.is_due():
                 yield from self._flush()
                 yield from self._look()
             yield from self.saver.finished()
+            yield from self._move_target()
         yield from self._flush()
         yield from self._finish()
 
@@ -232,6 +237,13 @@ class Trainer:
             "try a lower --lr, a longer --warmup or a smaller --grad-clip"
         )
 
+    def _move_target(self) -> Iterator[Report]:
+        """Move the target to where the time ends, if the run has a time."""
+        iters = self.run.train.iters if self._at_target() else self.limit.target(self.step)
+        if iters != self.run.train.iters:
+            self.run = replace(self.run, train=replace(self.run.train, iters=iters))
+            yield TargetLog(self.step, iters)
+
     def _flush(self) -> Iterator[Report]:
         """Read the pending step, so that the following event sees a finished state."""
         if self.pending:
@@ -246,13 +258,15 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         due = self.step == 0 or is_due(self.step, self.run.train.eval_every)
-        return (due or self.step == self.run.train.iters) and self.progress.eval_step < self.step
+        return (due or self._at_target()) and self.progress.eval_step < self.step
 
     def _evaluate(self) -> Iterator[Report]:
         if not self._evaluation_due():
             return
         run, old = self.run, self.progress
+        began = self.clock()
         score = self._score(EVAL_TOKENS)
+        self.limit.closing_seconds = self.clock() - began
         if score is None:
             return  # interrupted; a resumed run evaluates this step again
         if not math.isfinite(score.loss):
@@ -369,12 +383,15 @@ class Trainer:
         )
 
     def _finish(self) -> Iterator[Report]:
-        reached = self.step >= self.run.train.iters
+        reached = self._at_target()
         stopped = not reached and not self._out_of_patience()
         yield EndLog(self.step, "target" if reached else "stopped" if stopped else "patience")
         yield from self.saver.finish(self._checkpoint)
         if not self.should_stop():
             yield from self._sample()
+
+    def _at_target(self) -> bool:
+        return self.step >= self.run.train.iters
 
     def _out_of_patience(self) -> bool:
         return self.progress.plateau.exhausted(self.run.train.patience)

@@ -63,7 +63,12 @@ def config_toml(request: TrainRequest, run: Run) -> str:
         "backend": request.backend,
         **{name: getattr(run.model, name) for name in (*shared, *lora)},
     }
-    train = {name: value for name, value in asdict(run.train).items() if name not in RECIPE_ONLY}
+    other = "iters" if run.train.minutes else "minutes"  # one of them decides the end
+    train = {
+        name: value
+        for name, value in asdict(run.train).items()
+        if name not in (*RECIPE_ONLY, other)
+    }
     return settings.to_toml(values | train)
 
 
@@ -84,6 +89,8 @@ def resume_line(request: TrainRequest, run: Run) -> str:
     words = [*shlex.split(os.environ.get(LAUNCH, "mlxgpt")), "train", "--resume"]
     if request.resuming and "iters" in request.options:  # a new run has saved its target
         words += ["--iters", str(run.train.iters)]
+    elif request.resuming and "minutes" in request.options:
+        words += ["--minutes", f"{run.train.minutes:g}"]
     words += ["--out", str(request.out)] if request.out != DEFAULT_OUT else []
     words += [word for name in request.options.get("log", ()) for word in ("--log", name)]
     words += ["--backend", request.backend] if request.backend != "auto" else []

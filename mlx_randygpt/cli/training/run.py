@@ -53,6 +53,7 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
+from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.screen.dashboard import make_view
@@ -117,6 +118,8 @@ def run_leader(
 ) -> int:
     """Run as rank 0, or as the only rank: write the files and show the screen, `note` on it."""
     with team.leading():
+        if "minutes" in request.options and team.group.size > 1:
+            raise ConfigError("--minutes needs a run on one rank; give several ranks --iters")
         source = load_source(request, folder)
         if source.finished:
             for line in (*source.skipped, source.finished):
