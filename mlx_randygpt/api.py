@@ -27,6 +27,8 @@ from mlx_randygpt.backends.base import Backend, Scorer
 from mlx_randygpt.checkpoint import load_checkpoint
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.data.corpus import check_length, default_prompt, load_corpus
+from mlx_randygpt.data.files import TextSource
+from mlx_randygpt.data.mixture import Drawing, training_windows, validation_windows
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO
 from mlx_randygpt.model import initial_params, merge_adapters
@@ -61,6 +63,7 @@ def new_run(
     if not train.prompt:
         train = replace(train, prompt=default_prompt(corpus, learned))
     state = TrainState(0, initial_params(model, train.seed), {})
+    sources, drawing = [TextSource(Path(name)) for name in corpus.names], Drawing(model.block_size)
     run = Run(
         model=model,
         train=train,
@@ -68,6 +71,8 @@ def new_run(
         train_tokens=corpus.train,
         val_tokens=corpus.val,
         data=corpus.provenance(Reading()),
+        windows=training_windows(corpus, learned, sources, drawing),
+        val_windows=validation_windows(corpus, learned, drawing),
     )
     return run, make_backend(backend, model, train, state)
 

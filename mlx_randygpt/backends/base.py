@@ -89,6 +89,13 @@ class Scorer(Protocol):
         Raises ValueError if T, an id or a position is out of range.
         """
 
+    def warm_up(self) -> None:
+        """Load and compile now what decoding would wait for until it pays off."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people: "compiled by numba"."""
+
     def memory_bytes(self) -> int:
         """Return the most held so far: of a device's memory, or of the process's resident memory.
 
@@ -107,6 +114,10 @@ class Backend(Scorer, Protocol):
 
     features: tuple[str, ...]  # of "adapters" and "ranks", those that it can train with
     step: int  # optimizer steps taken
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return lines for the user about how it computes here; a backend may leave it out."""
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step on the mean loss over all micro-batches (of one shape).

@@ -79,6 +79,14 @@ reading_options = options(
     click.option(
         "--text-field", help="Read this field of .jsonl and .parquet rows.  [default: text]"
     ),
+    click.option("--me", metavar="NAME", help="Learn the answers of NAME in an exported chat."),
+    click.option("--as-text", is_flag=True, default=None, help="Read conversations as plain text."),
+    click.option(
+        "--skip-bad-rows",
+        is_flag=True,
+        default=None,
+        help="Leave out invalid rows, and report how many there are.",
+    ),
     section="Text",
 )
 

@@ -157,7 +157,7 @@ def _top_p(p: Array, top_p: Array) -> Array:
     for row in tied.nonzero()[0]:  # more are as likely as the last
         ties = np.flatnonzero(p[row] == least[row])
         kept[row, ties[n[row] - (p[row] > least[row]).sum() :]] = False
-    return kept
+    return np.asarray(kept)
 
 
 def _descending(p: Array, rare: Array) -> Array:
@@ -188,7 +188,7 @@ def _typical(p: Array, typical_p: Array) -> Array:
     ordered = np.take_along_axis(p, order, axis=-1)
     keep = np.cumsum(ordered, axis=-1) - ordered < typical_p
     keep[:, 0] = True
-    kept = np.empty_like(keep)
+    kept: Array = np.empty_like(keep)
     np.put_along_axis(kept, order, keep, axis=-1)
     return kept
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_randygpt.backends.base import ALL, StepResult
+from mlx_randygpt.backends.mlx import selftest
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.forward import Forward, Windows
 from mlx_randygpt.backends.mlx.memory import HeldMemory
@@ -113,6 +114,12 @@ class MLXBackend:
         self._compiled_update = compiled(self._update)
         self._compiled_loss = compiled(self._loss)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Name the Metal kernels that do not compute here although they could; tests them first."""
+        in_float32 = self._forward.dtype == mx.float32
+        return selftest.notes(self._forward.config) if in_float32 else ()
+
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step; with several ranks, from rank 0's."""
         state = self._group.same_state(state)
@@ -180,6 +187,14 @@ class MLXBackend:
         weights = self._trained.merged(self._named)
         return self._forward.logits(weights, tokens, cache, rows, lengths)
 
+    def warm_up(self) -> None:
+        """Do nothing: the first token is compiled."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by MLX" if self._forward.on_gpu else "MLX"
+
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32; waits for the device."""
         moments = {
@@ -201,7 +216,7 @@ class MLXBackend:
         total = max(1, sum(batch.n_targets() for batch in batches))
         size = self._train.micro_batch or max(1, len(batches[0].starts))
         return [
-            Pass(replace(b, starts=b.starts[i : i + size], row=b.row + i), index, total)
+            Pass(b.part(i, i + size), index, total)
             for index, b in enumerate(batches)
             for i in range(0, len(b.starts), size)
         ]

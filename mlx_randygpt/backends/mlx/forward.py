@@ -28,6 +28,7 @@ from mlx_randygpt.backends.mlx.gpt2 import GPT2, GPT2Args
 from mlx_randygpt.backends.mlx.model import GPT, ModelArgs, Operations
 from mlx_randygpt.backends.mlx.ops import TRAINING
 from mlx_randygpt.backends.mlx.recompute import recompute
+from mlx_randygpt.backends.mlx.selftest import operations
 from mlx_randygpt.backends.mlx.stacks import Weights
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import IGNORED, Array, Batch
@@ -51,7 +52,7 @@ class Forward:
         self.on_gpu = on_gpu
         # cuDNN's attention keeps no T x T array, but has half types only
         is_fused = on_gpu and not mx.metal.is_available() and dtype != mx.float32
-        ops = replace(TRAINING, attention=None) if is_fused else TRAINING
+        ops = replace(TRAINING, attention=None) if is_fused else operations(config)
         self.model = build_modules(config, ops, recomputes=recomputes)
         self._advance_token = self.compile(self.advance)
 

@@ -81,6 +81,11 @@ def plain_rows(table: mx.array, ids: mx.array) -> mx.array:
     return table[ids]
 
 
+def plain_branch(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return x and the token shift of its norm, (B, T, C) each."""
+    return x, shift(rms(x), None, 0)
+
+
 def plain_sum(x: mx.array, a: mx.array, w: mx.array) -> mx.array:
     """Return x + a wᵀ, (B, T, out)."""
     return x + a @ w.T
@@ -97,7 +102,7 @@ class Operations:
     """The operations that can be replaced by others with the same values and better gradients."""
 
     embed: Callable[[mx.array, mx.array], mx.array] = plain_rows
-    norm_shift: Callable[[mx.array], mx.array] = lambda x: shift(rms(x), None, 0)
+    branch: Callable[[mx.array], tuple[mx.array, mx.array]] = plain_branch
     squared_relu: Callable[[mx.array], mx.array] = lambda h: mx.square(nn.relu(h))
     add_product: Callable[[mx.array, mx.array, mx.array], mx.array] = plain_sum
     attention: Callable[..., mx.array] | None = None  # causal, of all positions at once
@@ -185,16 +190,16 @@ class Block(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
         """Map (B, T, C) to (B, T, C); `keys` are the dropout keys of the two branches."""
-        y = self.attn.mix(self.branch_input(x, cache, 0), mask, cache)
-        x = self.join(x, self.attn.c_proj, y, keys[0])
-        a = self.mlp.hidden(self.branch_input(x, cache, 1))
-        return self.join(x, self.mlp.c_proj, a, keys[1])
+        x, y = self.branch(x, cache, 0)
+        x = self.join(x, self.attn.c_proj, self.attn.mix(y, mask, cache), keys[0])
+        x, y = self.branch(x, cache, 1)
+        return self.join(x, self.mlp.c_proj, self.mlp.hidden(y), keys[1])
 
-    def branch_input(self, x: mx.array, cache: Any, slot: int) -> mx.array:
-        """Return the input of attention (slot 0) or MLP (slot 1), (B, T, C)."""
+    def branch(self, x: mx.array, cache: Any, slot: int) -> tuple[mx.array, mx.array]:
+        """Return x and the input of attention (slot 0) or MLP (slot 1), (B, T, C) each."""
         if not self.token_shift:
-            return rms(x)
-        return self.ops.norm_shift(x) if cache is None else shift(rms(x), cache, slot)
+            return x, rms(x)
+        return self.ops.branch(x) if cache is None else (x, shift(rms(x), cache, slot))
 
     def join(self, x: mx.array, projection: Any, a: mx.array, key: mx.array | None) -> mx.array:
         """Return x (B, T, C) plus the projection of a branch's last activations, a."""

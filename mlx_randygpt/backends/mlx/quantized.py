@@ -62,6 +62,14 @@ class QuantizedScorer:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32."""
         return self._forward.logits(None, tokens, cache, rows, lengths)
 
+    def warm_up(self) -> None:
+        """Do nothing: the first token is compiled."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by MLX" if self._forward.on_gpu else "MLX"
+
     def memory_bytes(self) -> int:
         """Return the most memory held so far, as seen at each call; on a CPU, of the process."""
         return self._memory.read()

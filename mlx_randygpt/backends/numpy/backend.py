@@ -34,6 +34,7 @@ class NumpyBackend:
 
     name = "numpy"
     features: tuple[str, ...] = ("adapters", "ranks")
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -106,6 +107,15 @@ class NumpyBackend:
     ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V)."""
         return self._decoder.logits(tokens, cache, rows, lengths)
+
+    def warm_up(self) -> None:
+        """Load numba now; the first token that it decodes waits until it has compiled."""
+        self._decoder.warm_up()
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by numba" if self._decoder.compiled else "NumPy without numba"
 
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32."""

@@ -135,6 +135,10 @@ class Decoder:
             other.result()
         return logits
 
+    def warm_up(self) -> None:
+        """Use numba's function from now on, if it is there."""
+        self.n_decoded = max(self.n_decoded, COMPILED_FROM + 1)
+
     @property
     def compiled(self) -> bool:
         """Whether numba's function decodes now."""

@@ -129,7 +129,8 @@ def _replay(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.sampling.chat import load_turns
 
     for turn in load_turns(path):
-        echo(turn.prompt, nl=conversation.is_dialogue)
+        begin = f"\n{PROMPT * conversation.is_dialogue}" if is_terminal(sys.stdout) else ""
+        echo(begin + turn.prompt, nl=conversation.is_dialogue)
         _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
         if ctrl_c.pressed:
             return

@@ -42,7 +42,7 @@ from mlx_randygpt.cli.training.request import (
     describe_model,
     recovery_line,
     resume_line,
-    sample_line,
+    try_line,
 )
 from mlx_randygpt.cli.training.start import (
     Machine,
@@ -53,6 +53,7 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
+from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.screen.dashboard import make_view
@@ -117,6 +118,8 @@ def run_leader(
 ) -> int:
     """Run as rank 0, or as the only rank: write the files and show the screen, `note` on it."""
     with team.leading():
+        if "minutes" in request.options and team.group.size > 1:
+            raise ConfigError("--minutes needs a run on one rank; give several ranks --iters")
         source = load_source(request, folder)
         if source.finished:
             for line in (*source.skipped, source.finished):
@@ -165,7 +168,7 @@ def run_leader(
     moved = restore_best(folder.path, saved) if saved and request.resuming else ""
     del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
-    notes[:0] = [*skipped, *filter(None, [moved, note])]
+    notes[:0] = [*getattr(backend, "notes", ()), *skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
     console, plain = choose_console(request.plain)
@@ -306,7 +309,7 @@ def _conclude(
     elif end is not None and sample is not None:
         echo(_copies_note(sample.text, session.run), err=session.console.stderr)
     if end is not None:
-        echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
+        echo(try_line(request, session.run), err=session.console.stderr)
     return team.exit_code
 
 

@@ -402,7 +402,7 @@ async function loadModel() {
   if (!first) return;
   for (const [name] of SLIDERS) { $(name).value = model.defaults[name]; $(name).show(); }
   $("seed").value = model.defaults.seed;
-  $("prompt").value = model.dialogue ? "" : model.prompt;
+  $("prompt").value = model.prompt;
   if (model.dialogue) {
     for (const [id, name] of [["prompt-name", "Your message"], ["write-name", "Send"], ["onward", "Answer again"], ["command-name", "On the command line"]]) $(id).textContent = name;
     $("text").setAttribute("aria-label", "The conversation; the arrow keys move from token to token");

