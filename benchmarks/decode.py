@@ -1,21 +1,22 @@
 """Decoding beside PyTorch: one stream and many, sampling included, interleaved, medians.
 
-    python benchmarks/decode.py [--preset small] [--tokens 100] [--turns 7] [--streams 32]
-                                [--json FILE]
+    python benchmarks/decode.py [--preset small] [--tokens 100] [--turns 7]
+                                [--streams 1 8 32 128 256] [--json FILE]
 
-`nanogpt generate` reads the whole context again for each token, as nanoGPT does; `torch kv` keeps
-keys and values. Both draw with temperature 0.8 from the top 50. Ours draws with temperature 0.8
-and top-p 0.9, the defaults of `mlxgpt sample`. Needs the `bench` extra.
+`torch kv` keeps keys and values, of all streams in one batch, and is as fast as the better of one
+thread and all; `nanogpt generate` reads the whole context again for each token, as nanoGPT does.
+Both draw with temperature 0.8 from the top 50. Ours draws with temperature 0.8 and top-p 0.9, the
+defaults of `mlxgpt sample`. Needs the `bench` extra.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nanogpt
-import numpy as np
 import torch
 from torch_decode import nanogpt_generate, torch_kv
 from turns import Runners, interleave, rows, save, show
@@ -39,24 +40,25 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--tokens", type=int, default=100, help="in one run")
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 128, 256])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     preset, n = PRESETS[options.preset], options.tokens
     sizes = (VOCAB, preset.block_size, preset.n_layer, preset.n_head, preset.n_embd)
     model = nanogpt.Model(*sizes).eval()
-    many = f"ours, {options.streams} streams"
-    runners: Runners = {
-        "ours": ours(options.preset, 1, n, compiled=True),
-        "ours without numba": ours(options.preset, 1, n, compiled=False),
-        many: ours(options.preset, options.streams, n, compiled=True),
-        "torch kv, 1 thread": threaded(1, lambda: torch_kv(model, n)),
-        "torch kv": threaded(available_cores(), lambda: torch_kv(model, n)),
-        "nanogpt generate": threaded(
+    runners: Runners = {}
+    for b in options.streams:
+        runners[f"{b}: numba"] = ours(options.preset, b, n, compiled=True)
+        runners[f"{b}: without numba"] = ours(options.preset, b, n, compiled=False)
+        for threads in sorted({1, available_cores()}):
+            runners[f"{b}: torch kv, {threads} threads"] = threaded(
+                threads, partial(torch_kv, model, n, b)
+            )
+    if 1 in options.streams:
+        runners["1: nanogpt generate"] = threaded(
             available_cores(), lambda: nanogpt_generate(model, preset.block_size, n)
-        ),
-    }
-    tokens = dict.fromkeys(runners, n) | {many: options.streams * n}
+        )
+    tokens = {name: int(name.partition(":")[0]) * n for name in runners}
     found = rows(interleave(runners, options.turns, 1), tokens)
     show(f"{options.preset}, {n} tokens of a stream", found)
     save(options.json, torch=torch.__version__, settings=vars(options), rows=found)
@@ -76,7 +78,7 @@ def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callabl
         decode.COMPILED_FROM = 0 if compiled else 10**12
         writers = [Continuation(TOKENIZER, [0], config, i) for i in range(n_streams)]
         streams = Streams(backend, model, n_streams)
-        logits = streams.join(np.zeros((n_streams, 1), np.int32))
+        logits = streams.join([[0]] * n_streams)
         for _ in range(n):
             logits = streams.append(extend(writers, logits))
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from gpu_training import LARGE, TINY, goal, steps
+from gpu_training import LARGE, TINY, goal, lacking, steps
 from learning import Ours
 from turns import timed
 
@@ -28,8 +28,12 @@ def learning(options: argparse.Namespace) -> Found:
     if not options.data:
         yield "skipped", {"why": "no text; give tiny Shakespeare with --data"}
         return
+    case = TINY if options.small else LARGE
+    if why := lacking(*case.settings(dtype="bfloat16")):
+        yield "skipped", {"why": f"{case.name} {why}"}
+        return
     tokenizer, corpus = Loader().load(find_files([options.data]), Vocabulary())
-    given = {**(TINY if options.small else LARGE).given, "dtype": "bfloat16"}
+    given = {**case.given, "dtype": "bfloat16"}
     iters = 40 if options.small else affordable(given, tokenizer, corpus)
     run = Ours({**given, "iters": iters}, tokenizer, corpus, "mlx")
     started, best, reached = time.perf_counter(), float("inf"), None

@@ -173,8 +173,6 @@ def our_training(spec: dict[str, Any]) -> tuple[Run, int]:
 
 
 def our_text(spec: dict[str, Any]) -> tuple[Run, int]:
-    import numpy as np
-
     from mlx_randygpt.sampling.filters import SampleConfig, pick, probabilities
     from mlx_randygpt.sampling.generate import Streams
     from mlx_randygpt.state import rng
@@ -184,7 +182,7 @@ def our_text(spec: dict[str, Any]) -> tuple[Run, int]:
 
     def run(n: int) -> None:
         streams = Streams(backend, model, 1)
-        logits = streams.join(np.zeros((1, 1), np.int32))
+        logits = streams.join([[0]])
         for _ in range(n):
             logits = streams.append(pick(probabilities(logits, configs), random.random(1)).tolist())
 

@@ -25,8 +25,11 @@ from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.model import flops_per_token, initial_params, parameter_count
 from mlx_randygpt.planning.bench import measure_sampling
+from mlx_randygpt.planning.devices import here
+from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.state import Array, TrainState
 from mlx_randygpt.training.loop import step_batches, step_rate
+from mlx_randygpt.words import format_bytes
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 Measure = Callable[[], Found]
@@ -118,8 +121,19 @@ def training(options: argparse.Namespace) -> Found:
             yield from attempt("training", about, measure)
 
 
+def lacking(model: ModelConfig, train: TrainConfig) -> str:
+    """Why a training step does not fit into this device's memory by `mlxgpt plan`, or ""."""
+    needed, room = device_bytes(model, train, 1, 0), here("mlx").memory
+    if needed <= room:
+        return ""
+    return f"needs {format_bytes(needed)} by plan, the device has {format_bytes(room)}"
+
+
 def trained(case: Case, dtype: str, peak: float, about: dict[str, Any], small: bool) -> Found:
     model, train = case.settings(dtype=dtype)
+    if why := lacking(model, train):
+        yield "training", about | {"left_out": why}
+        return
     backend, tokens = built(model, train), random_tokens(model)
     steps(backend, train, tokens, 3)
     pace = timed(lambda: steps(backend, train, tokens, 2)) / 2
@@ -164,21 +178,21 @@ def steps(backend: Any, train: TrainConfig, tokens: Array, n: int) -> None:
 
 def profile(backend: MLXBackend, train: TrainConfig, tokens: Array) -> dict[str, float]:
     """Milliseconds of the pieces of a step, each alone, compiled as the step is, waited for."""
-    model, weights = backend._forward.config, backend._weights
+    model, weights, moments = backend._forward.config, backend._weights, backend._moments
     compiled = mx.compile if backend._forward.on_gpu else (lambda f: f)
     batch = sample_batch(tokens, train.batch_size, model.block_size, 1, 0)
     windows = backend._forward.windows(batch)
     few = backend._forward.windows(replace(batch, starts=batch.starts[:1], block_size=8))
-    forward, both = compiled(backend._mean_loss), backend._training_grads
+    forward, both = compiled(backend._loss), backend._compiled_grads
     _, grads = both(weights, *windows, None)
     now = rates(train, 0, 1e-3)
     mx.eval(windows, few, grads, now)
     attention, head = alone(backend, train.batch_size, windows[1], compiled)
-    update = (weights, backend._moments, grads, now)
+    update = (weights, moments, now, grads)
     found = {
-        "forward": median_ms(lambda: mx.eval(forward(weights, *windows, None))),
+        "forward": median_ms(lambda: mx.eval(forward(backend._named, *windows, None))),
         "forward_and_backward": median_ms(lambda: mx.eval(both(weights, *windows, None))),
-        "optimizer": median_ms(lambda: mx.eval(backend._update(*update))),
+        "optimizer": median_ms(lambda: mx.eval(backend._compiled_update(*update))),
         "attention": median_ms(attention),
         "head_and_loss": median_ms(head),
         "launches": median_ms(lambda: mx.eval(both(weights, *few, None))),  # 8 tokens: no work

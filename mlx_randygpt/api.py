@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from mlx_randygpt.analysis import insight
-from mlx_randygpt.backends import make_backend, make_scorer
+from mlx_randygpt.backends import choose_for_text, make_backend, make_scorer
 from mlx_randygpt.backends.base import Backend, Scorer
 from mlx_randygpt.checkpoint import load_checkpoint
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.data.corpus import check_length, default_prompt, load_corpus
+from mlx_randygpt.data.files import TextSource
+from mlx_randygpt.data.mixture import Drawing, training_windows, validation_windows
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO
 from mlx_randygpt.model import initial_params, merge_adapters
@@ -61,6 +63,7 @@ def new_run(
     if not train.prompt:
         train = replace(train, prompt=default_prompt(corpus, learned))
     state = TrainState(0, initial_params(model, train.seed), {})
+    sources, drawing = [TextSource(Path(name)) for name in corpus.names], Drawing(model.block_size)
     run = Run(
         model=model,
         train=train,
@@ -68,6 +71,8 @@ def new_run(
         train_tokens=corpus.train,
         val_tokens=corpus.val,
         data=corpus.provenance(Reading()),
+        windows=training_windows(corpus, learned, sources, drawing),
+        val_windows=validation_windows(corpus, learned, drawing),
     )
     return run, make_backend(backend, model, train, state)
 
@@ -123,6 +128,7 @@ def load(path: str | Path = "checkpoints", *, backend: str = "auto") -> LoadedMo
     """
     saved = load_checkpoint(path, weights_only=True)
     params, config = merge_adapters(saved.state.params, saved.model)
-    scorer = make_scorer(backend, config, params, dtype=saved.train.dtype)
+    name, _ = choose_for_text(backend, config, 1)
+    scorer = make_scorer(name, config, params, dtype=saved.train.dtype)
     tokenizer = tokenizer_from_json(saved.tokenizer)
     return LoadedModel(config=config, params=params, tokenizer=tokenizer, backend=scorer)

@@ -60,7 +60,9 @@ def recipe_of(subject: str) -> str:
     return subject if subject in RECIPES else "classic"
 
 
-def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterator[Finding]:
+def finite_differences(
+    model: ModelConfig, params: Params, seed: int, batch: Batch | None = None
+) -> Iterator[Finding]:
     """Compare NumPy's gradients in float64 with finite differences, tensor by tensor.
 
     The slope dloss/dε along a random unit direction is compared with the gradient along it. Errors
@@ -68,7 +70,7 @@ def finite_differences(model: ModelConfig, params: Params, seed: int) -> Iterato
     has to be met by a loss that does not change at all.
     """
     backend = _in_float64(model, params, seed)
-    batch = _batch(model, seed, 0)
+    batch = batch or _batch(model, seed, 0)
     _, grads = backend.loss_and_grads(batch)
     for index, (name, weight) in enumerate(backend.trained.params.items()):
         direction = rng(seed, "check", 1, index).standard_normal(weight.shape)
@@ -93,9 +95,10 @@ def cross_check(
     *,
     dtype: str = "float32",
     bound: float = GRADIENT_BOUND,
+    batch: Batch | None = None,
 ) -> Iterator[Finding]:
     """Compare NumPy's float32 gradients with another backend's in `dtype`, tensor by tensor."""
-    batch, state = _batch(model, seed, 0), TrainState(0, params, {})
+    batch, state = batch or _batch(model, seed, 0), TrainState(0, params, {})
     train = TrainConfig(optimizer="adamw", seed=seed)
     _, ours = make_backend("numpy", model, train, state).loss_and_grads(batch)
     train = replace(train, dtype=dtype)

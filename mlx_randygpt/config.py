@@ -127,6 +127,7 @@ class TrainConfig:
     recipe: str = "modern"
     preset: str = "small"
     iters: int = 1000  # a target, not an addition
+    minutes: float = 0.0  # time of the run, evaluations included, that iters follows; 0 is off
     batch_size: int = 64  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per step
     optimizer: str = "muon"  # "muon" | "adamw"
@@ -171,7 +172,8 @@ class TrainConfig:
         for name in ("warmup", "patience", *intervals, "threads", "seed", "micro_batch"):
             _at_least(name, getattr(self, name), 0)
             _at_most(name, getattr(self, name), LIMITS.get(name, (1 << 63) - 1))
-        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "adamw_lr_ratio"):
+        rates = ("lr", "min_lr", "weight_decay", "grad_clip", "adamw_lr_ratio")
+        for name in ("minutes", *rates):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ConfigError(f"{name}={value} is not a finite number of at least 0")

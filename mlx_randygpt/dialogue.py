@@ -17,14 +17,17 @@ from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, END_OF_TURN, NO_TOKEN, Toke
 
 ROLES = ("system", "user", "assistant")
 ROLE_TOKENS = dict(zip(ROLES, DIALOGUE_TOKENS, strict=False))
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (  # with <|assistant|> in one piece, llama.cpp without Jinja takes it for Phi-3's
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('role must be system, user or assistant') }}"
     "{% endif %}"
+    "{% if message['content'] is not string %}"
+    "{{ raise_exception('content must be text') }}"
+    "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|' + 'assistant|>' }}{% endif %}"
 )
 
 

@@ -184,6 +184,25 @@ def add_adapters(config: ModelConfig, params: Params, seed: int) -> Params:
     return params | {name: first[name] for name in adapter_shapes(config)}
 
 
+def add_tokens(
+    params: Params, config: ModelConfig, vocab_size: int, seed: int
+) -> tuple[Params, ModelConfig]:
+    """Add the rows of new tokens to the embedding and the head; all other weights stay.
+
+    The rows are random, with the standard deviation of those that are there.
+    """
+    if vocab_size == config.vocab_size:
+        return params, config
+    grown = dict(params)
+    for index, weight in enumerate(parameters(config)):
+        if weight.name in ("wte.weight", "lm_head.weight"):
+            rows = params[weight.name]
+            shape = vocab_size - len(rows), rows.shape[1]
+            normal = rng(seed, "init", index, 1).standard_normal(shape, dtype=np.float32)
+            grown[weight.name] = np.concatenate([rows, normal * rows.std()])
+    return grown, replace(config, vocab_size=vocab_size)
+
+
 def merge_adapters(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
     """Merge the adapters into the weights: W₀ + (alpha / rank) · B · A, and the model's config."""
     if not config.lora_rank:

@@ -40,6 +40,7 @@ PRESETS: dict[str, Preset] = {
     "gpt2-xl": Preset(48, 25, 1600, 1024, batch_size=8),
 }
 DEFAULT_PRESET = "small"
+SIZES_FOR_TIMES = ("mini", "tiny", "small4", "small", "medium", "large")  # for --minutes
 
 # What a recipe decides, for the model and for the run; every field may be overridden by name.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -60,7 +61,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "train": {
             "optimizer": "muon", "lr": 0.02, "min_lr": 0.0, "weight_decay": 0.0,
-            "beta1": 0.8, "beta2": 0.95, "muon_beta2": 0.95, "schedule": "linear", "warmup": 30,
+            "beta1": 0.8, "beta2": 0.95, "momentum": 0.9, "muon_beta2": 0.95,
+            "schedule": "linear", "warmup": 30,
         },
     },
 }  # fmt: skip

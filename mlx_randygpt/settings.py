@@ -165,6 +165,8 @@ def resolve_resume(options: Options, model: ModelConfig, train: TrainConfig) -> 
                 f"its weights need its own {name}: omit the option"
             )
     changes = {name: value for name, value in options.items() if name in TRAIN_FIELDS}
+    if "iters" in options:
+        changes.setdefault("minutes", 0.0)  # the run ends by steps from now on
     if options.get("schedule") == "plateau" and not train.patience:
         changes.setdefault("patience", PLATEAU_PATIENCE)
     dropout = options.get("dropout", model.dropout)
@@ -201,11 +203,14 @@ def choose_iters(model: ModelConfig, train: TrainConfig, n_tokens: int) -> int:
 
     A model with more parameters than the text has tokens can read it less often.
     """
-    if n_tokens == 0:
-        return train.iters
+    return min(train.iters, most_iters(model, train, n_tokens)) if n_tokens else train.iters
+
+
+def most_iters(model: ModelConfig, train: TrainConfig, n_tokens: int) -> int:
+    """Return after how many steps a model has learned a text of `n_tokens` by heart."""
     passes = MOST_PASSES * min(1.0, n_tokens / parameter_count(model)) ** 0.5
     steps = float(f"{passes * _steps_per_pass(model, train, n_tokens):.2g}")
-    return min(train.iters, max(LEAST_ITERS, int(steps)))
+    return max(LEAST_ITERS, int(steps))
 
 
 def choices_note(options: Options, train: TrainConfig, n_tokens: int) -> str:
@@ -280,13 +285,20 @@ def fine_tuning_rate(model: ModelConfig) -> float:
     return float(f"{rate * min(1.0, FINE_WIDTH / model.n_embd):.2g}")
 
 
-def text_advice(model: ModelConfig, n_bytes: int) -> str:
-    """Return one line if a text is too short or too long for the model, else "".
+def suitable_text(n_parameters: int) -> tuple[float, float, float]:
+    """Return the bytes of text that such a model needs, of a good text, and of use at most.
 
     The sizes are those that the ancestor projects recommend.
     """
+    _, *sizes = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n_parameters)))
+    least, good, most = sizes
+    return least, good, most
+
+
+def text_advice(model: ModelConfig, n_bytes: int) -> str:
+    """Return one line if a text is too short or too long for the model, else ""."""
     n = parameter_count(model)
-    _, least, good, most = min(TEXT_SIZES, key=lambda row: abs(math.log(row[0] / n)))
+    least, good, most = suitable_text(n)
     subject = f"text: {format_bytes(n_bytes)} for {n:,} parameters"
     if n_bytes < least:
         sizes = f"at least {format_bytes(least)}, better {format_bytes(good)}"

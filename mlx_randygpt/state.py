@@ -5,7 +5,7 @@ Legend: B batch, T time (block_size).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,11 +31,19 @@ class TrainState:
 
 
 class Tokens(Protocol):
-    """Token ids (n,): an array, or a file that is read in windows."""
+    """Token ids (n,): an array, or a file that is read in windows.
+
+    An id that is only read, never a target that counts, is stored as its complement `~id`, below 0.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, positions: NDArray[np.int64], /) -> Array: ...
     def __array__(self) -> Array: ...
+
+
+def plain_ids(tokens: Array) -> Array:
+    """Return the ids of tokens, whether they count as targets or not."""
+    return tokens if tokens.dtype.kind == "u" else np.where(tokens < 0, ~tokens, tokens)
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,14 @@ class Batch:
     """B windows of T tokens, given by where they start in `tokens`; nothing is copied before use.
 
     A backend can keep `tokens` on its device and gather there, as long as it sees the same array.
+    Tokens that are only read need `ends`: no target counts at or past the end of its window.
     """
 
     tokens: Tokens  # (n,) integers, a whole split
     starts: NDArray[np.int64]  # (B,)
     block_size: int  # T
     row: int = 0  # of its first window, if this is a part of a batch
+    ends: NDArray[np.int64] | None = None  # (B,) None: every token counts, up to the end of all
 
     @staticmethod
     def of(windows: Array) -> Batch:
@@ -60,18 +70,25 @@ class Batch:
     def x(self) -> NDArray[np.int32]:
         """Return the inputs, (B, T); past the end of `tokens` the last token is repeated."""
         positions = np.minimum(self._positions(), len(self.tokens) - 1)
-        return self.tokens[positions].astype(np.int32)
+        return plain_ids(self.tokens[positions].astype(np.int32))
 
     def y(self) -> NDArray[np.int32]:
-        """Return the targets, (B, T): the token after each input, IGNORED past the end."""
+        """Return the targets, (B, T): the token after each input, or IGNORED."""
         positions = self._positions() + 1
-        inside = positions < len(self.tokens)
+        inside = positions < (len(self.tokens) if self.ends is None else self.ends[:, None])
         targets = self.tokens[np.minimum(positions, len(self.tokens) - 1)].astype(np.int32)
-        return np.where(inside, targets, IGNORED)
+        return np.where(inside & (targets >= 0), targets, IGNORED)
 
     def n_targets(self) -> int:
         """Count the targets that are not IGNORED."""
+        if self.ends is not None:
+            return int((self.y() != IGNORED).sum())
         return int(np.clip(len(self.tokens) - 1 - self.starts, 0, self.block_size).sum())
+
+    def part(self, first: int, last: int) -> Batch:
+        """Return the windows `first` to `last` - 1."""
+        ends = None if self.ends is None else self.ends[first:last]
+        return replace(self, starts=self.starts[first:last], ends=ends, row=self.row + first)
 
     def _positions(self) -> NDArray[np.int64]:
         return self.starts[:, None] + np.arange(self.block_size)  # (B, T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -147,3 +148,21 @@ def test_the_sizes_are_those_of_the_table(gpu: Any) -> None:
     assert all(m.block_size % 128 == 0 and m.head_size == 64 for m in models[1:])
     padding = (50304 - 50257) * 768  # beyond the published vocabulary and count
     assert parameter_count(models[2]) == 124_439_808 + padding
+
+
+def test_what_does_not_fit_into_the_device_is_not_run(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Mac of 8 GB, of which Metal recommends to use 5.3: GPT-2 does not fit."""
+    training = importlib.import_module("gpu_training")
+    monkeypatch.setattr(training, "here", lambda name: Namespace(memory=5_300_000_000))
+    monkeypatch.setattr(training, "built", None)  # nothing is allocated
+    ((table, row),) = training.trained(training.GPT2, "float32", 1e12, {"model": "gpt2"}, False)
+    assert table == "training"
+    assert re.fullmatch(r"needs [\d.]+ GB by plan, the device has 5.3 GB", row["left_out"])
+    assert training.lacking(*training.DEFAULT.settings()) == ""
+    learning = importlib.import_module("gpu_learning")
+    monkeypatch.setattr(training, "here", lambda name: Namespace(memory=10**9))
+    (left_out,) = learning.learning(Namespace(data="no such file", small=False))
+    assert left_out[0] == "skipped"
+    assert "6/6/384 × 256 needs" in left_out[1]["why"]

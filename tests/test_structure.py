@@ -24,7 +24,8 @@ LAYERS = (  # lowest first; a module imports from its own layer and from those b
 )  # fmt: skip
 MAY_IMPORT = {  # third parties, and the modules that name them
     "mlx": ("backends.mlx.", "backends.ranks.ring"),
-    "numba": ("backends.numpy.decode_numba",),
+    "llvmlite": ("backends.numpy.tiles",),
+    "numba": ("backends.numpy.tiles",),
     "matplotlib": ("analysis.charts",),
     "click": ("cli",),
     "rich": ("cli", "screen"),

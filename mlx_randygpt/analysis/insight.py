@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_randygpt.backends.numpy.model import Chunk, head_weight
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.data.windows import eval_batches
+from mlx_randygpt.data.windows import Conversations, eval_batches
 from mlx_randygpt.state import IGNORED, Array, Params
 from mlx_randygpt.tokenizers import Tokenizer
 
@@ -56,13 +56,23 @@ class Losses:
     nats: Array  # (n, T)
 
 
-def losses(w: Params, config: ModelConfig, tokens: Array, max_tokens: int) -> Losses:
-    """Return the loss of each token in evenly spread windows, about `max_tokens` in all."""
+def losses(
+    w: Params,
+    config: ModelConfig,
+    tokens: Array,
+    max_tokens: int,
+    conversations: Conversations | None = None,
+) -> Losses:
+    """Return the loss of each token in evenly spread windows, about `max_tokens` in all.
+
+    With `conversations`, their answers are predicted and nothing else.
+    """
     widest = max(config.vocab_size, 4 * config.n_embd)
     per_batch = max(1, MAX_NUMBERS // (config.block_size * widest))
     chunk: Chunk | None = None
     windows, nats_of_batches = [], []
-    for batch in eval_batches(tokens, config.block_size, per_batch, max_tokens):
+    batches = eval_batches(tokens, config.block_size, per_batch, max_tokens, conversations)
+    for batch in batches:
         x, y = batch.x(), batch.y()
         if chunk is None or len(x) > chunk.rows:
             chunk = inference_chunk(w, config, *x.shape, recompute=True)

@@ -12,7 +12,6 @@ import numpy as np
 
 from mlx_randygpt.analysis import insight
 from mlx_randygpt.checkpoint import Checkpoint
-from mlx_randygpt.data import DataError
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.state import Array
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
@@ -29,21 +28,16 @@ def page(
     tokenizer: Tokenizer,
     val: Array,
     text: str | None,
-    max_tokens: int,
+    scored: insight.Losses,
     samples: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Return the page as HTML.
 
-    It shows the attention of `text`, by default of the beginning of `val`; `samples` are rows of
-    step, prompt and text.
+    It shows the attention of `text`, by default of the beginning of the ids `val`, and the losses
+    `scored` in it; `samples` are rows of step, prompt and text.
     """
-    if len(val) < 2:
-        raise DataError(
-            f"the validation text has {len(val)} tokens, at least 2 are needed; use more --data"
-        )
     config, w = saved.model, saved.state.params
     labels = insight.token_texts(tokenizer)
-    scored = insight.losses(w, config, val, max_tokens)
     has_bos = tokenizer.eos != NO_TOKEN  # without EOS, BOS is an ordinary token
     ids = tokenizer.encode(text) if text else val[(val != tokenizer.bos) | (not has_bos)]
     max_length = int((MAX_MAPS_BYTES / (config.n_layer * config.n_head)) ** 0.5)

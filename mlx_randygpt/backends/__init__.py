@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_randygpt.backends.base import Backend, BackendError, Scorer
+from mlx_randygpt.backends.placement import faster_on
 from mlx_randygpt.backends.ranks.group import SINGLE, Group, RankError
 from mlx_randygpt.config import BACKENDS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.model import merge_adapters
@@ -36,6 +37,14 @@ def choose(name: str) -> tuple[str, str]:
     if name == "mlx" or (device is not None and device.has_gpu):
         return "mlx", ""
     return "numpy", reason if device is None else "MLX has no GPU here"
+
+
+def choose_for_text(name: str, model: ModelConfig, n_streams: int) -> tuple[str, str]:
+    """Resolve `auto` to the backend that generates text faster; return its name and the reason."""
+    chosen, reason = choose(name)
+    if name != "auto" or chosen != "mlx":
+        return chosen, reason
+    return faster_on(model, n_streams)
 
 
 def make_backend(
@@ -75,6 +84,16 @@ def make_scorer(
     return scorer
 
 
+def text_scorer(name: str, model: ModelConfig, backend: Backend) -> Scorer:
+    """Return what generates text with the weights of a backend in training, as they are now.
+
+    It is `backend` itself, or another one called `name` with a copy of the weights.
+    """
+    if name in ("", backend.name):
+        return backend
+    return make_scorer(name, model, backend.state().params)
+
+
 def require_features(name: str, *, adapters: bool = False, ranks: bool = False) -> None:
     """Raise ConfigError or RankError unless this backend trains adapters, or on several ranks."""
     features = getattr(_backend_class(name), "features", ())
@@ -82,6 +101,22 @@ def require_features(name: str, *, adapters: bool = False, ranks: bool = False) 
         raise ConfigError(f"the backend {name} has no --lora-rank; mlx and numpy do")
     if ranks and "ranks" not in features:
         raise RankError(f"--backend {name} trains on one rank; mlx and numpy on several")
+
+
+def limit_memory(backend: Scorer, planned: int = 0) -> None:
+    """Keep MLX on a Metal GPU within `planned` bytes (0: unknown), and what it uses in memory."""
+    if backend.name == "mlx" and (device := mlx_device()[0]) and device.recommended:
+        _mlx_memory().limit(planned, device.recommended)
+
+
+def release_memory(backend: Scorer) -> None:
+    """Return what a backend keeps for reuse to the system; it is idle, or has done its work."""
+    if backend.name == "mlx":
+        _mlx_memory().release()
+
+
+def _mlx_memory() -> Any:
+    return import_module("mlx_randygpt.backends.mlx.memory")
 
 
 def mlx_device() -> tuple[Device | None, str]:

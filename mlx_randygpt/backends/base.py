@@ -78,16 +78,29 @@ class Scorer(Protocol):
     def new_cache(self, batch_size: int) -> Any:
         """Return a Cache with `batch_size` empty rows."""
 
-    def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: Any, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return float32 logits of the last position, (B, V).
 
         With rotary positions the window slides: each layer attends to the last `block_size` keys.
-        With learned positions no length may pass `block_size`. Raises ValueError if T, an id or a
-        position is out of range.
+        With learned positions no length may pass `block_size`. Empty rows can read different
+        numbers of tokens: `lengths` (B,), at least 1; the rest of a row of tokens is padding.
+        Raises ValueError if T, an id or a position is out of range.
         """
 
+    def warm_up(self) -> None:
+        """Load and compile now what decoding would wait for until it pays off."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people: "compiled by numba"."""
+
     def memory_bytes(self) -> int:
-        """Return the peak so far: of device memory, or of the process's resident memory."""
+        """Return the most held so far: of a device's memory, or of the process's resident memory.
+
+        A device shows what it holds at the moment, so read it after every step.
+        """
 
 
 class Backend(Scorer, Protocol):
@@ -101,6 +114,10 @@ class Backend(Scorer, Protocol):
 
     features: tuple[str, ...]  # of "adapters" and "ranks", those that it can train with
     step: int  # optimizer steps taken
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return lines for the user about how it computes here; a backend may leave it out."""
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step on the mean loss over all micro-batches (of one shape).

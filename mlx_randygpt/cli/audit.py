@@ -95,7 +95,8 @@ def audit_facts(
     """Yield what an audit has found as names and values."""
     from mlx_randygpt import settings
 
-    documents = _count(found.n_documents, "document"), _count(found.n_files, "file")
+    noun = "conversation" if found.n_conversations == found.n_documents else "document"
+    documents = _count(found.n_documents, noun), _count(found.n_files, "file")
     amount = f"{format_bytes(found.n_bytes)}, {found.n_characters:,} characters"
     yield "Text", f"{amount}, {' in '.join(documents)}"
     broken = f", {found.n_replacements:,} × � of an earlier wrong reading"
@@ -138,6 +139,7 @@ def audit_json(
     return {
         "files": found.n_files,
         "documents": found.n_documents,
+        "conversations": found.n_conversations,
         "characters": found.n_characters,
         "bytes": found.n_bytes,
         "encoding": encoding,

@@ -29,10 +29,12 @@ class Loaded:
     backend: Scorer
 
 
-def load(checkpoint: Path | None, backend: str, quantize: int | None = None) -> Loaded:
-    """Load a checkpoint, by default the best of checkpoints/, into a backend."""
+def load(
+    checkpoint: Path | None, backend: str, quantize: int | None = None, n_streams: int = 1
+) -> Loaded:
+    """Load a checkpoint, by default the best of checkpoints/, to generate `n_streams` texts."""
     path, saved, tokenizer = read(checkpoint)
-    built = build(saved, backend, quantize)
+    built = build(saved, backend, quantize, n_streams)
     if quantize is not None:
         saved = without_weights(saved)
     return Loaded(path, saved, tokenizer, built)
@@ -74,16 +76,25 @@ def default_checkpoint(path: Path | None) -> Path:
     return find_checkpoint(path or Path("checkpoints"))
 
 
-def build(saved: Checkpoint, backend: str, quantize: int | None = None) -> Scorer:
-    """Build a backend with these weights, in `quantize` bits if given; report it on stderr."""
-    from mlx_randygpt.backends import choose, make_scorer
+def build(
+    saved: Checkpoint, backend: str, quantize: int | None = None, n_streams: int = 0
+) -> Scorer:
+    """Build a backend with these weights, in `quantize` bits if given; report it on stderr.
+
+    It generates up to `n_streams` texts at once; 0: it evaluates.
+    """
+    from mlx_randygpt.backends import choose, choose_for_text, limit_memory, make_scorer
 
     if quantize is not None:
         require_mlx(backend)
         backend = "mlx"
-    name, reason = choose(backend)
+    generates = n_streams > 0
+    name, reason = (
+        choose_for_text(backend, saved.model, n_streams) if generates else choose(backend)
+    )
     params = saved.state.params
     built: Any = make_scorer(name, saved.model, params, dtype=saved.train.dtype, bits=quantize or 0)
+    limit_memory(built)
     echo(f"Backend: {describe_backend(built, reason)}", err=True)
     if quantize is not None:
         before = format_bytes(sum(weight.nbytes for weight in params.values()))

@@ -43,7 +43,8 @@ backend_option = click.option(
     type=click.Choice(["auto", *BACKENDS]),
     default="auto",
     show_default=True,
-    help="Compute with MLX or with NumPy; auto is MLX if it has a GPU, else NumPy.",
+    help="Compute with MLX or with NumPy; auto is MLX if it has a GPU, else NumPy. "
+    "Small models write text with NumPy.",
 )
 json_option = click.option("--json", is_flag=True, help="Print exactly one JSON object on stdout.")
 threads_option = click.option(
@@ -77,6 +78,14 @@ reading_options = options(
     click.option("--encoding", help="Decode text files by this encoding.  [default: utf-8]"),
     click.option(
         "--text-field", help="Read this field of .jsonl and .parquet rows.  [default: text]"
+    ),
+    click.option("--me", metavar="NAME", help="Learn the answers of NAME in an exported chat."),
+    click.option("--as-text", is_flag=True, default=None, help="Read conversations as plain text."),
+    click.option(
+        "--skip-bad-rows",
+        is_flag=True,
+        default=None,
+        help="Leave out invalid rows, and report how many there are.",
     ),
     section="Text",
 )

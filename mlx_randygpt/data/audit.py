@@ -23,6 +23,8 @@ from mlx_randygpt.data.hashing import hash_windows
 from mlx_randygpt.data.reading import Piece
 from mlx_randygpt.data.split import (
     Split,
+    conversation_cuts,
+    conversations_last,
     copies_together,
     document_cuts,
     parts_split,
@@ -73,6 +75,7 @@ class Audit:
 
     n_files: int
     n_documents: int
+    n_conversations: int  # of these
     n_characters: int
     n_bytes: int  # in UTF-8
     scripts: dict[str, float]  # shares of the letters, largest first
@@ -108,6 +111,7 @@ def audit(source: Source, keeps_copies: bool = True) -> Audit:
     return Audit(
         n_files=census.files[-1] + 1 if census.files else 0,
         n_documents=len(census.files),
+        n_conversations=sum(census.talks),
         n_characters=sum(census.lengths),
         n_bytes=census.n_bytes,
         scripts=count_scripts(census.counts),
@@ -135,6 +139,7 @@ class Census:
         self.counts: NDArray[np.int64] = np.zeros(CODE_POINTS, np.int64)
         self.digests, self.lengths = array("Q"), array("q")  # of each document
         self.files = array("q")  # of each document
+        self.talks = array("b")  # of each document: 1 for a conversation
         self.n_bytes = 0
         self.lines = Lines()
         self._digest: Any = sha256()
@@ -147,13 +152,13 @@ class Census:
         text = piece.text
         if piece.begins:
             self._digest, self._length, self._waiting = sha256(), 0, ""
-        raw = text.encode("utf-8", "surrogatepass")
-        self._digest.update(raw)
+            self.talks.append(piece.role != "")
+        self._digest.update(piece.identity)
         self._length += len(text)
-        self.n_bytes += len(raw)
+        self.n_bytes += len(text.encode("utf-8", "surrogatepass"))
         self._count(text)
         whole = (self._waiting + text).split("\n")
-        self._waiting = "" if piece.ends else whole.pop()[: MAX_LINE + 1]
+        self._waiting = "" if piece.ends or piece.role else whole.pop()[: MAX_LINE + 1]
         self.lines.add(whole)
         if piece.ends:
             self.digests.append(int.from_bytes(self._digest.digest()[:8], "little"))
@@ -212,8 +217,12 @@ def _plan(census: Census, keeps_copies: bool) -> Plan:
     ends = np.cumsum(lengths + FRAME)
     starts, n = ends - lengths - FRAME, int(ends[-1]) if len(ends) else 0
     digests = np.asarray(census.digests, np.uint64)
+    talks = np.asarray(census.talks, np.bool_)
     cuts = document_cuts(digests, starts, n) if keeps_copies else None
     parts = copies_together(digests, starts, n) if keeps_copies else None
+    if talks.any():
+        cuts = conversation_cuts(digests, starts, talks, n)
+        parts = conversations_last(digests, starts, talks, n)
     file_starts = starts[np.unique(np.asarray(census.files, np.int64), return_index=True)[1]]
     split = (
         tail_split(file_starts.tolist(), n)

@@ -1,8 +1,8 @@
 """The cache of tokens: files that are written completely or not at all, and read in windows.
 
-A file holds, in this order: the tokens (uint16 or uint32), the starts of documents (int64), a
-header in JSON, the SHA-256 of the header, its length, and MAGIC. It thus begins like a plain token
-file, and its end shows whether it is complete.
+A file holds, in this order: the tokens (of 16 or 32 bits; signed if some are stored as their
+complement), the starts of documents (int64), a header in JSON, the SHA-256 of the header, its
+length, and MAGIC. It thus begins like a plain token file, and its end shows whether it is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlx_randygpt import files
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.token_file import OpenFile, TokenFile
 
-MAGIC = b"mlxgptk3"
+MAGIC = b"mlxgptk4"
 DIGEST_BLOCK = 1 << 24  # bytes of tokens that one digest covers
 TAIL_BYTES = 32 + 8 + len(MAGIC)  # after the header
 FOLDER_VARIABLE = "MLXGPT_CACHE"  # environment variable for another folder
@@ -39,7 +39,7 @@ Buffer = bytes | memoryview
 class CachedTokens(NamedTuple):
     """The content of a file; its tokens are read when they are asked for."""
 
-    tokens: TokenFile  # (n,) uint16 or uint32
+    tokens: TokenFile  # (n,) 16 or 32 bits
     starts: NDArray[np.int64]  # (documents,)
     facts: dict[str, Any]  # the header
 
@@ -67,13 +67,18 @@ def write(
     blocks: Iterable[Array],
     vocab_size: int,
     finish: Callable[[], tuple[Any, dict[str, Any]]],
+    *,
+    signed: bool = False,
 ) -> None:
     """Write the blocks as one file; `finish` then returns the starts of documents and the facts.
+
+    `signed` has room for tokens that are stored as their complement.
 
     The name exists only once the complete file is on the disk. Files of the folder that were not
     read for MAX_UNUSED_DAYS are removed. Raises DataError if the file cannot be written.
     """
-    dtype = np.dtype(np.uint16 if vocab_size <= MAX_UINT16_VOCAB else np.uint32)
+    small, large = (np.int16, np.int32) if signed else (np.uint16, np.uint32)
+    dtype = np.dtype(small if vocab_size <= MAX_UINT16_VOCAB >> signed else large)
     try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         files.sweep(path.parent)

@@ -19,13 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError, cache, token_files
+from mlx_randygpt.data.conversations import short_question
 from mlx_randygpt.data.encoding import TextStats, blocks
 from mlx_randygpt.data.files import find_files, is_packed, is_tokens, kind
-from mlx_randygpt.data.reading import Piece, Reading, Seen, all_pieces
+from mlx_randygpt.data.reading import Piece, Reading, Seen, all_pieces, holds_conversations
 from mlx_randygpt.data.split import (
     TRAIN_SHARE,
     Parts,
     Split,
+    conversations_last,
     copies_together,
     parts_split,
     tail_split,
@@ -33,6 +35,7 @@ from mlx_randygpt.data.split import (
 )
 from mlx_randygpt.data.token_file import TokenFile
 from mlx_randygpt.data.vocabulary import AUTO, Choice, Vocabulary, choose_tokenizer, learn
+from mlx_randygpt.dialogue import has_dialogue
 from mlx_randygpt.files import resolve
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.tokenizers.subword import KINDS
@@ -40,6 +43,15 @@ from mlx_randygpt.tokenizers.subword import KINDS
 PROMPT_TOKENS = 1 << 20  # tokens at the beginning of a text that decide the default prompt
 MAX_IN_MEMORY_BYTES = 1 << 24  # bytes of files that are read into memory
 Array = NDArray[Any]
+FACTS = (  # fields of a corpus that one pass over the text finds
+    "sha256",
+    "characters",
+    "n_bytes",
+    "unknown",
+    "n_conversations",
+    "n_skipped",
+    "first_skipped",
+)
 Progress = Callable[[str, int, int], None]  # activity, bytes so far, total bytes
 
 
@@ -47,11 +59,12 @@ Progress = Callable[[str, int, int], None]  # activity, bytes so far, total byte
 class Corpus:
     """Documents as one array of tokens: BOS document EOS BOS document EOS and so on.
 
-    `train` and `val` return the same array objects at every call, so a backend can hold them.
+    Conversations stand between them as their rendered turns. `train` and `val` return the same
+    array objects at every call, so a backend can hold them.
     """
 
     names: tuple[str, ...]  # of the files
-    tokens: Array | TokenFile  # (n,) int32; in a file uint16 or uint32
+    tokens: Array | TokenFile  # (n,) int32; in a file 16 or 32 bits
     starts: NDArray[np.int64]  # the first token of each document
     sha256: str  # of the documents in UTF-8, with a NUL between them; or of the token files
     characters: int = 0  # 0 for token files
@@ -60,6 +73,9 @@ class Corpus:
     keeps_copies: bool = True  # whether the rule of the split is that copies are on one side
     unknown: dict[str, int] = field(default_factory=dict)  # characters that were dropped
     choice: Choice | None = None  # why it has its tokenizer; None: that was given
+    n_conversations: int = 0
+    n_skipped: int = 0  # invalid rows that were left out
+    first_skipped: str = ""  # what is wrong with the first of them
 
     @cached_property
     def train(self) -> Array | TokenFile:
@@ -71,16 +87,19 @@ class Corpus:
         """Return the tokens after `train`; a view."""
         return self.tokens[self._n_train() :]
 
-    def provenance(self, reading: Reading, *, respect_documents: bool = False) -> dict[str, Any]:
-        """Return the `data` of a checkpoint: the source of the text and its reading options."""
+    def provenance(self, reading: Reading, **more: Any) -> dict[str, Any]:
+        """Return the `data` of a checkpoint: the source of the text, its options, and `more`."""
         return {
             "paths": [str(resolve(Path(name))) for name in self.names],
             "characters": self.characters,
             "sha256": self.sha256,
             **asdict(reading),
-            "respect_documents": respect_documents,
+            "respect_documents": False,
+            "pack": False,
             "keeps_copies": self.keeps_copies,
+            "dialogue": self.n_conversations > 0,
             "validation": self.validation,
+            **more,
         }
 
     @property
@@ -107,7 +126,10 @@ class Loader:
     def load(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary
     ) -> tuple[Tokenizer, Corpus]:
-        """Return the corpus and its tokenizer, which is learned if `requested` is a Vocabulary."""
+        """Return the corpus and its tokenizer, which is learned if `requested` is a Vocabulary.
+
+        If there are conversations, the tokenizer gets the tokens of dialogues that it lacks.
+        """
         if any(map(is_tokens, files)):
             files = token_files.sort_splits([*files])
             if other := [file for file in files if not is_tokens(file)]:
@@ -125,7 +147,7 @@ class Loader:
             stats = TextStats()
             tokens = np.concatenate([*self._blocks(files, tokenizer, stats)])
             starts, facts = self._finish(files, stats)
-            if self.keeps_copies and (parts := _copy_parts(stats)):
+            if self.keeps_copies and facts["moves"] and (parts := _new_order(stats)):
                 tokens = np.concatenate([*parts.blocks(tokens)])
                 starts, facts = self._finish(files, stats, parts)
             corpus = self._corpus(files, tokens, np.asarray(starts, np.int64), facts)
@@ -147,21 +169,26 @@ class Loader:
         plain = self.folder / f"{cache.key(*parts)}.tokens"
         moved = self.folder / f"{cache.key(*parts, 'copies on one side')}.tokens"
         path, cached = plain, cache.read(plain)
-        if cached is not None and self.keeps_copies and cached.facts["n_copies"]:
+        if cached is not None and self.keeps_copies and cached.facts["moves"]:
             path, cached = moved, cache.read(moved)
         if cached is not None:
             return cached
-        stats, n = TextStats(), tokenizer.vocab_size
+        stats, n, signed = TextStats(), tokenizer.vocab_size, has_dialogue(tokenizer)
         encoded = self._blocks(files, tokenizer, stats)
-        cache.write(plain, encoded, n, lambda: self._finish(files, stats))
+        cache.write(plain, encoded, n, lambda: self._finish(files, stats), signed=signed)
         path, cached = plain, cache.read(plain)
-        if cached is not None and self.keeps_copies and (order := _copy_parts(stats)):
+        moves = cached is not None and self.keeps_copies and cached.facts["moves"]
+        if cached is not None and moves and (order := _new_order(stats)):
             again = order.blocks(cached.tokens)
-            cache.write(moved, again, n, lambda: self._finish(files, stats, order))
+            cache.write(moved, again, n, lambda: self._finish(files, stats, order), signed=signed)
             path, cached = moved, cache.read(moved)
         if cached is None:
             raise DataError(f"{path} was damaged or removed as soon as it was written; start again")
         return cached
+
+    def holds_conversations(self, files: Sequence[Path]) -> bool:
+        """Return whether any of the files is read as conversations."""
+        return any(holds_conversations(file, self.reading) for file in files if not is_tokens(file))
 
     def learn(
         self, files: Sequence[Path], requested: Vocabulary
@@ -179,7 +206,8 @@ class Loader:
                 self.progress("Merging pairs into tokens", 0, size)
 
         try:
-            return learn(requested, texts, size)
+            tokenizer, choice = learn(requested, texts, size)
+            return self._fitting(files, tokenizer), choice
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
@@ -190,14 +218,18 @@ class Loader:
     ) -> tuple[Tokenizer, Choice | None]:
         if isinstance(requested, Vocabulary):
             return self.learn(files, requested)
-        return requested, None
+        return self._fitting(files, requested), None
+
+    def _fitting(self, files: Sequence[Path], tokenizer: Tokenizer) -> Tokenizer:
+        """Return the tokenizer with the tokens of dialogues if there are conversations."""
+        return tokenizer.with_dialogue() if self.holds_conversations(files) else tokenizer
 
     def _cached_tokenizer(
         self, files: Sequence[Path], requested: Tokenizer | Vocabulary, content: str
     ) -> tuple[Tokenizer, Choice | None]:
         """Return the tokenizer; one learned from a long text is cached beside its tokens."""
         if not isinstance(requested, Vocabulary):
-            return requested, None
+            return self._fitting(files, requested), None
         path = self.folder / f"{cache.key(content, requested.key)}.tokenizer.json"
         try:
             saved = json.loads(cache.read_small(path))
@@ -222,7 +254,8 @@ class Loader:
         self, files: Sequence[Path], activity: str, stats: TextStats | None = None
     ) -> Iterator[Piece]:
         seen, n_files = self._seen(activity, self._size(files)), 0
-        for i, piece in all_pieces(files, self.reading, seen):
+        skipped = (stats or TextStats()).skip
+        for i, piece in all_pieces(files, self.reading, seen, skipped):
             if stats is not None and i == n_files:
                 n_files += 1
                 stats.begin_file()
@@ -274,7 +307,7 @@ class Loader:
                 raise DataError(f"{file} cannot be read: {error.strerror}") from error
             parts.append([kind(file), digest])
             seen(file.stat().st_size)
-        return cache.key(parts, asdict(self.reading))
+        return cache.key(parts, self.reading.key)
 
     def _finish(
         self, files: Sequence[Path], stats: TextStats, parts: Parts | None = None
@@ -282,14 +315,16 @@ class Loader:
         """Return where documents begin and the facts about the text, in the order of `parts`."""
         starts = np.asarray(stats.starts, np.int64)
         file_starts = starts[np.asarray(stats.files, np.int64)].tolist()
+        order = parts or _new_order(stats)
+        if any(stats.talks) and order is not None and not order.moves:
+            parts = order
+        moves = order is not None and parts is None
         if parts is not None:
-            split = parts_split(parts, file_starts, stats.n_tokens)
-            return parts.new_starts, _facts(stats) | {"split": asdict(split)}
-        n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
-        split = tail_split(file_starts, stats.n_tokens, n_train)
-        copies = _copy_parts(stats)
-        n_copies = copies.n_copies if copies else 0
-        return starts, _facts(stats) | {"split": asdict(split), "n_copies": n_copies}
+            starts, split = parts.new_starts, parts_split(parts, file_starts, stats.n_tokens)
+        else:
+            n_train = token_files.n_train([*files]) if is_tokens(files[0]) else None
+            split = tail_split(file_starts, stats.n_tokens, n_train)
+        return starts, _facts(stats) | {"split": asdict(split), "moves": moves}
 
     def _corpus(
         self,
@@ -298,14 +333,13 @@ class Loader:
         starts: Array,
         facts: dict[str, Any],
     ) -> Corpus:
-        used = ("sha256", "characters", "n_bytes", "unknown")
         return Corpus(
             names=tuple(map(str, files)),
             tokens=tokens,
             starts=starts,
             split=Split.from_json(facts["split"]),
             keeps_copies=self.keeps_copies,
-            **{name: facts[name] for name in used},
+            **{name: facts[name] for name in FACTS},
         )
 
 
@@ -346,14 +380,29 @@ def encode_corpus(texts: Mapping[str, str], tokenizer: Tokenizer) -> Corpus:
 def default_prompt(corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Return a prompt for the samples: "ROMEO:", a newline, or the first character of the text.
 
-    It is the first of these that occurs near the beginning of the text.
+    It is the first of these that occurs near the beginning of the text. If there are conversations,
+    it is a question of those for validation.
     """
+    if corpus.n_conversations:
+        n_train = len(corpus.train)
+        starts = corpus.starts[corpus.starts >= n_train] - n_train
+        return short_question(corpus.val, starts, tokenizer)
     text = tokenizer.decode(np.asarray(corpus.tokens[:PROMPT_TOKENS]))
     return "ROMEO:" if "ROMEO:" in text else "\n" if "\n" in text else text[:1] or "\n"
 
 
 def check_length(corpus: Corpus, block_size: int) -> None:
-    """Raise DataError unless training and validation each hold a block and the token after it."""
+    """Raise DataError unless training and validation each hold a block and the token after it.
+
+    Of conversations, which are filled up to a block, each needs one.
+    """
+    if corpus.n_conversations:
+        if not len(corpus.val):
+            raise DataError(
+                "the text has 1 conversation, or copies of one; give at least 2 different ones, "
+                "since validation needs one of its own"
+            )
+        return
     n, longest = len(corpus.tokens), min(len(corpus.train), len(corpus.val)) - 1
     if longest >= block_size:
         return
@@ -371,17 +420,24 @@ def check_length(corpus: Corpus, block_size: int) -> None:
 
 
 def _facts(stats: TextStats) -> dict[str, Any]:
+    """Return the values of FACTS."""
     return {
         "sha256": stats.digest.hexdigest(),
         "characters": stats.characters,
         "n_bytes": stats.n_bytes,
         "unknown": dict(stats.unknown),
+        "n_conversations": sum(stats.talks),
+        "n_skipped": stats.n_skipped,
+        "first_skipped": stats.first_skipped,
     }
 
 
-def _copy_parts(stats: TextStats) -> Parts | None:
-    """Return the order that keeps copies of documents together, if it is another."""
+def _new_order(stats: TextStats) -> Parts | None:
+    """Return the order that the split needs, None if it is that of the text."""
+    digests, starts = np.asarray(stats.documents, np.uint64), np.asarray(stats.starts, np.int64)
+    if any(stats.talks):
+        talks = np.asarray(stats.talks, np.bool_)
+        return conversations_last(digests, starts, talks, stats.n_tokens)
     if len(stats.documents) < 2:  # also token files, of which no texts are known
         return None
-    digests, starts = np.asarray(stats.documents, np.uint64), np.asarray(stats.starts, np.int64)
     return copies_together(digests, starts, stats.n_tokens)

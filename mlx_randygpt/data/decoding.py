@@ -1,4 +1,7 @@
-"""Decoding: tokens become pieces of text again, a document at a time, in bounded memory."""
+"""Decoding: tokens become pieces of text again, a document at a time, in bounded memory.
+
+Each turn of a conversation is a document of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_randygpt.data.corpus import Array
 from mlx_randygpt.data.reading import Piece
 from mlx_randygpt.data.token_file import TokenFile
+from mlx_randygpt.dialogue import ROLE_TOKENS
+from mlx_randygpt.state import plain_ids
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 CHUNK_TOKENS = 1 << 16  # decoded at a time
@@ -26,17 +30,18 @@ def decoded(
     The pieces of a document add up to its decoded text. `ends` is set at its end, and where the
     tokens end.
     """
-    marks: NDArray[np.int64] = np.empty(0, np.int64)
+    begin_of = [tokenizer.special(name) for name in ROLE_TOKENS.values()]
+    if tokenizer.eos != NO_TOKEN:  # otherwise BOS is an ordinary token
+        begin_of.append(tokenizer.bos)
     begins, position = True, 0
     while position < len(tokens):
         stop = _next_cut(tokens, tokenizer, position, size)
-        chunk = np.asarray(tokens[position:stop])
-        if tokenizer.eos != NO_TOKEN:  # otherwise BOS is an ordinary token
-            marks = np.flatnonzero(chunk == tokenizer.bos)
+        chunk = plain_ids(np.asarray(tokens[position:stop]))
+        marks = np.flatnonzero(np.isin(chunk, begin_of))
         for start, end in pairwise([0, *marks.tolist(), len(chunk)]):
             begins = begins or start in marks
             n_before = 0 if begins else min(CONTEXT, position)
-            before = np.asarray(tokens[position + start - n_before : position + start])
+            before = plain_ids(np.asarray(tokens[position + start - n_before : position + start]))
             text = tokenizer.decode(np.concatenate([before, chunk[start:end]]))
             text = text[len(tokenizer.decode(before)) :] if n_before else text
             ends = end < len(chunk) or stop == len(tokens)
@@ -50,8 +55,7 @@ def _next_cut(tokens: Array | TokenFile, tokenizer: Tokenizer, start: int, size:
     """Return where a piece from `start` ends: after about `size` tokens, not inside a character."""
     least = min(start + size, len(tokens))
     for stop in range(least, min(least + CONTEXT, len(tokens))):
-        if not tokenizer.decode(np.asarray(tokens[max(start, stop - CONTEXT) : stop])).endswith(
-            HALF
-        ):
+        last = plain_ids(np.asarray(tokens[max(start, stop - CONTEXT) : stop]))
+        if not tokenizer.decode(last).endswith(HALF):
             return stop
     return min(least + CONTEXT, len(tokens)) if least < len(tokens) else least

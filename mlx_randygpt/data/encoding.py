@@ -1,6 +1,7 @@
 """Encoding: pieces of text become blocks of tokens, on several threads and in order.
 
-If the tokenizer has a token that ends a text, a document becomes BOS document EOS.
+If the tokenizer has a token that ends a text, a text becomes BOS text EOS. A conversation becomes
+its rendered turns; tokens that are only read are stored as their complement.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data.reading import MAX_PIECE, Piece
+from mlx_randygpt.dialogue import frame
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 
 Ids = NDArray[np.int32]
@@ -34,6 +36,9 @@ class TextStats:
     starts: array[int] = field(default_factory=lambda: array("q"))  # where documents begin
     files: array[int] = field(default_factory=lambda: array("q"))  # first document of each file
     documents: array[int] = field(default_factory=lambda: array("Q"))  # a digest of each text
+    talks: array[int] = field(default_factory=lambda: array("b"))  # 1 for a conversation
+    n_skipped: int = 0  # rows that were left out
+    first_skipped: str = ""  # what is wrong with the first of them
     _n_read: int = 0  # documents
     _document: Any = field(default_factory=sha256)  # the one that is being read
 
@@ -41,19 +46,24 @@ class TextStats:
         """Count one more file; the pieces read from now on are of it."""
         self.files.append(self._n_read)
 
+    def skip(self, problem: str) -> None:
+        """Count one more row that is left out."""
+        self.n_skipped += 1
+        self.first_skipped = self.first_skipped or problem
+
     def read(self, piece: Piece) -> None:
         """Count one more piece."""
         between = b"\0" if piece.begins and self._n_read else b""
         self._n_read += piece.begins
-        raw = piece.text.encode("utf-8", "surrogatepass")
-        self.digest.update(between + raw)
-        self._document = sha256(raw) if piece.begins else self._document
-        if not piece.begins:
-            self._document.update(raw)
+        self.digest.update(between + piece.identity)
+        if piece.begins:
+            self._document = sha256()
+            self.talks.append(piece.role != "")
+        self._document.update(piece.identity)
         if piece.ends:
             self.documents.append(int.from_bytes(self._document.digest()[:8], "little"))
         self.characters += len(piece.text)
-        self.n_bytes += len(raw)
+        self.n_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
 
 
 def blocks(
@@ -103,7 +113,10 @@ def _encode(job: list[Piece], tokenizer: Tokenizer) -> tuple[Ids, list[int], dic
     for piece, ids in zip(job, tokenizer.encode_batch(texts), strict=True):
         if piece.begins:
             starts.append(n)
-        document = bos[: piece.begins], ids, eos[: piece.ends]
+        document = [bos[: piece.begins], ids, eos[: piece.ends]]
+        if piece.role:
+            ids, counts = frame(piece.role, ids, tokenizer)
+            document = [np.where(counts, ids, ~ids)]
         parts += document
         n += sum(map(len, document))
     return np.concatenate(parts), starts, tokenizer.unknown("".join(texts))

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.own_files import is_own
@@ -54,11 +55,20 @@ Note = Callable[[str], None]  # shows a line about files that are left out
 ROWS = (".jsonl", ".ndjson", ".parquet")  # many documents in a file
 PACKED = (".gz", ".zst")
 SUFFIXES = (*PROSE, *SOURCE, *ROWS)
+WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")  # behind a path and a colon
 WILDCARDS = frozenset("*?[")
 TOKENS = ".bin"
 TOKEN_NAMES = re.compile(r"(.+[_.-])?(train|val|valid|validation)([_-]\d+)?")  # nanoGPT, llm.c
 TRAIN = re.compile(r"(^|[_.-])train([_.-]|$)")
 VALIDATION = re.compile(r"(^|[_.-])(val|valid|validation)([_.-]|$)")
+
+
+class TextSource(NamedTuple):
+    """A file to read, and the share of the training windows that the path which named it has."""
+
+    file: Path
+    path: str = ""  # that was given a weight; "": without one
+    weight: float = 0.0
 
 
 def kind(file: Path) -> str:
@@ -91,12 +101,45 @@ def find_files(paths: Sequence[str], note: Note = lambda line: None) -> list[Pat
     token files if it holds a train.bin. Links are followed. What this program wrote is left out of
     folders and globs. Raises DataError for a path, folder or link that leads nowhere or is closed.
     """
-    files: dict[Path, Path] = {}
-    for name in paths:
-        with _data_errors(name):
+    return [source.file for source in find_sources(paths, note)]
+
+
+def find_sources(paths: Sequence[str], note: Note = lambda line: None) -> list[TextSource]:
+    """Return the files as `find_files` does, with the weights of paths such as `talks.jsonl:0.3`.
+
+    Raises DataError for a weight that is no share, or whose files earlier paths have named.
+    """
+    sources: dict[Path, TextSource] = {}
+    for given in paths:
+        with _data_errors(given):
+            name, weight = split_weight(given)
+            n_before = len(sources)
             for file in _expand(name, note):
-                files.setdefault(resolve(file), file)
-    return list(files.values())
+                source = TextSource(file, name, weight) if weight else TextSource(file)
+                sources.setdefault(resolve(file), source)
+            if weight and len(sources) == n_before:
+                raise DataError(f"--data {given}: an earlier --data names its files already")
+    _check_weights([*sources.values()])
+    return [*sources.values()]
+
+
+def split_weight(given: str) -> tuple[str, float]:
+    """Return path and weight of `talks.jsonl:0.3`; 0 without a weight."""
+    name, _, number = given.rpartition(":")
+    if not name or not WEIGHT.fullmatch(number) or exists(Path(os.path.expanduser(given))):
+        return given, 0.0
+    if not 0 < float(number) < 1:
+        raise DataError(f"--data {given}: a weight is above 0 and below 1, such as {name}:0.3")
+    return name, float(number)
+
+
+def _check_weights(sources: Sequence[TextSource]) -> None:
+    total = sum({source.path: source.weight for source in sources}.values())
+    if total >= 1 and any(not source.path for source in sources):
+        raise DataError(
+            f"the weights of --data add up to {total:g}, which leaves nothing for the texts without"
+            " a weight; give weights that add up to less than 1"
+        )
 
 
 @contextlib.contextmanager
@@ -110,6 +153,7 @@ def _data_errors(name: object) -> Iterator[None]:
 
 def is_pipe(name: str) -> bool:
     """Return whether a path is stdin or a pipe, which one process can read, and only once."""
+    name = split_weight(name)[0]
     path = Path(os.path.expanduser(name))
     return name == "-" or name.startswith("/dev/fd/") or path.is_fifo()
 

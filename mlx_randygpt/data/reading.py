@@ -1,7 +1,8 @@
 """Reading: files become pieces of text, strictly decoded, with a few megabytes in memory.
 
 This module handles encodings, line ends, compression and formats with many documents. Pieces are
-cut between words, so that encoding the pieces gives the tokens of the whole text.
+cut between words, so that encoding the pieces gives the tokens of the whole text. A turn of a
+conversation is one piece.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count, islice
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mlx_randygpt.config import missing
-from mlx_randygpt.data import DataError, recognition
+from mlx_randygpt.data import DataError, chats, recognition, rows
 from mlx_randygpt.data.files import kind
+from mlx_randygpt.data.rows import JSON_TYPES, RowError
+from mlx_randygpt.dialogue import Turn
 from mlx_randygpt.words import one_line
 
 CHUNK_BYTES = 1 << 20
@@ -27,16 +31,11 @@ MAX_PIECE = 1 << 18  # characters
 MAX_TRIES = 1000  # spaces to try when looking for a word boundary
 MAX_NAMES = 20  # fields of a row, or files, that a message lists
 MAX_NAME = 40  # characters of each
-JSON_TYPES: dict[type, str] = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "an object",
-}
 Seen = Callable[[int], None]  # bytes of the file that were read since the last call
+Skipped = Callable[[str], None]  # the problem of a row that is left out
+Document = Iterator[str] | list[Turn]  # a text in parts, or a conversation
+CHAT_FILES = (".txt", ".md", ".markdown")  # that can hold an exported chat
+ARRAY = re.compile(r"\s*\[\s*\{")  # how a JSON array of rows begins
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,9 @@ class Reading:
 
     encoding: str = "utf-8"
     text_field: str = "text"  # of a row of .jsonl or .parquet
+    me: str = ""  # whose messages of a chat are the assistant's
+    as_text: bool = False  # whether conversations and chats are read as texts
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -56,6 +58,15 @@ class Reading:
                 f"encoding={self.encoding!r} is unknown; try utf-8, utf-16, latin-1 or cp1252"
             ) from error
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides what is read; options of conversations only if given."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value or name in ("encoding", "text_field")
+        }
+
 
 class Piece(NamedTuple):
     """A part of a document."""
@@ -63,6 +74,13 @@ class Piece(NamedTuple):
     text: str
     begins: bool  # whether it is the first of its document
     ends: bool  # whether it is the last
+    role: str = ""  # of a turn; a conversation is a document
+
+    @property
+    def identity(self) -> bytes:
+        """Return what tells it apart from other pieces: its text, and who says it."""
+        mark = f"<|{self.role}|>" if self.role else ""
+        return (mark + self.text).encode("utf-8", "surrogatepass")
 
 
 def read_text(file: Path, reading: Reading | None = None) -> str:
@@ -78,25 +96,59 @@ def pieces(
     reading: Reading | None = None,
     seen: Seen = lambda n: None,
     size: int = MAX_PIECE,
+    skipped: Skipped = lambda problem: None,
 ) -> Iterator[Piece]:
-    """Yield the documents of a file in pieces of at most `size` characters.
+    """Yield the documents of a file in pieces of at most `size` characters, or in turns.
 
-    A file is one document, or one per row. Raises DataError like `read_text`.
+    A file is one document, or one per row or conversation. Raises DataError like `read_text`.
     """
-    reading, suffix, empty = reading or Reading(), kind(file), True
-    documents: Iterator[Iterator[str]]
-    if suffix in (".jsonl", ".ndjson"):
-        documents = (iter([row]) for row in _json_rows(file, reading, seen))
-    elif suffix == ".parquet":
-        documents = (iter([row]) for row in _parquet_rows(file, reading, seen))
-    else:
-        documents = iter([_decode(file, reading.encoding, seen)])
-    for document in documents:
-        for piece in _cut(document, size):
+    empty = True
+    for document in _documents(file, reading or Reading(), seen, skipped):
+        for piece in _turns(document) if isinstance(document, list) else _cut(document, size):
             empty = False
             yield piece
     if empty:
         raise DataError(f"{file} is empty; put text into it or leave it out")
+
+
+def holds_conversations(file: Path, reading: Reading) -> bool:
+    """Return whether a file is read as conversations; False if it cannot be read."""
+    try:
+        return next(pieces(file, reading), Piece("", True, True)).role != ""
+    except DataError:
+        return False
+
+
+def _documents(file: Path, reading: Reading, seen: Seen, skipped: Skipped) -> Iterator[Document]:
+    suffix = kind(file)
+    if suffix == ".parquet":
+        yield from _parquet_rows(file, reading, seen, skipped)
+        return
+    parts = _decode(file, reading.encoding, seen)
+    if suffix in (".jsonl", ".ndjson"):
+        places = enumerate(_lines(parts), start=1)
+        lines = ((f"{file}: line {i}", line) for i, line in places if line.strip())
+        yield from _rows(((place, _parse(line, place)) for place, line in lines), reading, skipped)
+        return
+    head = next(parts, "")
+    parts = chain([head], parts)
+    if reading.as_text:
+        yield parts
+    elif suffix == ".json" and ARRAY.match(head):
+        yield from _json_array(file, "".join(parts), reading, skipped)
+    elif suffix in CHAT_FILES and chats.is_whatsapp(head):
+        messages = chats.whatsapp_messages(_lines(parts))
+        yield from chats.conversations(messages, reading.me, str(file))
+    elif suffix in CHAT_FILES and chats.is_markdown_chat(head, reading.me):
+        messages = chats.markdown_messages(_lines(parts))
+        yield from chats.conversations(messages, reading.me, str(file))
+    else:
+        yield parts
+
+
+def _turns(turns: list[Turn]) -> Iterator[Piece]:
+    for i, turn in enumerate(turns):
+        yield Piece(turn.text, i == 0, i == len(turns) - 1, turn.role)
 
 
 def _cut(parts: Iterator[str], size: int) -> Iterator[Piece]:
@@ -232,36 +284,81 @@ def _unzstd(raw: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("it ends inside a frame")
 
 
-def _json_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
-    """Yield the text of each line, which must be a JSON object."""
-    for number, line in enumerate(_lines(_decode(file, reading.encoding, seen)), start=1):
-        if not line.strip():
-            continue
+Row = Callable[[], Any]  # returns the value of a row, or raises RowError
+
+
+def _parse(line: str, place: str) -> Row:
+    def parse() -> Any:
         try:
-            row = json.loads(line)
+            return json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: line {number} is not JSON: {error}") from error
-        yield _row_text(row, reading.text_field, f"{file}: line {number}")
+            raise RowError(f"{place} is not JSON: {error}") from error
+
+    return parse
 
 
-def _row_text(row: Any, field: str, place: str) -> str:
-    """Return the text of a row; raise DataError with the reason if it has none."""
+def _json_array(file: Path, content: str, reading: Reading, skipped: Skipped) -> Iterator[Document]:
+    """Yield the conversations of a JSON array of rows; an array of anything else is a text."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        values = []
+    first = values[0] if values and isinstance(values[0], dict) else {}
+    if reading.text_field in first or not rows.has_conversation(first):
+        yield iter([content])
+        return
+    places = ((f"{file}: item {i}", value) for i, value in enumerate(values, start=1))
+    yield from _rows(((place, _just(value)) for place, value in places), reading, skipped)
+
+
+def _rows(
+    found: Iterator[tuple[str, Row]], reading: Reading, skipped: Skipped
+) -> Iterator[Document]:
+    """Yield the document of each row, with its place; those of a file are of one kind."""
+    is_text: bool | None = reading.as_text or None
+    for place, read in found:
+        try:
+            row = read()
+            if is_text is None and isinstance(row, dict):
+                is_text = reading.text_field in row or not rows.has_conversation(row)
+            document = _document(row, reading.text_field, place, is_text)
+        except RowError as error:
+            if not reading.skip_bad_rows:
+                raise
+            skipped(str(error))
+        else:
+            yield document
+
+
+def _document(row: Any, field: str, place: str, is_text: bool | None) -> Document:
+    """Return the text or the conversation of a row; raise RowError with the reason if it has none.
+
+    `is_text` is None as long as no row of the file was an object.
+    """
     if not isinstance(row, dict):
-        raise DataError(
-            f"{place} is {JSON_TYPES[type(row)]}, not an object such as {{{json.dumps(field)}: …}}"
-        )
+        wanted = json.dumps(field) if is_text is not False else '"messages"'
+        raise RowError(f"{place} is {JSON_TYPES[type(row)]}, not an object such as {{{wanted}: …}}")
+    if is_text is False:
+        if not rows.has_conversation(row):
+            raise RowError(f"{place} has no conversation, as rows before it have; {_has(row)}")
+        return rows.conversation(row, place)
     if field not in row:
-        names = f"it has {_list_names(row)}" if row else "it is empty"
-        raise DataError(
-            f"{place} has no text under {field!r}; {names}; choose another with --text-field"
+        hint = "; conversations and texts need files of their own" * rows.has_conversation(row)
+        raise RowError(
+            f"{place} has no text under {field!r}; {_has(row)}; choose another with --text-field"
+            f"{hint}"
         )
-    return _text_of(row[field], field, place)
+    return iter([_text_of(row[field], field, place)])
+
+
+def _has(row: Mapping[str, Any]) -> str:
+    return f"it has {_list_names(row)}" if row else "it is empty"
 
 
 def _text_of(value: Any, field: str, place: str) -> str:
     if not isinstance(value, str):
         kind = JSON_TYPES.get(type(value), type(value).__name__)
-        raise DataError(
+        raise RowError(
             f"{place} has {kind} under {field!r}, not a text; remove the row or choose another "
             "field with --text-field"
         )
@@ -285,7 +382,7 @@ def _lines(parts: Iterator[str]) -> Iterator[str]:
     yield "".join(waiting)
 
 
-def _parquet_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
+def _parquet_rows(file: Path, reading: Reading, seen: Seen, skipped: Skipped) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -294,21 +391,33 @@ def _parquet_rows(file: Path, reading: Reading, seen: Seen) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            if reading.text_field not in names:
-                raise DataError(
-                    f"{file} has no column {reading.text_field!r}; it has {_list_names(names)}; "
-                    "choose another with --text-field"
-                )
+            columns = _columns(file, names, reading)
             n_rows, size = max(1, table.metadata.num_rows), file.stat().st_size
-            rows = count(1)
-            for batch in table.iter_batches(256, columns=[reading.text_field]):
+            numbers = count(1)
+            for batch in table.iter_batches(256, columns=columns):
                 seen(size * batch.num_rows // n_rows)
-                for value in batch.column(0).to_pylist():
-                    yield _text_of(value, reading.text_field, f"{file}: row {next(rows)}")
+                found = ((f"{file}: row {next(numbers)}", _just(row)) for row in batch.to_pylist())
+                yield from _rows(found, reading, skipped)
     except pyarrow.ArrowException as error:
         raise DataError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _columns(file: Path, names: Sequence[str], reading: Reading) -> list[str]:
+    """Return the columns of a table to read."""
+    if reading.text_field in names:
+        return [reading.text_field]
+    if not reading.as_text and rows.has_conversation(dict.fromkeys(names)):
+        return [name for name in names if name in rows.COLUMNS]
+    raise DataError(
+        f"{file} has no column {reading.text_field!r}; it has {_list_names(names)}; "
+        "choose another with --text-field"
+    )
+
+
+def _just(value: Any) -> Row:
+    return lambda: value
 
 
 def _with_newlines(text: str) -> str:
@@ -328,12 +437,15 @@ def _locate(file: Path, offset: int) -> str:
 
 
 def all_pieces(
-    files: Sequence[Path], reading: Reading, seen: Seen = lambda n: None
+    files: Sequence[Path],
+    reading: Reading,
+    seen: Seen = lambda n: None,
+    skipped: Skipped = lambda problem: None,
 ) -> Iterator[tuple[int, Piece]]:
     """Yield the number of each file and its pieces; DataError names all that cannot be read."""
     for i, file in enumerate(files):
         try:
-            for piece in pieces(file, reading, seen):
+            for piece in pieces(file, reading, seen, skipped=skipped):
                 yield i, piece
         except DataError as error:
             raise explain_all(error, files[i + 1 :], reading) from error

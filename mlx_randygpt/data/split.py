@@ -1,7 +1,8 @@
 """The split of a text: which of its tokens are for training, and which for validation.
 
 The last tenth is for validation. If copies of a document would be on both sides of that cut, the
-documents are put into another order first, so that all copies are on one side.
+documents are put into another order first, so that all copies are on one side. If there are
+conversations, about a tenth of them is for validation, whole ones, and all other text for training.
 """
 
 from __future__ import annotations
@@ -71,13 +72,18 @@ class Parts(NamedTuple):
     starts: Numbers
     ends: Numbers
     n_train: int  # tokens
-    n_copies: int  # documents that occur more than once
+    n_copies: int  # documents that occur more than once, if these have decided the order
 
     @property
     def new_starts(self) -> Numbers:
         """Return where each part begins in the new order."""
         lengths = self.ends - self.starts
         return np.asarray(np.cumsum(lengths) - lengths, np.int64)
+
+    @property
+    def moves(self) -> bool:
+        """Return whether the new order is another than that of the text."""
+        return bool((self.starts[1:] < self.starts[:-1]).any())
 
     def blocks(self, tokens: Array | TokenFile) -> Iterator[Array]:
         """Yield the tokens in the new order, some at a time."""
@@ -120,18 +126,50 @@ def document_cuts(digests: Array, starts: Numbers, n: int) -> Numbers | None:
     return np.asarray(starts + np.clip(n_train[inverse], 0, lengths), np.int64)
 
 
+def conversation_cuts(digests: Array, starts: Numbers, talks: Array, n: int) -> Numbers:
+    """Return where each document of `n` tokens is cut if some are conversations, (D,).
+
+    `talks` (D,) is true for these. None is cut inside: the last are for validation, about a tenth
+    of the tokens of the different ones, after those that occur more than once, whose copies are on
+    the side of the first. All other documents are for training.
+    """
+    ends = np.append(starts[1:], n)
+    cuts, talks = ends.copy(), np.flatnonzero(talks)
+    _, first, inverse, counts = np.unique(
+        digests[talks], return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.lexsort((first, counts == 1))  # of the different conversations
+    behind = np.cumsum((ends - starts)[talks[first[order]]])
+    is_val = np.empty(len(first), np.bool_)
+    is_val[order] = behind > train_tokens(int(behind[-1]))
+    is_val[order[0]] = False
+    held = talks[is_val[inverse]]
+    cuts[held] = starts[held]
+    return cuts
+
+
 def copies_together(digests: Array, starts: Numbers, n: int) -> Parts | None:
     """Return the order of `n` tokens that has the training parts of all documents first."""
     cuts = document_cuts(digests, starts, n)
     if cuts is None:
         return None
+    n_copies = len(digests) - int((np.unique(digests, return_counts=True)[1] == 1).sum())
+    return _parts(cuts, starts, n, n_copies)
+
+
+def conversations_last(digests: Array, starts: Numbers, talks: Array, n: int) -> Parts:
+    """Return the order of `n` tokens that has the conversations for validation last."""
+    return _parts(conversation_cuts(digests, starts, talks, n), starts, n, 0)
+
+
+def _parts(cuts: Numbers, starts: Numbers, n: int, n_copies: int) -> Parts:
     ends = np.append(starts[1:], n)
     in_train, in_val = cuts > starts, cuts < ends
     return Parts(
         np.append(starts[in_train], cuts[in_val]),
         np.append(cuts[in_train], ends[in_val]),
         int((cuts - starts).sum()),
-        len(digests) - int((np.unique(digests, return_counts=True)[1] == 1).sum()),
+        n_copies,
     )
 
 

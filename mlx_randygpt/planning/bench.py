@@ -37,6 +37,7 @@ class Bench:
     preset: str
     batch_size: int
     block_size: int
+    decoding: str | None = None  # of sampling: how a token was computed
 
 
 def measure_training(
@@ -74,11 +75,12 @@ def measure_sampling(
     n_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Bench:
-    """Measure the decoding of `batch_size` streams, sampled as by `mlxgpt sample`."""
+    """Measure the decoding of `batch_size` streams, sampled as by `mlxgpt sample`, once warm."""
+    backend.warm_up()
     configs = [SampleConfig(seed=train.seed)] * train.batch_size
     random = rng(train.seed, "sample")
     streams = Streams(backend, model, train.batch_size)
-    logits = streams.join(np.zeros((train.batch_size, 1), np.int32))
+    logits = streams.join([[0]] * train.batch_size)
 
     def step(_: int) -> None:
         nonlocal logits
@@ -97,6 +99,11 @@ def measure_sampling(
         tokens_per_step=train.batch_size,
         flops=2 * in_products,
     )
+
+
+def sweep(largest: int) -> list[int]:
+    """Return the numbers of streams up to the largest that show how speed grows: 1, 2, 4, …."""
+    return [*(1 << i for i in range(largest.bit_length()) if 1 << i < largest), largest]
 
 
 def _median_seconds(step: Callable[[int], None], n_steps: int, clock: Callable[[], float]) -> float:
@@ -133,4 +140,5 @@ def _result(
         preset=train.preset,
         batch_size=train.batch_size,
         block_size=model.block_size,
+        decoding=backend.decoding if mode == "sample" else None,
     )

@@ -79,6 +79,13 @@ def on_device(by_kind: Bytes, unified: bool) -> Bytes:
     return {kind: n for kind, n in by_kind.items() if unified or kind not in ON_HOST}
 
 
+def device_bytes(model: ModelConfig, train: TrainConfig, ranks: int, n_tokens: int) -> int:
+    """Return what MLX holds on a device in training: one pass, and the text's tokens."""
+    share = -(-train.batch_size // ranks)
+    by_kind = footprint("mlx", model, train, min(share, train.micro_batch or share), 1)
+    return sum(on_device(by_kind, unified=False).values()) + FLOAT * n_tokens
+
+
 def micro_batch(
     backend: str, model: ModelConfig, train: TrainConfig, room: int, unified: bool = True
 ) -> int:

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from mlx_randygpt.planning import mac
@@ -162,11 +163,36 @@ def _mlx_gflops() -> float | None:
     return _gflops("mlx") if mlx["device"] and not mlx["has_gpu"] else None
 
 
+def _kernels() -> Facts:
+    """Return what the self-test of the Metal kernels says, at the sizes of the default model."""
+    from mlx_randygpt import settings
+    from mlx_randygpt.backends import mlx_device
+
+    device, reason = mlx_device()
+    if device is None:
+        return {"absent": reason}
+    from mlx_randygpt.backends.mlx import selftest
+
+    if reason := selftest.unavailable():
+        return {"absent": reason}
+    model, _ = settings.resolve_new({}, 67)
+    return {"tested": [asdict(verdict) for verdict in selftest.verdicts(selftest.sizes_of(model))]}
+
+
 def _backend() -> dict[str, str]:
     from mlx_randygpt.backends import choose
 
     name, reason = choose("auto")
     return {"name": name, "reason": reason}
+
+
+def _speed() -> Facts:
+    """Measure the steps of the presets and keep them for `mlxgpt presets`."""
+    from mlx_randygpt.planning import speed
+
+    measured = speed.measure(_backend()["name"])
+    speed.save(measured)
+    return asdict(measured)
 
 
 CHECKS: dict[str, Callable[[], Any]] = {
@@ -185,8 +211,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "split": _split,
     "mlx": _mlx,
     "mlx_gflops": _mlx_gflops,
+    "kernels": _kernels,
     "nvidia_smi": lambda: shutil.which("nvidia-smi"),
     "compiler": lambda: shutil.which("xcrun" if platform.system() == "Darwin" else "g++"),
     "backend": _backend,
+    "speed": _speed,
     "environment": lambda: {n: os.environ[n] for n in THREAD_VARIABLES if n in os.environ},
 }

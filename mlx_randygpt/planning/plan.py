@@ -263,13 +263,14 @@ def step_seconds(
     train: TrainConfig,
     sequences: int,
     clock: Callable[[], float],
+    seconds: float = TRIAL_SECONDS,
 ) -> float:
-    """Return the median time of a few steps, each up to reading its loss."""
+    """Return the median time of a few steps, each up to reading its loss; they take `seconds`."""
     tokens = rng(0, "check").integers(model.vocab_size, size=1 << 16, dtype=np.int32)
     starts = np.arange(sequences, dtype=np.int64) * 7 % (len(tokens) - model.block_size - 1)
     batch = Batch(tokens, starts, model.block_size)
     times: list[float] = []
-    while len(times) < N_WARMUP + 2 or (sum(times[N_WARMUP:]) < TRIAL_SECONDS and len(times) < 40):
+    while len(times) < N_WARMUP + 2 or (sum(times[N_WARMUP:]) < seconds and len(times) < 40):
         start = clock()
         _ = backend.train_step([batch] * train.grad_accum, train.lr).loss
         times.append(clock() - start)

@@ -32,7 +32,7 @@ def beam_search(  # noqa: PLR0913
     """
     streams, scores = Streams(backend, model, 1), np.zeros(1)
     beams, ended = [Continuation(tokenizer, prompt, config)], list[tuple[float, Generated]]()
-    logits = streams.join(np.asarray([prompt], np.int32)) if config.max_tokens else None
+    logits = streams.join([prompt]) if config.max_tokens else None
     while logits is not None and not should_stop():
         logits[:, beams[0].banned] = -np.inf
         total = scores[:, None] + log_softmax(logits.astype(np.float64))  # (K, V)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from mlx_randygpt.config import ConfigError, UserError
 from mlx_randygpt.state import Array
 from mlx_randygpt.words import unify_newlines
 
-WIDE_VOCAB = 1024  # with more tokens than this, only the likely ones are sorted
+CACHED_VALUES = 1 << 15  # logits at a time, whose passes find them in a core's cache
+WIDE_VOCAB = 1 << 14  # with more tokens than this, only the likely ones are sorted
 RANGES = {  # the valid values of each setting
     "temperature": (0, 1e3), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3), "presence_penalty": (-100, 100),
@@ -70,6 +71,12 @@ class SampleConfig:
         return hash((self.seed, self.temperature, self.top_p))
 
 
+def changes_logits(config: SampleConfig) -> bool:
+    """Return whether `penalise` can do anything with this configuration."""
+    penalties = config.presence_penalty, config.frequency_penalty
+    return bool(config.logit_bias or config.repetition_penalty != 1 or any(penalties))
+
+
 def penalise(
     scores: Array, config: SampleConfig, prompt: Sequence[int], ids: Sequence[int]
 ) -> None:
@@ -92,9 +99,12 @@ def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
 
     Each row sums to 1. Raises LogitsError if a row has a nan or no finite value.
     """
-    if scores.shape[1] > WIDE_VOCAB and len(scores) > 1:  # their likely tokens differ
-        alone = zip(np.asarray(scores)[:, None], configs, strict=True)
-        return np.concatenate([probabilities(row, [config]) for row, config in alone])
+    n = max(1, CACHED_VALUES // scores.shape[1])
+    if len(scores) > n:
+        starts = range(0, len(scores), n)
+        return np.concatenate(
+            [probabilities(scores[i : i + n], configs[i : i + n]) for i in starts]
+        )
     columns = _columns(tuple(configs))
     scores = np.array(scores, np.float64)
     best = scores.max(axis=-1, keepdims=True)
@@ -106,7 +116,8 @@ def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
         scores /= columns.temperature
     p = _normalise(np.exp(scores))
     for keep, on, value in columns.filters:
-        p[on] = _normalise(p[on] * keep(p[on], value))
+        part = p[on]  # a view if all sequences use the filter
+        p[on] = _normalise(part * keep(part, value))
     if columns.greedy.size:
         first = scores[columns.greedy].argmax(axis=-1)
         p[columns.greedy] = 0
@@ -116,10 +127,10 @@ def probabilities(scores: Array, configs: Sequence[SampleConfig]) -> Array:
 
 def pick(p: Array, draws: Array) -> Array:
     """Return the token at each draw in [0, 1), (N,), from the cumulative sums of p (N, V)."""
-    at = (np.cumsum(p, axis=-1) <= np.asarray(draws)[:, None]).sum(axis=-1)
-    if at.max() == p.shape[1]:  # rounding left a sum below 1
-        last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=-1)
-        at = np.minimum(at, last)
+    sums, draws = np.cumsum(p, axis=-1), np.asarray(draws)[:, None]
+    at = (sums > draws).argmax(axis=-1)
+    for row in (sums[:, -1] <= draws[:, 0]).nonzero()[0]:  # rounding left a sum below 1
+        at[row] = np.flatnonzero(p[row])[-1]
     return np.asarray(at)
 
 
@@ -134,8 +145,30 @@ def _top_p(p: Array, top_p: Array) -> Array:
 
     A token stays if the tokens ahead of it sum to less than top_p. Ties go to the lower id.
     """
-    rare = (1 - top_p) / p.shape[1]  # all tokens this rare together sum to at most 1 - top_p
-    return _fewest(p, rare / 2, -p, top_p)  # half, because sums are rounded
+    ordered = _descending(p, (1 - top_p) / p.shape[1])
+    ahead = np.cumsum(ordered, axis=-1) - ordered
+    ahead[:, 0] = -1
+    beyond, rows, width = ahead >= top_p, np.arange(len(p)), ordered.shape[1]
+    n = beyond.argmax(axis=-1)  # (N,)
+    n[~beyond[:, -1]] = width
+    least = ordered[rows, n - 1]  # (N,), of those that are kept
+    kept = p >= least[:, None]
+    tied = (n < width) & (ordered[rows, np.minimum(n, width - 1)] == least)
+    for row in tied.nonzero()[0]:  # more are as likely as the last
+        ties = np.flatnonzero(p[row] == least[row])
+        kept[row, ties[n[row] - (p[row] > least[row]).sum() :]] = False
+    return np.asarray(kept)
+
+
+def _descending(p: Array, rare: Array) -> Array:
+    """Return each row's values from the largest on, (N, n), n ≤ V.
+
+    In a wide vocabulary those that are `rare` (N, 1) in all rows are left out: together they sum to
+    less than what top-p drops.
+    """
+    if p.shape[1] > WIDE_VOCAB:
+        p = p[:, (p >= rare / 2).any(axis=0)]  # half, because sums are rounded
+    return np.sort(p, axis=-1)[:, ::-1]
 
 
 def _min_p(p: Array, min_p: Array) -> Array:
@@ -151,26 +184,12 @@ def _typical(p: Array, typical_p: Array) -> Array:
     nll = -np.log(np.where(p > 0, p, 1))
     entropy = (p * nll).sum(axis=-1, keepdims=True)
     distance = np.where(p > 0, np.abs(nll - entropy), np.inf)
-    return _fewest(p, np.finfo(np.float64).smallest_subnormal, distance, typical_p)
-
-
-def _fewest(p: Array, min_p: Any, rank: Array, mass: Array) -> Array:
-    """Keep the first tokens of each row by rank until they sum to the mass, at least one.
-
-    Tokens below `min_p` come last and never count, so that only the others of a wide vocabulary
-    are sorted.
-    """
-    if p.shape[1] > WIDE_VOCAB:
-        columns = np.flatnonzero((p >= min_p).any(axis=0))
-        order = columns[np.argsort(rank[:, columns], axis=-1, kind="stable")]
-    else:
-        order = np.argsort(rank, axis=-1, kind="stable")
-    rows = np.arange(len(p))[:, None]
-    ordered = p[rows, order]
-    keep: Array = np.cumsum(ordered, axis=-1) - ordered < mass
+    order = np.argsort(distance, axis=-1, kind="stable")
+    ordered = np.take_along_axis(p, order, axis=-1)
+    keep = np.cumsum(ordered, axis=-1) - ordered < typical_p
     keep[:, 0] = True
-    kept = np.zeros(p.shape, bool)
-    kept[rows, order] = keep
+    kept: Array = np.empty_like(keep)
+    np.put_along_axis(kept, order, keep, axis=-1)
     return kept
 
 

@@ -15,7 +15,13 @@ import numpy as np
 
 from mlx_randygpt.backends.base import Cache, Scorer
 from mlx_randygpt.config import ConfigError, ModelConfig
-from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
+from mlx_randygpt.sampling.filters import (
+    SampleConfig,
+    changes_logits,
+    penalise,
+    pick,
+    probabilities,
+)
 from mlx_randygpt.state import Array, rng
 from mlx_randygpt.tokenizers import Tokenizer, stops
 
@@ -35,14 +41,18 @@ class Streams:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def join(self, prompts: Array) -> Array:
-        """Read the last `block_size` tokens of prompts (n, T) in new rows; return logits (n, V)."""
+    def join(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """Read the last `block_size` tokens of each prompt in a new row; return logits (n, V)."""
         rows = slice(len(self), len(self) + len(prompts))
         half = max(1, self._model.block_size // 2)
-        self._windows += [deque(prompt, half) for prompt in prompts.tolist()]
+        self._windows += [deque(prompt, half) for prompt in prompts]
         self._cache.reset(rows)
-        latest = np.asarray(prompts, np.int32)[:, -self._model.block_size :]
-        return self._backend.logits(latest, self._cache, rows)
+        latest = [prompt[-self._model.block_size :] for prompt in prompts]
+        lengths = np.array([len(prompt) for prompt in latest])
+        tokens = np.full((len(prompts), lengths.max()), latest[0][0], np.int32)
+        for row, prompt in zip(tokens, latest, strict=True):
+            row[: len(prompt)] = prompt
+        return self._backend.logits(tokens, self._cache, rows, lengths)
 
     def append(self, tokens: Sequence[int]) -> Array:
         """Feed one token to every row; return the next logits, (n, V)."""
@@ -122,6 +132,7 @@ class Continuation:
             last = tokenizer.vocab_size - 1
             raise ConfigError(f"logit_bias of token {outside[0]}: token ids are 0 to {last}")
         self.config, self.sample, self.prompt = config, Generated(), list(prompt)
+        self.is_penalised = changes_logits(config)
         self.random = rng(config.seed, "sample", index)
         self.n_likely, self.forced = n_likely, deque(forced)
         self._ends, self._spell = stops(tokenizer), tokenizer.decoder()
@@ -145,12 +156,13 @@ class Continuation:
             return
         at = len(sample.text)
         sample.text += piece
-        ends = [
-            end
-            for stop in stops
-            if (end := sample.text.find(stop, max(0, at - len(stop) + 1))) >= 0
-        ]
-        if ends:
+        if stops and (
+            ends := [
+                end
+                for stop in stops
+                if (end := sample.text.find(stop, max(0, at - len(stop) + 1))) >= 0
+            ]
+        ):
             sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
         elif len(sample.ids) >= self.config.max_tokens:
             sample.finish_reason = "length"
@@ -162,13 +174,15 @@ def extend(texts: Sequence[Continuation], logits: Array) -> list[int]:
     logprobs = {i: log_softmax(scores[i]) for i, w in enumerate(texts) if w.n_likely is not None}
     banned = texts[0].banned  # of one model, so of one tokenizer
     scores[:, banned] = -np.inf
-    for text, row in zip(texts, scores, strict=True):
-        penalise(row, text.config, text.prompt, text.sample.ids)
+    for i, text in enumerate(texts):
+        if text.is_penalised:
+            penalise(scores[i], text.config, text.prompt, text.sample.ids)
     p = probabilities(scores, [text.config for text in texts])
     draws = [0.0 if text.forced else text.random.random() for text in texts]
     tokens: list[int] = pick(p, np.array(draws)).tolist()
     for i, text in enumerate(texts):
-        tokens[i] = text.forced[0] if text.forced else tokens[i]
+        if text.forced:
+            tokens[i] = text.forced[0]
         if i in logprobs:
             text.sample.choices.append(_choice(tokens[i], logprobs[i], text.n_likely or 0, banned))
         text.take(tokens[i])
@@ -210,10 +224,7 @@ def generate(  # noqa: PLR0913
         yield samples
     tokens: list[int] = []
     while growing and config.max_tokens and not should_stop():
-        if len(streams):
-            logits = streams.append(tokens)
-        else:
-            logits = streams.join(np.tile(np.asarray(prompt, np.int32), (n_samples, 1)))
+        logits = streams.append(tokens) if len(streams) else streams.join([prompt] * n_samples)
         tokens = extend(growing, logits)
         yield samples
         for row in reversed(range(len(growing))):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from mlx_randygpt.screen.curve import Curve
@@ -24,6 +24,7 @@ from mlx_randygpt.training.reports import (
     SampleLog,
     SaveLog,
     StepLog,
+    TargetLog,
 )
 from mlx_randygpt.words import clean_text, format_bytes, format_clock
 
@@ -114,6 +115,8 @@ class RunSummary:
             self.sample, self._look_at = report, self._clock() + report.next_seconds
         elif isinstance(report, EndLog):
             self.end = report
+        elif isinstance(report, TargetLog):
+            self.info = replace(self.info, iters=report.iters)
         elif isinstance(report, NoteLog):
             self.add_event(report.text, Event(clean_text(report.text), Urgency.WARNING))
         else:

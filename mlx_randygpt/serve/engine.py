@@ -10,15 +10,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from functools import partial
 
-import numpy as np
-
+from mlx_randygpt.backends import release_memory
 from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.config import ModelConfig, UserError
 from mlx_randygpt.sampling.generate import Continuation, Streams, extend
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.state import Array
+
+READ_TOGETHER = 256  # tokens of prompts in one pass
 
 
 class Full(UserError):
@@ -63,6 +64,7 @@ class Engine:
         # called in the engine's thread with the requests to notify
         self.deliver: Callable[[list[Request]], None] = lambda requests: None
         self.backend_name = ""
+        self._release: Callable[[], None] = lambda: None  # the memory that an idle model can spare
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -95,6 +97,7 @@ class Engine:
     def _run(self) -> None:
         try:
             backend = self._build()
+            self._release = partial(release_memory, backend)
             self.backend_name = f"{backend.name} on {backend.device}"
             batch = RunningBatch(Streams(backend, self._model, self._n_streams), self._metrics)
         except BaseException as error:
@@ -121,6 +124,7 @@ class Engine:
         """Return the requests to join now; wait for one if the batch is empty; None: stop."""
         with self._changed:
             while not (self._waiting or batch.requests or self._stopping):
+                self._release()
                 self._changed.wait()
             if self._stopping:
                 return None
@@ -144,14 +148,12 @@ class RunningBatch:
         Yields the requests to notify as soon as they are known.
         """
         self._leave()
-        new = sorted(
-            (request for request in arrived if not request.finished), key=_prompt_length(block_size)
-        )
-        yield [request for request in arrived if request.finished]
-        for _, group in groupby(new, _prompt_length(block_size)):
-            same_length = list(group)
-            self._feed(same_length, block_size)
-            yield [request for request in same_length if request.each_token or request.finished]
+        if ended := [request for request in arrived if request.finished]:
+            yield ended
+        new = [request for request in arrived if not request.finished]
+        for together in read_together(new, block_size):
+            self._feed(together, block_size)
+            yield [request for request in together if request.each_token or request.finished]
 
     def step(self) -> list[Request]:
         """Decode one token for every unfinished request; return those to notify."""
@@ -163,12 +165,10 @@ class RunningBatch:
         return notified
 
     def _feed(self, requests: list[Request], block_size: int) -> None:
-        """Feed prompts of one length in one forward pass."""
-        prompts = np.array(
-            [request.continuation.prompt[-block_size:] for request in requests], np.int32
-        )
+        """Feed prompts in one forward pass."""
+        prompts = [request.continuation.prompt[-block_size:] for request in requests]
         self.requests += requests
-        self._metrics.add("prompt_tokens_total", prompts.size)
+        self._metrics.add("prompt_tokens_total", sum(map(len, prompts)))
         self._metrics.set("streams", len(self.requests))
         self._write(requests, self._streams.join(prompts), first=len(self.requests) - len(requests))
         now = time.perf_counter()
@@ -189,5 +189,18 @@ class RunningBatch:
         self._metrics.set("streams", len(self.requests))
 
 
-def _prompt_length(block_size: int) -> Callable[[Request], int]:
-    return lambda request: min(len(request.continuation.prompt), block_size)
+def read_together(requests: Sequence[Request], block_size: int) -> Iterator[list[Request]]:
+    """Yield the requests in the groups whose prompts are read in one pass, short ones first.
+
+    A pass has READ_TOGETHER tokens at most, padding included, so that a short prompt does not wait
+    for long ones; a longer prompt has a pass of its own.
+    """
+    group: list[Request] = []
+    for request in sorted(requests, key=lambda request: len(request.continuation.prompt)):
+        length = min(len(request.continuation.prompt), block_size)
+        if group and (len(group) + 1) * length > READ_TOGETHER:
+            yield group
+            group = []
+        group.append(request)
+    if group:
+        yield group

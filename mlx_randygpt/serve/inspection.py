@@ -6,12 +6,15 @@ import shlex
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_randygpt.analysis.insight import attention_map
+from mlx_randygpt.dialogue import has_dialogue, render
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.serve import ApiError, ServedModel
 from mlx_randygpt.serve.models import AttentionBody, CopiesBody
+from mlx_randygpt.serve.requests import turns_of
 from mlx_randygpt.tokenizers import token_speller
 
 MAX_ATTENTION_TOKENS = 128  # of an attention map
@@ -41,6 +44,7 @@ def describe_run(served: ServedModel, defaults: SampleConfig, backend_name: str)
         "n_head": model.n_head,
         "vocab_size": model.vocab_size,
         "backend": backend_name,
+        "dialogue": has_dialogue(served.tokenizer),
         "prompt": served.prompt,
         "check": served.find_copies is not None,
         "options": _other_options(served, defaults),
@@ -57,12 +61,24 @@ def map_attention(served: ServedModel, body: AttentionBody) -> dict[str, Any]:
     for name, n in (("layer", model.n_layer), ("head", model.n_head)):
         if (value := getattr(body, name)) >= n:
             raise ApiError(400, f"{name}={value} does not exist; use 0 to {n - 1}", param=name)
-    ids = served.tokenizer.encode(body.text) if body.text else [served.tokenizer.bos]
-    ids = np.asarray(ids)[-min(MAX_ATTENTION_TOKENS, model.block_size) :]
+    ids = _ids_of(served, body)[-min(MAX_ATTENTION_TOKENS, model.block_size) :]
     weights = attention_map(served.params, model, ids, body.layer, body.head)
     rows = [[round(float(x), 4) for x in row[: i + 1]] for i, row in enumerate(weights)]
     spell = token_speller(served.tokenizer)
     return {"tokens": [spell(int(i)) for i in ids], "weights": rows}
+
+
+def _ids_of(served: ServedModel, body: AttentionBody) -> NDArray[np.int32]:
+    """Return the tokens of the text or of the messages; ApiError unless there is one of both."""
+    if (body.text is None) == (body.messages is None):
+        raise ApiError(400, "send either text or messages", param="text")
+    if body.messages is None:
+        ids = served.tokenizer.encode(body.text or "")
+        return ids if ids.size else np.array([served.tokenizer.bos], np.int32)
+    if not has_dialogue(served.tokenizer):
+        message = "this model continues text; send text instead of messages"
+        raise ApiError(400, message, param="messages")
+    return render(turns_of(body.messages), served.tokenizer).ids
 
 
 def report_copies(served: ServedModel, body: CopiesBody) -> dict[str, Any]:

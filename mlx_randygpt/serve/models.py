@@ -191,6 +191,9 @@ class Message(Body):
     refusal: None = None
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
+
+
 class ResponseFormat(Body):
     """`response_format` of the OpenAI API; only text is supported."""
 
@@ -200,7 +203,7 @@ class ResponseFormat(Body):
 class ChatBody(SamplingBody):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
@@ -217,9 +220,10 @@ class PlainBody(Body):
 
 
 class AttentionBody(Body):
-    """`POST /attention`."""
+    """`POST /attention`: a text, or the messages of a dialogue."""
 
-    text: Text
+    text: Text | None = None
+    messages: Messages | None = None
     layer: Annotated[int, Field(strict=True, ge=0, le=999), WHOLE]
     head: Annotated[int, Field(strict=True, ge=0, le=4095), WHOLE]
 

@@ -17,12 +17,11 @@ from mlx_randygpt.dialogue import Turn, fit_prompt, has_dialogue, render_prompt
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation
 from mlx_randygpt.serve import MAX_CHOICES, MAX_COST, MAX_TOKENS, ApiError, ServedModel, Settings
-from mlx_randygpt.serve.models import ChatBody, CompletionBody, PlainBody, SamplingBody
+from mlx_randygpt.serve.models import ChatBody, CompletionBody, Message, PlainBody, SamplingBody
 from mlx_randygpt.words import unify_newlines
 
 ANY_SEED = -1
 MAX_SHOWN = 10  # unknown characters in a warning
-ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 ENDS = ("\nUser:", "\nSystem:")  # where an answer ends
 FILTERS = (
     "max_tokens",
@@ -154,11 +153,11 @@ def read_chat(
     config = _config(body, settings, drawn_seed)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-    messages = [(m.role, unify_newlines(_join(m.content))) for m in body.messages]
+    turns = turns_of(body.messages)
     if has_dialogue(served.tokenizer):
-        prompt, n_dropped = dialogue(messages, served, config.max_tokens)
+        prompt, n_dropped = dialogue(turns, served, config.max_tokens)
     else:
-        prompt, n_dropped = transcript(messages, served)
+        prompt, n_dropped = transcript(turns, served)
         config = replace(config, stop=(*config.stop, *ENDS))
     dropped = (f"the {n_dropped} oldest messages do not fit into the context and were left out",)
     return GenerationRequest(
@@ -183,14 +182,19 @@ def read_plain(
     return request.check_cost()
 
 
-def dialogue(
-    messages: Sequence[tuple[str, str]], served: ServedModel, max_tokens: int
-) -> tuple[Prompt, int]:
-    """Return messages as a model of dialogue reads them, and how many of the oldest were dropped.
+def turns_of(messages: Sequence[Message]) -> list[Turn]:
+    """Return messages as turns; "developer" is another name of the system."""
+    return [
+        Turn("system" if message.role == "developer" else message.role, _text_of(message))
+        for message in messages
+    ]
 
-    The system's message at the beginning is kept; with it the last one must fit into the context.
+
+def dialogue(turns: Sequence[Turn], served: ServedModel, max_tokens: int) -> tuple[Prompt, int]:
+    """Return turns as a model of dialogue reads them, and how many of the oldest were dropped.
+
+    The system's turn at the beginning is kept; with it the last one must fit into the context.
     """
-    turns = [Turn("system" if role == "developer" else role, text) for role, text in messages]
     kept, n_dropped = fit_prompt(turns, served.tokenizer, served.model.block_size, max_tokens)
     ids = render_prompt(kept, served.tokenizer).tolist()
     prompt = Prompt("\n".join(turn.text for turn in kept), ids)
@@ -198,13 +202,13 @@ def dialogue(
     return prompt, n_dropped
 
 
-def transcript(messages: Sequence[tuple[str, str]], served: ServedModel) -> tuple[Prompt, int]:
-    """Return messages as `User: …` and `Assistant: …` lines, followed by `Assistant:`.
+def transcript(turns: Sequence[Turn], served: ServedModel) -> tuple[Prompt, int]:
+    """Return turns as `User: …` and `Assistant: …` lines, followed by `Assistant:`.
 
-    The oldest messages are dropped until the rest fits into the context; the last must fit. Also
-    returns how many were dropped.
+    The oldest are dropped until the rest fits into the context; the last must fit. Also returns how
+    many were dropped.
     """
-    lines = [f"{ROLES[role]}: {content}\n" for role, content in messages]
+    lines = [f"{turn.role.capitalize()}: {turn.text}\n" for turn in turns]
 
     def prompt_from(first: int) -> Prompt:
         return _prompt("".join(lines[first:]) + "Assistant:", served)
@@ -307,7 +311,7 @@ def _include_usage(body: SamplingBody) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
 
 
-def _join(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.text for part in content or ())
+def _text_of(message: Message) -> str:
+    content = message.content
+    parts = [content] if isinstance(content, str) else [part.text for part in content or ()]
+    return unify_newlines("".join(parts))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mlx_randygpt.backends.base import Scorer
 from mlx_randygpt.data.windows import eval_batches
-from mlx_randygpt.state import IGNORED, Array, Tokens
+from mlx_randygpt.state import IGNORED, Array, Batch, Tokens
 from mlx_randygpt.training.reports import perplexity
 
 EVAL_BATCH_TOKENS = 4096  # minimum tokens in one batch of an evaluation
@@ -45,8 +45,19 @@ def evaluate(
     token in UTF-8. With `max_tokens`, only that many tokens' worth of windows are read, evenly
     spread. Returns None if `should_stop` returned true before the end.
     """
+    batches = eval_batches(tokens, block_size, batch_size, max_tokens)
+    return score_batches(backend, batches, token_bytes, should_stop)
+
+
+def score_batches(
+    backend: Scorer,
+    batches: Iterable[Batch],
+    token_bytes: Array,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Score | None:
+    """Return the mean loss over all targets of `batches` that count, as `evaluate` does."""
     nats, n_targets, n_bytes = 0.0, 0, 0
-    for batch in eval_batches(tokens, block_size, batch_size, max_tokens):
+    for batch in batches:
         if should_stop():
             return None
         count, targets = batch.n_targets(), batch.y()

@@ -7,13 +7,11 @@ between, the loss falls fastest (Smith 2017, arXiv:1506.01186).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_randygpt.backends.base import Backend
-from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.state import Tokens
+from mlx_randygpt.state import Batch
 
 SMOOTHING = 0.15  # weight of the newest loss
 TOO_HIGH = 1.3  # stop when the smoothed loss exceeds its minimum by this factor
@@ -30,23 +28,15 @@ class Trial:
 
 
 def range_test(
-    backend: Backend,
-    model: ModelConfig,
-    train: TrainConfig,
-    tokens: Tokens,
-    *,
-    lowest: float,
-    highest: float,
-    steps: int,
+    backend: Backend, batches: Sequence[Batch], *, lowest: float, highest: float
 ) -> Iterator[Trial]:
-    """Train at rates from `lowest` to `highest`, evenly spaced by ratio; yield every step.
+    """Train at rates from `lowest` to `highest`, evenly spaced by ratio; yield a step per batch.
 
     The test ends early when the loss clearly rises. It changes the weights of `backend`.
     """
     average, weight, best = 0.0, 0.0, math.inf
-    for step in range(steps):
-        lr = lowest * (highest / lowest) ** (step / max(1, steps - 1))
-        batch = sample_batch(tokens, train.batch_size, model.block_size, train.seed, step)
+    for step, batch in enumerate(batches):
+        lr = lowest * (highest / lowest) ** (step / max(1, len(batches) - 1))
         loss = backend.train_step([batch], lr).loss
         average = (1 - SMOOTHING) * average + SMOOTHING * loss
         weight = (1 - SMOOTHING) * weight + SMOOTHING

@@ -13,17 +13,21 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from mlx_randygpt.backends import release_memory, text_scorer
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
-from mlx_randygpt.data.windows import Documents, sample_batch
+from mlx_randygpt.data.windows import Conversations, Windows, eval_batches, sample_batch
+from mlx_randygpt.dialogue import Turn, render_prompt
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
-from mlx_randygpt.state import Batch, Tokens, TrainState
+from mlx_randygpt.state import IGNORED, Batch, Tokens, TrainState
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.training.early import COST_SECONDS, EarlyLooks
-from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS, Score, evaluate, overfitting
+from mlx_randygpt.training.evaluation import EVAL_BATCH_TOKENS, Score, overfitting, score_batches
 from mlx_randygpt.training.reports import (
     EarlyEvalLog,
     EarlySampleLog,
@@ -34,15 +38,17 @@ from mlx_randygpt.training.reports import (
     Report,
     SampleLog,
     StepLog,
+    TargetLog,
 )
 from mlx_randygpt.training.saving import Folder, Saver
 from mlx_randygpt.training.schedule import is_due, learning_rate
+from mlx_randygpt.training.time_limit import TimeLimit
 
 MAX_SKIPS = 10  # consecutive steps that `--on-nan skip` skips before it stops the run
 MAX_ROLLBACKS = 3  # per run; each halves the learning rate
 EVAL_TOKENS = 1 << 17  # validation tokens per evaluation; `mlxgpt eval` reads the whole split
 
-Pending = tuple[int, float, int, StepResult]  # step, rate, bytes of its targets, result
+Pending = tuple[int, float, int, int, StepResult]  # step, rate, targets, their bytes, result
 
 
 class TrainingDiverged(UserError, ArithmeticError):
@@ -60,7 +66,9 @@ class Run:
     val_tokens: Tokens
     data: dict[str, Any]  # recorded in the checkpoint: where the text came from
     progress: Progress = field(default_factory=Progress)
-    documents: Documents | None = None  # if set, each training window stays inside one document
+    windows: Windows | None = None  # the rule of training windows; None: anywhere
+    val_windows: Conversations | None = None  # that are evaluated; None: all tokens, in order
+    text_backend: str = ""  # the name of the one that writes samples; "": the one that trains
     recent_loss: float = math.nan  # of a resumed run: the moving average of its training loss
 
 
@@ -75,6 +83,8 @@ def train(
 ) -> Iterator[Report]:
     """Train from the backend's step to `run.train.iters`; yield a report for every event.
 
+    With `run.train.minutes`, the target moves so that the last step ends with that time.
+
     Every `save_every`, a snapshot is written to `out` by another thread (None: nothing is saved).
     When `should_stop` returns true, the current step is finished, both files are saved, and the
     generator ends. The other thread calls `sync_logs` before it writes, so that the log lines of
@@ -86,6 +96,7 @@ def train(
         yield from Trainer(run, backend, saver, should_stop, clock, looks).run_to_target()
     finally:
         saver.close()
+        release_memory(backend)
 
 
 def step_batches(
@@ -93,12 +104,12 @@ def step_batches(
     tokens: Tokens,
     block_size: int,
     step: int,
-    documents: Documents | None = None,
+    windows: Windows | None = None,
 ) -> list[Batch]:
     """Return the micro-batches of the step that follows `step` finished ones."""
     size, seed = config.batch_size, config.seed
     micros = range(config.grad_accum)
-    return [sample_batch(tokens, size, block_size, seed, step, i, documents) for i in micros]
+    return [sample_batch(tokens, size, block_size, seed, step, i, windows) for i in micros]
 
 
 def step_rate(config: TrainConfig, step: int, reductions: int = 0) -> float:
@@ -144,44 +155,46 @@ class Trainer:
         self.skipped = 0  # consecutive steps
         self.recent_loss = run.recent_loss  # moving average of the training loss
         self.warned = False
+        self.limit = TimeLimit(run.train, clock, self.started)
 
     def run_to_target(self) -> Iterator[Report]:
         """Yield the reports of all events until the target, a stop or the end of patience."""
-        config = self.run.train
         if self.step == 0:
             self.saver.save(NEWEST, self._checkpoint)  # from now on the folder belongs to this run
         yield from self._warn()  # again, in a resumed run
         yield from self._evaluate()  # the untrained model first
-        while self.step < config.iters and not self.should_stop() and not self._out_of_patience():
+        while not (self._at_target() or self.should_stop() or self._out_of_patience()):
             previous, self.pending = self.pending, self._take_step()
             if previous:
                 yield self._report(previous)  # read one step late, so that the device never waits
             if self._something_due():
                 yield from self._flush()
                 yield from self._evaluate()
-                if is_due(self.step, config.sample_every) and self.step < config.iters:
+                if is_due(self.step, self.run.train.sample_every) and not self._at_target():
                     yield from self._sample()
                 self.saver.save_due(self.step, self._checkpoint)
             if self.early.is_due():
                 yield from self._flush()
                 yield from self._look()
             yield from self.saver.finished()
+            yield from self._move_target()
         yield from self._flush()
         yield from self._finish()
 
     def _take_step(self) -> Pending:
         run, progress = self.run, self.progress
         block_size = run.model.block_size
-        batches = step_batches(run.train, run.train_tokens, block_size, self.step, run.documents)
+        batches = step_batches(run.train, run.train_tokens, block_size, self.step, run.windows)
         lr = step_rate(run.train, self.step, progress.plateau.reductions) * 0.5**progress.rollbacks
         result = self.backend.train_step(batches, lr)
         self.pace.step()
         self.step += 1
-        n_bytes = sum(int(self.token_bytes[batch.y()].sum()) for batch in batches)
-        return self.step, lr, n_bytes, result
+        targets = np.concatenate([batch.y().ravel() for batch in batches])
+        targets = targets[targets != IGNORED]
+        return self.step, lr, len(targets), int(self.token_bytes[targets].sum()), result
 
     def _report(self, pending: Pending) -> Report:
-        step, lr, n_bytes, result = pending
+        step, lr, n_targets, n_bytes, result = pending
         loss, grad_norm = result.loss, result.grad_norm
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self._not_finite(step, lr, loss, grad_norm)
@@ -200,7 +213,7 @@ class Trainer:
             tokens_per_second=n_tokens * self.pace.steps_per_second,
             seconds=self._seconds(),
             memory_bytes=self.backend.memory_bytes(),
-            bits_per_byte=loss * n_tokens / math.log(2) / max(1, n_bytes),
+            bits_per_byte=loss * n_targets / math.log(2) / max(1, n_bytes),
         )
 
     def _not_finite(self, step: int, lr: float, loss: float, grad_norm: float) -> Report:
@@ -224,6 +237,13 @@ class Trainer:
             "try a lower --lr, a longer --warmup or a smaller --grad-clip"
         )
 
+    def _move_target(self) -> Iterator[Report]:
+        """Move the target to where the time ends, if the run has a time."""
+        iters = self.run.train.iters if self._at_target() else self.limit.target(self.step)
+        if iters != self.run.train.iters:
+            self.run = replace(self.run, train=replace(self.run.train, iters=iters))
+            yield TargetLog(self.step, iters)
+
     def _flush(self) -> Iterator[Report]:
         """Read the pending step, so that the following event sees a finished state."""
         if self.pending:
@@ -238,13 +258,15 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         due = self.step == 0 or is_due(self.step, self.run.train.eval_every)
-        return (due or self.step == self.run.train.iters) and self.progress.eval_step < self.step
+        return (due or self._at_target()) and self.progress.eval_step < self.step
 
     def _evaluate(self) -> Iterator[Report]:
         if not self._evaluation_due():
             return
         run, old = self.run, self.progress
+        began = self.clock()
         score = self._score(EVAL_TOKENS)
+        self.limit.closing_seconds = self.clock() - began
         if score is None:
             return  # interrupted; a resumed run evaluates this step again
         if not math.isfinite(score.loss):
@@ -275,16 +297,10 @@ class Trainer:
         self.pace.restart()
 
     def _score(self, max_tokens: int) -> Score | None:
-        size = self.run.model.block_size
-        return evaluate(
-            self.backend,
-            self.run.val_tokens,
-            block_size=size,
-            batch_size=max(self.run.train.batch_size, EVAL_BATCH_TOKENS // size),
-            token_bytes=self.token_bytes,
-            should_stop=self.should_stop,
-            max_tokens=max_tokens,
-        )
+        run, size = self.run, self.run.model.block_size
+        batch_size = max(run.train.batch_size, EVAL_BATCH_TOKENS // size)
+        batches = eval_batches(run.val_tokens, size, batch_size, max_tokens, run.val_windows)
+        return score_batches(self.backend, batches, self.token_bytes, self.should_stop)
 
     def _warn(self) -> Iterator[Report]:
         """Warn once if the last evaluation shows that the model overfits."""
@@ -299,23 +315,35 @@ class Trainer:
         self.early.end("sample")
         text = self._generate(math.inf)
         if text or not self.should_stop():  # a stop can come before the first token
-            yield SampleLog(self.step, self.run.train.prompt, text)
+            yield SampleLog(self.step, self._shown_prompt, text)
         self.pace.restart()
 
     def _generate(self, seconds: float) -> str:
         """Return a sample, or what there is of it `seconds` after its first token."""
         run, end = self.run, math.inf
         prompt = run.tokenizer.encode(run.train.prompt)
+        if self._answers:
+            prompt = render_prompt([Turn("user", run.train.prompt)], run.tokenizer)
         config = SampleConfig(seed=run.train.seed + self.step)
         text = ""
+        scorer = text_scorer(run.text_backend, run.model, self.backend)
         for samples in generate(
-            self.backend, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
+            scorer, run.model, run.tokenizer, prompt.tolist(), config, 1, self.should_stop
         ):
             text, now = samples[0].text, self.clock()
             end = min(end, now + seconds)
             if now >= end:
                 break
         return text
+
+    @property
+    def _answers(self) -> bool:
+        """Whether the run learns answers, so that the prompt of its samples is a question."""
+        return self.run.val_windows is not None
+
+    @property
+    def _shown_prompt(self) -> str:
+        return self.run.train.prompt + "\n" * self._answers
 
     def _look(self) -> Iterator[Report]:
         """Yield an early validation loss and an early sample; the run's own state stays."""
@@ -333,7 +361,7 @@ class Trainer:
                 )
         if "sample" in self.early and not self.should_stop():
             text = self._generate(COST_SECONDS)
-            yield EarlySampleLog(self.step, self.run.train.prompt, text, next_seconds)
+            yield EarlySampleLog(self.step, self._shown_prompt, text, next_seconds)
         self.pace.restart()
 
     def _checkpoint(self) -> Checkpoint:
@@ -355,12 +383,15 @@ class Trainer:
         )
 
     def _finish(self) -> Iterator[Report]:
-        reached = self.step >= self.run.train.iters
+        reached = self._at_target()
         stopped = not reached and not self._out_of_patience()
         yield EndLog(self.step, "target" if reached else "stopped" if stopped else "patience")
         yield from self.saver.finish(self._checkpoint)
         if not self.should_stop():
             yield from self._sample()
+
+    def _at_target(self) -> bool:
+        return self.step >= self.run.train.iters
 
     def _out_of_patience(self) -> bool:
         return self.progress.plateau.exhausted(self.run.train.patience)

@@ -97,6 +97,14 @@ class NoteLog:
 
 
 @dataclass(frozen=True)
+class TargetLog:
+    """The step at which a run that ends by the clock is now expected to end."""
+
+    step: int
+    iters: int
+
+
+@dataclass(frozen=True)
 class EndLog:
     """The end of the steps; the last files are saved after it.
 
@@ -113,7 +121,7 @@ def perplexity(loss: float) -> float:
 
 
 EarlyLog = EarlyEvalLog | EarlySampleLog
-Report = StepLog | EvalLog | SampleLog | EarlyLog | SaveLog | NoteLog | EndLog
+Report = StepLog | EvalLog | SampleLog | EarlyLog | SaveLog | NoteLog | TargetLog | EndLog
 
 
 class Pace:

@@ -87,6 +87,21 @@ def test_rows_of_any_length_decode_as_if_alone(recipe: str, n: int, build: Build
 
 
 @each_model
+def test_prompts_of_different_lengths_are_read_in_one_pass(recipe: str, build: Build) -> None:
+    backend, lengths = build(recipe), np.array([3, 12, 1, 7])
+    texts = [text(14, seed) for seed in range(4)]
+    cache, padded = backend.new_cache(6), np.zeros((4, 12), int)
+    for row, (tokens, length) in enumerate(zip(texts, lengths, strict=True)):
+        padded[row, :length] = tokens[:length]
+    got = backend.logits(padded, cache, slice(2, 6), lengths)
+    assert cache.lengths.tolist() == [0, 0, *lengths]
+    new = np.array([tokens[n] for tokens, n in zip(texts, lengths, strict=True)])
+    after = backend.logits(new[:, None], cache, slice(2, 6))
+    for row, (tokens, length) in enumerate(zip(texts, lengths, strict=True)):
+        assert_near([got[row], after[row]], alone(backend, tokens)[length - 1 : length + 1])
+
+
+@each_model
 def test_a_stream_leaves_and_another_takes_its_row(recipe: str, build: Build) -> None:
     backend = build(recipe)
     texts = [text(15, seed) for seed in range(4)]
@@ -164,7 +179,40 @@ def test_many_rows_are_shared_among_threads(build: Build) -> None:
         assert_near(got[row], alone(backend, tokens)[-1])
 
 
+@pytest.mark.parametrize("n_embd", [12, 48])  # of 4 heads: less than a vector, and not whole ones
+def test_compiled_logits_have_the_same_bits_alone_and_among_others(
+    n_embd: int, tiny_model: Callable[..., ModelConfig], lively: Callable[..., Params],
+    tiny_train: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("numba", exc_type=ImportError)
+    monkeypatch.setattr(decode, "COMPILED_FROM", 0)
+    model = tiny_model("modern", n_embd=n_embd, n_head=4)
+    state = TrainState(0, lively(model), {})
+    one, three = (
+        make_backend("numpy", model, tiny_train("modern", threads=threads), state)
+        for threads in (1, 3)
+    )
+    texts = [text(T + 9, seed) for seed in range(37)]
+    cache = three.new_cache(len(texts))
+    lengths = np.arange(len(texts)) % T + 1
+    three.logits(np.stack([tokens[:T] for tokens in texts]), cache, slice(0, 37), lengths)
+    for _ in range(9):
+        got = step(three, cache, texts)
+    for row in (0, 17, 36):
+        expected = alone(one, texts[row][: lengths[row] + 9])  # a token at a time
+        assert np.array_equal(got[row], expected[-1])
+
+
+def test_compiled_decoding_reads_weights_that_have_changed(build: Build) -> None:
+    backend, tokens = build("modern"), text(6, 1)
+    before, state = alone(backend, tokens), backend.state()
+    changed = {name: value * np.float32(1.5) for name, value in state.params.items()}
+    backend.restore(TrainState(0, changed, {}))
+    assert not np.allclose(alone(backend, tokens), before)
+
+
 def test_decoding_works_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "mlx_randygpt.backends.numpy.decode_numba", raising=False)
+    for name in ("decode_numba", "tiles"):
+        monkeypatch.delitem(sys.modules, f"mlx_randygpt.backends.numpy.{name}", raising=False)
     assert not decode.has_numba.__wrapped__()

@@ -119,7 +119,8 @@ def test_a_compiled_step_draws_dropout_again_and_keeps_none(
     backend: Any = build(kind, "mlx", checkpoint_activations=True)
     x, n_places = mx.zeros((2, 16), mx.int32), 2 * backend._forward.config.n_layer
     step = mx.compile(backend._value_and_grad)
-    loss, grads = step(backend._weights, x, x, mx.zeros((n_places, 2, 2), mx.uint32))
+    keys = mx.zeros((n_places, 2, 2), mx.uint32)
+    loss, grads = step(backend._named, x, x, mx.zeros((2, 16)), keys)
     mx.export_to_dot(str(tmp_path / "step.dot"), loss, *grads.values())
     assert (tmp_path / "step.dot").read_text().count("RandomBits") == 2 * n_places
 

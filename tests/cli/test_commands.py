@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ from mlx_randygpt import settings
 from mlx_randygpt.checkpoint import BEST, NEWEST, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.commands.doctor import lines
+from mlx_randygpt.cli.commands.presets import PURPOSES
 from mlx_randygpt.cli.loading import default_checkpoint
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import flops_per_token, initial_params
 from mlx_randygpt.planning.bench import N_WARMUP, measure_sampling, measure_training
 from mlx_randygpt.planning.machine import CHECKS, advice, collect
+from mlx_randygpt.planning.plan import Rate
+from mlx_randygpt.planning.speed import Speed, estimate, measure
 from mlx_randygpt.recipes import PRESETS
 from mlx_randygpt.state import TrainState
 
@@ -83,6 +89,68 @@ def test_checkpoint_size_is_that_of_a_checkpoint(checkpoint: Path) -> None:
     assert 0 < header < 8192
 
 
+def test_presets_name_the_text_that_suits_them_and_a_purpose() -> None:
+    rows = {row["name"]: row for row in answer("presets")["presets"]}
+    assert PURPOSES.keys() == PRESETS.keys()
+    assert rows["small"]["text_bytes"] == {"least": 100e3, "good": 500e3, "most": 2e6}
+    assert rows["small"]["purpose"] == "a book; the default"
+    shown = call("presets").stdout
+    assert re.search(r"^small +100 kB to 2 MB .*a book; the default$", shown, re.MULTILINE)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty folder of caches."""
+    monkeypatch.setenv("MLXGPT_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_presets_know_their_minutes_once_doctor_has_measured(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = answer("presets")
+    assert before["measured"] is None
+    assert {row["minutes"] for row in before["presets"]} == {None}
+    assert "1,000 steps: not measured yet; mlxgpt doctor does." in call("presets").stdout
+    seconds = dict.fromkeys(PRESETS, 0.18)
+    found = Speed("numpy", "2 threads", "2026-01-05", seconds)
+    monkeypatch.setattr("mlx_randygpt.planning.speed.measure", lambda backend: found)
+    doctor = answer("doctor")
+    assert (doctor["speed"]["step_seconds"], doctor["problems"]) == (seconds, {})
+    after = answer("presets")
+    assert after["measured"] == {"backend": "numpy", "device": "2 threads", "date": "2026-01-05"}
+    assert {row["minutes"] for row in after["presets"]} == {3.0}
+    shown = call("presets").stdout
+    assert re.search(r"^small .* 3.0 minutes +a book; the default$", shown, re.MULTILINE)
+    assert "those of mlxgpt doctor, 2026-01-05, NumPy on 2 threads." in shown
+    assert {row["minutes"] for row in answer("presets", "--recipe=classic")["presets"]} == {None}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"step_seconds": 1}'])
+def test_a_damaged_measurement_counts_as_none(cache: Path, content: str) -> None:
+    (cache / "speed.json").write_text(content)
+    assert answer("presets")["measured"] is None
+
+
+def test_a_step_is_scaled_from_the_measured_width_that_is_nearest() -> None:
+    """A width of 128: 1 s, and 0.5 s a layer, for 64 sequences of 64 tokens each."""
+    rates = {"small": Rate((1.0, 0.5, 0.0, 0.0), 128, 1.0, ()), "mini": Rate((9,) * 4, 32, 1.0, ())}
+    assert estimate("small", rates) == 4.0
+    assert estimate("small4", rates) == 3.0
+    wide = estimate("flux-large", rates)
+    model = lambda name: settings.resolve_new({"preset": name}, 67)[0]  # noqa: E731
+    ratio = flops_per_token(model("flux-large")) / flops_per_token(model("small"))
+    assert wide == pytest.approx(4.0 * ratio)
+
+
+def test_short_steps_give_a_time_for_every_preset() -> None:
+    """With a clock that is wound by hand: a second for every step."""
+    speed = measure("numpy", count(0.0, 0.5).__next__)
+    assert speed.step_seconds.keys() == PRESETS.keys()
+    assert all(seconds > 0 for seconds in speed.step_seconds.values())
+    assert speed.step_seconds["small"] < speed.step_seconds["medium"] < speed.step_seconds["large"]
+
+
 # info
 
 
@@ -146,6 +214,29 @@ def test_bench_gives_positive_numbers(mode: str, recipe: str) -> None:
     assert (found["recipe"], found["preset"], found["block_size"]) == (recipe, "mini", 8)
 
 
+def test_bench_sample_is_warm_and_says_how_it_decodes() -> None:
+    found = answer("bench", "sample", "--preset", "mini", "--iters", "2", "--backend", "numpy")
+    compiled = importlib.util.find_spec("numba") is not None
+    assert found["decoding"] == ("compiled by numba" if compiled else "NumPy without numba")
+    assert "Decoding" in call("bench", "sample", "--preset", "mini", "--iters", "2").stdout
+
+
+def test_bench_sweeps_over_the_numbers_of_streams() -> None:
+    size = ["--preset", "mini", "--iters", "2", "--backend", "numpy", "--streams", "5"]
+    found = answer("bench", "sample", *size)
+    assert [each["batch_size"] for each in found["sweep"]] == [1, 2, 4, 5]
+    assert {**found, "sweep": 0} == {**found["sweep"][-1], "sweep": 0}
+    lines = call("bench", "sample", *size).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "4", "5"]
+
+
+@pytest.mark.parametrize("wrong", [["train"], ["sample", "--batch-size", "2"]])
+def test_a_sweep_is_for_sampling_alone(wrong: list[str]) -> None:
+    result = call("bench", *wrong, "--streams", "2")
+    assert result.exit_code == 2
+    assert "--streams is for `bench sample`, without --batch-size" in result.stderr
+
+
 def test_bench_refuses_no_steps_with_one_line() -> None:
     result = call("bench", "--preset", "mini", "--iters", "0")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
@@ -167,13 +258,30 @@ def test_the_median_leaves_out_warmup_and_outliers(measure: Any) -> None:
 # doctor
 
 
-def test_doctor_describes_this_machine() -> None:
+def test_doctor_describes_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = answer("doctor")
+    assert found["speed"]["step_seconds"].keys() == PRESETS.keys()
+    monkeypatch.setitem(CHECKS, "speed", lambda: found["speed"])
     assert found["problems"] == {}
     assert found["packages"]["numpy"]
     assert found["cores_present"] >= found["cores"] > 0
     assert found["numpy_gflops"] > 0
+    assert found["kernels"].keys() in ({"absent"}, {"tested"})
     assert call("doctor").exit_code == 0
+
+
+def test_doctor_shows_the_kernels_and_both_times() -> None:
+    def kernel_lines(**kernels: Any) -> list[str]:
+        facts = collect(dict.fromkeys(CHECKS, lambda: None)) | {"kernels": kernels}
+        return [value for name, value in lines(facts) if name == "Kernels"]
+
+    slow = {"kernel": "attention", "problem": "it is slower, 2.000 ms instead of 1.500"}
+    fast = {"kernel": "norm + token shift", "problem": "", "seconds": 0.001, "plain_seconds": 0.003}
+    assert kernel_lines(tested=[fast, slow]) == [
+        "norm + token shift: on, 1.000 ms instead of 3.000",
+        "attention: off, it is slower, 2.000 ms instead of 1.500",
+    ]
+    assert kernel_lines(absent="MLX has no Metal GPU here") == ["none: MLX has no Metal GPU here"]
 
 
 def test_doctor_survives_checks_that_fail() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.data.encoding import TextStats, blocks
-from mlx_randygpt.data.reading import Piece, _cut
+from mlx_randygpt.data.reading import _cut
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
@@ -62,4 +62,3 @@ def test_what_is_not_known_is_counted() -> None:
     _, found = encoded(["abcab", "cd ROMEO: d"], CharTokenizer(" :EMORab"), 4, 2)
     assert found.unknown == {"c": 2, "d": 2}
     assert found.characters == 16
-    assert Piece("x", True, True) == ("x", True, True)

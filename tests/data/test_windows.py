@@ -80,7 +80,7 @@ def test_no_window_crosses_from_one_document_to_the_next(n_tokens: int) -> None:
     document = np.searchsorted(first, np.arange(100), side="right")
     starts = set[int]()
     for step in range(200):
-        batch = sample_batch(TOKENS[:n_tokens], 16, 8, 1, step, documents=documents)
+        batch = sample_batch(TOKENS[:n_tokens], 16, 8, 1, step, windows=documents)
         for start in batch.starts.tolist():
             assert len(set(document[start : start + 9].tolist())) == 1
             starts.add(start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.dialogue import Turn
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
@@ -19,6 +21,9 @@ from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 2, "block_size": 250}  # 64: a group of 4-bit weights
+LITERAL = ("<|end|>", "<|user|>", "<|assistant|>", "<eos>", "<bos>", "<unk>", "<", "<<|end|>", "|>")
+PIECES = ("The old ship", " ", "  ", "\n\n", "\t", "é", "“", "日", "🙂", "e\u0301", "{{ 1 }}", "'s")
+PIECES += ("{% if %}", '"', "\\n", "\r", "\x00", "\ufeff", "12", "\u200d", "a", "\n")
 ODD = "\x00\t\n\r \x1b é🙂\u0301日\ufeff<>"
 
 
@@ -28,6 +33,7 @@ def make(
     text: str,
     tiny_model: Callable[..., ModelConfig],
     lively: Callable[..., Params],
+    dialogue: bool = False,
     **changes: Any,
 ) -> Checkpoint:
     """A checkpoint of a small model with a tokenizer of this kind learned from `text`."""
@@ -38,6 +44,7 @@ def make(
         tokenizer = FixedCharTokenizer(("", *sorted(set(text + ODD + "\\]^-"), reverse=True)))
     else:
         tokenizer = SubwordTokenizer.train(kind, [text + ODD], 300 if kind == "bpe" else 600)
+    tokenizer = tokenizer.with_dialogue() if dialogue else tokenizer
     sizes = SIZES | {"vocab_size": tokenizer.vocab_size} | changes
     model = tiny_model(recipe, **sizes)
     weights = lively(model)
@@ -76,3 +83,24 @@ def greedy(saved: Checkpoint, prompt: Array, n: int) -> list[int]:
     for samples in generate(backend, saved.model, tokenizer, prompt.tolist(), config):
         found = samples[0].ids
     return found
+
+
+def conversations(n: int) -> list[list[Turn]]:
+    """Conversations of odd texts, the same each time, some of which look like special tokens."""
+    draw, found = Random(3), []
+    for _ in range(n):
+        roles = ["system"] * (draw.random() < 0.4) + ["user", "assistant"] * draw.randint(1, 4)
+        texts = ("".join(_odd_words(draw)) for _ in roles)
+        found.append([Turn(role, words) for role, words in zip(roles, texts, strict=True)])
+    return found
+
+
+def _odd_words(draw: Random) -> list[str]:
+    return [
+        draw.choice(LITERAL if draw.random() < 0.3 else PIECES) for _ in range(draw.randrange(8))
+    ]
+
+
+def messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """Turns as other programs take them."""
+    return [{"role": turn.role, "content": turn.text} for turn in turns]

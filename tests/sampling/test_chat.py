@@ -305,6 +305,17 @@ def test_chat_says_which_model_it_is_and_that_it_does_not_answer(checkpoint: Pat
     assert lines[3].startswith("This model continues text and does not answer")
 
 
+def test_chat_keeps_no_spare_memory_between_answers(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr("mlx_randygpt.backends.release_memory", lambda b: released.append(b.name))
+    words = ["chat", f"--checkpoint={checkpoint}", "--backend=numpy", "--max-tokens=3"]
+    done = CliRunner().invoke(group, words, input="The\nold\n")
+    assert done.exit_code == 0, done.output
+    assert released == ["numpy", "numpy"]
+
+
 def test_sample_interactive_is_chat(checkpoint: Path) -> None:
     words = ["--checkpoint", str(checkpoint), "--backend", "numpy"]
     done = CliRunner().invoke(group, ["sample", "--interactive", *words], input="/len 5\nThe\n")

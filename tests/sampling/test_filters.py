@@ -74,6 +74,19 @@ def test_the_nucleus_takes_the_lower_of_equal_ids() -> None:
     assert drawn_from([1, 1, 1, 1], top_p=0.5) == [0.5, 0.5, 0, 0]
 
 
+@pytest.mark.parametrize("v", [5, 300, 20_000])
+def test_the_nucleus_of_many_rows_is_that_of_each_in_order_of_its_tokens(v: int) -> None:
+    logits = np.round(2 * rng(1, "check").standard_normal((6, v)))  # with many ties
+    logits[:, ::3] = -np.inf
+    many = probabilities(logits, [alone(top_p=0.3 + 0.1 * i) for i in range(6)])
+    for i, row in enumerate(np.exp(logits)):
+        order = np.argsort(-row, kind="stable")
+        ahead = np.cumsum(row[order]) - row[order]
+        kept = order[ahead < (0.3 + 0.1 * i - 1e-12) * row.sum()]
+        assert np.array_equal(np.flatnonzero(many[i]), np.sort(kept))
+        np.testing.assert_allclose(many[i, kept], row[kept] / row[kept].sum(), rtol=1e-12)
+
+
 def test_min_p_is_a_share_of_the_best() -> None:
     assert drawn_from([1, 2, 3, 4], min_p=0.5) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9])
     assert drawn_from([1, 2, 3, 4], min_p=1.0) == [0, 0, 0, 1]

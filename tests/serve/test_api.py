@@ -254,6 +254,20 @@ def test_a_models_object_says_whether_it_answers(host: Host, dialogue: Any) -> N
         assert model["dialogue"] is expected
 
 
+def test_attention_is_shown_of_a_text_or_of_messages(host: Host, dialogue: Any) -> None:
+    def ask(served: Host, **body: Any) -> Any:
+        return httpx.post(f"{served.url}/attention", json={"layer": 0, "head": 1, **body})
+
+    turns = [message("developer", "Sing."), message("user", "king")]
+    tokens = ask(dialogue[0], messages=turns).json()["tokens"]
+    assert "".join(tokens) == "<|system|>Sing.<|end|><|user|>king<|end|>"
+    assert ask(dialogue[0], text="king").json()["tokens"] == ["k", "i", "n", "g"]
+    refused = ask(host, messages=turns), ask(host), ask(dialogue[0], text="a", messages=turns)
+    assert [answer.status_code for answer in refused] == [400, 400, 400]
+    assert "this model continues text" in refused[0].json()["error"]["message"]
+    assert "either text or messages" in refused[1].json()["error"]["message"]
+
+
 def test_models_are_listed(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tale"]
     assert client.models.retrieve("tale").owned_by == "mlx-randygpt"

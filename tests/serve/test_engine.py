@@ -13,6 +13,7 @@ pytest.importorskip("prometheus_client")
 
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation, generate
+from mlx_randygpt.serve import engine
 from mlx_randygpt.serve.engine import Engine, Full, Request
 from mlx_randygpt.serve.metrics import Metrics
 from mlx_randygpt.state import rng
@@ -85,7 +86,29 @@ def test_texts_together_read_as_each_alone(host: Host) -> None:
     )
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one(host: Host) -> None:
+def test_prompts_of_different_lengths_are_read_in_one_pass(host: Host) -> None:
+    read: list[tuple[int, ...]] = []
+    logits = host.backend.logits
+
+    def watched(tokens: Any, *given: Any) -> Any:
+        read.append(tokens.shape)
+        return logits(tokens, *given)
+
+    host.backend.logits = watched
+    requests = [host.job("The old red ship"[:n], seed=n) for n in (14, 3, 8, 3)]
+    host.engine.submit(requests)
+    host.wait(*requests)
+    host.engine.stop()
+    assert read[0] == (4, 14)
+    assert [job.continuation.sample.text for job in requests] == [
+        host.alone(job) for job in requests
+    ]
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "READ_TOGETHER", 16)
     told: list[list[Request]] = []
 
     def deliver(requests: list[Request]) -> None:
@@ -120,6 +143,28 @@ def test_who_is_cancelled_makes_room_and_others_go_on(host: Host) -> None:
     host.engine.stop()
     assert endless[3].finished
     assert short.continuation.sample.text == host.alone(short)
+
+
+def test_an_idle_engine_gives_back_memory(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first text and after the last, and not in between."""
+    run, backend = make_run("modern")
+    host, idle, tokens = Host(run, backend), threading.Semaphore(0), list[int]()
+    at: list[int] = []
+
+    def release(given: Any) -> None:
+        assert given is backend
+        at.append(len(tokens))
+        idle.release()
+
+    monkeypatch.setattr("mlx_randygpt.serve.engine.release_memory", release)
+    host.engine.start()
+    assert idle.acquire(timeout=SECONDS)
+    host.engine.submit([host.job("The", lambda: tokens.append(1), max_tokens=5)])
+    assert idle.acquire(timeout=SECONDS)
+    host.engine.stop()
+    assert at == [0, 5]
 
 
 def test_more_than_may_wait_are_refused_together(make_run: MakeRun) -> None:

@@ -17,6 +17,9 @@ pytest.importorskip("uvicorn")
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from served import Host
 
+from mlx_randygpt.dialogue import Turn, render_prompt
+from mlx_randygpt.sampling.filters import SampleConfig
+from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.serve import Settings
 
 CHROMIUM = next(
@@ -208,3 +211,77 @@ def test_it_fits_a_phone_and_follows_light_and_dark(
         write(page, "The", 1)
         page.locator("#text .token").first.tap()
         expect(page.locator("#choice")).to_contain_text("instead of")
+
+
+@pytest.fixture
+def dialogue(browser: Browser, dialogue_run: Callable[..., Any]) -> Iterator[tuple[Page, Host]]:
+    host = Host(*dialogue_run())
+    host.start()
+    for page in opened(browser, host):
+        yield page, host
+    host.stop()
+
+
+def send(page: Page, text: str, button: str = "#write") -> str:
+    """Send a message and wait; the answer."""
+    if button == "#write":
+        page.locator("#prompt").fill(text)
+    page.locator(button).click()
+    expect(page.locator("#write")).to_be_enabled()
+    expect(page.locator("#status")).to_contain_text("tokens")
+    return str(page.locator("#text .assistant").last.text_content())
+
+
+def answer_to(host: Host, turns: list[Turn], seed: int) -> str:
+    run, config = host.run, SampleConfig(seed=seed, max_tokens=9)
+    ids = render_prompt(turns, run.tokenizer).tolist()
+    *_, [sample] = generate(host.backend, run.model, run.tokenizer, ids, config)
+    return sample.text
+
+
+def test_a_conversation_with_a_model_of_dialogue(dialogue: tuple[Page, Host]) -> None:
+    page, host = dialogue
+    set_slider(page, "max_tokens", 9)
+    page.locator("#seed").fill("7")
+    page.locator("#keep-seed").check()
+    page.locator("#system").fill("Sing.")
+    turns = [Turn("system", "Sing."), Turn("user", "king")]
+    first = send(page, "king")
+    assert first == answer_to(host, turns, 7)
+    expect(page.locator("#prompt")).to_have_value("")
+    turns += [Turn("assistant", first), Turn("user", "moon")]
+    assert send(page, "moon") == answer_to(host, turns, 7)
+    page.locator("#seed").fill("8")
+    assert send(page, "", "#onward") == answer_to(host, turns, 8)
+    assert page.locator("#text .user").all_text_contents() == ["king", "moon"]
+    assert page.locator("#text .assistant").count() == 2
+    expect(page.locator("#command")).to_have_text(
+        "mlxgpt chat --max-tokens 9 --checkpoint 'my runs/tale.safetensors' --seed 8"
+    )
+    page.locator("#attention summary").click()
+    expect(page.locator("#map")).to_contain_text("<|system|>Sing.<|end|><|user|>king<|end|>")
+    page.locator("#again").click()
+    expect(page.locator("#text")).to_be_empty()
+    assert send(page, "king") == answer_to(host, turns[:2], 8)
+
+
+def test_a_notice_stands_before_the_answer_that_it_is_about(dialogue: tuple[Page, Host]) -> None:
+    page, _ = dialogue
+    set_slider(page, "max_tokens", 9)
+    send(page, "The old red ship sleeps")
+    send(page, "a small grey bird runs over")
+    expect(page.locator("#text .notice")).to_contain_text("2 oldest messages")
+    kinds = page.locator("#text .turn").evaluate_all("nodes => nodes.map(n => n.className)")
+    roles = " ".join(kind.split()[-1] for kind in kinds)
+    assert roles == "user assistant user notice assistant"
+
+
+def test_a_message_that_is_refused_is_given_back(dialogue: tuple[Page, Host]) -> None:
+    page, _ = dialogue
+    set_slider(page, "max_tokens", 9)
+    send(page, "king")
+    page.locator("#prompt").fill("a" * 70)
+    page.locator("#write").click()
+    expect(page.locator("#status")).to_contain_text("context is 64 tokens")
+    expect(page.locator("#prompt")).to_have_value("a" * 70)
+    assert page.locator("#text .user").all_text_contents() == ["king"]

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.cli import group
+from mlx_randygpt.state import Batch
 from mlx_randygpt.training.find_lr import (
     BACK_OFF,
     TOO_HIGH,
@@ -22,18 +23,19 @@ from mlx_randygpt.training.find_lr import (
     range_test,
     suggest,
 )
-from mlx_randygpt.training.loop import Run
+from mlx_randygpt.training.loop import Run, step_batches
 
 Make = Callable[..., tuple[Run, Backend]]
 
 
 def trials_of(make_run: Make, recipe: str, highest: float = 10.0) -> list[Trial]:
     run, backend = make_run(recipe, on="the cat sat on a mat. " * 200)
-    return list(
-        range_test(
-            backend, run.model, run.train, run.train_tokens, lowest=1e-5, highest=highest, steps=60
-        )
-    )
+    return list(range_test(backend, batches_of(run, 60), lowest=1e-5, highest=highest))
+
+
+def batches_of(run: Run, steps: int) -> list[Batch]:
+    size = run.model.block_size
+    return [b for i in range(steps) for b in step_batches(run.train, run.train_tokens, size, i)]
 
 
 def test_the_suggestion_keeps_its_distance_from_the_lowest_loss() -> None:
@@ -57,15 +59,7 @@ def test_a_run_at_the_suggestion_learns_and_one_far_above_does_not(
     losses = []
     for lr in (rate, 300 * rate):
         run, backend = make_run(recipe, on="the cat sat on a mat. " * 200)
-        trials = range_test(
-            backend,
-            run.model,
-            run.train,
-            run.train_tokens,
-            lowest=lr,
-            highest=1.0001 * lr,
-            steps=40,
-        )
+        trials = range_test(backend, batches_of(run, 40), lowest=lr, highest=1.0001 * lr)
         losses.append(list(trials)[-1].loss)
     assert losses[0] < 1.0 < 10.0 < losses[1]  # measured: 0.2 against 57 and more
 

@@ -93,7 +93,7 @@ class Fake:
     def new_cache(self, batch_size: int) -> Any:
         return SimpleNamespace(reset=lambda rows: None, lengths=np.zeros(batch_size))
 
-    def logits(self, tokens: Any, cache: Any, rows: slice) -> Any:
+    def logits(self, tokens: Any, cache: Any, rows: slice, lengths: Any = None) -> Any:
         return np.zeros((len(tokens), self.params["wte.weight"].shape[0]), np.float32)
 
     def state(self) -> TrainState:
@@ -281,6 +281,19 @@ def test_a_stop_during_evaluation_drops_it_and_a_resumed_run_makes_it_up(
     assert progress.eval_step == 2
     rest = list(train(replace(run, progress=progress), backend))  # type: ignore[arg-type]
     assert described(rest) == ["eval 4", "step 5", "step 6", "eval 6", "end 6", "sample 6"]
+
+
+@pytest.mark.parametrize("iters", [3, 9])
+def test_memory_that_is_kept_for_reuse_is_given_back_at_the_end(
+    iters: int, faked: Callable[..., tuple[Run, Fake]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the run reaches its target or is stopped before."""
+    run, backend = faked(iters=iters)
+    released: list[int] = []
+    module = sys.modules[Run.__module__]
+    monkeypatch.setattr(module, "release_memory", lambda given: released.append(given.step))
+    list(train(run, backend, should_stop=lambda: backend.step >= 5))  # type: ignore[arg-type]
+    assert released == [min(iters, 5)]
 
 
 def test_a_resumed_run_does_not_evaluate_twice(faked: Callable[..., tuple[Run, Fake]]) -> None:

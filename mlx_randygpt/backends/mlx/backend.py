@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_randygpt.backends.base import ALL, StepResult, resident_bytes
+from mlx_randygpt.backends.base import ALL, StepResult
+from mlx_randygpt.backends.mlx import selftest
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.forward import Forward
-from mlx_randygpt.backends.mlx.optimizer import Moments, Weights, rates, update
+from mlx_randygpt.backends.mlx.memory import HeldMemory
+from mlx_randygpt.backends.mlx.optimizer import Moments, Rates, rates, update
+from mlx_randygpt.backends.mlx.stacks import Stacks, Weights
 from mlx_randygpt.backends.mlx.trained import Adapters, AllWeights, Trained
 from mlx_randygpt.backends.ranks.group import SINGLE, Group, resync
 from mlx_randygpt.config import ModelConfig, TrainConfig
@@ -66,6 +68,15 @@ def probe() -> Device:
     )
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A part of a step's sequences that is computed at once."""
+
+    batch: Batch
+    index: int  # of the micro-batch
+    total: int  # targets of the step on this rank
+
+
 class MLXBackend:
     """A base.Backend on MLX's default device."""
 
@@ -78,46 +89,67 @@ class MLXBackend:
         assert train.optimizer == "adamw" or not model.lora_rank, "Muon does not train adapters"
         device = probe()
         self.device = device.description
+        self._memory = HeldMemory(on_gpu=device.has_gpu)
         self._train, self._group = train, group
         self._trained: Trained = Adapters(model) if model.lora_rank else AllWeights(model)
-        self._muon = muon_matrices(model) if train.optimizer == "muon" else {}
-        self._second_moment_shapes = second_moment_shapes(model, train)
+        muon = muon_matrices(model) if train.optimizer == "muon" else {}
+        self._stacks = Stacks(self._trained.shapes, muon)
+        self._moment_shapes = {"m": self._trained.shapes, "v": second_moment_shapes(model, train)}
         self._forward = Forward(
             self._trained.model,
             on_gpu=device.has_gpu,
             dtype=mx.bfloat16 if train.dtype == "bfloat16" else mx.float32,
             recomputes=train.checkpoint_activations,
         )
+        # adapters are merged in float32, and only then cast
+        self._weight_dtype = mx.float32 if model.lora_rank else self._forward.dtype
+        self._most_rows = 0  # of an evaluated batch
         self.restore(state)
         compiled = self._forward.compile
-        self._value_and_grad = mx.value_and_grad(self._mean_loss)
-        self._training_grads = compiled(self._value_and_grad)
-        self._evaluated_loss = compiled(self._mean_loss)
-        self._update = compiled(partial(update, train, self._muon))
+        self._value_and_grad = mx.value_and_grad(self._loss)
+        self._compiled_step = compiled(self._whole_step)
+        self._compiled_grads = compiled(self._float32_grads)
+        self._compiled_update = compiled(self._update)
+        self._compiled_loss = compiled(self._loss)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Name the Metal kernels that do not compute here although they could; tests them first."""
+        in_float32 = self._forward.dtype == mx.float32
+        return selftest.notes(self._forward.config) if in_float32 else ()
 
     def restore(self, state: TrainState) -> None:
         """Go on from these weights, moments and step; with several ranks, from rank 0's."""
         state = self._group.same_state(state)
         self.step = state.step
         self._trained.freeze(state.params)
-        self._weights: Weights = {
-            name: mx.array(state.params[name]) for name in self._trained.shapes
+        self._weights = self._stacks.load({n: state.params[n] for n in self._trained.shapes})
+        self._moments = {
+            kind: self._stacks.load(
+                {n: named.get(n, np.zeros(shape, np.float32)) for n, shape in shapes.items()}
+            )
+            for kind, shapes in self._moment_shapes.items()
+            for named in [state.moments.get(kind, {})]
         }
-        self._moments = self._load_moments(state.moments)
+        self._named = self._stacks.unpack(self._weights)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step on the mean loss over all micro-batches, with dropout."""
         if self._group.size > 1:
             resync(self)
         shares = [self._group.share(batch) for batch in batches]
-        loss, grads = self._accumulate(shares)
-        loss, grads = self._group.mean(loss, grads, _fraction_of_targets(shares, batches))
-        step_rates = rates(self._train, self.step, lr)
-        self._weights, self._moments, norm = self._update(
-            self._weights, self._moments, grads, step_rates
-        )
+        state = self._weights, self._moments, rates(self._train, self.step, lr)
+        passes = self._passes(shares)
+        if len(passes) == 1 and self._group.size == 1:
+            loss, *new = self._compiled_step(*state, *self._inputs(passes[0]))
+        else:
+            loss, grads = self._accumulate(passes)
+            loss, grads = self._group.mean(loss, grads, _fraction_of_targets(shares, batches))
+            new = self._compiled_update(*state, grads)
+        self._weights, self._moments, norm = new
+        self._named = self._stacks.unpack(self._weights)
         # else the model would keep the old weights alive
-        self._forward.bind(self._trained.merged(self._weights))
+        self._forward.bind(self._trained.merged(self._named))
         self.step += 1
         mx.async_eval(self._weights, self._moments, loss, norm)
         return StepResult(loss, norm)
@@ -125,13 +157,16 @@ class MLXBackend:
     def loss(self, batch: Batch) -> float:
         """Return the mean cross-entropy in nats over the targets that count, without dropout."""
         share = self._group.share(batch)
-        loss = float(self._evaluated_loss(self._weights, *self._forward.windows(share), None))
+        if self._forward.on_gpu:  # a last, smaller batch is no new trace
+            self._most_rows = max(self._most_rows, len(share.starts))
+        windows = self._forward.windows(share, n_rows=self._most_rows)
+        loss = float(self._compiled_loss(self._named, *windows, None))
         return self._group.total(loss * _fraction_of_targets([share], [batch]))
 
     def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
         """Return `loss` and its gradient for every trained weight, float32 and not clipped."""
         share = self._group.share(batch)
-        loss, grads = self._value_and_grad(self._weights, *self._forward.windows(share), None)
+        loss, grads = self._value_and_grad(self._named, *self._forward.windows(share), None)
         loss, grads = self._group.mean(loss, grads, _fraction_of_targets([share], [batch]))
         return float(loss), _to_numpy(grads)
 
@@ -139,81 +174,97 @@ class MLXBackend:
         """Return a cache with `batch_size` empty rows."""
         return self._forward.new_cache(batch_size)
 
-    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: MLXCache, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
 
         They are computed in float32 whatever the training type.
         """
-        return self._forward.logits(self._trained.merged(self._weights), tokens, cache, rows)
+        weights = self._trained.merged(self._named)
+        return self._forward.logits(weights, tokens, cache, rows, lengths)
+
+    def warm_up(self) -> None:
+        """Do nothing: the first token is compiled."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by MLX" if self._forward.on_gpu else "MLX"
 
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32; waits for the device."""
-        moments = {kind: _to_numpy(arrays) for kind, arrays in self._moments.items()}
-        return TrainState(self.step, _to_numpy(self._trained.frozen | self._weights), moments)
+        moments = {
+            kind: _to_numpy(self._stacks.unpack(self._moments[kind], shapes))
+            for kind, shapes in self._moment_shapes.items()
+        }
+        return TrainState(self.step, _to_numpy(self._trained.frozen | self._named), moments)
 
     def matmul_flops(self) -> float:
         """Measure this device's float32 matrix-product rate, in FLOP per second."""
         return matmul_flops(on_gpu=self._forward.on_gpu)
 
     def memory_bytes(self) -> int:
-        """Return the peak so far of the device's memory; on a CPU, of the process."""
-        return memory_bytes(on_gpu=self._forward.on_gpu)
+        """Return the most memory held so far, as seen at each call; on a CPU, of the process."""
+        return self._memory.read()
 
-    def _accumulate(self, batches: Sequence[Batch]) -> tuple[mx.array, Weights]:
-        """Return mean loss and gradients over all targets, `micro_batch` sequences at a time."""
+    def _passes(self, batches: Sequence[Batch]) -> list[Pass]:
+        """Cut a step's batches into passes of `micro_batch` sequences."""
         total = max(1, sum(batch.n_targets() for batch in batches))
         size = self._train.micro_batch or max(1, len(batches[0].starts))
-        terms = (
-            self._weighted_grads(
-                replace(b, starts=b.starts[i : i + size], row=b.row + i), index, total
-            )
+        return [
+            Pass(b.part(i, i + size), index, total)
             for index, b in enumerate(batches)
             for i in range(0, len(b.starts), size)
-        )
-        loss, grads = next(terms)
-        for next_loss, next_grads in terms:
+        ]
+
+    def _accumulate(self, passes: Sequence[Pass]) -> tuple[mx.array, Weights]:
+        """Return mean loss and gradients over the targets of all passes."""
+        loss, grads = self._compiled_grads(self._weights, *self._inputs(passes[0]))
+        for each in passes[1:]:
             mx.eval(loss, grads)  # else the passes would be in memory side by side
+            next_loss, next_grads = self._compiled_grads(self._weights, *self._inputs(each))
             loss = loss + next_loss
             grads = {name: g + next_grads[name] for name, g in grads.items()}
         return loss, grads
 
-    def _weighted_grads(self, batch: Batch, index: int, total: int) -> tuple[mx.array, Weights]:
-        """Return loss and gradients of these sequences, times their share of `total` targets.
-
-        `index` is the number of the micro-batch.
-        """
-        keys = None
+    def _inputs(self, each: Pass) -> tuple[Any, ...]:
+        """Return the windows of a pass and its dropout keys."""
+        batch, keys = each.batch, None
         if self._forward.config.dropout > 0:  # by place and sequence: the same for any split
-            bits = rng(self._train.seed, "dropout", self.step, index).integers(2**32, size=2)
+            bits = rng(self._train.seed, "dropout", self.step, each.index).integers(2**32, size=2)
             n_places = 2 * self._forward.config.n_layer
             places = np.indices((n_places, len(batch.starts))).transpose(1, 2, 0)
             keys = mx.array((bits + places + (0, batch.row)).astype(np.uint32))  # (2L, B, 2)
-        windows = self._forward.windows(batch)
-        loss, grads = self._training_grads(self._weights, *windows, keys)
-        fraction = batch.n_targets() / total
-        if fraction < 1:
-            loss, grads = loss * fraction, {name: g * fraction for name, g in grads.items()}
+        return *self._forward.windows(batch, each.total), keys
+
+    def _loss(self, named: Weights, *inputs: Any) -> mx.array:
+        """Return the loss as a function of the trained weights."""
+        return self._forward.loss(self._trained.merge(named), *inputs)
+
+    def _grads(self, weights: Weights, *inputs: Any) -> tuple[mx.array, Weights]:
+        """Return loss and named gradients, these in the type of the products."""
+        cast = {stack: w.astype(self._weight_dtype) for stack, w in weights.items()}
+        loss, grads = self._value_and_grad(self._stacks.unpack(cast), *inputs)
         return loss, grads
 
-    def _mean_loss(self, weights: Weights, x: mx.array, y: mx.array, keys: Any) -> mx.array:
-        """Return the mean loss as a function of the trained weights."""
-        return self._forward.mean_loss(self._trained.merge(weights), x, y, keys)
+    def _float32_grads(self, weights: Weights, *inputs: Any) -> tuple[mx.array, Weights]:
+        """Return loss and named gradients that can be added up."""
+        loss, grads = self._grads(weights, *inputs)
+        return loss, {name: g.astype(mx.float32) for name, g in grads.items()}
 
-    def _load_moments(self, moments: dict[str, Params]) -> Moments:
-        """Copy moments to the device; missing ones are zero."""
-        loaded: Moments = {"m": {}, "v": {}}
-        for kind, shapes in (("m", self._trained.shapes), ("v", self._second_moment_shapes)):
-            for name, shape in shapes.items():
-                moment = moments.get(kind, {}).get(name)
-                loaded[kind][name] = mx.zeros(shape) if moment is None else mx.array(moment)
-        return loaded
+    def _update(
+        self, weights: Weights, moments: Moments, now: Rates, grads: Weights
+    ) -> tuple[Weights, Moments, mx.array]:
+        """Return weights and moments after a step along these named gradients, and their norm."""
+        return update(self._train, self._stacks, weights, moments, self._stacks.pack(grads), now)
 
-
-def memory_bytes(*, on_gpu: bool) -> int:
-    """Return peak device memory and what MLX keeps for reuse; on a CPU, the process's peak."""
-    if not on_gpu:
-        return resident_bytes()
-    return int(mx.get_peak_memory() + mx.get_cache_memory())
+    def _whole_step(
+        self, weights: Weights, moments: Moments, now: Rates, *inputs: Any
+    ) -> tuple[Any, ...]:
+        """Return the loss, and weights, moments and norm after a step of one pass."""
+        loss, grads = self._grads(weights, *inputs)
+        return loss, *self._update(weights, moments, now, grads)
 
 
 def matmul_flops(*, on_gpu: bool) -> float:
@@ -239,4 +290,5 @@ def _fraction_of_targets(shares: Sequence[Batch], batches: Sequence[Batch]) -> f
 
 
 def _to_numpy(arrays: Weights) -> Params:
-    return {name: np.array(array) for name, array in arrays.items()}
+    """Copy arrays to the host, by rows: the view of a stack can lie by columns."""
+    return {name: np.ascontiguousarray(np.array(array)) for name, array in arrays.items()}

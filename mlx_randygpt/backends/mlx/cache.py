@@ -22,12 +22,12 @@ Layer = list[mx.array]  # keys and values (B, H, S, D), then the last inputs of 
 class MLXCache:
     """The cache of all layers: keys and values, (B, H, S, D) each.
 
-    The token shift adds the inputs of attention and MLP at the last position, (B, 1, C/2) each.
+    The token shift adds the inputs of attention and MLP at the last position, (B, 1, C) each.
     """
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int]) -> None:
         b, h, _, d = shape
-        shapes = (shape, shape, (b, 1, h * d // 2), (b, 1, h * d // 2))
+        shapes = (shape, shape, (b, 1, h * d), (b, 1, h * d))
         self.layers: list[Layer] = [[mx.zeros(shape) for shape in shapes] for _ in range(n_layer)]
         self.lengths: NDArray[np.int64] = np.zeros(b, np.int64)
 
@@ -57,8 +57,8 @@ class MLXCache:
             return self.layers
         return [[array[rows] for array in layer] for layer in self.layers]
 
-    def write(self, rows: slice, layers: list[Layer], t: int) -> None:
-        """Replace the arrays of these rows after T more tokens.
+    def write(self, rows: slice, layers: list[Layer], t: Any) -> None:
+        """Replace the arrays of these rows after T more tokens, of all or of each (B,).
 
         If they are all rows, the old arrays are released, so that MLX can write in their place.
         """
@@ -90,14 +90,19 @@ class LayerPass:
         self._keys, self._values = self._put(self._keys, k), self._put(self._values, v)
         return (self._keys, self._values) if k.shape[2] == 1 else (k, v)
 
-    def layer(self) -> Layer:
-        """Return the layer's arrays after the pass."""
-        return [self._keys, self._values, *(x[:, -1:] for x in self.last)]
+    def layer(self, ends: mx.array | None) -> Layer:
+        """Return the layer's arrays after the pass, whose last tokens are at these `ends`."""
+        return [self._keys, self._values, *(at_ends(x, ends) for x in self.last)]
 
     def _put(self, ring: mx.array, new: mx.array) -> mx.array:
         if new.shape[2] == 1:
             return mx.put_along_axis(ring, self._slots, new, axis=2)
         return mx.concatenate([new, ring[:, :, new.shape[2] :]], axis=2)
+
+
+def at_ends(x: mx.array, ends: mx.array | None) -> mx.array:
+    """Return x (B, T, C) at the positions `ends` (B,), by default the last, (B, 1, C)."""
+    return x[:, -1:] if ends is None else mx.take_along_axis(x, ends[:, None, None], axis=1)
 
 
 def attention_mask(layers: list[Layer], lengths: mx.array, t: int) -> Any:

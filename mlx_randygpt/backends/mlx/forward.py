@@ -1,4 +1,4 @@
-"""The forward pass on MLX's default device: mean loss, cached decoding, tokens on the device.
+"""The forward pass on MLX's default device: the loss of windows of tokens, and cached decoding.
 
 Training and quantised weights share it. It owns the modules, but no weights: every method takes
 those to compute with, or None for those that the modules hold.
@@ -17,17 +17,23 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_randygpt.backends.base import ALL, check_decoding, check_ids
-from mlx_randygpt.backends.mlx.cache import Layer, LayerPass, MLXCache, attention_mask
+from mlx_randygpt.backends.mlx.cache import (
+    Layer,
+    LayerPass,
+    MLXCache,
+    at_ends,
+    attention_mask,
+)
 from mlx_randygpt.backends.mlx.gpt2 import GPT2, GPT2Args
 from mlx_randygpt.backends.mlx.model import GPT, ModelArgs, Operations
 from mlx_randygpt.backends.mlx.ops import TRAINING
-from mlx_randygpt.backends.mlx.optimizer import Weights
 from mlx_randygpt.backends.mlx.recompute import recompute
+from mlx_randygpt.backends.mlx.selftest import operations
+from mlx_randygpt.backends.mlx.stacks import Weights
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.state import IGNORED, Array, Batch, Tokens
+from mlx_randygpt.state import IGNORED, Array, Batch
 
-MAX_RESIDENT_SPLITS = 4  # token arrays on the device: train, validation and two to spare
-MAX_RESIDENT_TOKENS = 2**26  # longer arrays are gathered on the host while the device is busy
+Windows = tuple[mx.array, mx.array, mx.array]  # inputs, targets and shares of these
 
 
 class Forward:
@@ -46,9 +52,8 @@ class Forward:
         self.on_gpu = on_gpu
         # cuDNN's attention keeps no T x T array, but has half types only
         is_fused = on_gpu and not mx.metal.is_available() and dtype != mx.float32
-        ops = replace(TRAINING, attention=None) if is_fused else TRAINING
+        ops = replace(TRAINING, attention=None) if is_fused else operations(config)
         self.model = build_modules(config, ops, recomputes=recomputes)
-        self._splits: list[tuple[Tokens, mx.array]] = []  # the latest last
         self._advance_token = self.compile(self.advance)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,16 +66,16 @@ class Forward:
         if weights is not None:
             self.model.update(tree_unflatten(list(weights.items())))
 
-    def mean_loss(self, weights: Weights | None, x: mx.array, y: mx.array, keys: Any) -> mx.array:
-        """Return the mean cross-entropy over the targets that count, summed in float32."""
+    def loss(
+        self, weights: Weights | None, x: mx.array, y: mx.array, shares: mx.array, keys: Any
+    ) -> mx.array:
+        """Return the cross-entropies of targets y (B, T), summed by their shares, in float32."""
         if weights is not None:
             self.bind({name: w.astype(self.dtype) for name, w in weights.items()})
         logits = self.model(x, keys=keys)  # (B, T, V)
         if not self.on_gpu:  # the GPU's kernel sums in float32 whatever type it reads
             logits = logits.astype(mx.float32)
-        counts = y != IGNORED  # (B, T)
-        losses = mx.fast.cross_entropy(logits, mx.where(counts, y, 0))  # (B, T)
-        return mx.where(counts, losses, 0).sum() / mx.maximum(counts.sum(), 1)
+        return (mx.fast.cross_entropy(logits, y) * shares).sum()
 
     def new_cache(self, batch_size: int) -> MLXCache:
         """Return a cache with `batch_size` empty rows."""
@@ -78,60 +83,67 @@ class Forward:
         return MLXCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.head_size))
 
     def logits(
-        self, weights: Weights | None, tokens: Array, cache: MLXCache, rows: slice = ALL
+        self,
+        weights: Weights | None,
+        tokens: Array,
+        cache: MLXCache,
+        rows: slice = ALL,
+        lengths: Array | None = None,
     ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32.
 
-        Empty rows take up to block_size tokens at once, others take them one by one.
+        Empty rows take up to block_size tokens at once, and different numbers of them; others take
+        them one by one.
         """
         check_decoding(self.config, tokens, cache.lengths[rows])
         empty = not cache.lengths[rows].any()
         for part in [tokens] if empty else np.split(tokens, tokens.shape[1], axis=1):
             inputs = mx.array(part.astype(np.int32)), mx.array(cache.lengths[rows].astype(np.int32))
-            advance = self._advance_token if part.shape[1] == 1 else self.advance
-            logits, layers = advance(weights, *inputs, cache.read(rows))
-            cache.write(rows, layers, part.shape[1])
+            if part.shape[1] == 1:
+                logits, layers = self._advance_token(weights, *inputs, cache.read(rows))
+            else:
+                counts = np.full(len(part), part.shape[1]) if lengths is None else lengths
+                ends = mx.array(counts.astype(np.int32) - 1)
+                logits, layers = self.advance(weights, *inputs, cache.read(rows), ends)
+            cache.write(rows, layers, 1 if part.shape[1] == 1 else counts)
             del layers  # the cache owns them now
             mx.eval(logits, cache.layers)
         return np.array(logits)
 
     def advance(
-        self, weights: Weights | None, ids: mx.array, lengths: mx.array, layers: list[Layer]
+        self,
+        weights: Weights | None,
+        ids: mx.array,
+        lengths: mx.array,
+        layers: list[Layer],
+        ends: mx.array | None = None,
     ) -> tuple[mx.array, list[Layer]]:
         """Return the logits (B, V) after ids (B, T), and what the rows hold then.
 
-        The rows have these lengths (B,); either T = 1 or all rows are empty.
+        The rows have these lengths (B,); either T = 1 or all rows are empty. The last id of each
+        row is at its end (B,); what follows is padding.
         """
         self.bind(weights)
         passes = [LayerPass(layer, lengths, ids.shape[1]) for layer in layers]
         mask = attention_mask(layers, lengths, ids.shape[1])
         x = self.model.features(ids, passes, mask)  # (B, T, C)
-        return self.model.lm_head(x[:, -1]), [each.layer() for each in passes]
+        return self.model.lm_head(at_ends(x, ends)[:, 0]), [each.layer(ends) for each in passes]
 
-    def windows(self, batch: Batch) -> tuple[mx.array, mx.array]:
-        """Gather inputs and targets, (B, T) int32, equal to batch.x() and batch.y()."""
-        n = len(batch.tokens)
-        if n > MAX_RESIDENT_TOKENS:
-            x, y = batch.x(), batch.y()
-            check_ids(x, self.config.vocab_size)
-            check_ids(y, self.config.vocab_size, lowest=IGNORED)
-            return mx.array(x), mx.array(y)
-        tokens = self._resident(batch.tokens)
-        starts = mx.array(batch.starts.astype(np.int32))  # (B,)
-        at = starts[:, None] + mx.arange(batch.block_size)  # (B, T)
-        x = tokens[mx.minimum(at, n - 1)].astype(mx.int32)
-        y = tokens[mx.minimum(at + 1, n - 1)].astype(mx.int32)
-        return x, mx.where(at + 1 < n, y, IGNORED)
+    def windows(self, batch: Batch, total: int = 0, n_rows: int = 0) -> Windows:
+        """Gather inputs, targets and the share of each target in the mean over `total` of them.
 
-    def _resident(self, tokens: Tokens) -> mx.array:
-        """Return the device's copy of this very array, checked and made when it is first seen."""
-        for index, (split, resident) in enumerate(self._splits):
-            if split is tokens:
-                self._splits.append(self._splits.pop(index))
-                return resident
-        check_ids(ids := np.asarray(tokens), self.config.vocab_size)
-        self._splits = [*self._splits[1 - MAX_RESIDENT_SPLITS :], (tokens, mx.array(ids))]
-        return self._splits[-1][1]
+        They are (B, T), int32 and float32; `total` is that of the batch if it is not given. With
+        `n_rows` there are at least as many rows; those added have no shares.
+        """
+        x, y = batch.x(), batch.y()
+        counts = y != IGNORED
+        check_ids(x, self.config.vocab_size)
+        check_ids(y, self.config.vocab_size, lowest=IGNORED)
+        shares = counts / np.float32(max(1, total or batch.n_targets()))
+        added = ((0, max(0, n_rows - len(x))), (0, 0))
+        arrays = (np.pad(each, added) for each in (x, np.where(counts, y, 0), shares))
+        x, y, shares = (mx.array(each) for each in arrays)
+        return x, y, shares
 
 
 def build_modules(config: ModelConfig, ops: Operations, *, recomputes: bool = False) -> GPT:

@@ -62,7 +62,7 @@ NORM_SHIFT_GRADIENT = (
     dot = simd_sum(dot) * inv * inv / C;
     for (int c = lane; c < C; c += 32) {
         const float d = c >= C / 2 ? dy[start + c] : t + 1 < T ? dy[start + C + c] : 0.0f;
-        dx[start + c] = inv * (d - x[start + c] * dot);
+        dx[start + c] = past[start + c] + inv * (d - x[start + c] * dot);
     }
 """
 )
@@ -136,8 +136,7 @@ DELTAS = (
 )
 
 # One simdgroup for 8 queries (or keys) of a head. A product is of tiles of 8 × 8; a lane holds the
-# numbers (i, j) and (i, j + 1) of each. Scores are never in memory. After QK-norm they are at most
-# √D in size, so that their exponentials need no maximum.
+# numbers (i, j) and (i, j + 1) of each. Scores are never in memory.
 _TILES = """
     const uint lane = thread_index_in_simdgroup, head = thread_position_in_grid.z;
     const uint b = head / H, h = head % H;
@@ -150,7 +149,9 @@ _TILES = """
     const simdgroup_float8x8 zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     const ulong2 origin = ulong2(0, 0);
 """
-# y (B, T, C), and 1 / the sum of the exponentials of each query, (B, H, T)
+# y (B, T, C), and the logarithm of the sum of the exponentials of each query's scores, (B, H, T).
+# NORMED queries and keys have scores of at most √D, whose exponentials need no maximum. Of others
+# the maximum so far is subtracted; what was summed before it grew is scaled down.
 ATTEND = (
     _TILES
     + """
@@ -160,7 +161,7 @@ ATTEND = (
         simdgroup_load(query[d], q + block * 8 * D + d * 8, D);
         sum_pv[d] = zero;
     }
-    float sum = 0;
+    float sum = 0, most = NORMED ? 0.0f : -INFINITY;
     for (uint n = 0; n <= block; n++) {
         p = zero;
         for (int d = 0; d < D / 8; d++) {
@@ -168,8 +169,22 @@ ATTEND = (
             simdgroup_multiply_accumulate(p, query[d], tile, p);
         }
         for (uint e = 0; e < 2; e++) {
-            const float s = p.thread_elements()[e] * scale;
-            p.thread_elements()[e] = n == block && j + e > i ? 0.0f : metal::exp(s);
+            p.thread_elements()[e] *= scale;
+            if (n == block && j + e > i) { p.thread_elements()[e] = -INFINITY; }
+        }
+        if (!NORMED) {
+            float now = metal::max(p.thread_elements()[0], p.thread_elements()[1]);
+            now = metal::max(now, simd_shuffle_xor(now, ushort(1)));
+            now = metal::max(most, metal::max(now, simd_shuffle_xor(now, ushort(8))));
+            const float factor = metal::exp(most - now);
+            for (int d = 0; d < D / 8; d++) {
+                for (uint e = 0; e < 2; e++) { sum_pv[d].thread_elements()[e] *= factor; }
+            }
+            sum *= factor;
+            most = now;
+        }
+        for (uint e = 0; e < 2; e++) {
+            p.thread_elements()[e] = metal::exp(p.thread_elements()[e] - most);
             sum += p.thread_elements()[e];
         }
         for (int d = 0; d < D / 8; d++) {
@@ -179,12 +194,11 @@ ATTEND = (
     }
     sum += simd_shuffle_xor(sum, ushort(1));
     sum += simd_shuffle_xor(sum, ushort(8));
-    const float inverse = 1 / sum;
     for (int d = 0; d < D / 8; d++) {
-        for (uint e = 0; e < 2; e++) { sum_pv[d].thread_elements()[e] *= inverse; }
+        for (uint e = 0; e < 2; e++) { sum_pv[d].thread_elements()[e] /= sum; }
         simdgroup_store(sum_pv[d], y + first + block * 8 * H * D + d * 8, H * D);
     }
-    if (j == 0) { inverses[head * T + block * 8 + i] = inverse; }
+    if (j == 0) { log_sums[head * T + block * 8 + i] = most + metal::log(sum); }
 """
 )
 # dqk (B, 2H, T, D) and dv (B, H, T, D). Even simdgroups take 8 queries each and go through the keys
@@ -219,8 +233,8 @@ ATTEND_GRADIENT = (
         for (uint e = 0; e < 2; e++) {
             const uint row = block * 8 + i, column = n * 8 + j + e;
             const uint query = by_key ? column : row, key = by_key ? row : column;
-            const float s = p.thread_elements()[e] * scale, dp = ds.thread_elements()[e];
-            const float chance = key > query ? 0.0f : metal::exp(s) * inverses[head * T + query];
+            const float s = p.thread_elements()[e] * scale - log_sums[head * T + query];
+            const float chance = key > query ? 0.0f : metal::exp(s), dp = ds.thread_elements()[e];
             p.thread_elements()[e] = chance;
             ds.thread_elements()[e] = chance * (dp - deltas[head * T + query]) * scale;
         }
@@ -283,15 +297,17 @@ def build(kernel: Kernel) -> Any:
 
 
 _norm_shift = Kernel("norm_shift", ("x",), ("y",), NORM_SHIFT)
-_norm_shift_gradient = Kernel("norm_shift_gradient", ("x", "dy"), ("dx",), NORM_SHIFT_GRADIENT)
+_norm_shift_gradient = Kernel(
+    "norm_shift_gradient", ("x", "dy", "past"), ("dx",), NORM_SHIFT_GRADIENT
+)
 _norm_rotate = Kernel("norm_rotate", ("qkv", "phases"), ("qk",), NORM_ROTATE)
 _norm_rotate_gradient = Kernel(
     "norm_rotate_gradient", ("qkv", "phases", "dqk", "dv"), ("dqkv",), NORM_ROTATE_GRADIENT
 )
-_attend = Kernel("attend", ("qk", "qkv"), ("y", "inverses"), ATTEND)
+_attend = Kernel("attend", ("qk", "qkv"), ("y", "log_sums"), ATTEND)
 _deltas = Kernel("deltas", ("y", "dy"), ("deltas",), DELTAS)
 _attend_gradient = Kernel(
-    "attend_gradient", ("qk", "qkv", "dy", "inverses", "deltas"), ("dqk", "dv"), ATTEND_GRADIENT
+    "attend_gradient", ("qk", "qkv", "dy", "log_sums", "deltas"), ("dqk", "dv"), ATTEND_GRADIENT
 )
 KERNELS = (
     _norm_shift, _norm_shift_gradient, _norm_rotate, _norm_rotate_gradient,
@@ -305,10 +321,10 @@ def norm_shift(x: mx.array) -> mx.array:
     return _norm_shift([x], (LANES, b * t, 1), [x.shape], T=t, C=c)[0]
 
 
-def norm_shift_gradient(x: mx.array, dy: mx.array) -> mx.array:
-    """Return dx (B, T, C) for x and dy."""
+def norm_shift_gradient(x: mx.array, dy: mx.array, past: mx.array) -> mx.array:
+    """Return dx (B, T, C) for dy, plus the gradient that came past the branch."""
     b, t, c = x.shape
-    return _norm_shift_gradient([x, dy], (LANES, b * t, 1), [x.shape], T=t, C=c)[0]
+    return _norm_shift_gradient([x, dy, past], (LANES, b * t, 1), [x.shape], T=t, C=c)[0]
 
 
 def norm_rotate(qkv: mx.array, n_head: int) -> mx.array:
@@ -326,26 +342,27 @@ def norm_rotate_gradient(qkv: mx.array, dqk: mx.array, dv: mx.array) -> mx.array
     return _norm_rotate_gradient(inputs, grid, [qkv.shape], T=t, H=h, D=d, PARTS=parts)[0]
 
 
-def attend(qk: mx.array, qkv: mx.array) -> list[mx.array]:
+def attend(qk: mx.array, qkv: mx.array, qk_norm: bool) -> list[mx.array]:
     """Return the mixed values (B, T, C), and what the gradient needs besides, (B, H, T).
 
-    Queries and keys are qk (B, 2H, T, D), values the last third of qkv (B, T, 3C).
+    Queries and keys are qk (B, 2H, T, D), with `qk_norm` normed ones; values are the last third of
+    qkv (B, T, 3C).
     """
     b, parts, t, d = qk.shape
     h = parts // 2
     grid, shapes = (LANES, t // TILE, b * h), [(b, t, h * d), (b, h, t)]
-    return _attend([qk, qkv], grid, shapes, T=t, H=h, D=d)
+    return _attend([qk, qkv], grid, shapes, T=t, H=h, D=d, NORMED=int(qk_norm))
 
 
 def attend_gradient(
-    qk: mx.array, qkv: mx.array, y: mx.array, inverses: mx.array, dy: mx.array
+    qk: mx.array, qkv: mx.array, y: mx.array, log_sums: mx.array, dy: mx.array
 ) -> list[mx.array]:
     """Return dqk (B, 2H, T, D) and dv (B, H, T, D) for dy (B, T, C)."""
-    (b, h, t), d = inverses.shape, qk.shape[-1]
+    (b, h, t), d = log_sums.shape, qk.shape[-1]
     by_head = (LANES_A_HEAD * b * t * h, 1, 1)
     deltas = _deltas([y, dy], by_head, [(b, h, t)], T=t, H=h, D=d, PARTS=h)[0]
     grid, shapes = (LANES, 2 * t // TILE, b * h), [qk.shape, (b, h, t, d)]
-    return _attend_gradient([qk, qkv, dy, inverses, deltas], grid, shapes, T=t, H=h, D=d)
+    return _attend_gradient([qk, qkv, dy, log_sums, deltas], grid, shapes, T=t, H=h, D=d)
 
 
 @lru_cache(maxsize=8)

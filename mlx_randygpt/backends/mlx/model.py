@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -54,22 +55,35 @@ def drop(x: mx.array, p: float, keys: mx.array | None) -> mx.array:
 def shift(x: mx.array, cache: Any, slot: int) -> mx.array:
     """Replace the first half of x (B, T, C) by that of the position before (arXiv 2305.13048).
 
-    Before the first position come zeros, or what the cache kept in this slot. The cache gets the
-    first half of all positions, and keeps the last.
+    Before the first position come zeros, or what the cache kept in this slot. The cache gets all
+    positions, and keeps the last.
     """
-    half = x.shape[-1] // 2
+    b, t, c = x.shape
     before = None if cache is None else cache.last[slot]
     if before is None:
-        before = mx.zeros_like(x[:, :1, :half])
+        before = mx.zeros((b, 1, c), x.dtype)
     if cache is not None:
-        cache.last[slot] = x[:, :, :half]
-    before = mx.concatenate([before, x[:, :-1, :half]], axis=1)  # (B, T, C/2)
-    return mx.concatenate([before, x[:, :, half:]], axis=-1)
+        cache.last[slot] = x
+    if t > 1:
+        before = mx.concatenate([before, x[:, :-1]], axis=1)  # (B, T, C)
+    return mx.where(first_half(c), before, x)
+
+
+@lru_cache
+def first_half(width: int) -> mx.array:
+    """Return which channels (C,) come from the position before, as a constant of a graph."""
+    half = width // 2
+    return mx.array([True] * half + [False] * (width - half))
 
 
 def plain_rows(table: mx.array, ids: mx.array) -> mx.array:
     """Return `table[ids]`, (B, T, C) of (V, C)."""
     return table[ids]
+
+
+def plain_branch(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return x and the token shift of its norm, (B, T, C) each."""
+    return x, shift(rms(x), None, 0)
 
 
 def plain_sum(x: mx.array, a: mx.array, w: mx.array) -> mx.array:
@@ -88,7 +102,7 @@ class Operations:
     """The operations that can be replaced by others with the same values and better gradients."""
 
     embed: Callable[[mx.array, mx.array], mx.array] = plain_rows
-    norm_shift: Callable[[mx.array], mx.array] = lambda x: shift(rms(x), None, 0)
+    branch: Callable[[mx.array], tuple[mx.array, mx.array]] = plain_branch
     squared_relu: Callable[[mx.array], mx.array] = lambda h: mx.square(nn.relu(h))
     add_product: Callable[[mx.array, mx.array, mx.array], mx.array] = plain_sum
     attention: Callable[..., mx.array] | None = None  # causal, of all positions at once
@@ -135,13 +149,13 @@ class Attention(nn.Module):  # type: ignore[misc]
     def attend(self, qkv: mx.array, mask: Any, cache: Any) -> mx.array:
         """Return the mixed values (B, T, C) of qkv (B, T, 3C), under `mask`."""
         b, t, _ = qkv.shape
-        heads = qkv.reshape(b, t, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)
-        q, k, v = heads  # (B, H, T, D) each
+        heads = qkv.reshape(b, t, 3 * self.n_head, -1).transpose(0, 2, 1, 3)  # (B, 3H, T, D)
+        qk, v = mx.split(heads, [2 * self.n_head], axis=1)  # (B, 2H, T, D), (B, H, T, D)
         if self.qk_norm:
-            q, k = rms(q), rms(k)
+            qk = rms(qk)
         if self.rotary:
-            offset = 0 if cache is None else cache.offset
-            q, k = rotate(q, offset), rotate(k, offset)
+            qk = rotate(qk, 0 if cache is None else cache.offset)
+        q, k = mx.split(qk, 2, axis=1)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)  # (B, H, S, D)
         scale = q.shape[-1] ** -0.5
@@ -176,16 +190,16 @@ class Block(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: mx.array, mask: Any, cache: Any, keys: Sequence[Any]) -> mx.array:
         """Map (B, T, C) to (B, T, C); `keys` are the dropout keys of the two branches."""
-        y = self.attn.mix(self.branch_input(x, cache, 0), mask, cache)
-        x = self.join(x, self.attn.c_proj, y, keys[0])
-        a = self.mlp.hidden(self.branch_input(x, cache, 1))
-        return self.join(x, self.mlp.c_proj, a, keys[1])
+        x, y = self.branch(x, cache, 0)
+        x = self.join(x, self.attn.c_proj, self.attn.mix(y, mask, cache), keys[0])
+        x, y = self.branch(x, cache, 1)
+        return self.join(x, self.mlp.c_proj, self.mlp.hidden(y), keys[1])
 
-    def branch_input(self, x: mx.array, cache: Any, slot: int) -> mx.array:
-        """Return the input of attention (slot 0) or MLP (slot 1), (B, T, C)."""
+    def branch(self, x: mx.array, cache: Any, slot: int) -> tuple[mx.array, mx.array]:
+        """Return x and the input of attention (slot 0) or MLP (slot 1), (B, T, C) each."""
         if not self.token_shift:
-            return rms(x)
-        return self.ops.norm_shift(x) if cache is None else shift(rms(x), cache, slot)
+            return x, rms(x)
+        return self.ops.branch(x) if cache is None else (x, shift(rms(x), cache, slot))
 
     def join(self, x: mx.array, projection: Any, a: mx.array, key: mx.array | None) -> mx.array:
         """Return x (B, T, C) plus the projection of a branch's last activations, a."""

@@ -1,14 +1,15 @@
 """Operations of a training step whose gradients are written by hand, from MLX operations alone.
 
 Autodiff would take more GPU kernels and more passes over memory for the same numbers; the formulas
-are derived in docs/numerics.md. `norm_shift`, `norm_rotate` and `attend`, each beside its gradient,
-are what kernels of our own can replace.
+are derived in docs/numerics.md. `Steps` are the parts that kernels of our own can replace.
 
 Legend: B batch, T time, C n_embd, H heads, D = C/H, F = 4C, N = B·T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,16 +22,16 @@ from mlx_randygpt.backends.mlx.model import Operations, rms, rotate, shift
 HIDDEN = {mx.float16: -6e4}  # the score of a later position, if not -1e30
 
 
-def norm_shift(x: mx.array) -> mx.array:
-    """Return rms(x) (B, T, C), its first half of channels from the position before, or zero."""
-    if x.shape[-1] % 2:
-        return shift(rms(x), None, 0)
-    return with_gradient(lambda x: _move(rms(x), 1), norm_shift_gradient)(x)
+@dataclass(frozen=True)
+class Steps:
+    """Parts of norm + token shift and of attention, each beside its gradient."""
 
-
-def norm_shift_gradient(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
-    """Return dx (B, T, C) for dy."""
-    return mx.vjp(rms, [x], [_move(dy, -1)])[1][0]
+    norm_shift: Callable[..., mx.array]
+    norm_shift_gradient: Callable[..., mx.array]
+    norm_rotate: Callable[..., mx.array]
+    norm_rotate_gradient: Callable[..., mx.array]
+    attend: Callable[..., Sequence[mx.array]]
+    attend_gradient: Callable[..., Sequence[mx.array]]
 
 
 def squared_relu(h: mx.array) -> mx.array:
@@ -54,21 +55,16 @@ def add_product_gradient(primals: Any, dy: mx.array, _: mx.array) -> tuple[mx.ar
     return dy, dy @ w, dy.reshape(-1, dy.shape[-1]).T @ a.reshape(-1, a.shape[-1])
 
 
-def attention(qkv: mx.array, n_head: int, *, qk_norm: bool, rotary: bool) -> mx.array:
-    """Return causal self-attention (B, T, C) of stacked queries, keys and values (B, T, 3C)."""
-    switches = n_head, qk_norm, rotary
+def norm_shift(x: mx.array) -> mx.array:
+    """Return rms(x) (B, T, C), its first half of channels from the position before, or zero."""
+    return _move(rms(x), 1) if x.shape[-1] % 2 == 0 else shift(rms(x), None, 0)
 
-    def forward(qkv: mx.array) -> tuple[mx.array, ...]:
-        qk = norm_rotate(qkv, *switches)  # (B, 2H, T, D)
-        return (*attend(qk, qkv), qk)
 
-    def gradient(qkv: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        (dy, *_), (y, p, qk) = cotangents, outputs
-        dqk, dv = attend_gradient(qk, qkv, y, p, dy)
-        return norm_rotate_gradient(qkv, dqk, dv, *switches)
-
-    y: mx.array = with_gradient(forward, gradient)(qkv)[0]
-    return y
+def norm_shift_gradient(x: mx.array, dy: mx.array, past: mx.array) -> mx.array:
+    """Return dx (B, T, C) for dy, plus the gradient that came past the branch."""
+    if x.shape[-1] % 2:
+        return past + mx.vjp(norm_shift, [x], [dy])[1][0]
+    return past + mx.vjp(rms, [x], [_move(dy, -1)])[1][0]
 
 
 def norm_rotate(qkv: mx.array, n_head: int, qk_norm: bool, rotary: bool) -> mx.array:
@@ -157,9 +153,49 @@ def _sources(b: int, t: int, by: int) -> tuple[mx.array, mx.array]:
     return mx.array(source.reshape(-1)), mx.array(inside)
 
 
+MLX_STEPS = Steps(
+    norm_shift=norm_shift,
+    norm_shift_gradient=norm_shift_gradient,
+    norm_rotate=norm_rotate,
+    norm_rotate_gradient=norm_rotate_gradient,
+    attend=attend,
+    attend_gradient=attend_gradient,
+)
+
+
+def branch(x: mx.array, steps: Steps = MLX_STEPS) -> tuple[mx.array, mx.array]:
+    """Return x and the token shift of its norm: both, so that their gradients meet in one step."""
+
+    def gradient(x: mx.array, cotangents: Any, _: Any) -> mx.array:
+        past, dy = cotangents
+        return steps.norm_shift_gradient(x, dy, past)
+
+    x, y = with_gradient(lambda x: (x, steps.norm_shift(x)), gradient)(x)
+    return x, y
+
+
+def attention(
+    qkv: mx.array, n_head: int, *, qk_norm: bool, rotary: bool, steps: Steps = MLX_STEPS
+) -> mx.array:
+    """Return causal self-attention (B, T, C) of stacked queries, keys and values (B, T, 3C)."""
+    switches = n_head, qk_norm, rotary
+
+    def forward(qkv: mx.array) -> tuple[mx.array, ...]:
+        qk = steps.norm_rotate(qkv, *switches)  # (B, 2H, T, D)
+        return (*steps.attend(qk, qkv), qk)
+
+    def gradient(qkv: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        (dy, *_), (y, kept, qk) = cotangents, outputs
+        dqk, dv = steps.attend_gradient(qk, qkv, y, kept, dy)
+        return steps.norm_rotate_gradient(qkv, dqk, dv, *switches)
+
+    y: mx.array = with_gradient(forward, gradient)(qkv)[0]
+    return y
+
+
 TRAINING = Operations(
     embed=embed,
-    norm_shift=norm_shift,
+    branch=branch,
     attention=attention,
     squared_relu=squared_relu,
     add_product=add_product,

@@ -1,165 +1,146 @@
-"""One optimizer step in MLX over flat dicts of weights: clipping, AdamW, Muon.
+"""One optimizer step in MLX over stacks of weights: clipping, AdamW, Muon.
 
 Pure functions from old arrays to new ones, so that a whole step compiles and a failed one
-changes nothing. `muon` maps the names of the weights that Muon updates to their P; AdamW updates
-the others.
+changes nothing.
 
-Legend: weights are (out, in); P matrices stacked in one weight, R rows, K columns of each.
+Legend: N matrices in a stack, R rows, K columns of each, R <= K; weights are (out, in).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from math import isqrt
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_randygpt.backends.mlx.stacks import VECTORS, Stacks, Weights
 from mlx_randygpt.config import TrainConfig
 
-Weights = dict[str, mx.array]
 Moments = dict[str, Weights]
+Rates = tuple[mx.array, mx.array, mx.array]
+WeightAndMoments = tuple[mx.array, mx.array, Any]  # w, m, v; v is None if Muon has none
+Keep = Callable[[mx.array, mx.array], mx.array]  # (new, old) -> new if the step is finite, else old
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 BALANCE_EPS = 1e-10
 
 
-def rates(train: TrainConfig, step: int, lr: float) -> mx.array:
-    """Return lr and the bias corrections 1 - beta^t of both moments, t = step + 1, (3,).
+def rates(train: TrainConfig, step: int, lr: float) -> Rates:
+    """Return lr and the bias corrections 1 - beta^t of both moments, t = step + 1.
 
-    They change with each step; in an array they cause no new trace.
+    They change with each step; as arrays they cause no new trace.
     """
-    return mx.array([lr, 1 - train.beta1 ** (step + 1), 1 - train.beta2 ** (step + 1)])
+    numbers = lr, 1 - train.beta1 ** (step + 1), 1 - train.beta2 ** (step + 1)
+    return tuple(mx.array(number) for number in numbers)
 
 
 def update(
     train: TrainConfig,
-    muon: Mapping[str, int],
+    stacks: Stacks,
     weights: Weights,
     moments: Moments,
     grads: Weights,
-    rates: mx.array,
+    rates: Rates,
 ) -> tuple[Weights, Moments, mx.array]:
     """Return new weights, new moments and the norm of the gradient before clipping.
 
-    If the norm is not finite, these are the old weights and moments.
+    If the norm is not finite, these are the old weights and moments. That is decided within each
+    formula: outside, every array would have two readers, and nothing could be fused.
     """
-    grads, norm = clip(grads, train.grad_clip)
-    matrices = {name: w for name, w in weights.items() if name in muon}
-    new, m, v = muon_step(train, muon, matrices, moments, grads, rates[0])
-    lr = rates[0] * (train.adamw_lr_ratio if train.optimizer == "muon" else 1.0)
-    for name in (name for name in weights if name not in matrices):
-        old = (weights[name], moments["m"][name], moments["v"][name])
-        new[name], m[name], v[name] = adamw(train, *old, grads[name], lr, rates[1:])
-    finite = mx.isfinite(norm)
+    grads = {stack: g.astype(mx.float32) for stack, g in grads.items()}
+    norm = mx.sqrt(sum(sum_of_squares(g) for g in grads.values()))
+    clipping = mx.minimum(1.0, (train.grad_clip or float("inf")) / (norm + 1e-6))
+    is_finite = mx.isfinite(norm)
 
-    def accepted(old: Weights, new: Weights) -> Weights:
-        return {name: mx.where(finite, new[name], old[name]) for name in old}
+    def keep(new: mx.array, old: mx.array) -> mx.array:
+        return mx.where(is_finite, new, old)
 
-    new_moments = {"m": accepted(moments["m"], m), "v": accepted(moments["v"], v)}
-    return accepted(weights, new), new_moments, norm
+    changed = {}
+    for stack, w in weights.items():
+        old = w, moments["m"][stack], moments["v"].get(stack)
+        g = grads[stack] * clipping
+        if w.ndim == 3:
+            changed[stack] = muon(train, stacks.scale(stack), old, g, rates[0], keep)
+        else:
+            decay = 0.0 if stack == VECTORS else train.weight_decay
+            changed[stack] = adamw(train, decay, old, g, rates, keep)
+    new, m, v = ({stack: three[i] for stack, three in changed.items()} for i in range(3))
+    return new, {"m": m, "v": {stack: v[stack] for stack in moments["v"]}}, norm
 
 
-def clip(grads: Weights, max_norm: float) -> tuple[Weights, mx.array]:
-    """Scale gradients down to a global norm of `max_norm` (0: no limit); return their old norm."""
-    norm = mx.sqrt(sum(mx.square(g).sum() for g in grads.values()))
-    scale = mx.minimum(1.0, (max_norm or float("inf")) / (norm + 1e-6))
-    return {name: g * scale for name, g in grads.items()}, norm
+def sum_of_squares(g: mx.array) -> mx.array:
+    """Sum g² row by row: one by one, a million float32 terms would lose four digits on a CPU."""
+    squares = mx.square(g)
+    if g.ndim > 1:
+        return squares.sum(axis=-1).sum()
+    width = isqrt(g.size)
+    square, rest = squares[: width * width], squares[width * width :]
+    return square.reshape(width, width).sum(axis=1).sum() + rest.sum()
 
 
 def adamw(
+    train: TrainConfig, decay: float, old: WeightAndMoments, g: mx.array, rates: Rates, keep: Keep
+) -> WeightAndMoments:
+    """Return new weights and moments of a vector; the decay is decoupled (arXiv 1711.05101)."""
+    (w, m, v), (lr, *corrections) = old, rates
+    lr = lr * (train.adamw_lr_ratio if train.optimizer == "muon" else 1.0)
+    m = keep(train.beta1 * m + (1 - train.beta1) * g, m)
+    v = keep(train.beta2 * v + (1 - train.beta2) * mx.square(g), v)
+    change = (m / corrections[0]) / (mx.sqrt(v / corrections[1]) + train.adam_eps)
+    return keep(w - lr * (change + decay * w), w), m, v
+
+
+def muon(
     train: TrainConfig,
-    w: mx.array,
-    m: mx.array,
-    v: mx.array,
+    scale: mx.array,
+    old: WeightAndMoments,
     g: mx.array,
     lr: mx.array,
-    corrections: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return new (w, m, v) of one weight.
-
-    Decay is decoupled (arXiv 1711.05101) and applies to matrices only.
-    """
-    m = train.beta1 * m + (1 - train.beta1) * g
-    v = train.beta2 * v + (1 - train.beta2) * mx.square(g)
-    change = (m / corrections[0]) / (mx.sqrt(v / corrections[1]) + train.adam_eps)
-    decay = train.weight_decay if w.ndim >= 2 else 0.0
-    return w - lr * (change + decay * w), m, v
-
-
-def muon_step(
-    train: TrainConfig,
-    muon: Mapping[str, int],
-    weights: Weights,
-    moments: Moments,
-    grads: Weights,
-    lr: mx.array,
-) -> tuple[Weights, Weights, Weights]:
-    """Return new weights, momenta and mean squares: w -= lr (sqrt(max(1, R/K)) ortho(u) + decay w).
+    keep: Keep,
+) -> WeightAndMoments:
+    """Return new weights, momenta and mean squares: w -= lr (scale ortho(u) + decay w).
 
     u is the Nesterov momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon). With
     `muon_beta2` above 0 the rows of ortho(u) are brought to one size; see `balance`.
     """
-    mu, dtype = train.momentum, getattr(mx, train.dtype)
-    m = {name: mu * moments["m"][name] + (1 - mu) * grads[name] for name in weights}
-    nesterov = {name: (1 - mu) * grads[name] + mu * m[name] for name in weights}
-    ortho = orthogonalize(nesterov, muon, dtype)
-    new, v = {}, {}
-    for name, w in weights.items():
-        change = ortho[name]
-        if train.muon_beta2 > 0:
-            change, v[name] = balance(change, moments["v"][name], muon[name], train.muon_beta2)
-        rows = w.shape[0] // muon[name]
-        change = max(1.0, rows / w.shape[1]) ** 0.5 * change
-        new[name] = w - lr * (change + train.weight_decay * w)
-    return new, m, v
+    w, m, v = old
+    mu = train.momentum
+    m = keep(mu * m + (1 - mu) * g, m)
+    change = newton_schulz((1 - mu) * g + mu * m, getattr(mx, train.dtype))
+    if v is not None:
+        change, mean_squares = balance(change, v, train.muon_beta2)
+        v = keep(mean_squares, v)
+    return keep(w - lr * (scale * change + train.weight_decay * w), w), m, v
 
 
-def balance(u: mx.array, v: mx.array, stacked: int, beta2: float) -> tuple[mx.array, mx.array]:
-    """Divide each row of u by the root of its running mean square v; return both.
+def balance(u: mx.array, v: mx.array, beta2: float) -> tuple[mx.array, mx.array]:
+    """Divide each neuron of u (N, R, K) by the root of its running mean square v; return both.
 
-    v (out, 1) is of rows or, of a matrix wider than high, v (1, in) of columns. Each stacked matrix
-    keeps its norm, so that a common factor of v cancels and no bias needs correcting (NorMuon,
-    Li et al. 2025, arXiv:2510.05491).
+    v is (N, R, 1), of rows, or (N, 1, K), of columns. Each matrix keeps its norm, so that a common
+    factor of v cancels and no bias needs correcting (NorMuon, Li et al. 2025, arXiv:2510.05491).
     """
-    mean = mx.square(u).mean(axis=v.shape.index(1), keepdims=True)  # as v
+    mean = mx.square(u).mean(axis=v.shape.index(1, 1), keepdims=True)  # as v
     v = beta2 * v + (1 - beta2) * mean
     scale = 1 / (mx.sqrt(v) + BALANCE_EPS)
     norms = [
-        mx.sqrt(squares.reshape(stacked, -1).sum(axis=1, keepdims=True))  # (P, 1)
+        mx.sqrt(squares.sum(axis=(1, 2), keepdims=True))  # (N, 1, 1)
         for squares in (mean, mean * mx.square(scale))
     ]
-    scale = scale.reshape(stacked, -1) * (norms[0] / (norms[1] + BALANCE_EPS))
-    return u * scale.reshape(v.shape), v
-
-
-def orthogonalize(updates: Weights, stacked: Mapping[str, int], dtype: mx.Dtype) -> Weights:
-    """Bring the singular values of each stacked matrix near 1, by products in `dtype`.
-
-    Matrices of one shape make one batch, over all layers.
-    """
-    groups: dict[tuple[int, int], Weights] = {}
-    for name, u in updates.items():
-        x = u.reshape(stacked[name], -1, u.shape[1])  # (P, R, K)
-        x = x.swapaxes(1, 2) if x.shape[1] > x.shape[2] else x  # R <= K from here
-        groups.setdefault(x.shape[1:], {})[name] = x
-    ortho = {}
-    for group in groups.values():
-        batch = newton_schulz(mx.concatenate(list(group.values())), dtype)  # (sum of P, R, K)
-        at = 0
-        for name, x in group.items():
-            y = batch[at : at + len(x)]  # (P, R, K)
-            at += len(x)
-            transposed = updates[name].shape[1] != y.shape[2]
-            ortho[name] = (y.swapaxes(1, 2) if transposed else y).reshape(updates[name].shape)
-    return ortho
+    return u * (scale * (norms[0] / (norms[1] + BALANCE_EPS))), v
 
 
 def newton_schulz(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Map matrices (N, R, K), R <= K, to about U V^T of their singular value decompositions."""
+    """Map matrices (N, R, K) to about U V^T of their singular value decompositions.
+
+    The products are in `dtype`.
+    """
     a, b, c = NEWTON_SCHULZ
     frobenius = mx.sqrt(mx.square(x).sum(axis=(1, 2), keepdims=True))  # (N, 1, 1)
     x = (x / (frobenius + 1e-7)).astype(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.swapaxes(1, 2)  # (N, R, R)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = mx.addmm(gram, gram, gram, alpha=c, beta=b)
+        x = mx.addmm(x, polynomial, x, beta=a)
     return x

@@ -13,10 +13,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_randygpt.backends.base import ALL, BackendError
-from mlx_randygpt.backends.mlx.backend import memory_bytes, probe
+from mlx_randygpt.backends.mlx.backend import probe
 from mlx_randygpt.backends.mlx.cache import MLXCache
 from mlx_randygpt.backends.mlx.embedding import MAX_ONE_HOT_ROWS
 from mlx_randygpt.backends.mlx.forward import Forward
+from mlx_randygpt.backends.mlx.memory import HeldMemory
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.state import Array, Batch, Params
 
@@ -38,29 +39,40 @@ class QuantizedScorer:
         assert not model.lora_rank, "adapters are merged before"
         device = probe()
         self.device = device.description
+        self._memory = HeldMemory(on_gpu=device.has_gpu)
         self._bits = bits
         self._forward = Forward(model, on_gpu=device.has_gpu)
         self._forward.bind({name: mx.array(weight) for name, weight in params.items()})
         nn.quantize(self._forward.model, class_predicate=self._group_size_and_bits)
         mx.eval(self._forward.model.parameters())
         mx.clear_cache()
-        self._mean_loss = self._forward.compile(self._forward.mean_loss)
+        self._loss = self._forward.compile(self._forward.loss)
 
     def loss(self, batch: Batch) -> float:
         """Return the mean cross-entropy in nats over the targets that count."""
-        return float(self._mean_loss(None, *self._forward.windows(batch), None))
+        return float(self._loss(None, *self._forward.windows(batch), None))
 
     def new_cache(self, batch_size: int) -> MLXCache:
         """Return a cache with `batch_size` empty rows."""
         return self._forward.new_cache(batch_size)
 
-    def logits(self, tokens: Array, cache: MLXCache, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: MLXCache, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V) float32."""
-        return self._forward.logits(None, tokens, cache, rows)
+        return self._forward.logits(None, tokens, cache, rows, lengths)
+
+    def warm_up(self) -> None:
+        """Do nothing: the first token is compiled."""
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by MLX" if self._forward.on_gpu else "MLX"
 
     def memory_bytes(self) -> int:
-        """Return the peak so far of the device's memory; on a CPU, of the process."""
-        return memory_bytes(on_gpu=self._forward.on_gpu)
+        """Return the most memory held so far, as seen at each call; on a CPU, of the process."""
+        return self._memory.read()
 
     def weight_bytes(self) -> int:
         """Return the size of the weights, scales and offsets included."""

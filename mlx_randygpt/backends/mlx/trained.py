@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_randygpt.backends.mlx.optimizer import Weights
+from mlx_randygpt.backends.mlx.stacks import Weights
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import (
     adapted_matrices,

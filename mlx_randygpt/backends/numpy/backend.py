@@ -34,6 +34,7 @@ class NumpyBackend:
 
     name = "numpy"
     features: tuple[str, ...] = ("adapters", "ranks")
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class NumpyBackend:
         self.trained = (Adapters if model.lora_rank else AllWeights)(
             model, train, whole, self._grads
         )
-        self._decoder = Decoder(self.model, whole.flat, self.params, pool, n_threads)
+        self._decoder = Decoder(self.model, self.params, pool, n_threads)
         self.restore(state)
 
     def restore(self, state: TrainState) -> None:
@@ -70,6 +71,7 @@ class NumpyBackend:
         state = self._group.same_state(state)
         self.step = state.step
         self.trained.restore(state)
+        self._decoder.forget_weights()
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step on the mean loss over all micro-batches; see base."""
@@ -82,6 +84,7 @@ class NumpyBackend:
         ]
         self._reduce()
         norm = self.trained.update(self.step, lr, self._threads)
+        self._decoder.forget_weights()
         self.step += 1
         return StepResult(self._group.total(sum(losses)), norm)
 
@@ -99,9 +102,20 @@ class NumpyBackend:
         """Return a cache with `batch_size` empty rows."""
         return NumpyCache(self.model, batch_size, self.dtype)
 
-    def logits(self, tokens: Array, cache: Any, rows: slice = ALL) -> Array:
+    def logits(
+        self, tokens: Array, cache: Any, rows: slice = ALL, lengths: Array | None = None
+    ) -> Array:
         """Append tokens (B, T) to these rows; return the last position's logits, (B, V)."""
-        return self._decoder.logits(tokens, cache, rows)
+        return self._decoder.logits(tokens, cache, rows, lengths)
+
+    def warm_up(self) -> None:
+        """Load numba now; the first token that it decodes waits until it has compiled."""
+        self._decoder.warm_up()
+
+    @property
+    def decoding(self) -> str:
+        """How the next token is computed, for people."""
+        return "compiled by numba" if self._decoder.compiled else "NumPy without numba"
 
     def state(self) -> TrainState:
         """Return a copy of step, weights and moments in float32."""

@@ -4,17 +4,19 @@ Each row of the cache is a ring of `block_size` slots: position p lies in slot p
 Rotated keys carry their position with them, so the order of the slots does not matter, and the
 newest key overwrites the oldest.
 
-Legend: B sequences, T new tokens, C n_embd, H heads, D = C/H, F = 4C, S slots that are read.
+Legend: B sequences, T new tokens, C n_embd, H heads, D = C/H, F = 4C, W = block_size, S slots that
+are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -22,25 +24,29 @@ from mlx_randygpt.backends.base import check_decoding
 from mlx_randygpt.backends.numpy import gpt2, ops
 from mlx_randygpt.backends.numpy.model import head_weight
 from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.model import parameters
 from mlx_randygpt.state import Array, Params
 
+VECTOR = 16  # values; a head's values begin at a multiple of it
+MAX_TRANSPOSED = 1 << 24  # values of all matrices; more are not copied
 ROWS_PER_THREAD = 8  # sequences worth a second thread; 8 tokens of a prompt count as one
 COMPILED_FROM = 2000  # tokens; from there on the time to load numba pays for itself
 
 
 class NumpyCache:
-    """Keys and values, (L, B, H, D, block_size) each, and the length of each row.
+    """Keys (L, B, H, D, W), values (L, B, W, H, ≥ D), and the length of each row.
 
     With token shift also the half of the last position that attention and MLP of each layer read
     next, (L, 2, B, C/2).
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, dtype: type) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, config.head_size, config.block_size)
-        self.k: Array = np.zeros(shape, dtype)
-        self.v: Array = np.zeros(shape, dtype)
+        n_layer, h, d, w = config.n_layer, config.n_head, config.head_size, config.block_size
+        self.k: Array = np.zeros((n_layer, batch_size, h, d, w), dtype)
+        self.v: Array = np.zeros((n_layer, batch_size, w, h, -(-d // VECTOR) * VECTOR), dtype)
         self.last: Array = np.zeros((config.n_layer, 2, batch_size, config.n_embd // 2), dtype)
         self.lengths: Array = np.zeros(batch_size, np.int64)
+        self.packed = False  # whether keys are as `decode_numba` reads them
 
     def reset(self, rows: slice) -> None:
         """Empty these rows; keys beyond a row's length are never read."""
@@ -68,19 +74,19 @@ class WriteSlots:
     positions: Array  # (B, T), or (1, T) if all rows have one length
     slots: Array  # (B,) or (1,), of the first new token
     n_read: int  # S, of the fullest row
-    hidden: Array | None  # (B, 1, S, 1), -inf if a row has no key there; None if all rows are full
+    hidden: Array | None  # (B, 1, 1, S), -inf if a row has no key there; None if all rows are full
 
 
 def next_slots(cache: NumpyCache, rows: slice, t: int) -> WriteSlots:
     """Return the slots of the next T positions of these rows."""
-    lengths, size = cache.lengths[rows], cache.k.shape[-1]
+    lengths, size = cache.lengths[rows], cache.v.shape[2]
     if (lengths == lengths[0]).all():
         lengths = lengths[:1]
     filled = np.minimum(lengths + t, size)
     n_read, hidden = int(filled.max()), None
     if filled.min() < n_read:
         empty = np.arange(n_read) >= filled[:, None]  # (B, S)
-        hidden = np.where(empty, -np.inf, 0).astype(cache.k.dtype)[:, None, :, None]
+        hidden = np.where(empty, -np.inf, 0).astype(cache.k.dtype)[:, None, None]
     return WriteSlots(
         rows=rows,
         positions=lengths[:, None] + np.arange(t),
@@ -91,46 +97,97 @@ def next_slots(cache: NumpyCache, rows: slice, t: int) -> WriteSlots:
 
 
 class Decoder:
-    """`Backend.logits` over a flat vector of weights, changed in place, and its views `params`."""
+    """`Backend.logits` over weights that are changed in place, and then announced."""
 
-    def __init__(
-        self, config: ModelConfig, flat: Array, params: Params, pool: Executor, n_threads: int
-    ) -> None:
-        self.config, self.flat, self.params = config, flat, params
+    def __init__(self, config: ModelConfig, params: Params, pool: Executor, n_threads: int) -> None:
+        self.config, self.params = config, params
         self.pool, self.n_threads = pool, n_threads
         self.n_decoded = 0
+        self._packed: Any = None
+        self._transposed: Params | None = None
 
-    def logits(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
+    def forget_weights(self) -> None:
+        """Copy the weights again before they are read next: they have changed."""
+        self._packed = self._transposed = None
+
+    def logits(
+        self, tokens: Array, cache: NumpyCache, rows: slice, lengths: Array | None = None
+    ) -> Array:
         """Return logits as `Backend.logits` does; many rows are split over the threads."""
         check_decoding(self.config, tokens, cache.lengths[rows])
-        self.n_decoded += tokens.size
-        n, start = len(tokens), rows.start or 0
-        n_parts = max(1, min(self.n_threads, n, max(n, tokens.size // 8) // ROWS_PER_THREAD))
-        if n_parts == 1:
-            return self._logits(tokens, cache, slice(start, start + n))
-        edges = [n * i // n_parts for i in range(n_parts + 1)]
-        parts = [
-            self.pool.submit(self._logits, tokens[a:b], cache, slice(start + a, start + b))
-            for a, b in pairwise(edges)
-        ]
-        return np.concatenate([part.result() for part in parts])
+        (n, t), start = tokens.shape, rows.start or 0
+        lengths = np.full(n, t) if lengths is None else lengths
+        n_tokens = int(lengths.sum())
+        self.n_decoded += n_tokens
+        n_parts = max(1, min(self.n_threads, n, max(n, n_tokens // 8) // ROWS_PER_THREAD))
+        shares = np.arange(1, n_parts) * n_tokens // n_parts
+        edges = [0, *np.searchsorted(np.cumsum(lengths), shares).tolist(), n]
+        logits: Array = np.empty((n, self.config.vocab_size), np.float32)
+        advance = self._compiled_advance(cache) if self.compiled else self._advance
 
-    def _logits(self, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
-        """Append up to block_size tokens at once to empty rows, one at a time to others."""
+        def work(first: int, last: int) -> None:
+            part = slice(start + first, start + last)
+            advance(tokens[first:last], lengths[first:last], cache, part, logits[first:last])
+
+        others = [self.pool.submit(work, *edge) for edge in pairwise(edges[1:])]
+        work(0, edges[1])  # this thread would only wait
+        for other in others:
+            other.result()
+        return logits
+
+    def warm_up(self) -> None:
+        """Use numba's function from now on, if it is there."""
+        self.n_decoded = max(self.n_decoded, COMPILED_FROM + 1)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether numba's function decodes now."""
+        config, dtype = self.config, self.params["wte.weight"].dtype
+        possible = not config.is_gpt2 and dtype == np.float32
+        return possible and self.n_decoded > COMPILED_FROM and has_numba()
+
+    def _compiled_advance(self, cache: NumpyCache) -> Callable[..., None]:
+        """Return what `_advance` does as one compiled function."""
+        from mlx_randygpt.backends.numpy import decode_numba
+
+        if self._packed is None:
+            self._packed = decode_numba.PackedWeights(self.config, self.params)
+            self._transposed = None
+        if not cache.packed:
+            cache.k, cache.packed = decode_numba.pack_keys(cache.k), True
+        advance: Callable[..., None] = self._packed.advance
+        return advance
+
+    def _advance(
+        self, tokens: Array, lengths: Array, cache: NumpyCache, rows: slice, logits: Array
+    ) -> None:
+        """Append up to block_size tokens at once to empty rows, one at a time to others.
+
+        The logits (B, V) of the last are written.
+        """
+        if self._transposed is None:
+            self._transposed = transposed(self.config, self.params)
+        w = self._transposed
         if tokens.shape[1] > 1 and not cache.lengths[rows].any():
-            return self._head(advance(self.params, self.config, tokens, cache, rows))
-        compilable = not self.config.is_gpt2
-        if compilable and self.n_decoded > COMPILED_FROM and has_numba():
-            from mlx_randygpt.backends.numpy import decode_numba
+            x = advance(w, self.config, (tokens, lengths), cache, rows)
+        else:
+            assert lengths.min() == tokens.shape[1], "padding follows empty rows only"
+            ones = np.ones(len(tokens), int)
+            for column in tokens.T:
+                x = advance(w, self.config, (column[:, None], ones), cache, rows)
+        logits[...] = x @ w["head"]
 
-            return decode_numba.logits(self.config, self.flat, tokens, cache, rows)
-        for column in tokens.T:
-            x = advance(self.params, self.config, column[:, None], cache, rows)
-        return self._head(x)
 
-    def _head(self, x: Array) -> Array:
-        """Return the logits (B, V) of the head's input x (B, C)."""
-        return (x @ head_weight(self.params).T).astype(np.float32, copy=False)
+def transposed(config: ModelConfig, params: Params) -> Params:
+    """Return the weights with matrices (in, out), and the head's as "head".
+
+    Copied, a product of few rows is twice as fast as with the transpose of (out, in).
+    """
+    matrices = {p.name: params[p.name].T for p in parameters(config) if p.is_block_matrix}
+    matrices["head"] = head_weight(params).T
+    if sum(matrix.size for matrix in matrices.values()) <= MAX_TRANSPOSED:
+        matrices = {name: np.ascontiguousarray(matrix) for name, matrix in matrices.items()}
+    return {**params, **matrices}
 
 
 @lru_cache(maxsize=1)
@@ -143,41 +200,50 @@ def has_numba() -> bool:
     return True
 
 
-def advance(w: Params, config: ModelConfig, tokens: Array, cache: NumpyCache, rows: slice) -> Array:
-    """Append tokens (B, T) to the rows; return the input of the head at the last position, (B, C).
+def advance(
+    w: Params, config: ModelConfig, new: tuple[Array, Array], cache: NumpyCache, rows: slice
+) -> Array:
+    """Append tokens to the rows; return the input of the head after the last of each, (B, C).
 
-    Both architectures run here.
+    `w` is `transposed`; `new` has tokens (B, T) and how many of each row count, (B,). Both
+    architectures run here.
     """
-    b, t = tokens.shape
+    tokens, lengths = new
+    (b, t), each, ends = tokens.shape, np.arange(len(tokens)), lengths - 1
     target = next_slots(cache, rows, t)
     x = w["wte.weight"][tokens]  # (B, T, C)
     if config.position == "learned":
-        x = x + w["wpe.weight"][target.positions]
+        x += w["wpe.weight"][target.positions]
     n_rotated = 2 * config.n_head  # queries and keys
     if config.position == "rope":
         phases = ops.rope_phases(target.positions, config.head_size, n_rotated, x.dtype.type)
     for i in range(config.n_layer):
-        inputs = _shift(config, _norm(w, f"h.{i}.ln_1", config, x), cache.last[i, 0, rows])
+        inputs = _norm(w, f"h.{i}.ln_1", config, x)
+        if config.token_shift:
+            _shift(inputs, cache.last[i, 0, rows], (each, ends))
         qkv = _linear(w, f"h.{i}.attn.c_attn", config, inputs)  # (B, T, 3C)
         qk = qkv[:, :, : 2 * config.n_embd]
         if config.qk_norm:
             per_head = qk.reshape(b, t, n_rotated, config.head_size)
-            per_head[...] = _rms_norm(per_head)
+            per_head /= _rms(per_head)
         if config.position == "rope":
             ops.rotate(qk, phases)
         y = attend(qkv, config, i, cache, target)  # (B, T, C)
-        x = x + _linear(w, f"h.{i}.attn.c_proj", config, y)
-        inputs = _shift(config, _norm(w, f"h.{i}.ln_2", config, x), cache.last[i, 1, rows])
+        x += _linear(w, f"h.{i}.attn.c_proj", config, y)
+        inputs = _norm(w, f"h.{i}.ln_2", config, x)
+        if config.token_shift:
+            _shift(inputs, cache.last[i, 1, rows], (each, ends))
         a = _activate(config, _linear(w, f"h.{i}.mlp.c_fc", config, inputs))  # (B, T, F)
-        x = x + _linear(w, f"h.{i}.mlp.c_proj", config, a)
-    cache.lengths[rows] += t
-    return _norm(w, "ln_f", config, x[:, -1]) if config.final_norm else x[:, -1]
+        x += _linear(w, f"h.{i}.mlp.c_proj", config, a)
+    cache.lengths[rows] += lengths
+    x = x[each, ends]
+    return _norm(w, "ln_f", config, x) if config.final_norm else x
 
 
 def _norm(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
     """Return the RMSNorm of x, or GPT-2's LayerNorm with the weights under this name."""
     if not config.is_gpt2:
-        return _rms_norm(x)
+        return np.asarray(x / _rms(x))
     rows = x.reshape(-1, x.shape[-1])
     hat, inv = np.empty_like(rows), np.empty(len(rows), x.dtype)
     gpt2.layer_norm(rows, hat, inv)
@@ -187,11 +253,12 @@ def _norm(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
     return hat.reshape(x.shape)
 
 
-def _rms_norm(x: Array) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
-    out, inv_rms = np.empty_like(rows), np.empty(len(rows), x.dtype)
-    ops.rms_norm(rows, out, inv_rms)
-    return out.reshape(x.shape)
+def _rms(x: Array) -> Array:
+    """Return (mean(x²) + eps)^½ over the last axis, kept: RMSNorm in few calls, for few rows."""
+    rms = np.vecdot(x, x)[..., None]
+    rms *= 1 / x.shape[-1]
+    rms += ops.NORM_EPS
+    return np.asarray(np.sqrt(rms, out=rms))
 
 
 def _linear(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
@@ -199,34 +266,32 @@ def _linear(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
 
     It is one product of two matrices: of three dimensions NumPy would make one of each sequence.
     """
-    weight = w[f"{name}.weight"]  # (M, K)
-    out = (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], len(weight))
+    weight = w[f"{name}.weight"]  # (K, M)
+    out = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
     if config.bias:
         out += w[f"{name}.bias"]
     return np.asarray(out)
 
 
 def _activate(config: ModelConfig, h: Array) -> Array:
-    """Return the activation of h (B, T, F)."""
+    """Return the activation of h (B, T, F), which is overwritten."""
     if config.activation == "relu2":
-        h = np.maximum(h, 0)
-        return np.asarray(h * h)
+        np.maximum(h, 0, out=h)
+        return np.multiply(h, h, out=h)
     a = np.empty_like(h)
     (gpt2.gelu if config.activation == "gelu" else gpt2.gelu_tanh)(h, a)
     return a
 
 
-def _shift(config: ModelConfig, norm: Array, last: Array) -> Array:
-    """Return norm (B, T, C) with its first half from the position before, if the model shifts.
+def _shift(norm: Array, last: Array, ends: tuple[Array, Array]) -> None:
+    """Replace the first half of norm (B, T, C) by that of the position before.
 
-    `last` (B, C/2) holds that half of the latest position, and is updated.
+    `last` (B, C/2) holds that half of the latest position, and gets that at the `ends`.
     """
-    if not config.token_shift:
-        return norm
-    half = last.shape[-1]
-    before = np.concatenate([last[:, None], norm[:, :-1, :half]], axis=1)
-    last[...] = norm[:, -1, :half]
-    return np.concatenate([before, norm[:, :, half:]], axis=-1)
+    half = norm[:, :, : last.shape[-1]]
+    before = np.concatenate([last[:, None], half[:, :-1]], axis=1)
+    last[...] = half[ends]
+    half[...] = before
 
 
 def attend(
@@ -235,23 +300,24 @@ def attend(
     """Store keys and values of qkv (B, T, 3C); return the attention of its queries, (B, T, C)."""
     b, t, _ = qkv.shape
     q, k, v = ops.heads(qkv, config.n_head, 3)  # (B, H, T, D)
-    keys, values = cache.k[layer, target.rows], cache.v[layer, target.rows]  # (B, H, D, W)
+    keys = cache.k[layer, target.rows]  # (B, H, D, W)
+    values = cache.v[layer, target.rows, ..., : config.head_size].swapaxes(1, 2)  # (B, H, W, D)
     if len(target.slots) == 1:
         slots = slice(target.slots[0], target.slots[0] + t)
-        keys[..., slots], values[..., slots] = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
+        keys[..., slots], values[:, :, slots] = k.swapaxes(-1, -2), v
     else:
         each = np.arange(b)
-        keys[each, :, :, target.slots], values[each, :, :, target.slots] = k[:, :, 0], v[:, :, 0]
+        keys[each, :, :, target.slots], values[each, :, target.slots] = k[:, :, 0], v[:, :, 0]
     scores = q @ keys[..., : target.n_read]  # (B, H, T, S)
     scores *= config.head_size**-0.5
-    scores = scores.swapaxes(-1, -2)  # (B, H, S, T)
     if t > 1:
-        ops.causal_softmax(scores, 0, config.qk_norm)
+        ops.causal_softmax(scores.swapaxes(-1, -2), 0, config.qk_norm)
     else:
         if target.hidden is not None:
             scores += target.hidden
-        scores -= scores.max(axis=-2, keepdims=True)
+        if not config.qk_norm:  # with it |s| ≤ √D
+            scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
-        scores /= scores.sum(axis=-2, keepdims=True)
-    y: Array = values[..., : target.n_read] @ scores  # (B, H, D, T)
-    return y.transpose(0, 3, 1, 2).reshape(b, t, config.n_embd)
+        scores /= scores.sum(axis=-1, keepdims=True)
+    y: Array = scores @ values[:, :, : target.n_read]  # (B, H, T, D)
+    return y.swapaxes(1, 2).reshape(b, t, config.n_embd)

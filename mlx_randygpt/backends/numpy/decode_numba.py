@@ -1,189 +1,205 @@
-"""The forward pass of one new token of each of some sequences, as one compiled function.
+"""The forward pass of new tokens of any sequences, as one compiled function.
 
-The arithmetic is that of `decode` without its hundreds of calls, which take longer than the
-products of a small model. Needs numba (the extra `fast`); without it `decode` computes the same.
+It reads a token of each of many streams, or prompts of different lengths: all tokens go through
+the matrices together, and one by one through the rest, so that each follows those before it. What
+a token gives has the same bits alone, among others, and on any number of threads (`tiles`). Needs
+numba (the extra `fast`); without it `decode` computes the same up to rounding.
 
-Legend: B sequences, C n_embd, H heads, D = C/H, V vocab, L layers, W = block_size.
+Legend: N tokens, C n_embd, H heads, D = C/H, V vocab, L layers, W = block_size.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from mlx_randygpt.backends.numpy.ops import NORM_EPS, ROPE_BASE
+from mlx_randygpt.backends.numpy.tiles import LANES, compiled, multiply, narrow_tile, pack, padded
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import parameters
-from mlx_randygpt.state import Array
+from mlx_randygpt.state import Array, Params
 
-ROWS = 16  # sequences computed at a time: their activations stay in a core's L1 cache
-compiled = njit(nogil=True, cache=True, fastmath=True)
-
-
-@lru_cache(maxsize=8)
-def weight_starts(config: ModelConfig) -> Array:
-    """Return where each weight begins in the flat vector, (4L + 3,).
-
-    The order is wte, wpe (wte again if there is none), four matrices of each layer, lm_head.
-    """
-    weights = parameters(config)
-    ends = np.cumsum([weight.size for weight in weights])
-    starts = {w.name: end - w.size for w, end in zip(weights, ends, strict=True)}
-    starts.setdefault("wpe.weight", starts["wte.weight"])
-    matrices = [weight.name for weight in weights if weight.is_block_matrix]
-    return np.array([starts[n] for n in ("wte.weight", "wpe.weight", *matrices, "lm_head.weight")])
+TOKENS = 96  # at a time: their activations stay in a core's L2 cache beside the weights
 
 
-def logits(config: ModelConfig, flat: Array, tokens: Array, cache: Any, rows: slice) -> Array:
-    """Append tokens (B, T) to the rows of a NumpyCache one by one; return float32 logits (B, V)."""
-    out: Array = np.empty((len(tokens), config.vocab_size), flat.dtype)
-    for column in tokens.T:
+class PackedWeights:
+    """A copy of the weights in the order in which `advance` reads them."""
+
+    def __init__(self, config: ModelConfig, params: Params) -> None:
+        matrices = [weight.name for weight in parameters(config) if weight.is_block_matrix]
+        panels = [pack(params[name]) for name in (*matrices, "lm_head.weight")]
+        self.wte = params["wte.weight"]
+        self.wpe = params.get("wpe.weight", self.wte[:0])
+        self.flat: Array = np.concatenate([panel.ravel() for panel in panels])
+        self.starts: Array = np.cumsum([0, *(panel.size for panel in panels[:-1])])  # (4L + 1,)
+        n = config.head_size // 2 if config.position == "rope" else 0
+        self.rates: Array = ROPE_BASE ** (-np.arange(n) / max(1, n))  # (D/2,) float64; (0,)
+        self.options = (config.qk_norm, config.token_shift, config.final_norm)
+
+    def advance(
+        self, tokens: Array, lengths: Array, cache: Any, rows: slice, logits: Array
+    ) -> None:
+        """Append tokens to the rows of a packed NumpyCache; write the logits (B, V) of the last.
+
+        Of tokens (B, T) those below the lengths (B,) count.
+        """
+        b, t = tokens.shape
+        used = np.arange(t) < lengths[:, None]
+        outputs = np.full((b, t), -1)
+        outputs[np.arange(b), lengths - 1] = np.arange(b)
         advance(
-            flat,
-            weight_starts(config),
-            config.position == "learned",
-            config.position == "rope",
-            config.qk_norm,
-            config.token_shift,
-            config.final_norm,
-            np.array(column, np.int64),
-            cache.lengths,
-            cache.k,
-            cache.v,
-            cache.last,
-            rows.start,
-            out,
+            (self.flat, self.starts, self.wte, self.wpe, self.rates),
+            self.options,
+            (cache.lengths, cache.k, cache.v, cache.last),
+            (
+                tokens[used].astype(np.int64),
+                np.repeat(np.arange(rows.start, rows.start + b), lengths),
+                outputs[used],
+            ),
+            logits,
         )
-    return out.astype(np.float32, copy=False)
+
+
+def pack_keys(keys: Array) -> Array:
+    """Return keys (…, H, D, W) as (…, W / LANES, H, D, LANES), with room for whole blocks."""
+    *rest, h, d, size = keys.shape
+    blocks = np.zeros((*rest, h, d, -(-size // LANES), LANES), np.float32)
+    blocks.reshape(*rest, h, d, -1)[..., :size] = keys
+    return np.ascontiguousarray(np.moveaxis(blocks, -2, -4))
 
 
 @compiled
-def advance(  # noqa: PLR0913
-    flat: Array,
-    starts: Array,
-    learned: bool,
-    rotary: bool,
-    qk_norm: bool,
-    shifted: bool,
-    final_norm: bool,
-    tokens: Array,
-    lengths: Array,
-    keys: Array,
-    values: Array,
-    last: Array,
-    start_row: int,
+def advance(
+    weights: tuple[Array, ...],
+    options: tuple[bool, ...],
+    cache: tuple[Array, ...],
+    new: tuple[Array, ...],
     logits: Array,
 ) -> None:
-    """Append tokens (B,) to the B rows of a cache from `start_row` on; write their logits (B, V).
+    """Append tokens to rows of a cache and write logits; the tokens of a row are in their order.
 
-    flat holds the weights, which begin at the `starts` of `weight_starts`. lengths (rows,), keys
-    and values (L, rows, H, D, W) and last (L, 2, rows, C/2) are the whole cache.
+    `weights` and `options` are those of PackedWeights. `cache` has lengths (rows,), packed keys and
+    values, and last (L, 2, rows, C/2). `new` has tokens (N,), their rows, and the row of logits
+    (n, V) that each writes, or -1.
     """
-    n_layer, _, n_head, d, size = keys.shape
-    c, vocab = n_head * d, logits.shape[1]
-    wte = flat[starts[0] : starts[0] + vocab * c].reshape(vocab, c)
-    lm_head = flat[starts[-1] : starts[-1] + vocab * c].reshape(vocab, c)
-    scores = np.empty(size, flat.dtype)
-    for first in range(0, len(tokens), ROWS):
-        n = min(ROWS, len(tokens) - first)
-        row = start_row + first  # of the cache; its rows are row + b
-        x, inputs = np.empty((n, c), flat.dtype), np.empty((n, c), flat.dtype)
-        qkv, h = np.empty((n, 3 * c), flat.dtype), np.empty((n, 4 * c), flat.dtype)
-        for b in range(n):
-            x[b] = wte[tokens[first + b]]
-            if learned:
-                start = starts[1] + lengths[row + b] * c
-                x[b] += flat[start : start + c]
-        for i in range(n_layer):
-            start = starts[2 + 4 * i]
-            c_attn = flat[start : start + 3 * c * c].reshape(3 * c, c)
-            start = starts[3 + 4 * i]
-            attn_proj = flat[start : start + c * c].reshape(c, c)
-            start = starts[4 + 4 * i]
-            c_fc = flat[start : start + 4 * c * c].reshape(4 * c, c)
-            start = starts[5 + 4 * i]
-            mlp_proj = flat[start : start + 4 * c * c].reshape(c, 4 * c)
-            for b in range(n):
-                _branch_input(x[b], last[i, 0, row + b], shifted, inputs[b])
-            _linear(inputs, c_attn, qkv, False)
-            for b in range(n):
-                _attend(
-                    qkv[b],
-                    keys[i, row + b],
-                    values[i, row + b],
-                    lengths[row + b],
-                    qk_norm,
-                    rotary,
-                    scores,
-                    inputs[b],
-                )
-            _linear(inputs, attn_proj, x, True)
-            for b in range(n):
-                _branch_input(x[b], last[i, 1, row + b], shifted, inputs[b])
-            _linear(inputs, c_fc, h, False)
-            for b in range(n):
-                for j in range(4 * c):
-                    h[b, j] = max(h[b, j], h.dtype.type(0)) ** 2
-            _linear(h, mlp_proj, x, True)
-        for b in range(n):
-            lengths[row + b] += 1
-            if final_norm:
-                _norm(x[b])
-        _linear(x, lm_head, logits[first : first + n], False)
+    lengths, (_, _, wte, _, _) = cache[0], weights
+    tokens, rows, outputs = new
+    c, n = wte.shape[1], min(TOKENS, len(tokens))
+    x, inputs = np.zeros((n, padded(c)), np.float32), np.empty((n, c), np.float32)
+    qkv, h = np.empty((n, padded(3 * c)), np.float32), np.empty((n, padded(4 * c)), np.float32)
+    positions = np.empty(n, np.int64)
+    for first in range(0, len(tokens), TOKENS):
+        part = slice(first, min(first + TOKENS, len(tokens)))
+        for i, row in enumerate(rows[part]):
+            positions[i] = lengths[row]
+            lengths[row] += 1
+        _embed(weights, tokens[part], positions, x)
+        _blocks(weights, options, cache, rows[part], positions, (x, inputs, qkv, h))
+        _head(weights, options[2], outputs[part], (x, inputs), logits)
 
 
 @compiled
-def _linear(x: Array, w: Array, out: Array, adding: bool) -> None:
-    """Compute out (B, M) = x (B, K) wᵀ, or add that to out; w (M, K).
+def _embed(weights: tuple[Array, ...], tokens: Array, positions: Array, x: Array) -> None:
+    """Write the embeddings of the tokens to x (≥ N, ≥ C)."""
+    _, _, wte, wpe, _ = weights
+    for i, token in enumerate(tokens):
+        for j in range(wte.shape[1]):
+            x[i, j] = wte[token, j]
+            if len(wpe):
+                x[i, j] += wpe[positions[i], j]
 
-    Four sequences at a time share each row of w that is loaded.
-    """
-    n, k = x.shape
-    whole = n - n % 4
-    for o in range(len(w)):
-        row = w[o]
-        for b in range(0, whole, 4):
-            x0, x1, x2, x3 = x[b], x[b + 1], x[b + 2], x[b + 3]
-            s0 = s1 = s2 = s3 = x.dtype.type(0)
-            for i in range(k):
-                s0 += row[i] * x0[i]
-                s1 += row[i] * x1[i]
-                s2 += row[i] * x2[i]
-                s3 += row[i] * x3[i]
-            if not adding:
-                out[b, o] = out[b + 1, o] = out[b + 2, o] = out[b + 3, o] = 0
-            out[b, o] += s0
-            out[b + 1, o] += s1
-            out[b + 2, o] += s2
-            out[b + 3, o] += s3
-        for b in range(whole, n):
-            x0, s0 = x[b], x.dtype.type(0)
-            for i in range(k):
-                s0 += row[i] * x0[i]
-            out[b, o] = s0 + out[b, o] if adding else s0
+
+@compiled
+def _blocks(
+    weights: tuple[Array, ...],
+    options: tuple[bool, ...],
+    cache: tuple[Array, ...],
+    rows: Array,
+    positions: Array,
+    buffers: tuple[Array, ...],
+) -> None:
+    """Compute all layers over x (N, ≥ C), the first of the buffers, in place."""
+    flat, starts, _, _, rates = weights
+    qk_norm, shifted, _ = options
+    _, keys, values, last = cache
+    x, inputs, qkv, h = buffers
+    (_, c), n, (_, n_rows, size, n_head, width) = inputs.shape, len(rows), values.shape
+    d, slots = c // n_head, keys.shape[2] * LANES
+    phases = _phases(positions[:n], rates)
+    scores, powers = np.empty((n_head, slots), np.float32), np.empty(slots, np.int32)
+    scratch = scores, powers, np.empty((n_head, width), np.float32)
+    flat_keys, flat_values = keys.reshape(-1), values.reshape(-1)
+    for layer in range(len(keys)):
+        for i, row in enumerate(rows):
+            _branch_input(x[i], last[layer, 0, row], shifted, inputs[i])
+        multiply(inputs, flat, starts[4 * layer], (n, 3 * c, c), qkv, False)
+        for i, row in enumerate(rows):
+            place = (
+                (layer * n_rows + row) * slots * c,
+                (layer * n_rows + row) * size * n_head * width,
+            )
+            ring = flat_keys, flat_values
+            _prepare(qkv[i], c, d, qk_norm, phases[i])
+            _store(qkv[i], (n_head, d, width), positions[i] % size, ring, place)
+            _attend(qkv, i, min(positions[i] + 1, size), ring, place, scratch, inputs[i])
+        multiply(inputs, flat, starts[4 * layer + 1], (n, c, c), x, True)
+        for i, row in enumerate(rows):
+            _branch_input(x[i], last[layer, 1, row], shifted, inputs[i])
+        multiply(inputs, flat, starts[4 * layer + 2], (n, 4 * c, c), h, False)
+        for i in range(n):
+            for j in range(4 * c):
+                positive = max(h[i, j], np.float32(0))
+                h[i, j] = positive * positive
+        multiply(h, flat, starts[4 * layer + 3], (n, c, 4 * c), x, True)
+
+
+@compiled
+def _head(
+    weights: tuple[Array, ...],
+    normed: bool,
+    outputs: Array,
+    buffers: tuple[Array, ...],
+    logits: Array,
+) -> None:
+    """Write the logits of the tokens that have a row of logits, from x (N, ≥ C)."""
+    flat, starts, _, _, _ = weights
+    x, inputs = buffers
+    c, vocab = inputs.shape[1], logits.shape[1]
+    n = 0
+    for i, output in enumerate(outputs):
+        if output >= 0:
+            inputs[n] = x[i, :c]
+            if normed:
+                _norm(inputs[n])
+            n += 1
+    found = np.empty((n, padded(vocab)), np.float32)
+    multiply(inputs, flat, starts[-1], (n, vocab, c), found, False)
+    n = 0
+    for output in outputs:
+        if output >= 0:
+            logits[output] = found[n, :vocab]
+            n += 1
 
 
 @compiled
 def _norm(x: Array) -> None:
     """Compute x · (mean(x²) + eps)^-½ in place; (C,) or (D,)."""
-    total = x.dtype.type(0)
+    total = np.float32(0)
     for i in range(len(x)):
         total += x[i] * x[i]
-    inv = x.dtype.type(1 / np.sqrt(total / len(x) + NORM_EPS))
+    inv = np.float32(1 / np.sqrt(total / len(x) + NORM_EPS))
     for i in range(len(x)):
         x[i] *= inv
 
 
 @compiled
 def _branch_input(x: Array, last: Array, shifted: bool, out: Array) -> None:
-    """Write the norm of x (C,), if shifted with the first half of the token before.
+    """Write the norm of x (≥ C,), if shifted with the first half of the token before.
 
     `last` (C/2,) holds that half, and is updated.
     """
-    out[:] = x
+    out[:] = x[: len(out)]
     _norm(out)
     if shifted:
         for i in range(len(last)):
@@ -191,72 +207,124 @@ def _branch_input(x: Array, last: Array, shifted: bool, out: Array) -> None:
 
 
 @compiled
-def _attend(  # noqa: PLR0913
+def _phases(positions: Array, rates: Array) -> Array:
+    """Return cosines and sines of the angles of the positions, (N, 2, D/2)."""
+    phases = np.empty((len(positions), 2, len(rates)), np.float32)
+    for i, position in enumerate(positions):
+        for j, rate in enumerate(rates):
+            phases[i, 0, j], phases[i, 1, j] = np.cos(position * rate), np.sin(position * rate)
+    return phases
+
+
+@compiled
+def _prepare(qkv: Array, c: int, d: int, qk_norm: bool, phases: Array) -> None:
+    """Norm and rotate the queries and keys of qkv (≥ 3C,), and divide the queries by √D."""
+    for at in range(0, 2 * c, d):
+        x = qkv[at : at + d]
+        if qk_norm:
+            _norm(x)
+        _rotate(x, phases)
+    for i in range(c):
+        qkv[i] *= np.float32(d**-0.5)
+
+
+@compiled
+def _store(
     qkv: Array,
-    keys: Array,
-    values: Array,
-    position: int,
-    qk_norm: bool,
-    rotary: bool,
-    scores: Array,
+    sizes: tuple[int, int, int],
+    slot: int,
+    ring: tuple[Array, Array],
+    place: tuple[int, int],
+) -> None:
+    """Write key and value of qkv (≥ 3C,) to their slot of the ring that begins at `place`."""
+    (keys, values), (n_head, d, width) = ring, sizes
+    c = n_head * d
+    key_at = place[0] + slot // LANES * c * LANES + slot % LANES
+    value_at = place[1] + slot * n_head * width
+    for i in range(c):
+        keys[key_at + i * LANES] = qkv[c + i]
+    for h in range(n_head):
+        for i in range(d):
+            values[value_at + h * width + i] = qkv[2 * c + h * d + i]
+
+
+@compiled
+def _attend(
+    qkv: Array,
+    i: int,
+    seen: int,
+    ring: tuple[Array, Array],
+    place: tuple[int, int],
+    scratch: tuple[Array, ...],
     y: Array,
 ) -> None:
-    """Compute one sequence's attention in one layer: qkv (3C,) to y (C,).
+    """Compute the attention of row i of qkv (N, ≥ 3C) over the first `seen` slots, to y (C,).
 
-    The new key and value are written to their slot of keys and values (H, D, W); scores (W,) is
-    scratch.
+    A block of LANES slots at a time comes from memory, with the keys or values of all heads.
     """
-    n_head, d, size = keys.shape
-    slot, seen = position % size, min(position + 1, size)
-    rotations = np.empty((d // 2 if rotary else 0, 2), qkv.dtype)
-    for j in range(len(rotations)):
-        angle = position * ROPE_BASE ** (-j / len(rotations))
-        rotations[j, 0], rotations[j, 1] = np.cos(angle), np.sin(angle)
+    keys, values = ring  # of each row (W / LANES, H, D, LANES) and (W, H, D padded to LANES)
+    scores, powers, sums = scratch  # (H, ≥ W), (≥ W,), (H, D padded)
+    (n_head, width), slots = sums.shape, scores.shape[1]
+    d, at = len(y) // n_head, i * qkv.shape[1]
+    for first in range(0, seen, LANES):
+        for h in range(n_head):
+            key_at = place[0] + (first * n_head + h * LANES) * d
+            narrow_tile(qkv, at + h * d, keys, key_at, LANES, d, scores, h * slots + first, False)
     for h in range(n_head):
-        q, k = qkv[h * d : (h + 1) * d], qkv[(n_head + h) * d : (n_head + h + 1) * d]
-        if qk_norm:
-            _norm(q)
-            _norm(k)
-        _rotate(q, rotations)
-        _rotate(k, rotations)
-        keys[h, :, slot] = k
-        values[h, :, slot] = qkv[(2 * n_head + h) * d : (2 * n_head + h + 1) * d]
-        _scores(q, keys[h], seen, scores)
-        largest, total = scores[:seen].max(), scores.dtype.type(0)
+        inverse = np.float32(1) / _exponentials(scores[h], seen, powers)
         for j in range(seen):
-            scores[j] = np.exp(scores[j] - largest)
-            total += scores[j]
-        for i in range(d):
-            weighted, row = scores.dtype.type(0), values[h, i]
-            for j in range(seen):
-                weighted += scores[j] * row[j]
-            y[h * d + i] = weighted / total
+            scores[h, j] *= inverse
+    for first in range(0, seen, LANES):
+        n = min(LANES, seen - first)
+        for h in range(n_head):
+            for part in range(0, width, LANES):
+                value_at = place[1] + (first * n_head + h) * width + part
+                narrow_tile(
+                    scores,
+                    h * slots + first,
+                    values,
+                    value_at,
+                    n_head * width,
+                    n,
+                    sums,
+                    h * width + part,
+                    first > 0,
+                )
+    for h in range(n_head):
+        for j in range(d):
+            y[h * d + j] = sums[h, j]
 
 
 @compiled
-def _scores(q: Array, keys: Array, seen: int, scores: Array) -> None:
-    """Compute q · k / √D for the first `seen` keys (D, W).
+def _exponentials(scores: Array, n: int, powers: Array) -> np.float32:
+    """Replace the first n scores by e^(score − the largest); return their sum.
 
-    Four channels at a time share one load and store of each score.
+    e^x = 2^w e^r with |r| ≤ ln 2 / 2; a polynomial of degree 6 gives e^r to a unit in the last
+    place, and w goes into the exponent's bits. So the loops become vector instructions, which calls
+    of exp would not.
     """
-    d = len(q)
-    scale = scores.dtype.type(d**-0.5)
-    whole = d - d % 4
-    scores[:seen] = 0
-    for i in range(0, whole, 4):
-        q0, q1, q2, q3 = scale * q[i], scale * q[i + 1], scale * q[i + 2], scale * q[i + 3]
-        k0, k1, k2, k3 = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
-        for j in range(seen):
-            scores[j] += q0 * k0[j] + q1 * k1[j] + q2 * k2[j] + q3 * k3[j]
-    for i in range(whole, d):
-        for j in range(seen):
-            scores[j] += scale * q[i] * keys[i, j]
+    largest = scores[0]
+    for j in range(1, n):
+        largest = max(largest, scores[j])
+    for j in range(n):
+        x = max(scores[j] - largest, np.float32(-87))  # 1e-38: below it, all is nothing
+        whole = np.floor(x * np.float32(1.442695041) + np.float32(0.5))
+        r = x - whole * np.float32(0.6931471806)
+        p = np.float32(1 / 720)
+        for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+            p = p * r + np.float32(factor)
+        scores[j], powers[j] = p, (np.int32(whole) + np.int32(127)) << np.int32(23)
+    scale, total = powers.view(np.float32), np.float32(0)
+    for j in range(n):
+        scores[j] *= scale[j]
+        total += scores[j]
+    return total
 
 
 @compiled
-def _rotate(x: Array, rotations: Array) -> None:
-    """Rotate each pair of x (D,) by its angle; rotations (D/2, 2) holds cosines and sines."""
-    for j in range(len(rotations)):
+def _rotate(x: Array, phases: Array) -> None:
+    """Rotate each pair of x (D,) by its angle; phases (2, D/2) holds cosines and sines."""
+    for j in range(phases.shape[1]):
         a, b = x[2 * j], x[2 * j + 1]
-        x[2 * j] = a * rotations[j, 0] - b * rotations[j, 1]
-        x[2 * j + 1] = a * rotations[j, 1] + b * rotations[j, 0]
+        x[2 * j] = a * phases[0, j] - b * phases[1, j]
+        x[2 * j + 1] = a * phases[1, j] + b * phases[0, j]

@@ -123,8 +123,8 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
     n = len(batch.starts)
     first, last = n * rank // size, n * (rank + 1) // size
     if first == last:
-        return replace(batch, starts=np.array([len(batch.tokens)], np.int64), row=first)
-    return replace(batch, starts=batch.starts[first:last], row=first)
+        return replace(batch, starts=np.array([len(batch.tokens)], np.int64), row=first, ends=None)
+    return batch.part(first, last)
 
 
 def resync(backend: Backend) -> None:

@@ -36,22 +36,32 @@ DEFAULT_ITERS = {"train": 20, "sample": 200}
     type=int,
     help="Measure this many steps, or tokens for sample.  [default: 20; 200 for sample]",
 )
+@click.option(
+    "--streams",
+    type=click.IntRange(min=1),
+    help="Sample with 1, 2, 4, … up to this many streams, one after the other.",
+)
 @threads_option
 @backend_option
 @json_option
-def command(mode: str, backend: str, json: bool, **options: Any) -> None:
+def command(mode: str, backend: str, json: bool, streams: int | None, **options: Any) -> None:
     """Measure training or sampling speed with random weights and tokens; report medians."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from mlx_randygpt import settings
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.cli.loading import describe_backend
     from mlx_randygpt.cli.training.request import describe_model
     from mlx_randygpt.model import initial_params
-    from mlx_randygpt.planning.bench import measure_sampling, measure_training
+    from mlx_randygpt.planning.bench import measure_sampling, measure_training, sweep
     from mlx_randygpt.state import TrainState
 
     given = {name: value for name, value in options.items() if value is not None}
+    if streams is not None:
+        if mode == "train" or "batch_size" in given:
+            message = "--streams is for `bench sample`, without --batch-size"
+            raise click.UsageError(message)
+        given["batch_size"] = streams
     if mode == "sample":
         given.setdefault("batch_size", 1)
     given.setdefault("iters", DEFAULT_ITERS[mode])
@@ -60,22 +70,34 @@ def command(mode: str, backend: str, json: bool, **options: Any) -> None:
     state = TrainState(0, initial_params(model, train.seed), {})
     built = make_backend(name, model, train, state)
     echo(f"Backend: {describe_backend(built, reason)}", err=True)
+    sizes = sweep(streams) if streams is not None else [train.batch_size]
     measure = measure_sampling if mode == "sample" else measure_training
-    result = measure(built, model, train, train.iters)
+    results = [measure(built, model, replace(train, batch_size=n), train.iters) for n in sizes]
     if json:
-        print_json(asdict(result))
+        swept = {"sweep": [asdict(result) for result in results]} if streams is not None else {}
+        print_json({**asdict(results[-1]), **swept})
     else:
-        show_facts(facts(result, describe_model(model), train.iters))
+        show_facts(facts(results, describe_model(model), train.iters))
 
 
-def facts(result: Bench, model: str, n: int) -> Iterator[tuple[str, str]]:
-    """Yield the measurement as names and values."""
-    if result.mode == "train":
-        step = f"step of {result.batch_size} × {result.block_size} tokens"
-    else:
-        step = f"token of {result.batch_size} stream{'s' if result.batch_size > 1 else ''}"
-    yield "Model", f"{model} ({result.recipe})"
-    yield "Speed", f"{result.tokens_per_second:,.0f} tokens/s"
-    yield "Time", f"{result.step_ms:,.2f} ms per {step}, median of {n}"
+def facts(results: list[Bench], model: str, n: int) -> Iterator[tuple[str, str]]:
+    """Yield the measurements, of one size or of a sweep, as names and values."""
+    yield "Model", f"{model} ({results[0].recipe})"
+    for result in results if len(results) > 1 else []:
+        speed = f"{result.tokens_per_second:,.0f} tokens/s, {result.step_ms:,.2f} ms per token"
+        yield n_streams(result), f"{speed}, median of {n}"
+    result = results[-1]
+    if len(results) == 1:
+        trained = f"step of {result.batch_size} × {result.block_size} tokens"
+        step = trained if result.mode == "train" else f"token of {n_streams(result)}"
+        yield "Speed", f"{result.tokens_per_second:,.0f} tokens/s"
+        yield "Time", f"{result.step_ms:,.2f} ms per {step}, median of {n}"
+    if result.decoding is not None:
+        yield "Decoding", result.decoding
     yield "Memory", f"{result.peak_memory_mb:,.0f} MB at the peak"
     yield "Compute", f"{result.flops_fraction:.1%} of the device's float32 matrix-product rate"
+
+
+def n_streams(result: Bench) -> str:
+    """Return the number of streams, in words."""
+    return f"{result.batch_size} stream{'s' if result.batch_size > 1 else ''}"

@@ -66,6 +66,7 @@ def command(
 
 def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -> None:
     """Answer the lines of stdin on stdout until the end of input or /quit."""
+    from mlx_randygpt.backends import release_memory
     from mlx_randygpt.sampling.chat import Conversation
 
     model, tokenizer = loaded.saved.model, loaded.tokenizer
@@ -83,6 +84,7 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
             if line.strip() == "/quit":
                 break
             _respond(conversation, line, ctrl_c)
+            release_memory(loaded.backend)
             if ctrl_c.pressed and not at_terminal:
                 raise KeyboardInterrupt
 
@@ -127,7 +129,8 @@ def _replay(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
     from mlx_randygpt.sampling.chat import load_turns
 
     for turn in load_turns(path):
-        echo(turn.prompt, nl=conversation.is_dialogue)
+        begin = f"\n{PROMPT * conversation.is_dialogue}" if is_terminal(sys.stdout) else ""
+        echo(begin + turn.prompt, nl=conversation.is_dialogue)
         _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
         if ctrl_c.pressed:
             return

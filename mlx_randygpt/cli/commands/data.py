@@ -97,6 +97,37 @@ def fetch(name: str, out: Path, book: tuple[int, ...]) -> None:
     echo(f"{target} is there. Train on it: mlxgpt train {use} {target}")
 
 
+@command.command("example", cls=Command)
+@click.argument("name", type=click.Choice(["additions"]))
+@click.option(
+    "--out",
+    type=FilePath(path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="Write the two files to this folder.",
+)
+def example(name: str, out: Path) -> None:
+    """Write an example of dialogues: rows to train on, and rows that are held out.
+
+    additions: 7,444 questions such as "What is 47 + 38?", and 656 held-out ones.
+    """
+    import json
+
+    from mlx_randygpt.data import DataError, examples
+    from mlx_randygpt.files import write
+
+    made = examples.EXAMPLES[name]()
+    files = {f"{name}.jsonl": made.training, f"{name}-held-out.jsonl": made.held_out}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, rows in files.items():
+            write(out / file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            echo(f"{out / file}: {len(rows):,} conversations")
+    except OSError as error:
+        raise DataError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+    echo(f"Train on it: mlxgpt train --data {out / name}.jsonl")
+
+
 @command.command("prepare", cls=Command)
 @data_option
 @tokenizer_options
@@ -108,24 +139,27 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
 
     from mlx_randygpt.cli.training import text
     from mlx_randygpt.data.token_file import TokenFile
+    from mlx_randygpt.state import plain_ids
 
     given = {name: value for name, value in options.items() if value is not None}
     files = text.files_of(data)
     tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
     for line in text.tokenizer_lines(corpus, tokenizer):
         echo(line, err=True)
-    n_bytes = int(tokenizer.token_bytes()[np.asarray(corpus.tokens[:1_000_000])].sum())
+    first = plain_ids(np.asarray(corpus.tokens[:1_000_000]))
+    n_bytes = int(tokenizer.token_bytes()[first].sum())
     cached = corpus.tokens.file.path if isinstance(corpus.tokens, TokenFile) else None
     values = {
         "files": len(files),
         "documents": len(corpus.starts),
+        "conversations": corpus.n_conversations,
         "characters": corpus.characters,
         "tokens": len(corpus.tokens),
         "train_tokens": len(corpus.train),
         "validation": corpus.validation,
         "tokenizer": tokenizer.to_json()["type"],
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": n_bytes / max(1, min(1_000_000, len(corpus.tokens))),
+        "bytes_per_token": n_bytes / max(1, len(first)),
         "cache": str(cached) if cached else None,
     }
     if json:
@@ -161,6 +195,7 @@ def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> 
     files = text.files_of(paths)
     if tokens := next(filter(is_tokens, files), None):
         raise DataError(f"{tokens} holds token ids; data check reads texts")
+    skipped = dict[str, None]()  # the problems of invalid rows
     with text.ProgressBar() as bar:
         size = sum(file.stat().st_size for file in files)
 
@@ -172,9 +207,11 @@ def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> 
                 done += n
                 bar("Checking the text", done, size)
 
-            return all_pieces(files, how, seen)
+            return all_pieces(files, how, seen, lambda problem: skipped.setdefault(problem))
 
         found = audit(pieces)
+    for line in text.skipped_lines(len(skipped), next(iter(skipped), "")):
+        echo(line, err=True)
     names = [str(file) for file in files]
     suits = suitable_run(found, measure=not no_time)
     if json:

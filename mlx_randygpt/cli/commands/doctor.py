@@ -10,7 +10,8 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import json_option
 from mlx_randygpt.cli.output import echo, print_json, show_facts
-from mlx_randygpt.words import format_bytes
+from mlx_randygpt.recipes import DEFAULT_PRESET
+from mlx_randygpt.words import format_bytes, format_duration
 
 
 @click.command("doctor", cls=Command)
@@ -19,6 +20,7 @@ def command(json: bool) -> None:
     """Examine this machine and suggest what would make it faster."""
     from mlx_randygpt.planning.machine import CHECKS, advice, collect
 
+    echo("Measuring this machine …", err=True)
     facts = collect(CHECKS)
     changes = advice(facts)
     if json:
@@ -44,10 +46,15 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "BLAS", f"{library['name']} {version}, threads: {threads}"
     yield "NumPy", f"{_rate(facts['numpy_gflops'])}, {facts['split']}"
     yield "MLX", _mlx_line(facts)
+    for line in _kernel_lines(facts["kernels"] or {}):
+        yield "Kernels", line
     yield "Compiler", str(facts["compiler"] or "none (mx.compile on a CPU would need one)")
     if choice := facts["backend"]:
         name, reason = choice["name"], choice["reason"] or "it has a GPU"
         yield "Backend", f"auto chooses {'MLX' if name == 'mlx' else 'NumPy'}: {reason}"
+    if speed := facts["speed"]:
+        time = format_duration(1000 * speed["step_seconds"][DEFAULT_PRESET])
+        yield "Training", f"{time} for 1,000 steps of the default preset; see mlxgpt presets"
     for name, problem in facts["problems"].items():
         yield "Failed", f"{name}: {problem}"
 
@@ -65,6 +72,18 @@ def _mlx_line(facts: dict[str, Any]) -> str:
     units = {"used": ", tensor units used", "unused": ", tensor units not used"}
     tensor_units = units.get(mlx.get("tensor_units", ""), "")
     return f"{mlx['device']}{memory}{tensor_units}, TF32 if the GPU has it: {tf32}"
+
+
+def _kernel_lines(kernels: dict[str, Any]) -> Iterator[str]:
+    """Yield `attention: on, 1.103 ms instead of 2.031` for each kernel, or why there are none."""
+    if absent := kernels.get("absent"):
+        yield f"none: {absent}"
+    for verdict in kernels.get("tested", ()):
+        state = f"off, {verdict['problem']}"
+        if not verdict["problem"]:
+            ours, plain = 1e3 * verdict["seconds"], 1e3 * verdict["plain_seconds"]
+            state = f"on, {ours:.3f} ms instead of {plain:.3f}"
+        yield f"{verdict['kernel']}: {state}"
 
 
 def _macos_line(macos: dict[str, Any]) -> str:

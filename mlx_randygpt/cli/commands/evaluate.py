@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ from mlx_randygpt.cli.output import echo, print_json
 
 if TYPE_CHECKING:
     from mlx_randygpt.backends.base import Scorer
-    from mlx_randygpt.checkpoint import Checkpoint
-    from mlx_randygpt.state import Tokens
+    from mlx_randygpt.data.corpus import Corpus
+    from mlx_randygpt.state import Batch
     from mlx_randygpt.tokenizers import Tokenizer
     from mlx_randygpt.training.evaluation import Score
 
@@ -68,7 +69,8 @@ def command(
 ) -> None:
     """Evaluate a checkpoint on a whole split; the result is the same every time.
 
-    The windows do not overlap, and every token but the first is predicted once. Model options, if
+    The windows do not overlap, and every token but the first is predicted once; of conversations,
+    the answers. Model options, if
     given, must match the checkpoint.
     """
     from mlx_randygpt import settings
@@ -89,12 +91,14 @@ def command(
     if quantize is not None:  # compare in one type, and fail before the first evaluation
         saved = replace(saved, train=replace(saved.train, dtype="float32"))
         require_mlx(backend)
-    tokens = {"val": corpus.val, "train": corpus.train, "all": corpus.tokens}[split]
-    score = _evaluate(build(saved, backend), saved, tokens, batch_size, tokenizer)
+    n_train = len(corpus.train)
+    ranges = {"val": slice(n_train, None), "train": slice(n_train), "all": slice(None)}
+    batches = list(_batches(corpus, tokenizer, ranges[split], saved.model.block_size, batch_size))
+    score = _evaluate(build(saved, backend), batches, tokenizer)
     cost: dict[str, float] = {}
     if quantize is not None:
         full, quantized = score, build(saved, backend, quantize)
-        score = _evaluate(quantized, saved, tokens, batch_size, tokenizer)
+        score = _evaluate(quantized, batches, tokenizer)
         cost = {"loss_float": full.loss, "loss_cost": score.loss - full.loss, "bits": quantize}
     values = {
         "loss": score.loss,
@@ -119,11 +123,23 @@ def command(
         )
 
 
-def _evaluate(
-    backend: Scorer, saved: Checkpoint, tokens: Tokens, batch_size: int, tokenizer: Tokenizer
-) -> Score:
-    from mlx_randygpt.training.evaluation import evaluate
+def _batches(
+    corpus: Corpus, tokenizer: Tokenizer, part: slice, block_size: int, batch_size: int
+) -> Iterator[Batch]:
+    from mlx_randygpt.data.mixture import Drawing, conversations_in
+    from mlx_randygpt.data.windows import eval_batches
 
-    score = evaluate(backend, tokens, saved.model.block_size, batch_size, tokenizer.token_bytes())
+    tokens, conversations = corpus.tokens[part], None
+    if corpus.n_conversations:
+        first, end, _ = part.indices(len(corpus.tokens))
+        starts = corpus.starts[(corpus.starts >= first) & (corpus.starts < end)] - first
+        conversations = conversations_in(tokens, starts, tokenizer, Drawing(block_size))
+    return eval_batches(tokens, block_size, batch_size, conversations=conversations)
+
+
+def _evaluate(backend: Scorer, batches: Sequence[Batch], tokenizer: Tokenizer) -> Score:
+    from mlx_randygpt.training.evaluation import score_batches
+
+    score = score_batches(backend, batches, tokenizer.token_bytes())
     assert score is not None
     return score

@@ -61,9 +61,11 @@ def command(
     from mlx_randygpt.cli.loading import describe_backend
     from mlx_randygpt.cli.training import text
     from mlx_randygpt.data.corpus import check_length
+    from mlx_randygpt.data.mixture import Drawing, training_windows
     from mlx_randygpt.model import initial_params
     from mlx_randygpt.state import TrainState
     from mlx_randygpt.training.find_lr import is_worth_trying, range_test, suggest
+    from mlx_randygpt.training.loop import step_batches
 
     if not 0 < lowest < highest < float("inf") or iters < 2:
         raise click.UsageError(
@@ -71,8 +73,9 @@ def command(
             "in at least 2 steps"
         )
     given = {name: value for name, value in options.items() if value is not None}
+    sources, requested = text.sources_of(data), text.requested_tokenizer(given)
     tokenizer, corpus = text.load(
-        text.files_of(data), text.reading(given), text.requested_tokenizer(given)
+        [source.file for source in sources], text.reading(given), requested
     )
     model, train = settings.resolve_new(given | {"iters": iters}, tokenizer.vocab_size)
     check_length(corpus, model.block_size)
@@ -82,9 +85,13 @@ def command(
     for line in text.tokenizer_lines(corpus, tokenizer):
         echo(line, err=True)
     echo(f"Backend: {describe_backend(engine, reason)}", err=True)
-    trials = list(
-        range_test(engine, model, train, corpus.train, lowest=lowest, highest=highest, steps=iters)
-    )
+    windows = training_windows(corpus, tokenizer, sources, Drawing(model.block_size))
+    batches = [
+        batch
+        for step in range(iters)
+        for batch in step_batches(train, corpus.train, model.block_size, step, windows)
+    ]
+    trials = list(range_test(engine, batches, lowest=lowest, highest=highest))
     rate = suggest(trials)
     if json:
         rows = [{"lr": trial.lr, "loss": trial.loss} for trial in trials]

@@ -68,6 +68,7 @@ def describe(path: Path, saved: Checkpoint, n_bytes: int) -> dict[str, Any]:
         "model": asdict(saved.model),
         "train": asdict(saved.train),
         "tokenizer": saved.tokenizer,
+        "dialogue": _dialogue(saved),
         "data": saved.data,
         "backend": saved.backend,
         "file_bytes": n_bytes,
@@ -105,6 +106,8 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
     )
     yield "Schedule", f"{train.schedule} to {train.min_lr:g}, warmup {train.warmup}"
     yield "Data", _data(saved.data)
+    if _dialogue(saved):
+        yield "Dialogue", "it answers; losses count the answers of conversations only"
     if saved.data.get("paths"):
         yield "Validation text", str(saved.data.get("validation") or "the last tenth of the tokens")
     origin = saved.data.get("imported")
@@ -112,6 +115,15 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
         yield "Imported from", f"{origin.get('format')}, {origin.get('source')}"
     else:
         yield "Written by", f"the {saved.backend} backend"
+
+
+def _dialogue(saved: Checkpoint) -> bool:
+    """Return whether a model was trained on dialogue; an imported one if it has the tokens."""
+    from mlx_randygpt.dialogue import has_dialogue
+    from mlx_randygpt.tokenizers import tokenizer_from_json
+
+    has_tokens = has_dialogue(tokenizer_from_json(saved.tokenizer))
+    return bool(saved.data.get("dialogue", has_tokens))
 
 
 def _loss(loss: float, step: int, bits: float) -> str:

@@ -51,11 +51,15 @@ def command(
     import numpy as np
     from threadpoolctl import threadpool_limits
 
+    from mlx_randygpt.analysis.insight import losses
     from mlx_randygpt.analysis.insight_page import page
     from mlx_randygpt.analysis.metrics import read_samples
     from mlx_randygpt.cli.training import text as texts
     from mlx_randygpt.config import ConfigError
+    from mlx_randygpt.data import DataError
+    from mlx_randygpt.data.mixture import Drawing, validation_windows
     from mlx_randygpt.files import write
+    from mlx_randygpt.state import plain_ids
     from mlx_randygpt.words import unknown_line
 
     path, saved, tokenizer = read(checkpoint)
@@ -69,7 +73,13 @@ def command(
     with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))
         val = np.asarray(corpus.val)
-        html = page(str(path), saved, tokenizer, val, text, max_tokens, samples)
+        if len(val) < 2:
+            raise DataError(
+                f"the validation text has {len(val)} tokens, at least 2 are needed; use more --data"
+            )
+        windows = validation_windows(corpus, tokenizer, Drawing(saved.model.block_size))
+        scored = losses(saved.state.params, saved.model, val, max_tokens, windows)
+        html = page(str(path), saved, tokenizer, plain_ids(val), text, scored, samples)
     try:
         write(output, html.encode("utf-8", "replace"))
     except OSError as error:

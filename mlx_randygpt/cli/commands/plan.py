@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.options import (
     AUTO,
     backend_option,
+    data_option,
     dtype_option,
     given_options,
     grad_accum_option,
@@ -25,14 +26,19 @@ from mlx_randygpt.cli.options import (
     threads_option,
 )
 from mlx_randygpt.cli.output import echo, print_json, show, show_facts
+from mlx_randygpt.cli.time_budget import choose, measure_here, take_minutes, time_options
 from mlx_randygpt.cli.values import Number
 from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.words import format_bytes, format_duration
 
 if TYPE_CHECKING:
+    from mlx_randygpt.planning.devices import Device
+    from mlx_randygpt.planning.expected_loss import TextFacts
     from mlx_randygpt.planning.plan import Plan
+    from mlx_randygpt.planning.time_budget import TimedRun
 
 VOCAB_SIZE, GPT2_VOCAB_SIZE = 67, 50257  # tiny Shakespeare's characters; GPT-2's subwords
+LONG_TEXT = 10**12  # tokens of a text that no run reads twice
 BAR_WIDTH = 24  # columns
 TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
 
@@ -50,6 +56,8 @@ TEXT_BYTES = 8_000_000  # memory that reading a short text leaves behind
     type=int,
     help="Draw this many sequences per batch, over all hosts.  [default: 64; 8 for gpt2 presets]",
 )
+@time_options
+@data_option
 @grad_accum_option
 @memory_options
 @optimizer_option
@@ -88,25 +96,34 @@ def command(
     link: float | None,
     backend: str,
     json: bool,
+    data: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Estimate what a run needs: memory, the largest batch that fits, time and cost.
 
-    This machine is measured for a few seconds. Estimates for other devices follow from published
-    rates and stated assumptions: m2-ultra, m3-max, m3-ultra, m4-max, a100, h100, h200.
+    With --minutes or --hours, show what `mlxgpt train` would choose for that time and the text of
+    --data. This machine is measured for a few seconds. Estimates for other devices follow from
+    published rates and stated assumptions: m2-ultra, m3-max, m3-ultra, m4-max, a100, h100, h200.
     """
     from mlx_randygpt import settings
-    from mlx_randygpt.backends import choose
+    from mlx_randygpt.backends import choose as choose_backend
     from mlx_randygpt.planning.devices import find_device
     from mlx_randygpt.planning.footprint import micro_batch
     from mlx_randygpt.planning.plan import Workload, make_plan, measure_rate
+    from mlx_randygpt.planning.time_budget import describe
 
-    given = given_options(options)
+    given = given_options(take_minutes(options))
+    if "minutes" in given and tokens is not None:
+        raise click.UsageError("--tokens and --minutes both say how much to train; omit one")
     is_gpt2 = str(given.get("preset", "")).startswith("gpt2")
-    model, train = settings.resolve_new(
-        given, vocab_size or (GPT2_VOCAB_SIZE if is_gpt2 else VOCAB_SIZE)
+    vocab_size = vocab_size or (GPT2_VOCAB_SIZE if is_gpt2 else VOCAB_SIZE)
+    facts = None
+    if data:
+        vocab_size, facts = read_text(data)
+    model, train = settings.resolve_new(given, vocab_size, facts.n_tokens if facts else 0)
+    name = (
+        choose_backend(backend)[0] if device == "this" else "mlx" if backend == "auto" else backend
     )
-    name = choose(backend)[0] if device == "this" else "mlx" if backend == "auto" else backend
     target = find_device(device, name)
     if link is not None:
         target = replace(target, link=link * 1e9)
@@ -114,12 +131,20 @@ def command(
     if given.get(AUTO):
         size = micro_batch(name, model, train, target.memory, target.unified)
         train = replace(train, micro_batch=size)
+    chosen = None
+    if "minutes" in given:
+        if hosts > 1:
+            raise ConfigError(f"--hosts {hosts} with --minutes: a time is planned for one host")
+        chosen = plan_time(given, vocab_size, facts, name, None if device == "this" else target)
+        model, train = chosen.model, chosen.train
+        tokens = train.iters * train.sequences_per_step * model.block_size
     n_tokens = 1000 * train.sequences_per_step * model.block_size if tokens is None else tokens
     if not 1 <= n_tokens < 1e18:
         raise ConfigError(f"tokens={n_tokens:g} is out of range; it must be 1 to 1e18")
     rate = None
     if device == "this":
-        echo("Measuring short steps on this machine …", err=True)
+        if chosen is None:
+            echo("Measuring short steps on this machine …", err=True)
         rate = measure_rate(model, train, name, hosts, threads)
     work = Workload(
         model=model,
@@ -133,9 +158,61 @@ def command(
     )
     plan = make_plan(work, target, rate)
     if json:
-        print_json(asdict(plan))
+        print_json(asdict(plan) | choice_json(chosen))
         return
     draw(plan, model, train)
+    if chosen is not None:
+        echo()
+        echo(describe(chosen, 60 * given["minutes"]))
+
+
+def read_text(data: Sequence[str]) -> tuple[int, TextFacts]:
+    """Return the size of the vocabulary that a run would learn, and the facts of the text."""
+    from mlx_randygpt.cli.training import text
+    from mlx_randygpt.data.reading import Reading
+    from mlx_randygpt.planning.expected_loss import text_facts
+
+    tokenizer, corpus = text.load(text.files_of(data), Reading(), text.requested_tokenizer({}))
+    return tokenizer.vocab_size, text_facts(corpus, tokenizer)
+
+
+def plan_time(
+    given: Mapping[str, Any],
+    vocab_size: int,
+    facts: TextFacts | None,
+    backend: str,
+    device: Device | None,
+) -> TimedRun:
+    """Return the run that fits into the minutes of the options, on a device or (None) on this one.
+
+    Without a text it is one as tiny Shakespeare, but of any length.
+    """
+    from mlx_randygpt.planning.expected_loss import TextFacts
+    from mlx_randygpt.planning.plan import Workload, make_plan
+
+    facts = facts or TextFacts(n_tokens=LONG_TEXT)
+    if device is None:
+        threads = given.get("threads") or _n_threads(backend)
+        return choose(given, vocab_size, facts, measure_here(backend, threads))
+
+    def estimate(model: ModelConfig, train: TrainConfig, _: float) -> float:
+        micro = replace(train, grad_accum=1)
+        work = Workload(model=model, train=micro, backend=backend, tokens=1)
+        return make_plan(work, device).step_seconds
+
+    return choose(given, vocab_size, facts, estimate)
+
+
+def choice_json(chosen: TimedRun | None) -> dict[str, Any]:
+    """Return what a time has decided as JSON keys and values; nothing without a time."""
+    if chosen is None:
+        return {}
+    return {
+        "preset": chosen.train.preset,
+        "iters": chosen.train.iters,
+        "expected_loss": chosen.loss,
+        "uses_all_time": chosen.is_full,
+    }
 
 
 def measure_program(backend: str) -> int:

@@ -99,7 +99,7 @@ def command(
 
     _check_usage(ctx.params)
     SampleConfig(stop=stop, **filters)  # check the values before loading anything
-    loaded = load(checkpoint, backend, quantize)
+    loaded = load(checkpoint, backend, quantize, max(beams, num_samples))
     bias = parse_biases(logit_bias, loaded.tokenizer)
     config = SampleConfig(stop=stop, logit_bias=bias, **filters)
     if interactive:

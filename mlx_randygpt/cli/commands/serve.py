@@ -130,7 +130,7 @@ def command(
     del saved
     with _listen(host, port) as listening:
         engine = Engine(
-            lambda: build(weights.pop(), backend, quantize),
+            lambda: build(weights.pop(), backend, quantize, batch_size),
             served.model,
             metrics,
             n_streams=batch_size,

@@ -23,6 +23,7 @@ from mlx_randygpt.cli.options import (
     threads_option,
     tokenizer_options,
 )
+from mlx_randygpt.cli.time_budget import take_minutes, time_options
 from mlx_randygpt.cli.values import FilePath
 from mlx_randygpt.config import ON_NAN, SCHEDULES
 
@@ -30,6 +31,7 @@ BEGINNERS = (  # options that open the help, in this order
     "data",
     "preset",
     "iters",
+    "minutes",
     "out",
     "prompt",
     "resume",
@@ -47,6 +49,7 @@ BEGINNERS = (  # options that open the help, in this order
     help="Train up to this step; --resume counts on from the step it finds.  [default: 1000; "
     "fewer for a short text]",
 )
+@time_options
 @click.option(
     "--data",
     type=data_path,
@@ -84,6 +87,12 @@ BEGINNERS = (  # options that open the help, in this order
         is_flag=True,
         default=None,
         help="Keep each training window inside one document.",
+    ),
+    click.option(
+        "--pack",
+        is_flag=True,
+        default=None,
+        help="Let a training window hold several short conversations.",
     ),
     section="Text",
 )
@@ -232,6 +241,9 @@ def command(
         raise click.UsageError("--lora-rank needs a trained model: give it with --init-from")
     if (values["lora_alpha"] or values["lora_targets"]) and not (values["lora_rank"] or resume):
         raise click.UsageError("--lora-alpha and --lora-targets need --lora-rank")
+    values = take_minutes(values)
+    if resume and values["minutes"] and values["iters"]:
+        raise click.UsageError("a resumed run ends by --iters or by --minutes; omit one of them")
     resume_path = None if resume in (None, RESUME_NEWEST) else Path(str(resume))
     if resume_path and is_run_folder(resume_path):
         if out in (None, resume_path):

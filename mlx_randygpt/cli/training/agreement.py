@@ -60,7 +60,8 @@ def agreed_values(run: Run, backend_name: str) -> dict[str, Any]:
         "model": asdict(run.model),
         "setting": asdict(replace(run.train, threads=0)),
         "step of the checkpoint": to_strict_json(asdict(run.progress)),
-        "--respect-documents": run.documents is not None,
+        "--respect-documents": run.data["respect_documents"],
+        "--pack": run.data["pack"],
     }
 
 

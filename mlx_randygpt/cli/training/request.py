@@ -57,13 +57,18 @@ def config_toml(request: TrainRequest, run: Run) -> str:
     lora = settings.LORA_FIELDS if run.model.lora_rank else ()
     values = {
         "data": run.data["paths"],
-        **{name: run.data[name] for name in (*text.READING, "respect_documents")},
+        **{name: run.data[name] for name in (*text.READING, "respect_documents", "pack")},
         **text.tokenizer_options(run.tokenizer, request.options),
         "out": str(request.out),
         "backend": request.backend,
         **{name: getattr(run.model, name) for name in (*shared, *lora)},
     }
-    train = {name: value for name, value in asdict(run.train).items() if name not in RECIPE_ONLY}
+    other = "iters" if run.train.minutes else "minutes"  # one of them decides the end
+    train = {
+        name: value
+        for name, value in asdict(run.train).items()
+        if name not in (*RECIPE_ONLY, other)
+    }
     return settings.to_toml(values | train)
 
 
@@ -84,6 +89,8 @@ def resume_line(request: TrainRequest, run: Run) -> str:
     words = [*shlex.split(os.environ.get(LAUNCH, "mlxgpt")), "train", "--resume"]
     if request.resuming and "iters" in request.options:  # a new run has saved its target
         words += ["--iters", str(run.train.iters)]
+    elif request.resuming and "minutes" in request.options:
+        words += ["--minutes", f"{run.train.minutes:g}"]
     words += ["--out", str(request.out)] if request.out != DEFAULT_OUT else []
     words += [word for name in request.options.get("log", ()) for word in ("--log", name)]
     words += ["--backend", request.backend] if request.backend != "auto" else []
@@ -100,10 +107,12 @@ def recovery_line(request: TrainRequest, run: Run) -> str:
     return f"{saved}Go on with: {resume_line(request, run)}"
 
 
-def sample_line(request: TrainRequest) -> str:
-    """Return the command that samples from this run's best checkpoint."""
-    words = ["--checkpoint", str(request.out)] if request.out != DEFAULT_OUT else []
-    return shlex.join(["mlxgpt", "sample", *words])
+def try_line(request: TrainRequest, run: Run) -> str:
+    """Return how to try this run's best checkpoint: let it answer, or let it write."""
+    folder = ["--checkpoint", str(request.out)] if request.out != DEFAULT_OUT else []
+    if run.data["dialogue"]:
+        return f"Talk to it: {shlex.join(['mlxgpt', 'chat', *folder])}"
+    return f"Let it write: {shlex.join(['mlxgpt', 'sample', *folder])}"
 
 
 def describe_interval(save_every: str) -> str:

@@ -12,13 +12,13 @@ import numpy as np
 from rich.console import Console
 
 from mlx_randygpt.analysis.copies import find_copies
-from mlx_randygpt.backends import choose
+from mlx_randygpt.backends import choose, choose_for_text, limit_memory
 from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.checkpoint import BEST, NEWEST, CheckpointError, Position, is_run_folder
 from mlx_randygpt.cli.audit import check_start
 from mlx_randygpt.cli.copies import copies_line
 from mlx_randygpt.cli.device_errors import DeviceError, describe_failure
-from mlx_randygpt.cli.loading import describe_backend
+from mlx_randygpt.cli.loading import BACKEND_TITLES, describe_backend
 from mlx_randygpt.cli.output import echo, ring_bell
 from mlx_randygpt.cli.signals import StopSignals
 from mlx_randygpt.cli.training import text
@@ -42,7 +42,7 @@ from mlx_randygpt.cli.training.request import (
     describe_model,
     recovery_line,
     resume_line,
-    sample_line,
+    try_line,
 )
 from mlx_randygpt.cli.training.start import (
     Machine,
@@ -53,10 +53,13 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
+from mlx_randygpt.config import ConfigError
 from mlx_randygpt.data.decoding import decoded
+from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.screen.dashboard import make_view
 from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
+from mlx_randygpt.state import TrainState
 from mlx_randygpt.training.early import early_kinds
 from mlx_randygpt.training.loop import Run, TrainingDiverged, train
 from mlx_randygpt.training.reports import EndLog, SampleLog, SaveLog
@@ -115,6 +118,8 @@ def run_leader(
 ) -> int:
     """Run as rank 0, or as the only rank: write the files and show the screen, `note` on it."""
     with team.leading():
+        if "minutes" in request.options and team.group.size > 1:
+            raise ConfigError("--minutes needs a run on one rank; give several ranks --iters")
         source = load_source(request, folder)
         if source.finished:
             for line in (*source.skipped, source.finished):
@@ -129,9 +134,10 @@ def run_leader(
         message = start_message(saved, run)
     team.group.broadcast(message)
     team.agree(agreed_values(run, backend_name))
-    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    backend = make_limited(backend_name, run, start.state, team)
     checked = check_start(start.corpus, text.reading(request.options, start.data))
-    notes = [*filter(None, [checked, *start.notes, documents_note(run)])]
+    run, samples_note = place_samples(request, run, backend_name)
+    notes = [*filter(None, [checked, *start.notes, documents_note(run), samples_note])]
     history = History()
     if request.resuming:
         past = request.resume.parent if request.resume else folder.path
@@ -162,7 +168,7 @@ def run_leader(
     moved = restore_best(folder.path, saved) if saved and request.resuming else ""
     del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
-    notes[:0] = [*skipped, *filter(None, [moved, note])]
+    notes[:0] = [*getattr(backend, "notes", ()), *skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
     console, plain = choose_console(request.plain)
@@ -183,6 +189,13 @@ def run_leader(
     )
 
 
+def place_samples(request: TrainRequest, run: Run, backend: str) -> tuple[Run, str]:
+    """Return the run with the backend that writes its samples, and a line if it is another one."""
+    name, reason = choose_for_text(request.backend, run.model, 1)
+    line = f"Samples: {BACKEND_TITLES[name]}, {reason}." if name != backend else ""
+    return replace(run, text_backend=name), line
+
+
 def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int:
     """Run as another rank: compute only."""
     message = team.group.broadcast(None)
@@ -195,7 +208,7 @@ def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int
     start = start_run(request, saved, Machine(backend_name, team.n_beside))
     run = make_run(request, start)
     team.agree(agreed_values(run, backend_name))
-    backend = team.make_backend(backend_name, run.model, run.train, start.state)
+    backend = make_limited(backend_name, run, start.state, team)
     del saved, start  # the backend has its own copy of the state
     team.start_watch(lambda: signals.exit_code)
     signals.defer()
@@ -207,6 +220,14 @@ def run_follower(request: TrainRequest, team: Team, signals: StopSignals) -> int
         return 1  # on every rank alike; rank 0 prints the reason
     team.finish()
     return team.exit_code
+
+
+def make_limited(name: str, run: Run, state: TrainState, team: Team) -> Backend:
+    """Return the backend of a run, which keeps to the memory that `mlxgpt plan` expects."""
+    backend = team.make_backend(name, run.model, run.train, state)
+    n_tokens = len(run.train_tokens) + len(run.val_tokens)
+    limit_memory(backend, device_bytes(run.model, run.train, team.group.size, n_tokens))
+    return backend
 
 
 def show_run(session: Session) -> int:
@@ -288,7 +309,7 @@ def _conclude(
     elif end is not None and sample is not None:
         echo(_copies_note(sample.text, session.run), err=session.console.stderr)
     if end is not None:
-        echo(f"Let it write: {sample_line(request)}", err=session.console.stderr)
+        echo(try_line(request, session.run), err=session.console.stderr)
     return team.exit_code
 
 

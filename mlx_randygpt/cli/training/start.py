@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_randygpt.checkpoint import (
     kept_name,
     load_checkpoint,
 )
+from mlx_randygpt.cli import time_budget
 from mlx_randygpt.cli.loading import without_adapters
 from mlx_randygpt.cli.options import fit_micro_batch
 from mlx_randygpt.cli.training import text
@@ -29,10 +31,14 @@ from mlx_randygpt.cli.training.request import TrainRequest
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import Corpus, check_length, default_prompt
+from mlx_randygpt.data.files import TextSource
+from mlx_randygpt.data.mixture import Drawing, training_windows, validation_windows
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
-from mlx_randygpt.data.windows import Documents
-from mlx_randygpt.model import add_adapters, initial_params
+from mlx_randygpt.data.windows import Conversations, Documents, Mixture
+from mlx_randygpt.model import add_adapters, add_tokens, initial_params
+from mlx_randygpt.planning.expected_loss import text_facts
+from mlx_randygpt.planning.time_budget import describe
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.settings import ResumeError
 from mlx_randygpt.state import TrainState
@@ -41,6 +47,8 @@ from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.loop import Run
 from mlx_randygpt.training.schedule import decay_start
 from mlx_randygpt.words import unify_newlines, unknown_line
+
+MEASURED_SECONDS = 1.0  # of the steps of a model that is trained further for a time
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Start:
     state: TrainState
     progress: Progress = field(default_factory=Progress)
     data: dict[str, Any] = field(default_factory=dict)  # of the resumed checkpoint: how it read
+    sources: tuple[TextSource, ...] = ()  # the files of the corpus
     notes: tuple[str, ...] = ()
 
 
@@ -78,7 +87,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
     """Load the checkpoint that the request names; raise if another run would be overwritten."""
     if request.resume_newest:
         saved, skipped = newest_checkpoint(folder.path)
-        _, train = settings.resolve_resume(request.options, saved.model, saved.train)
+        _, train = resolve_resume(request, saved)
         if finished := finished_line(saved, train):
             make_newest(folder.path, saved)
             make_best(folder.path, saved)
@@ -90,7 +99,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
         if not is_own:
             advice = f"to continue from {request.resume}, give --out another folder"
             refuse_checkpoints(folder.path, advice)
-        _, train = settings.resolve_resume(request.options, saved.model, saved.train)
+        _, train = resolve_resume(request, saved)
         finished = finished_line(saved, train)
         if finished and is_own:
             make_newest(folder.path, saved)
@@ -103,6 +112,15 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
     return Source(None)
 
 
+def resolve_resume(request: TrainRequest, saved: Checkpoint) -> settings.Configs:
+    """Return the configurations of a resumed run; a new time moves the target at the old pace."""
+    options, step, seconds = request.options, saved.state.step, saved.progress.seconds
+    if "minutes" in options and step and seconds:
+        n_left = int((60 * options["minutes"] - seconds) * step / seconds)
+        options = options | {"iters": step + max(0, n_left)}
+    return settings.resolve_resume(options, saved.model, saved.train)
+
+
 def start_run(request: TrainRequest, saved: Checkpoint | None, machine: Machine) -> Start:
     """Start the run that the request asks for, from its checkpoint if there is one."""
     if saved is None:
@@ -112,16 +130,19 @@ def start_run(request: TrainRequest, saved: Checkpoint | None, machine: Machine)
 
 def new(request: TrainRequest, machine: Machine) -> Start:
     """Start a run with initial weights and, unless the request has one, a new tokenizer."""
-    options = request.options
+    options, began = request.options, time.monotonic()
     tokenizer = tokenizer_from_json(request.tokenizer) if request.tokenizer else None
+    sources = text.sources_of(request.data)
     tokenizer, corpus = text.load(
-        text.files_of(request.data),
+        [source.file for source in sources],
         text.reading(options),
         tokenizer or text.requested_tokenizer(options),
     )
+    options, timed = fit_time(options, tokenizer, corpus, machine)
     model, train = settings.resolve_new(options, tokenizer.vocab_size, len(corpus.train))
     train, notes = complete(request, (model, train), machine, tokenizer, corpus)
     notes += [
+        timed,
         settings.choices_note(options, train, len(corpus.train)),
         dropout_note(options, model, train, corpus),
         text.advice(corpus, model),
@@ -132,19 +153,42 @@ def new(request: TrainRequest, machine: Machine) -> Start:
         model=model,
         train=train,
         state=TrainState(0, initial_params(model, train.seed), {}),
+        progress=Progress(seconds=time.monotonic() - began if train.minutes else 0.0),
+        sources=tuple(sources),
         notes=tuple(filter(None, notes)),
     )
 
 
+def fit_time(
+    options: settings.Options, tokenizer: Tokenizer, corpus: Corpus, machine: Machine
+) -> tuple[settings.Options, str]:
+    """Return the options with what a time among them has decided, and the line that says so."""
+    if "minutes" not in options:
+        return options, ""
+    facts = text_facts(corpus, tokenizer)
+    threads = count_threads(options, TrainConfig(), machine)
+    measure = time_budget.measure_here(machine.backend, threads)
+    chosen = time_budget.choose(options, tokenizer.vocab_size, facts, measure)
+    line = describe(chosen, 60 * options["minutes"], knows_loss=not corpus.n_conversations)
+    return time_budget.settle(options, chosen), line
+
+
 def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
     """Start a run at step 0 with the weights and the tokenizer of a checkpoint."""
-    options = request.options
+    options, began = request.options, time.monotonic()
     tokenizer = tokenizer_from_json(saved.tokenizer)
     check_tokenizer(tokenizer, options)
-    files, how = text.files_of(request.data), text.reading(options)
-    _, corpus = text.load(files, how, tokenizer)
-    n_tokens = len(corpus.train)
-    model, train = settings.resolve_fine_tuning(options, saved.model, saved.train, n_tokens)
+    sources, how = text.sources_of(request.data), text.reading(options)
+    tokenizer, corpus = text.load([source.file for source in sources], how, tokenizer)
+    n_tokens, seed = len(corpus.train), options.get("seed", saved.train.seed)
+    params, model = add_tokens(saved.state.params, saved.model, tokenizer.vocab_size, seed)
+    before = model, saved.train
+    model, train = settings.resolve_fine_tuning(options, *before, n_tokens)
+    if train.minutes and "iters" not in options:
+        measure = time_budget.measure_here(machine.backend, count_threads(options, train, machine))
+        step = train.grad_accum * measure(model, train, MEASURED_SECONDS)
+        options = options | {"iters": max(1, int(60 * train.minutes / step))}
+        model, train = settings.resolve_fine_tuning(options, *before, n_tokens)
     train, notes = complete(request, (model, train), machine, tokenizer, corpus)
     notes.append(dropout_note(options, model, train, corpus))
     return Start(
@@ -152,7 +196,9 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
         corpus=corpus,
         model=model,
         train=train,
-        state=TrainState(0, add_adapters(model, saved.state.params, train.seed), {}),
+        state=TrainState(0, add_adapters(model, params, train.seed), {}),
+        progress=Progress(seconds=time.monotonic() - began if train.minutes else 0.0),
+        sources=tuple(sources),
         notes=tuple(filter(None, notes)),
     )
 
@@ -163,7 +209,8 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
     check_tokenizer(tokenizer, request.options)
     how = text.reading(request.options, saved.data)
     try:
-        files = text.files_of(request.data or saved.data["paths"])
+        sources = text.sources_of(request.data or saved.data["paths"])
+        files = [source.file for source in sources]
         _, corpus = text.load(files, how, tokenizer, saved.data)
     except DataError as error:
         if request.data:
@@ -173,7 +220,7 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
         ) from error
     if corpus.sha256 != saved.data.get("sha256"):
         check_vocabulary(tokenizer, files, how)
-    model, train = settings.resolve_resume(request.options, saved.model, saved.train)
+    model, train = resolve_resume(request, saved)
     train, notes = complete(request, (model, train), machine, tokenizer, corpus)
     notes += describe_changes(saved, model, train, corpus, machine.backend)
     return Start(
@@ -184,24 +231,35 @@ def resume(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Start:
         state=saved.state,
         progress=saved.progress,
         data=saved.data,
+        sources=tuple(sources),
         notes=tuple(filter(None, notes)),
     )
 
 
 def make_run(request: TrainRequest, start: Start) -> Run:
     """Return the run of a start, as the loop takes it."""
-    corpus, how = start.corpus, text.reading(request.options, start.data)
-    respect_documents = bool((start.data | request.options).get("respect_documents", False))
-    n_train, size = len(corpus.train), start.model.block_size
+    corpus, tokenizer = start.corpus, start.tokenizer
+    options = start.data | request.options
+    drawing = Drawing(
+        start.model.block_size,
+        respect_documents=bool(options.get("respect_documents", False)),
+        pack=bool(options.get("pack", False)),
+    )
     return Run(
         model=start.model,
         train=start.train,
-        tokenizer=start.tokenizer,
+        tokenizer=tokenizer,
         train_tokens=corpus.train,
         val_tokens=corpus.val,
-        data=corpus.provenance(how, respect_documents=respect_documents),
+        data=corpus.provenance(
+            text.reading(request.options, start.data),
+            paths=text.recorded_paths(start.sources),
+            respect_documents=drawing.respect_documents,
+            pack=drawing.pack,
+        ),
         progress=start.progress,
-        documents=Documents.within(corpus.starts, n_train, size) if respect_documents else None,
+        windows=training_windows(corpus, tokenizer, start.sources, drawing),
+        val_windows=validation_windows(corpus, tokenizer, drawing),
     )
 
 
@@ -234,11 +292,15 @@ def _choose_threads(
     """Return the settings with the threads of this machine, which its ranks share."""
     if train.dtype != "float32":
         raise BackendError(f"--dtype {train.dtype} needs MLX; the NumPy backend is float32")
+    return replace(train, threads=count_threads(options, train, machine))
+
+
+def count_threads(options: Mapping[str, Any], train: TrainConfig, machine: Machine) -> int:
+    """Return the number of threads of all ranks of this machine together."""
     from mlx_randygpt.backends.numpy.backend import available_cores
 
     cores = available_cores()
-    threads = options.get("threads", 0) * machine.n_ranks or min(train.threads, cores) or cores
-    return replace(train, threads=threads)
+    return options.get("threads", 0) * machine.n_ranks or min(train.threads, cores) or cores
 
 
 def dropout_note(
@@ -255,13 +317,22 @@ def dropout_note(
 
 
 def documents_note(run: Run) -> str:
-    """Return a line about documents that are too short for a training window, or ""."""
-    if run.documents is None or not run.documents.n_left_out:
-        return ""
-    return (
-        f"{run.documents.n_left_out:,} of {len(run.documents.first):,} documents are left out: "
-        f"shorter than a context of {run.model.block_size} and the token after it."
-    )
+    """Return a line about documents that no window holds, or conversations that are cut, or ""."""
+    windows, size = run.windows, run.model.block_size
+    if isinstance(windows, Documents) and windows.n_left_out:
+        return (
+            f"{windows.n_left_out:,} of {len(windows.first):,} documents are left out: "
+            f"shorter than a context of {size} and the token after it."
+        )
+    parts = windows.parts if isinstance(windows, Mixture) else [windows]
+    talks = [part for part in parts if isinstance(part, Conversations)]
+    if n_long := sum(part.n_long for part in talks):
+        n = sum(part.n_conversations for part in talks)
+        return (
+            f"{n_long:,} of {n:,} conversations are longer than a context of {size} tokens and are "
+            "cut ahead of a question where possible; a larger --block-size keeps them whole."
+        )
+    return ""
 
 
 # What a resumed run is compared with

@@ -19,17 +19,24 @@ from mlx_randygpt.config import ConfigError, ModelConfig
 from mlx_randygpt.data import DataError, cache
 from mlx_randygpt.data.corpus import Corpus, Loader
 from mlx_randygpt.data.download import fetch_tiny_shakespeare
-from mlx_randygpt.data.files import default_source, find_files, is_pipe
+from mlx_randygpt.data.files import TextSource, default_source, find_sources, is_pipe
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
-from mlx_randygpt.tokenizers import Tokenizer
+from mlx_randygpt.dialogue import has_dialogue
+from mlx_randygpt.files import resolve
+from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, Tokenizer
 from mlx_randygpt.words import format_share, unknown_line
 
-READING = ("encoding", "text_field")  # options that read other text from the same files
+READING = ("encoding", "text_field", "me", "as_text", "skip_bad_rows")
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:
     """Return the files that paths name; without paths, search as docs/cli.md describes."""
+    return [source.file for source in sources_of(paths)]
+
+
+def sources_of(paths: Sequence[str]) -> list[TextSource]:
+    """Return the files that paths name, with their weights; without paths, search for a text."""
     is_rank = LIFELINE in os.environ or is_ranked()
     if pipe := next(filter(is_pipe, paths if is_rank else ()), ""):
         raise DataError(
@@ -40,10 +47,21 @@ def files_of(paths: Sequence[str]) -> list[Path]:
         echo(line, err=True)
 
     if paths:
-        return find_files(paths, note)
+        return find_sources(paths, note)
     files, line = default_source(Path(), download_shakespeare, note)
     note(line)
-    return files
+    return [TextSource(file) for file in files]
+
+
+def recorded_paths(sources: Sequence[TextSource]) -> list[str]:
+    """Return the paths that name these files again, with their weights."""
+    names = (
+        f"{resolve(Path(os.path.expanduser(source.path)))}:{source.weight:g}"
+        if source.path
+        else str(resolve(source.file))
+        for source in sources
+    )
+    return list(dict.fromkeys(names))
 
 
 def requested_tokenizer(options: Mapping[str, Any]) -> Tokenizer | Vocabulary:
@@ -59,15 +77,20 @@ def tokenizer_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[
     kind = tokenizer.to_json()["type"]
     learned = kind not in ("file", "table")
     name = kind if learned else options.get("tokenizer")
-    size = options.get("vocab_size") if kind == "char" else tokenizer.vocab_size
+    n_more = len(DIALOGUE_TOKENS) * has_dialogue(tokenizer)  # added to what was learned
+    size = options.get("vocab_size") if kind == "char" else tokenizer.vocab_size - n_more
     values = {"tokenizer": name, "vocab_size": size if learned else None}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def reading(options: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Reading:
-    """Return how to read files: the options, over what the `data` of a checkpoint says."""
-    values = {name: options.get(name) or (saved or {}).get(name) for name in READING}
-    return Reading(**{name: str(value) for name, value in values.items() if value})
+    """Return how to read files: the options, over what the `data` of a checkpoint says.
+
+    A run that an older version began has read conversations as texts.
+    """
+    saved = {"as_text": True, **saved} if saved else {}
+    values: dict[str, Any] = {name: options.get(name) or saved.get(name) for name in READING}
+    return Reading(**{name: value for name, value in values.items() if value})
 
 
 def load(
@@ -78,11 +101,18 @@ def load(
 ) -> tuple[Tokenizer, Corpus]:
     """Load the corpus of files, with a progress bar on stderr if that is a terminal.
 
-    `saved` is the `data` of the checkpoint whose split it has; None: that of a new run.
+    `saved` is the `data` of the checkpoint whose split and tokenizer it has; None: of a new run.
+    Raises DataError if there are conversations but the checkpoint's model knows none.
     """
     keeps_copies = saved is None or bool(saved.get("keeps_copies", False))
     with ProgressBar() as bar:
-        return replace(loader(how, bar), keeps_copies=keeps_copies).load(files, tokenizer)
+        found, corpus = replace(loader(how, bar), keeps_copies=keeps_copies).load(files, tokenizer)
+    if saved is not None and found != tokenizer:
+        raise DataError(
+            "the text has conversations, but the vocabulary of this model has no tokens for them; "
+            "mlxgpt train --init-from teaches it dialogue, and --as-text reads them as plain text"
+        )
+    return found, corpus
 
 
 def loader(how: Reading, bar: ProgressBar) -> Loader:
@@ -133,19 +163,26 @@ def download_shakespeare(path: Path) -> None:
 
 
 def tokenizer_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
-    """Return a line about the choice of the tokenizer and one about lost characters, if any."""
+    """Return a line about the choice of the tokenizer, and those about what is lost, if any."""
     chosen = [corpus.choice.describe(tokenizer)] if corpus.choice else []
     return chosen + loss_lines(corpus, tokenizer)
 
 
 def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
-    """Return a line about the characters that the tokenizer has dropped, if any."""
+    """Return lines about invalid rows and about characters that were left out, if any."""
+    skipped = skipped_lines(corpus.n_skipped, corpus.first_skipped)
     if not (line := unknown_line(corpus.unknown)):
-        return []
+        return skipped
     if tokenizer.to_json()["type"] != "char":
-        return [line]
+        return [*skipped, line]
     share = format_share(sum(corpus.unknown.values()) / corpus.characters)
-    return [f"{line}; {share} of the text; a new run with --tokenizer bpe loses none"]
+    return [*skipped, f"{line}; {share} of the text; a new run with --tokenizer bpe loses none"]
+
+
+def skipped_lines(n: int, first: str) -> list[str]:
+    """Return a line about `n` invalid rows that were left out, and the `first`, if any."""
+    rows = f"{n:,} invalid row{'s' * (n > 1)}"
+    return [f"Skipped: {rows}; the first: {first}"] if n else []
 
 
 def split_lines(corpus: Corpus) -> list[str]:
@@ -166,6 +203,8 @@ def describe(corpus: Corpus, tokenizer: Tokenizer) -> str:
     source = Path(names[0]).name if len(names) == 1 else f"{len(names)} files"
     tokens = f"{len(corpus.tokens):,} tokens"
     amount = f"{corpus.characters:,} characters" if corpus.characters else tokens
+    if corpus.n_conversations:
+        amount = f"{corpus.n_conversations:,} conversations, {amount}"
     if corpus.characters and tokenizer.to_json()["type"] != "char":
         amount += f" in {tokens}"
     return f"{source}: {amount}, vocabulary {tokenizer.vocab_size}"

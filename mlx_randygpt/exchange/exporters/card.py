@@ -16,8 +16,10 @@ from mlx_randygpt import __version__
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.data.corpora import LIBRARY
 from mlx_randygpt.data.files import sample_corpus_path
+from mlx_randygpt.dialogue import has_dialogue
 from mlx_randygpt.exchange.arcee import find_misfit
 from mlx_randygpt.model import parameter_count
+from mlx_randygpt.tokenizers import tokenizer_from_json
 from mlx_randygpt.training.reports import perplexity
 
 UNKNOWN = "unknown: add it"
@@ -72,6 +74,46 @@ ollama run {name} "{prompt}"
 LM Studio lists it after `lms import {file}`.
 """,
 }
+ANSWER = {  # how a model of dialogue runs, if not in the same way
+    "transformers": """With transformers (tested with {transformers}) and PyTorch:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({string}{argument})
+model = AutoModelForCausalLM.from_pretrained({string}{argument})
+messages = [{{"role": "user", "content": "{prompt}"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+ids = model.generate(**inputs, max_new_tokens={most}, do_sample=False)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+""",
+    "safetensors": """```sh
+mlxgpt chat --checkpoint {file}
+```
+
+The file is a checkpoint of mlxgpt without the optimizer's moments, and an ordinary safetensors
+file for other programs.
+""",
+    "gguf": """With llama.cpp, from the folder above (--jinja is the default since the end of 2025):
+
+```sh
+llama-cli -m {file} --jinja
+llama-server -m {file} --jinja
+```
+
+With Ollama:
+
+```sh
+ollama create {name} -f {name}/Modelfile
+ollama run {name} "{prompt}"
+```
+
+LM Studio lists it after `lms import {file}`.
+""",
+}
 OWN_CODE = """
 Both run the Python files of this folder, so read them or trust their source.
 """
@@ -94,7 +136,7 @@ tags: [mlx, mlx-randygpt, gpt]
 # {_cell(name)}
 
 {origin(saved)}
-It continues text; it was not trained to answer questions or to be safe.
+{purpose(saved)}
 
 | | |
 |---|---|
@@ -123,13 +165,21 @@ def origin(saved: Checkpoint) -> str:
     return f"A GPT from another program ({kind}, {source}), exported by mlx-randygpt {__version__}."
 
 
+def purpose(saved: Checkpoint) -> str:
+    """Describe what the model does."""
+    if has_dialogue(tokenizer_from_json(saved.tokenizer)):
+        return "It answers in dialogues like those of its training; it was not trained to be safe."
+    return "It continues text; it was not trained to answer questions or to be safe."
+
+
 def run_lines(saved: Checkpoint, kind: str, name: str) -> str:
     """Return commands that run the model in a folder called `name`."""
     size, prompt, is_folder = saved.model.block_size, prompt_of(saved), kind in ("hf", "mlx-lm")
     is_arcee = kind == "hf" and not find_misfit(saved.model)
     own = is_folder and not (saved.model.is_gpt2 or is_arcee)  # our code is in it
     parts = ("transformers", "vllm") if is_arcee else ("mlx-lm", "transformers")
-    lines = "\n".join(RUN[part] for part in (parts if is_folder else (kind,)))
+    run = RUN | ANSWER if has_dialogue(tokenizer_from_json(saved.tokenizer)) else RUN
+    lines = "\n".join(run[part] for part in (parts if is_folder else (kind,)))
     ends_there = kind == "gguf" or (is_folder and not own)  # at the end of the context
     text = lines.format(
         name=shlex.quote(name),

@@ -13,13 +13,14 @@ from typing import Any
 
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.config import missing
+from mlx_randygpt.dialogue import CHAT_TEMPLATE, has_dialogue
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.exporters.arcee import weights as arcee_weights
 from mlx_randygpt.exchange.exporters.gpt2 import with_biases
 from mlx_randygpt.exchange.exporters.tokenizer import token_names, tokenizer_json
 from mlx_randygpt.model import GPT2_NORM_EPS
 from mlx_randygpt.state import Array, Params
-from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
+from mlx_randygpt.tokenizers import END_OF_TURN, Tokenizer, stops, tokenizer_from_json
 from mlx_randygpt.tokenizers.chars import UNK, CharTokenizer
 
 GGUF, MODELFILE = "model.gguf", "Modelfile"
@@ -32,6 +33,9 @@ LAYER = {  # our name -> that of llama.cpp's gpt2
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
+OLLAMA_TEMPLATE = (  # CHAT_TEMPLATE in the language of Go
+    "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
+)
 OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # type of the matrices -> general.file_type
 Q8_0_BLOCK = 32  # values that share a scale
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # kinds of tokens
@@ -126,6 +130,9 @@ def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
     writer.add_bos_token_id(tokenizer.bos)
     writer.add_eos_token_id(tokenizer.eos)
     writer.add_add_bos_token(False)
+    if has_dialogue(tokenizer):
+        writer.add_eot_token_id(tokenizer.special(END_OF_TURN))
+        writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def byte_level_bpe(
@@ -186,12 +193,11 @@ def gpt2_names(n_layer: int) -> dict[str, str]:
 
 
 def modelfile(saved: Checkpoint) -> str:
-    """Return the Modelfile from which `ollama create` makes a model that continues text."""
+    """Return the Modelfile from which `ollama create` makes a model that answers or continues."""
     tokenizer = tokenizer_from_json(saved.tokenizer)
-    end = token_names(tokenizer_json(tokenizer))[tokenizer.eos]
+    names = token_names(tokenizer_json(tokenizer))
+    template = OLLAMA_TEMPLATE if has_dialogue(tokenizer) else "{{ .Prompt }}"
+    stop = "".join(f'PARAMETER stop "{names[end]}"\n' for end in stops(tokenizer))
     return (
-        f"FROM ./{GGUF}\n"
-        'TEMPLATE "{{ .Prompt }}"\n'
-        f'PARAMETER stop "{end}"\n'
-        f"PARAMETER num_ctx {saved.model.block_size}\n"
+        f'FROM ./{GGUF}\nTEMPLATE "{template}"\n{stop}PARAMETER num_ctx {saved.model.block_size}\n'
     )

@@ -15,7 +15,7 @@ import safetensors.numpy
 from mlx_randygpt import backends
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.exchange.exporters.tokenizer import as_json, tokenizer_files
-from mlx_randygpt.tokenizers import NO_TOKEN, tokenizer_from_json
+from mlx_randygpt.tokenizers import NO_TOKEN, stops, tokenizer_from_json
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 
@@ -52,14 +52,15 @@ def config(saved: Checkpoint) -> dict[str, Any]:
 
 def generation(saved: Checkpoint) -> dict[str, Any]:
     """Return generation_config.json: the tokens that end a text and those never sampled."""
-    never = list(tokenizer_from_json(saved.tokenizer).never_sampled())
-    settings = {**ends(saved), "pad_token_id": ends(saved)["eos_token_id"]}
+    tokenizer = tokenizer_from_json(saved.tokenizer)
+    padding, never = next(iter(stops(tokenizer)), None), list(tokenizer.never_sampled())
+    settings = {**ends(saved), "pad_token_id": padding}
     return {**settings, "suppress_tokens": never} if never else settings
 
 
-def ends(saved: Checkpoint) -> dict[str, int | None]:
-    """Return the ids before and after a document, or None if there are none."""
+def ends(saved: Checkpoint) -> dict[str, int | list[int] | None]:
+    """Return the id before a document and those after one and after a turn, or None."""
     tokenizer = tokenizer_from_json(saved.tokenizer)
-    if tokenizer.eos == NO_TOKEN:
-        return {"bos_token_id": None, "eos_token_id": None}  # override the defaults of GPT-2
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    bos = None if tokenizer.eos == NO_TOKEN else tokenizer.bos
+    after = list(stops(tokenizer))  # None overrides the default of GPT-2
+    return {"bos_token_id": bos, "eos_token_id": after if after[1:] else next(iter(after), None)}

@@ -1,8 +1,11 @@
 """Convert our tokenizers to the tokenizer.json that other programs read.
 
 A character vocabulary becomes a word vocabulary of single characters; if it has no unknown token, a
-normalizer removes unknown characters. Other tokenizers are a tokenizer.json already. Text that
-looks like a special token is encoded as text, as it is here.
+normalizer removes unknown characters. Other tokenizers are a tokenizer.json already.
+
+Text that looks like a special token is encoded as text, as it is here. In a dialogue the special
+tokens are part of the text that the template writes. There it puts a mark into whatever could be a
+special token in a message, and the tokenizer removes the mark after it has looked for them.
 """
 
 from __future__ import annotations
@@ -12,17 +15,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_randygpt.config import ModelConfig
+from mlx_randygpt.dialogue import CHAT_TEMPLATE, has_dialogue
 from mlx_randygpt.tokenizers import (
     DIALOGUE_TOKENS,
     NO_TOKEN,
     Tokenizer,
+    stops,
     tokenizer_from_json,
 )
 from mlx_randygpt.tokenizers.chars import UNK, CharTokenizer, FixedCharTokenizer
 
 BEGIN = "mlxgpt_begin"  # of tokenizer_config.json: the id that stands for an empty prompt
 ANY_CHARACTER = r"[\s\S]"
-CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # one continuous text
+MARK = "\ufdd0"  # no character: no text contains it
+UNMARK = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
+CONTENT = "message['content']"  # in CHAT_TEMPLATE, the text of a message
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # one continuous text
+)
 
 
 def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes]:
@@ -34,11 +44,15 @@ def tokenizer_files(data: dict[str, Any], model: ModelConfig) -> dict[str, bytes
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # in text, they are text
-        "chat_template": CHAT,
+        "chat_template": PLAIN_TEMPLATE,
     }
+    if has_dialogue(tokenizer):
+        settings |= {"split_special_tokens": False, "chat_template": marking_template(content)}
+        content = with_marks(content)
     if tokenizer.eos != NO_TOKEN:
-        end = names[tokenizer.eos]
-        settings |= {"bos_token": names[tokenizer.bos], "eos_token": end, "pad_token": end}
+        settings["bos_token"] = names[tokenizer.bos]
+    if ends := stops(tokenizer):
+        settings |= dict.fromkeys(("eos_token", "pad_token"), names[ends[0]])
     if isinstance(tokenizer, FixedCharTokenizer) and tokenizer.begin != NO_TOKEN:
         settings[BEGIN] = tokenizer.begin
     if model.position == "learned":
@@ -88,6 +102,33 @@ def _characters(
         "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": ids, "unk_token": UNK},
     }
+
+
+def marking_template(content: dict[str, Any]) -> str:
+    """Return CHAT_TEMPLATE with a mark in each message after what begins a special token."""
+    begins = {token["content"][0] for token in content["added_tokens"] if token["special"]}
+    marked = CONTENT
+    for char in sorted(begins):
+        marked += f" | replace({char!r}, {char + MARK!a})"
+    return CHAT_TEMPLATE.replace(f"+ {CONTENT} +", f"+ ({marked}) +")
+
+
+def with_marks(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json that removes MARK from the text between special tokens."""
+    rules = [UNMARK, content["normalizer"]] if content["normalizer"] else [UNMARK]
+    sequence = {"type": "Sequence", "normalizers": rules}
+    return content | {"normalizer": sequence if len(rules) > 1 else UNMARK}
+
+
+def without_marks(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of which `with_marks` returned this one, or this one."""
+    normalizer = content.get("normalizer")
+    if normalizer == UNMARK:
+        return content | {"normalizer": None}
+    rules = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
+    if isinstance(rules, list) and len(rules) == 2 and rules[0] == UNMARK:
+        return content | {"normalizer": rules[1]}
+    return content
 
 
 def token_names(content: dict[str, Any]) -> dict[int, str]:

@@ -7,7 +7,7 @@ characters written as such. Quantised matrices become float32.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mlx_randygpt.exchange.importers import arcee as arcee_folder
 from mlx_randygpt.exchange.importers import gpt2
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
 from mlx_randygpt.exchange.importers.tensors import LazyTensor
-from mlx_randygpt.exchange.importers.vocabulary import byte_level_bpe, tokenizer_at
+from mlx_randygpt.exchange.importers.vocabulary import byte_level_bpe, split_dialogue, tokenizer_at
 from mlx_randygpt.model import GPT2_NORM_EPS
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import SPECIALS, CharTokenizer
@@ -160,8 +160,9 @@ def _tokenizer(path: Path, settings: Mapping[str, Any], size: int) -> Tokenizer:
         raise ExchangeError(
             f"{path} has {len(names)} tokens of {len(kinds)} kinds and a model of {size}"
         )
-    if tuple(names[-3:]) == SPECIALS and (characters := _characters(names[:-3])):
-        return CharTokenizer(characters)
+    rest, dialogue = split_dialogue(names)
+    if rest[-3:] == SPECIALS and (characters := _characters(rest[:-3])):
+        return CharTokenizer(characters, dialogue)
     added = {i: name for i, name in enumerate(names) if kinds[i] != NORMAL}
     special = {i for i in added if kinds[i] in (CONTROL, UNUSED)}
     return byte_level_bpe(path, names, [tuple(m.split(" ")) for m in merges], added, special)
@@ -176,7 +177,7 @@ def _list(
     return values
 
 
-def _characters(names: list[str]) -> str:
+def _characters(names: Sequence[str]) -> str:
     """Return the characters that the tokens spell, or "" unless each spells one, in order."""
     from mlx_randygpt.tokenizers.subword import byte_characters
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.exchange import ExchangeError
-from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, tokenizer_json
+from mlx_randygpt.exchange.exporters.tokenizer import BEGIN, tokenizer_json, without_marks
 from mlx_randygpt.exchange.importers.tensors import MAX_JSON_BYTES, read_json
 from mlx_randygpt.exchange.importers.torch_file import MAX_PICKLE_BYTES, read_pickle
 from mlx_randygpt.files import is_file, is_folder, open_to_read, read_text
-from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
+from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, NO_TOKEN, Tokenizer
 from mlx_randygpt.tokenizers.chars import SPECIALS, CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
@@ -44,7 +44,7 @@ def tokenizer_at(path: Path, size: int) -> Tokenizer:
         path = file
     if path.suffix == ".pkl":
         return _call_for(path, lambda: _table_of_meta(path, size))
-    content = read_json(path)
+    content = without_marks(read_json(path))
     if isinstance(content.get("vocab"), list):
         return _call_for(path, lambda: _of_randygpt(content, size))
     if "model" not in content:
@@ -90,19 +90,26 @@ def _characters(content: Mapping[str, Any], size: int, config: Path) -> Tokenize
         if type(token) is not int or not 0 <= token < size:
             return None
         symbols[token] = name
-    specials, begin = len(SPECIALS), _begin(config, size)
+    begin = _begin(config, size)
+    names, dialogue = split_dialogue(symbols)
+    chars, specials = names[: -len(SPECIALS)], names[-len(SPECIALS) :]
     with contextlib.suppress(ValueError):  # such as words, or characters in another order
-        tokenizer: Tokenizer
-        if tuple(symbols[-specials:]) == SPECIALS and all(
-            len(symbol) == 1 for symbol in symbols[:-specials]
-        ):
-            tokenizer = CharTokenizer("".join(symbols[:-specials]))
+        tokenizer: CharTokenizer | FixedCharTokenizer
+        if specials == SPECIALS and all(len(char) == 1 for char in chars):
+            tokenizer = CharTokenizer("".join(chars), dialogue)
         else:
-            tokenizer = FixedCharTokenizer(tuple(symbols), begin)
+            tokenizer = FixedCharTokenizer(names, begin, dialogue)
         exported = tokenizer_json(tokenizer)
         if all(content.get(part) == exported[part] for part in ("model", "normalizer")):
             return tokenizer
     return None
+
+
+def split_dialogue(names: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """Return the names of all ids before the tokens of dialogue, and whether these are there."""
+    n = len(names) - len(DIALOGUE_TOKENS)
+    dialogue = tuple(names[n:]) == DIALOGUE_TOKENS
+    return tuple(names[:n] if dialogue else names), dialogue
 
 
 def _begin(config: Path, size: int) -> int:

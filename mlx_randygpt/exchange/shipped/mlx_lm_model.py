@@ -56,10 +56,10 @@ class Shifted:
         self._arrays = arrays
 
     def __getitem__(self, slot: int) -> Any:
-        return self._arrays[slot]  # (B, 1, C/2), or None before the first token
+        return self._arrays[slot]  # (B, 1, C), or None before the first token
 
     def __setitem__(self, slot: int, read: mx.array) -> None:
-        """Keep the last position of `read` (B, T, C/2), without padding on the right."""
+        """Keep the last position of `read` (B, T, C), without padding on the right."""
         left = self._arrays.lengths  # (B,) tokens still to come, if rows are padded
         if left is None:
             self._arrays[slot] = read[:, -1:]
@@ -67,7 +67,7 @@ class Shifted:
         before = self._arrays[slot]
         if before is None:
             before = mx.zeros_like(read[:, :1])
-        all_read = mx.concatenate([before, read], axis=1)  # (B, 1 + T, C/2)
+        all_read = mx.concatenate([before, read], axis=1)  # (B, 1 + T, C)
         at = mx.clip(left, 0, read.shape[1])[:, None, None]
         self._arrays[slot] = mx.take_along_axis(all_read, at, axis=1)
 

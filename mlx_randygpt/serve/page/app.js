@@ -14,8 +14,10 @@ const SLIDERS = [ // setting, label, minimum, maximum, step, command-line option
 ];
 let running = null; // the AbortController of the current stream
 let model = null; // the response of /run
-let written = ""; // prompt and text so far, which "Continue" continues
+let written = ""; // prompt and text so far, which "Continue" continues; in a dialogue the answer
 let given = ""; // the prompt of that text
+let place = null; // the node to which tokens are appended
+let talk = []; // the dialogue so far: { role, content, node }, with notices in between
 
 async function request(path, body, signal) {
   const headers = { "content-type": "application/json" };
@@ -56,32 +58,107 @@ function settings() {
 
 async function write(prompt) {
   if (running) return;
+  const body = () => ({ prompt, ...settings(), stream: true, logprobs: 5, truncate_prompt: true });
+  await stream("/v1/completions", body, (values) => show(prompt, values), ({ logprobs, text }) => append(logprobs, text));
+  refresh();
+}
+
+// The three lists in which completions have the log-probabilities of a chat's tokens
+function asLists(content) {
+  const pairs = (entry) => Object.fromEntries(entry.top_logprobs.map(({ token, logprob }) => [token, logprob]));
+  return { tokens: content.map((entry) => entry.token), token_logprobs: content.map((entry) => entry.logprob), top_logprobs: content.map(pairs) };
+}
+
+async function say(prompt, before = talk) {
+  if (running) return;
+  const asked = [...before, turn("user", prompt)], answer = turn("assistant", "");
+  const body = () => ({ messages: messages(asked), ...settings(), stream: true, logprobs: true, top_logprobs: 5 });
+  const begin = (values) => {
+    written = given = "";
+    $("prompt").value = "";
+    place = answer.node;
+    $("text").replaceChildren(...[...asked, answer].map(({ node }) => node));
+    $("text").scrollTop = $("text").scrollHeight;
+    $("passages").replaceChildren();
+    $("copied").textContent = $("choice").textContent = "";
+    $("command").textContent = command(prompt, values);
+  };
+  const take = ({ logprobs, delta }) => (logprobs ? append(asLists(logprobs.content), delta.content ?? "") : 0);
+  const notice = (text) => {
+    asked.push(turn("notice", text));
+    answer.node.before(asked.at(-1).node);
+    $("text").scrollTop = $("text").scrollHeight;
+  };
+  if (await stream("/v1/chat/completions", body, begin, take, notice)) {
+    talk = [...asked, { ...answer, content: written }];
+  } else {
+    $("prompt").value = prompt;
+    $("text").replaceChildren(...talk.map(({ node }) => node));
+  }
+  setBusy(false);
+  refresh();
+}
+
+function turn(role, content) {
+  const node = document.createElement("div");
+  node.className = `turn ${role}`;
+  node.textContent = content;
+  return { role, content, node };
+}
+
+function messages(turns) {
+  const system = $("system").value;
+  const spoken = turns.filter(({ role }) => role !== "notice").map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...spoken] : spoken;
+}
+
+function answerAgain() {
+  const at = talk.findLastIndex(({ role }) => role === "user");
+  if (at >= 0) say(talk[at].content, talk.slice(0, at));
+}
+
+function forget() {
+  talk = [];
+  written = "";
+  $("text").replaceChildren();
+  $("choice").textContent = $("status").textContent = "";
+  setBusy(false);
+}
+
+// Send a request and take its text as it comes; return whether there is one, stopped or not
+async function stream(path, makeBody, begin, take, notice = null) {
   if (!$("keep-seed").checked) newSeed();
-  const control = (running = new AbortController());
-  const body = { prompt, ...settings(), stream: true, logprobs: 5, truncate_prompt: true };
-  show(prompt, body);
+  const control = (running = new AbortController()), body = makeBody();
+  begin(body);
   setBusy(true);
   const started = performance.now();
-  let n = 0, reason = "", warnings = "";
+  let n = 0, reason = "", warnings = null;
   try {
-    for await (const event of events(await request("/v1/completions", body, control.signal))) {
-      warnings = (event.warnings ?? []).map((warning) => `; ${warning}`).join("");
+    for await (const event of events(await request(path, body, control.signal))) {
+      if (!warnings && notice) event.warnings?.forEach(notice);
+      warnings = (!notice && event.warnings) || [];
       const [choice] = event.choices;
       if (!choice) continue;
-      n += append(choice.logprobs, choice.text);
+      n += take(choice);
       reason = choice.finish_reason ?? "";
       const rate = Math.round(n / ((performance.now() - started) / 1000));
-      showStatus(`${n} tokens, ${rate}/s${reason === "stop" ? ", ended on its own" : ""}${warnings}`);
+      const parts = [`${n} tokens`, `${rate}/s`, ...(reason === "stop" ? ["ended on its own"] : [])];
+      showStatus([parts.join(", "), ...warnings].join("; "));
     }
+    return true;
   } catch (error) {
-    if (error.name === "AbortError") showStatus(`stopped after ${n} tokens`);
-    else showError(error);
+    if (error.name !== "AbortError") showError(error);
+    else showStatus(`stopped after ${n} tokens`);
+    return error.name === "AbortError";
   } finally {
     running = null;
     setBusy(false);
-    if ($("attention").open) showAttention();
-    if ($("copies").open) showCopies();
   }
+}
+
+function refresh() {
+  if ($("attention").open) showAttention();
+  if ($("copies").open) showCopies();
 }
 
 function show(prompt, body) {
@@ -91,7 +168,8 @@ function show(prompt, body) {
   const span = document.createElement("span");
   span.className = "given";
   span.textContent = prompt;
-  $("text").replaceChildren(span);
+  place = $("text");
+  place.replaceChildren(span);
   $("choice").textContent = "";
   $("command").textContent = command(prompt, body);
 }
@@ -104,7 +182,7 @@ function append(logprobs, text) {
   logprobs.tokens.forEach((token, i) => {
     const shown = left.startsWith(token) ? token : left;
     left = left.slice(shown.length);
-    if (shown) view.append(tokenSpan(shown, logprobs.token_logprobs[i], logprobs.top_logprobs[i]));
+    if (shown) place.append(tokenSpan(shown, logprobs.token_logprobs[i], logprobs.top_logprobs[i]));
   });
   if (atBottom) view.scrollTop = view.scrollHeight;
   return logprobs.tokens.length;
@@ -150,8 +228,9 @@ function makeSelectable(view) {
 // Attention
 
 async function showAttention() {
-  if (!written) return;
-  const body = { text: written, layer: Number($("layer").value), head: Number($("head").value) };
+  if (model.dialogue ? !talk.length : !written) return;
+  const subject = model.dialogue ? { messages: messages(talk) } : { text: written };
+  const body = { ...subject, layer: Number($("layer").value), head: Number($("head").value) };
   try {
     const { tokens, weights } = await (await request("/attention", body)).json();
     const spans = tokens.map((token) => {
@@ -246,7 +325,8 @@ function command(prompt, values) {
   const word = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
   const options = SLIDERS.filter(([name]) => values[name] !== model.plain[name]);
   const named = options.map(([name, , , , , option]) => ` ${option} ${values[name]}`).join("");
-  return `mlxgpt sample --prompt ${word(prompt)}${named}${model.options} --seed ${values.seed}`;
+  const program = model.dialogue ? "chat" : `sample --prompt ${word(prompt)}`;
+  return `mlxgpt ${program}${named}${model.options} --seed ${values.seed}`;
 }
 
 function showStatus(text, wrong = false) {
@@ -257,7 +337,8 @@ function showStatus(text, wrong = false) {
 function setBusy(on) {
   $("write").disabled = on;
   $("stop").disabled = !on;
-  $("onward").disabled = on || !written;
+  $("onward").disabled = on || !(model?.dialogue ? talk.length : written);
+  $("again").disabled = on || !talk.length;
   if (on) showStatus("…");
 }
 
@@ -283,8 +364,10 @@ function build() {
     line.append(label, value);
     $("sliders").append(line, slider);
   }
-  $("write").onclick = () => write($("prompt").value);
-  $("onward").onclick = () => write(written);
+  const send = () => (model?.dialogue ? say : write)($("prompt").value);
+  $("write").onclick = send;
+  $("onward").onclick = () => (model.dialogue ? answerAgain() : write(written));
+  $("again").onclick = forget;
   $("stop").onclick = () => running?.abort();
   $("dice").onclick = newSeed;
   $("layer").onchange = $("head").onchange = showAttention;
@@ -295,7 +378,7 @@ function build() {
   $("settings").onsubmit = (event) => event.preventDefault();
   $("theme").onclick = toggleTheme;
   addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write($("prompt").value);
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
     if (event.key === "Escape") running?.abort();
   });
   makeSelectable($("text"));
@@ -315,10 +398,15 @@ async function loadModel() {
   $("name").textContent = document.title = model.name;
   $("facts").textContent = `${model.parameters.toLocaleString("en")} parameters, step ${model.step.toLocaleString("en")}, context ${model.block_size}, ${model.backend}`;
   $("copies").hidden = !model.check;
+  $("system-row").hidden = $("again").hidden = !model.dialogue;
   if (!first) return;
   for (const [name] of SLIDERS) { $(name).value = model.defaults[name]; $(name).show(); }
   $("seed").value = model.defaults.seed;
   $("prompt").value = model.prompt;
+  if (model.dialogue) {
+    for (const [id, name] of [["prompt-name", "Your message"], ["write-name", "Send"], ["onward", "Answer again"], ["command-name", "On the command line"]]) $(id).textContent = name;
+    $("text").setAttribute("aria-label", "The conversation; the arrow keys move from token to token");
+  }
   for (const [id, n] of [["layer", model.n_layer], ["head", model.n_head]])
     $(id).replaceChildren(...Array.from({ length: n }, (_, i) => new Option(i + 1, i)));
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def build_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Return a stand-in for `kernels.build`; the test is skipped without g++."""
+    """Return a stand-in for `kernels.build`; the test is skipped without g++, and on a Mac."""
+    if sys.platform == "darwin":
+        pytest.skip("macOS has no fibers for the lanes; its GPU runs the kernels themselves")
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the kernels with")
     from metal_on_cpu import compiled, launcher
@@ -26,3 +29,27 @@ def on_cpu(build_on_cpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
     from mlx_randygpt.backends.mlx import kernels
 
     monkeypatch.setattr(kernels, "build", build_on_cpu)
+
+
+@pytest.fixture
+def launched(
+    on_cpu: None, build_on_cpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """Let models use all kernels that suit them; the names of those that run are appended."""
+    from mlx_randygpt.backends.mlx import kernels, selftest
+
+    names: list[str] = []
+
+    def build(kernel: Any) -> Any:
+        names.append(kernel.name)
+        return build_on_cpu(kernel)
+
+    def pass_all(sizes: selftest.Sizes) -> tuple[selftest.Verdict, ...]:
+        return tuple(selftest.Verdict(kernel) for kernel, _, _ in selftest.trials(sizes))
+
+    monkeypatch.setattr(kernels, "build", build)
+    monkeypatch.setattr(selftest, "unavailable", lambda: "")
+    monkeypatch.setattr(selftest, "verdicts", pass_all)
+    selftest.chosen.cache_clear()
+    yield names
+    selftest.chosen.cache_clear()

@@ -21,10 +21,11 @@ from mlx_randygpt.state import Array
 
 MARGIN = 4096  # numbers
 SHIM = Path(__file__).parent / "shim"
-SIZES = ("C", "D", "H", "PARTS", "T")
+SIZES = ("C", "D", "H", "NORMED", "PARTS", "T")
 FUNCTION = """
 extern "C" bool %s(%s, const int* sizes, const uint* grid) {
-    const int C = sizes[0], D = sizes[1], H = sizes[2], PARTS = sizes[3], T = sizes[4];
+    const int C = sizes[0], D = sizes[1], H = sizes[2];
+    const int NORMED = sizes[3], PARTS = sizes[4], T = sizes[5];
     bool together = true;
     for (uint z_ = 0; z_ < grid[2]; z_++)
     for (uint y_ = 0; y_ < grid[1]; y_++)

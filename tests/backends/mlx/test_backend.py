@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,9 @@ from mlx.utils import tree_flatten
 from mlx_randygpt.backends import choose, mlx_device
 from mlx_randygpt.backends.base import BackendError
 from mlx_randygpt.backends.mlx import embedding
-from mlx_randygpt.backends.mlx import forward as mlx_forward
-from mlx_randygpt.backends.mlx.backend import MLXBackend
+from mlx_randygpt.backends.mlx.backend import MLXBackend, Pass
 from mlx_randygpt.backends.mlx.forward import Forward
-from mlx_randygpt.backends.mlx.optimizer import newton_schulz, update
+from mlx_randygpt.backends.mlx.optimizer import newton_schulz
 from mlx_randygpt.check import recipe_of
 from mlx_randygpt.config import ARCHS, ModelConfig, TrainConfig
 from mlx_randygpt.data.token_file import OpenFile, TokenFile
@@ -139,34 +137,23 @@ def test_gradient_equals_finite_differences_along_a_direction(recipe: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
-def test_windows_gathered_on_the_device_equal_the_batch(dtype: Any, monkeypatch: Any) -> None:
+def test_windows_are_the_batch_and_the_shares_of_its_targets(dtype: Any) -> None:
     batch = Batch(tokens(50).astype(dtype), np.array([0, 7, 34, 40, 49]), T)
-    for limit in (mlx_forward.MAX_RESIDENT_TOKENS, 10):  # resident, then gathered on the host
-        monkeypatch.setattr(mlx_forward, "MAX_RESIDENT_TOKENS", limit)
-        x, y = backend("modern")._forward.windows(batch)
-        assert x.dtype == y.dtype == mx.int32
-        assert np.array_equal(x, batch.x())
-        assert np.array_equal(y, batch.y())
+    x, y, shares = backend("modern")._forward.windows(batch, total=200, n_rows=7)
+    assert x.dtype == y.dtype == mx.int32
+    assert np.array_equal(x[:5], batch.x())
+    counts = batch.y() != IGNORED
+    assert np.array_equal(np.array(y)[:5][counts], batch.y()[counts])
+    assert np.array_equal(shares[:5], counts / np.float32(200))
+    assert not np.array(shares)[5:].any()
 
 
-@pytest.mark.parametrize("limit", [mlx_forward.MAX_RESIDENT_TOKENS, 10])
-def test_a_token_file_is_the_array_it_holds(tmp_path: Any, monkeypatch: Any, limit: int) -> None:
-    monkeypatch.setattr(mlx_forward, "MAX_RESIDENT_TOKENS", limit)
+def test_a_token_file_is_the_array_it_holds(tmp_path: Any) -> None:
     tokens(90).astype(np.uint16).tofile(tmp_path / "tokens")
     file = TokenFile(OpenFile(tmp_path / "tokens"), np.dtype(np.uint16), 90)[:80]
     for step in range(3):
         one, other = (sample_batch(split, 4, T, 1, step) for split in (file, tokens(90)[:80]))
         assert backend("modern").loss(one) == backend("modern").loss(other)
-
-
-def test_few_token_arrays_stay_resident() -> None:
-    b = backend("modern")
-    batches = [Batch.of(tokens(1, T + 1, seed=seed)) for seed in range(6)]
-    for batch in [batches[0], *batches, batches[3]]:
-        b.loss(batch)
-    assert [id(split) for split, _ in b._forward._splits] == [
-        id(batches[i].tokens) for i in (2, 4, 5, 3)
-    ]
 
 
 def test_targets_past_the_end_do_not_count() -> None:
@@ -178,7 +165,7 @@ def test_targets_past_the_end_do_not_count() -> None:
 @each_model
 def test_cached_decoding_equals_the_full_forward(recipe: str) -> None:
     b, ids = backend(recipe), tokens(2, T)
-    b._forward.bind(b._weights)
+    b._forward.bind(b._named)
     full = np.array(b._forward.model(mx.array(ids)))  # (B, T, V)
     cache = b.new_cache(2)
     for start, end in [(0, 5), (5, 6), (6, 13), (13, 14)]:
@@ -249,7 +236,8 @@ def test_ids_and_positions_are_checked_at_the_border() -> None:
     for bad in (-1, V):
         with pytest.raises(ValueError, match=f"token id {bad}"):
             b.logits(np.array([[bad]]), cache)
-        with pytest.raises(ValueError, match=f"token id {bad}"):
+    for bad in (V, ~V):  # the second is that id, only to be read
+        with pytest.raises(ValueError, match=f"token id {V}"):
             b.loss(Batch.of(np.full((1, T + 1), bad)))
     with pytest.raises(ValueError, match="17 tokens at once"):
         b.logits(tokens(1, T + 1), cache)
@@ -324,33 +312,68 @@ def test_resume_is_bit_exact(recipe: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "checkpoint_activations": True}])
-def test_a_compiled_step_is_traced_once_and_is_the_plain_one(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("n_batches", [1, 2])
+def test_a_compiled_step_is_the_plain_one(options: dict[str, Any], n_batches: int) -> None:
     """As on a GPU; dropout, rates and batches change. Measured: the same bits."""
     train = train_config("modern", **options)
     plain, compiled = (backend("modern", train, n_layer=1, dropout=0.1) for _ in range(2))
-    traced = []
-
-    def grads(*arrays: Any) -> Any:
-        traced.append(arrays)
-        return compiled._value_and_grad(*arrays)
-
-    compiled._training_grads = mx.compile(grads)
-    compiled._update = mx.compile(partial(update, train, compiled._muon))
+    compile_all(compiled)
     for i in range(3):
-        batches = [Batch.of(tokens(4, T + 1, seed=seed)) for seed in (i, 10 + i)]
+        batches = [Batch.of(tokens(4, T + 1, seed=seed)) for seed in (i, 10 + i)[:n_batches]]
         results = [b.train_step(batches, 1e-2 / (i + 1)) for b in (compiled, plain)]
         assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
-    assert len(traced) == 1
     for name, w in plain.state().params.items():
         np.testing.assert_allclose(compiled.state().params[name], w, atol=1e-6, err_msg=name)
+
+
+def compile_all(b: MLXBackend) -> dict[str, int]:
+    """Compile a backend's functions, as on a GPU; return how often each is traced."""
+    n_traces = dict.fromkeys(("step", "grads", "update", "loss"), 0)
+
+    def counted(name: str, function: Any) -> Any:
+        def traced(*arrays: Any) -> Any:
+            n_traces[name] += 1
+            return function(*arrays)
+
+        return mx.compile(traced)
+
+    b._compiled_step = counted("step", b._whole_step)
+    b._compiled_grads = counted("grads", b._float32_grads)
+    b._compiled_update = counted("update", b._update)
+    b._compiled_loss = counted("loss", b._loss)
+    b._forward.on_gpu = True
+    return n_traces
+
+
+@pytest.mark.parametrize("n_batches", [1, 2])
+def test_there_is_one_trace_for_training_and_one_for_evaluation(
+    n_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed: steps, rates, batches and their last, smaller one change."""
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)
+    b = backend("modern", dropout=0.1)
+    n_traces = compile_all(b)
+    evaluated = b._compiled_loss
+    b._compiled_loss = lambda *arrays: (evaluated(*arrays), 0.0)[1]
+    for i in range(3):
+        batches = [Batch.of(tokens(4, T + 1, seed=seed)) for seed in (i, 10 + i)[:n_batches]]
+        b.train_step(batches, 1e-2 / (i + 1))
+        for n_rows in (8, 8, 3):
+            b.loss(Batch.of(tokens(n_rows, T + 1)))
+    training = {"step": 1} if n_batches == 1 else {"grads": 1, "update": 1}
+    assert {name: n for name, n in n_traces.items() if n} == {**training, "loss": 1}
 
 
 def test_dropout_differs_by_step_and_micro_batch_and_spares_evaluation() -> None:
     b = backend("modern", dropout=0.5)
     batch = Batch.of(tokens(4, T + 1))
-    losses = [b._weighted_grads(batch, index, batch.n_targets())[0].item() for index in (0, 1, 0)]
+
+    def loss(index: int) -> float:
+        return float(b._loss(b._named, *b._inputs(Pass(batch, index, batch.n_targets()))))
+
+    losses = [loss(index) for index in (0, 1, 0)]
     b.step += 1
-    assert len({*losses, b._weighted_grads(batch, 0, batch.n_targets())[0].item()}) == 3
+    assert len({*losses, loss(0)}) == 3
     assert b.loss(batch) == backend("modern").loss(batch)
 
 

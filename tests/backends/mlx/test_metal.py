@@ -23,7 +23,7 @@ import mlx_randygpt
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.mlx.backend import MLXBackend
 from mlx_randygpt.backends.mlx.embedding import gradient
-from mlx_randygpt.backends.mlx.optimizer import rates, update
+from mlx_randygpt.backends.mlx.optimizer import rates
 from mlx_randygpt.check import SUBJECTS
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.model import initial_params
@@ -47,8 +47,8 @@ HAVE_KERNELS = {
     "AddMM", "Arange", "ArgSort", "Gather", "GatherAxis", "LogSumExp", "Matmul", "RandomBits",
     "Reduce", "Scatter", "ScatterAxis", "Softmax",
     # copies and views, without arithmetic
-    "Broadcast", "Concatenate", "ExpandDims", "Flatten", "Full", "Reshape", "Slice", "SliceUpdate",
-    "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten",
+    "Broadcast", "Concatenate", "Depends", "ExpandDims", "Flatten", "Full", "Reshape", "Slice",
+    "SliceUpdate", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten",
 }  # fmt: skip
 
 
@@ -102,14 +102,12 @@ def test_a_training_step_uses_what_metal_has(
     tiny_train: Callable[..., TrainConfig],
 ) -> None:
     b = backend(recipe, tiny_model, tiny_train, dtype=dtype, optimizer=optimizer)
-    names, batch = list(b._weights), Batch.of(np.zeros((2, 17), np.int64))
-    keys = mx.zeros((2 * b._forward.config.n_layer, 2, 2), mx.uint32)  # places, sequences
+    (one_pass,) = b._passes([Batch.of(np.zeros((2, 17), np.int64))])
+    inputs, now = b._inputs(one_pass), rates(b._train, 0, 1e-3)
 
     def step(*weights: mx.array) -> list[mx.array]:
-        old = dict(zip(names, weights, strict=True))
-        loss, grads = b._value_and_grad(old, *b._forward.windows(batch), keys)
-        now = rates(b._train, 0, 1e-3)
-        new, moments, norm = update(b._train, b._muon, old, b._moments, grads, now)
+        old = dict(zip(b._weights, weights, strict=True))
+        loss, new, moments, norm = b._whole_step(old, b._moments, now, *inputs)
         return [loss, norm, *new.values(), *(m for kind in moments.values() for m in kind.values())]
 
     recorded = record(step, list(b._weights.values()))
@@ -134,7 +132,7 @@ def test_decoding_uses_what_metal_has(
     tiny_train: Callable[..., TrainConfig],
 ) -> None:
     b = backend(recipe, tiny_model, tiny_train)
-    names, empty = list(b._weights), b.new_cache(2).layers
+    names, empty = list(b._named), b.new_cache(2).layers
     ids, none = mx.zeros((2, 4), mx.int32), mx.zeros(2, mx.int32)
 
     def read(*weights: mx.array) -> list[mx.array]:
@@ -143,7 +141,7 @@ def test_decoding_uses_what_metal_has(
         token, layers = b._forward.advance(whole, ids[:, :1], mx.array(lengths), layers)
         return [prompt, token, *(array for layer in layers for array in layer)]
 
-    recorded = record(read, list(b._weights.values()))
+    recorded = record(read, list(b._named.values()))
     assert {"Matmul", "Softmax", "ScatterAxis"} < recorded.operations
     assert recorded.lacking() == set()
 

@@ -1,0 +1,118 @@
+"""Which run fits into a time, with steps that cost what their products cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
+from mlx_randygpt.data.corpus import encode_corpus
+from mlx_randygpt.model import flops_per_token, parameter_count
+from mlx_randygpt.planning.expected_loss import TextFacts, expected_loss, text_facts
+from mlx_randygpt.planning.time_budget import LEAST_STEPS, TimedRun, choose_run, describe
+from mlx_randygpt.settings import resolve_new
+from mlx_randygpt.tokenizers.chars import CharTokenizer
+
+LONG = TextFacts(n_tokens=10**9)
+SPEED = 100e9  # FLOP/s
+
+
+def measure(model: ModelConfig, train: TrainConfig, seconds: float) -> float:
+    return flops_per_token(model) * model.block_size * train.batch_size / SPEED
+
+
+def chosen(seconds: float, text: TextFacts = LONG, **options: object) -> TimedRun:
+    return choose_run(options, seconds, 68, text, measure)
+
+
+def test_more_time_gives_larger_models_and_less_loss() -> None:
+    runs = [chosen(seconds) for seconds in (2, 10, 60, 600, 3600, 36000)]
+    sizes = [parameter_count(run.model) for run in runs]
+    losses = [run.loss for run in runs]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) >= 3
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("seconds", [1, 60, 6000])
+def test_the_steps_fill_the_time(seconds: float) -> None:
+    run = chosen(seconds)
+    assert run.is_full
+    assert seconds - run.step_seconds <= run.seconds <= seconds
+
+
+def test_no_other_preset_is_expected_to_be_better() -> None:
+    best = chosen(300)
+    others = [chosen(300, preset=name) for name in ("tiny", "small4", "small", "medium")]
+    assert best.loss <= min(run.loss for run in others)
+
+
+def test_a_large_preset_is_not_even_measured() -> None:
+    seen = []
+
+    def spy(model: ModelConfig, train: TrainConfig, seconds: float) -> float:
+        seen.append(train.preset)
+        return measure(model, train, seconds)
+
+    choose_run({}, 20, 68, LONG, spy)
+    assert "large" not in seen
+    for preset in seen[1:]:
+        model, train = resolve_new({"preset": preset}, 68)
+        assert 20 / measure(model, train, 1) >= LEAST_STEPS
+
+
+def test_what_is_given_stays() -> None:
+    by_preset = chosen(300, preset="tiny")
+    assert by_preset.train.preset == "tiny"
+    by_sizes = chosen(300, n_layer=3, n_embd=96, n_head=3)
+    assert (by_sizes.model.n_layer, by_sizes.model.n_embd) == (3, 96)
+    by_steps = chosen(300, iters=400)
+    assert by_steps.train.iters == 400
+    assert by_steps.seconds <= 300
+    assert by_steps.train.preset != "mini"
+
+
+def test_steps_that_take_longer_than_the_time_get_the_smallest_preset() -> None:
+    run = chosen(1, iters=100_000)
+    assert (run.train.preset, run.train.iters) == ("mini", 100_000)
+
+
+def test_nothing_left_to_decide_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="both are given"):
+        chosen(300, iters=400, preset="tiny")
+
+
+def test_a_short_text_ends_the_run_before_the_time() -> None:
+    run = chosen(3600, TextFacts(n_tokens=20_000))
+    assert not run.is_full
+    assert run.seconds < 3600
+    assert "ends after about" in describe(run, 3600)
+
+
+def test_the_line_names_preset_steps_and_loss() -> None:
+    model, train = resolve_new({"preset": "tiny", "iters": 1234}, 68)
+    line = describe(TimedRun(model, train, 0.05, 1.623, is_full=True), 600)
+    assert "preset tiny, about 1,234 steps" in line
+    assert "expected validation loss 1.62" in line
+    assert "10" in line
+
+
+def test_expected_loss_falls_with_size_steps_context_and_text() -> None:
+    model, train = resolve_new({"preset": "tiny", "iters": 1000}, 68)
+    base = expected_loss(model, train, LONG)
+    larger, _ = resolve_new({"preset": "small", "block_size": 32}, 68)
+    longer, _ = resolve_new({"preset": "tiny", "block_size": 128}, 68)
+    more = resolve_new({"preset": "tiny", "iters": 4000}, 68)[1]
+    assert expected_loss(larger, train, LONG) < base
+    assert expected_loss(longer, train, LONG) < base
+    assert expected_loss(model, more, LONG) < base
+    assert expected_loss(model, train, TextFacts(n_tokens=20_000)) > base
+    assert expected_loss(model, train, TextFacts(10**9, difficulty=2)) == pytest.approx(2 * base)
+
+
+def test_text_that_compresses_better_is_easier(text: str) -> None:
+    facts = []
+    for content in (text, "to be or not to be " * (len(text) // 19)):
+        tokenizer = CharTokenizer.train(content)
+        facts.append(text_facts(encode_corpus({"a": content}, tokenizer), tokenizer))
+    assert facts[1].difficulty < 0.5 * facts[0].difficulty
+    assert all(0.99 < each.bytes_per_token <= 1.01 for each in facts)
