@@ -32,6 +32,7 @@ BEGINNERS = (  # options that open the help, in this order
     "preset",
     "iters",
     "minutes",
+    "hours",
     "out",
     "prompt",
     "resume",
