@@ -4,7 +4,8 @@
 
 Nothing runs. The step is traced as in training and fused as `mx.compile` does (mlx_graph.py), and
 the layout of each array is followed through MLX's Metal back end (0.32; its sources are named
-below), which decides what is copied and which operation takes several kernels. `--write` writes
+below), which decides what is copied and which operation takes several kernels. Each recipe is
+counted with MLX's operations alone, and with this program's kernels ("Kernel"). `--write` writes
 counts_mlx.json, which a test holds.
 """
 
@@ -14,7 +15,9 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -120,6 +123,10 @@ class Metal:
             self.kernels["copy for Concatenate"] += len(inputs)
         elif node.name == "Reduce":
             self.kernels["Reduce"] += reduction_kernels(inputs[0], node.arguments[1])
+        elif node.name == "Kernel":
+            read = self.graph.maker[node.inputs[0]].inputs[1:]
+            self.kernels["copy for Kernel"] += sum(not self.layout(name).by_rows for name in read)
+            self.kernels["Kernel"] += 1
         elif node.name in ("Matmul", "AddMM"):
             self._product(node.name, inputs, outputs[0])
         else:
@@ -301,12 +308,13 @@ def settings(
 def counts(preset: str = "small", batch_size: int = 64, dtype: str = "float32") -> dict[str, Any]:
     """Return the kernels of one step by recipe and kind, and their sums."""
     found = {}
-    for recipe in sorted(RECIPES):
-        with mlx_graph.for_metal():
+    for recipe, own in product(sorted(RECIPES), (False, True)):
+        with mlx_graph.for_metal(), mlx_graph.own_kernels() if own else nullcontext():
             graph = mlx_graph.Graph(*step_of(*settings(preset, recipe, batch_size, dtype)))
         graph.fuse()
         kinds = Metal(graph).kernels
-        found[recipe] = {"kernels": sum(kinds.values()), **{k: n for k, n in kinds.items() if n}}
+        name = f"{recipe} with kernels" if own else recipe
+        found[name] = {"kernels": sum(kinds.values()), **{k: n for k, n in kinds.items() if n}}
     return found
 
 

@@ -102,6 +102,12 @@ class _Files:
         texts &= np.diff(self.edges) > 0
         if texts.any():
             first, lengths = self._runs(texts)
+            if lengths.max() <= self.how.block_size:
+                raise DataError(
+                    f"a text beside others has {lengths.max()} tokens; a context of "
+                    f"{self.how.block_size} needs {self.how.block_size + 1}, a context and the "
+                    "token after it; lower --block-size or leave the text out"
+                )
             text = Documents.of(first, lengths, self.how.block_size)
             found.append((text, lengths.sum() / self.how.block_size))
         return found

@@ -154,6 +154,12 @@ def test_texts_alone_can_have_weights(tmp_path: Path) -> None:
         windows_of(f"{tmp_path}/a", f"{tmp_path}/b:0.2")
 
 
+def test_a_text_beside_conversations_must_fill_a_window(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("short")
+    with pytest.raises(DataError, match="a text beside others has 7 tokens; a context of 12 needs"):
+        windows_of(str(write("a.jsonl", ASKED)), f"{tmp_path}/b.txt")
+
+
 def test_without_weights_and_conversations_nothing_changes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 400)
     assert windows_of(f"{tmp_path}/a.txt")[1] is None

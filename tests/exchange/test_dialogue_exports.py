@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from exported import conversations, greedy, make, messages
 
 from mlx_randygpt.checkpoint import Checkpoint
+from mlx_randygpt.cli import group
 from mlx_randygpt.dialogue import Turn, has_dialogue, render, render_prompt
 from mlx_randygpt.exchange.export import build_files, export
 from mlx_randygpt.exchange.exporters.card import card
@@ -220,6 +222,15 @@ def test_a_model_of_dialogue_survives_export_and_import(
         assert again == ours
     for turns in conversations(50):
         assert render(turns, again).ids.tolist() == render(turns, ours).ids.tolist()
+
+
+def test_an_import_says_that_one_can_talk_to_it(exported: Make, tmp_path: Path) -> None:
+    _, folder = exported("portable", "char", "hf")
+    words = ["import", str(folder), "-o", str(tmp_path / "talk.safetensors")]
+    done = CliRunner().invoke(group, words)
+    assert f"Talk to it: mlxgpt chat --checkpoint {words[-1]}" in done.stdout
+    shown = CliRunner().invoke(group, ["info", words[-1], "--json"])
+    assert json.loads(shown.stdout)["dialogue"] is True
 
 
 @pytest.mark.parametrize(

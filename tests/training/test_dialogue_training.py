@@ -181,15 +181,18 @@ def test_a_sample_answers_a_question_of_the_validation_text(folder: Path) -> Non
 def test_a_model_of_texts_learns_dialogue_from_its_own_weights(folder: Path) -> None:
     done(f"train {SMALL} --iters=2 --out=base --data=notes.txt")
     small = SMALL.replace("--n-layer=1 --n-head=2 --n-embd=16 --block-size=16 ", "")
-    done(f"train {small} --iters=2 --out=tuned --init-from=base/{BEST} --data=talks.jsonl")
+    words = f"--init-from=base/{BEST} --data=talks.jsonl"
+    out = done(f"train {small} --iters=2 --out=tuned {words}")
+    assert "their rows begin at random values." in out
     base, tuned = ended("base"), ended("tuned")
     assert tuned.model.vocab_size == base.model.vocab_size + 4
     assert tokenizer_from_json(tuned.tokenizer).decode([0, 1]) == tokenizer_from_json(
         base.tokenizer
     ).decode([0, 1])
-    words = f"--init-from=tuned/{BEST} --data=talks.jsonl --lora-rank=2"
-    done(f"train {small} --iters=2 --out=adapted {words}")
+    adapters = f"train {small} --iters=2 --lora-rank=2 --data=talks.jsonl"
+    assert "at random values" not in done(f"{adapters} --out=adapted --init-from=tuned/{BEST}")
     assert ended("adapted").model.vocab_size == tuned.model.vocab_size
+    assert "adapters do not change" in done(f"{adapters} --out=poor --init-from=base/{BEST}")
 
 
 def test_a_line_says_how_many_conversations_are_cut(folder: Path) -> None:

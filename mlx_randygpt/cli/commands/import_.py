@@ -69,6 +69,7 @@ def command(
     """
     from mlx_randygpt import files
     from mlx_randygpt.checkpoint import save_checkpoint
+    from mlx_randygpt.dialogue import has_dialogue
     from mlx_randygpt.exchange import ExchangeError
     from mlx_randygpt.exchange.importing import read_foreign
 
@@ -91,7 +92,12 @@ def command(
         f"✓ {values['parameters']:,} parameters of {values['format']} written to {output} "
         f"(step {values['step']:,}, vocabulary {values['vocab_size']:,})"
     )
-    echo(f"Let it write: mlxgpt sample --checkpoint {output}")
+    next_step = (
+        "Talk to it: mlxgpt chat"
+        if has_dialogue(imported.tokenizer)
+        else "Let it write: mlxgpt sample"
+    )
+    echo(f"{next_step} --checkpoint {output}")
 
 
 def describe(output: Path, imported: ImportedModel) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mlx_randygpt.checkpoint import (
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import TrainState
-from mlx_randygpt.training.loop import Run
+from mlx_randygpt.training.loop import Run, step_batches
 
 
 def start_message(saved: Checkpoint | None, run: Run) -> dict[str, Any]:
@@ -62,7 +62,15 @@ def agreed_values(run: Run, backend_name: str) -> dict[str, Any]:
         "step of the checkpoint": to_strict_json(asdict(run.progress)),
         "--respect-documents": run.data["respect_documents"],
         "--pack": run.data["pack"],
+        "weights of --data": _first_starts(run),
     }
+
+
+def _first_starts(run: Run) -> list[int]:
+    """Return where the first training windows of a run start, which all that draws them decides."""
+    (batch, *_) = step_batches(run.train, run.train_tokens, run.model.block_size, 0, run.windows)
+    starts: list[int] = batch.starts.tolist()
+    return starts
 
 
 def digest_arrays(arrays: Any) -> str:

@@ -191,6 +191,7 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
         model, train = settings.resolve_fine_tuning(options, *before, n_tokens)
     train, notes = complete(request, (model, train), machine, tokenizer, corpus)
     notes.append(dropout_note(options, model, train, corpus))
+    notes.append(new_tokens_note(model, saved.model))
     return Start(
         tokenizer=tokenizer,
         corpus=corpus,
@@ -314,6 +315,19 @@ def dropout_note(
         f"Dropout {model.dropout:g}: the text is read {n_passes:.0f} times and is short for a "
         "model of this size; --dropout 0 turns it off."
     )
+
+
+def new_tokens_note(model: ModelConfig, before: ModelConfig) -> str:
+    """Return a line about tokens of dialogue that a trained model did not have, or ""."""
+    if model.vocab_size == before.vocab_size:
+        return ""
+    line = "The vocabulary gets the tokens of dialogue; their rows begin at random values"
+    if model.lora_rank:
+        return (
+            f"{line}, which adapters do not change: train once without --lora-rank first, and give "
+            "that model with --init-from."
+        )
+    return f"{line}."
 
 
 def documents_note(run: Run) -> str:

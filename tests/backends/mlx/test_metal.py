@@ -160,4 +160,5 @@ def test_the_source_uses_nothing_that_metal_lacks(file: Path) -> None:
     attributes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
     names = {n.attr for n in attributes if ast.unparse(n.value).split(".")[0] in ("mx", "nn")}
     assert names
-    assert not names & FORBIDDEN
+    on_cpu = {"cpu"} if file.name == "selftest.py" else set()  # where it computes what is right
+    assert not names & (FORBIDDEN - on_cpu)

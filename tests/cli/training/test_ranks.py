@@ -147,6 +147,21 @@ def test_any_number_of_ranks_is_the_same_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numpy", "mlx"])
+def test_ranks_train_on_conversations_as_one(
+    start: Callable[..., Process], tmp_path: Path, backend: str
+) -> None:
+    """Targets are unevenly shared, and a window can have few. Measured: 3e-7."""
+    rows = [{"prompt": f"Say {i}!", "completion": f"{i}" * (1 + i % 5)} for i in range(60)]
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--iters=30", f"--backend={backend}", "--data", f"{talks}:0.5", "--dropout=0"]
+    finished(start(*words, out="one"))
+    finished(start(*words, launch=TWO, out="several"))
+    assert worst(metrics(tmp_path / "one"), metrics(tmp_path / "several")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
 def test_adapters_train_on_ranks_too(
     start: Callable[..., Process], tmp_path: Path, backend: str
 ) -> None:

@@ -1,6 +1,6 @@
 """Ask a model of dialogue and its exports the same questions, and compare the greedy answers.
 
-    python benchmarks/answers.py runs/sums/checkpoint_best.safetensors --data held-out.jsonl
+    python benchmarks/answers_elsewhere.py checkpoints/checkpoint_best.safetensors --data q.jsonl
 
 Rows of the file are `{"messages": […]}`; the last assistant message is the expected answer. Every
 program that is installed is asked: `mlxgpt chat` through a pipe, `mlxgpt serve` through the client
