@@ -37,7 +37,6 @@ BEGINNERS = (  # options that open the help, in this order
     "prompt",
     "resume",
     "overwrite",
-    "init_from",
     "plain",
     "backend",
 )
