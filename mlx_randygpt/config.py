@@ -236,7 +236,7 @@ ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": GPT2_SWITCHES}  # overrid
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 ON_NAN = ("stop", "skip", "rollback")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_interval(text: str) -> tuple[int, float]:
