@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, smooth
+from mlx_randygpt.config import install_command
 from mlx_randygpt.palette import RUNS, VALIDATION
 from mlx_randygpt.state import Array
 
@@ -124,7 +125,7 @@ def write_png(file: BinaryIO, records: Sequence[RunRecord], span: float) -> None
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MetricsError(
-            "a PNG needs matplotlib; pip install 'mlx-randygpt[plot]', or give -o a name that "
+            f"a PNG needs matplotlib; {install_command('plot')}, or give -o a name that "
             "ends in .svg or .html, which need no library"
         ) from error
     figure = Figure(figsize=(9, 10), dpi=150, layout="constrained")

@@ -53,7 +53,7 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
-from mlx_randygpt.config import ConfigError
+from mlx_randygpt.config import ConfigError, UserError
 from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.planning.footprint import device_bytes
 from mlx_randygpt.screen.dashboard import Dashboard, make_view
@@ -253,6 +253,8 @@ def show_run(session: Session) -> int:
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
+        except UserError:
+            raise
         except (RuntimeError, MemoryError) as error:
             if problem := describe_failure(error, in_training=True):
                 recovery = recovery_line(session.located_request, session.run)
