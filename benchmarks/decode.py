@@ -1,7 +1,7 @@
 """Decoding beside PyTorch: one stream and many, sampling included, interleaved, medians.
 
     python benchmarks/decode.py [--preset small] [--tokens 100] [--turns 7]
-                                [--streams 1 8 32 128 256] [--json FILE]
+                                [--streams 1 8 32 128 256] [--torch-threads 1 2] [--json FILE]
 
 `torch kv` keeps keys and values, of all streams in one batch, and is as fast as the better of one
 thread and all; `nanogpt generate` reads the whole context again for each token, as nanoGPT does.
@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="in one run")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 128, 256])
+    parser.add_argument(
+        "--torch-threads", type=int, nargs="+", default=sorted({1, available_cores()})
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     preset, n = PRESETS[options.preset], options.tokens
@@ -50,13 +53,13 @@ def main() -> None:
     for b in options.streams:
         runners[f"{b}: numba"] = ours(options.preset, b, n, compiled=True)
         runners[f"{b}: without numba"] = ours(options.preset, b, n, compiled=False)
-        for threads in sorted({1, available_cores()}):
+        for threads in options.torch_threads:
             runners[f"{b}: torch kv, {threads} threads"] = threaded(
                 threads, partial(torch_kv, model, n, b)
             )
     if 1 in options.streams:
         runners["1: nanogpt generate"] = threaded(
-            available_cores(), lambda: nanogpt_generate(model, preset.block_size, n)
+            max(options.torch_threads), lambda: nanogpt_generate(model, preset.block_size, n)
         )
     tokens = {name: int(name.partition(":")[0]) * n for name in runners}
     found = rows(interleave(runners, options.turns, 1), tokens)

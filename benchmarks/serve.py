@@ -4,7 +4,7 @@ A thousand requests of mixed lengths, 64 at a time, a tenth of them cancelled mi
 malformed. Each text is compared with what the same seed writes alone, without a server. Then the
 speed of one stream, and the time to a first token, idle and beside fifteen endless streams.
 
-    python benchmarks/serve.py --checkpoint checkpoints/checkpoint_best.safetensors
+    python benchmarks/serve.py --checkpoint checkpoints/checkpoint_best.safetensors [--tokens 1 120]
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Request:
     expected: str = ""
 
 
-def plan(n: int, checkpoint: Path, backend: str) -> list[Request]:
+def plan(n: int, checkpoint: Path, backend: str, tokens: tuple[int, int]) -> list[Request]:
     """The requests, the same each time; the texts are written one by one."""
     saved = load_checkpoint(checkpoint, weights_only=True)
     built = make_backend(backend, saved.model, replace(saved.train, threads=0), saved.state)
@@ -56,7 +56,7 @@ def plan(n: int, checkpoint: Path, backend: str) -> list[Request]:
         kind = random.choices(("malformed", "cancelled", "whole", "stream"), (10, 10, 60, 20))[0]
         prompt = WORDS[: random.randint(1, min(60, saved.model.block_size))]
         settings = {
-            "max_tokens": random.randint(1, 120), "seed": seed,
+            "max_tokens": random.randint(*tokens), "seed": seed,
             "temperature": random.choice((0.0, 0.7, 0.8, 1.2)), "top_p": random.choice((0.9, 1.0)),
         }  # fmt: skip
         if kind == "malformed":
@@ -212,8 +212,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--backend", default="numpy")
+    parser.add_argument("--tokens", type=int, nargs=2, default=[1, 120], help="of a text")
     given = parser.parse_args()
-    requests = plan(given.requests, given.checkpoint, given.backend)
+    requests = plan(given.requests, given.checkpoint, given.backend, tuple(given.tokens))
     command = [sys.executable, "-m", "mlx_randygpt", "serve", "--port", "0"]
     command += ["--checkpoint", str(given.checkpoint), "--backend", given.backend]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -28,9 +28,34 @@ class MissingExtra(UserError, ImportError):
 def missing(feature: str, library: str, extra: str) -> MissingExtra:
     """Return the error for a feature that needs `library`, which comes with `extra`."""
     return MissingExtra(
-        f"{feature} needs the library {library}, which is not installed; "
-        f"pip install 'mlx-randygpt[{extra}]'"
+        f"{feature} needs the library {library}, which is not installed; {install_command(extra)}"
     )
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra in the way this package was installed."""
+    import json
+    import os
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlparse
+
+    try:
+        package = distribution("mlx-randygpt")
+        origin = json.loads(package.read_text("direct_url.json") or "{}")
+        installer = (package.read_text("INSTALLER") or "pip").strip()
+    except (PackageNotFoundError, OSError, ValueError):
+        origin, installer = {}, "pip"
+    command = "uv pip install" if installer == "uv" else "pip install"
+    url = str(origin.get("url", ""))
+    if "vcs_info" in origin:
+        return f"{command} 'mlx-randygpt[{extra}] @ git+{url}'"
+    folder = unquote(urlparse(url).path) if "dir_info" in origin else ""
+    try:
+        here = os.path.samefile(folder, os.curdir)
+    except OSError:  # no clone, or it is gone
+        return f"{command} 'mlx-randygpt[{extra}]'"
+    flag = "-e " if origin["dir_info"].get("editable") else ""
+    return f"{command} {flag}'{'.' if here else folder}[{extra}]'"
 
 
 LORA_TARGETS = (
@@ -211,7 +236,7 @@ ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": GPT2_SWITCHES}  # overrid
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 ON_NAN = ("stop", "skip", "rollback")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_interval(text: str) -> tuple[int, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
@@ -29,6 +30,9 @@ from mlx_randygpt.state import Params, TrainState, rng
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.loop import Run
 
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 np.seterr(over="raise", invalid="raise", divide="raise")  # a backend's threads do as this one
 
 WORDS = """the old red ship and a small grey bird over hill under moon king queen says runs sleeps
@@ -135,3 +139,15 @@ def dialogue_run(
         return run, make_backend("numpy", model, train, state)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium under playwright."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -6,15 +6,18 @@ share the panels, in colours that differ on light and dark backgrounds.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, smooth
+from mlx_randygpt.config import install_command
 from mlx_randygpt.palette import RUNS, VALIDATION
 from mlx_randygpt.state import Array
 
@@ -24,7 +27,8 @@ PANELS = (  # series, title, scale
     ("grad_norm", "gradient norm", "log"),
     ("tokens_per_second", "tokens per second", "linear"),
 )
-WIDTH, LEFT, RIGHT = 840, 74, 20
+WIDTH, NARROW, LEFT, RIGHT = 840, 390, 62, 20  # NARROW: on a phone
+LETTER = 7  # the mean width of one, at least
 LEGEND_ROW, TITLE, AXIS = 20, 30, 28  # heights
 TALL, LOW = 260, 120  # heights of the plot areas: loss, others
 CUT = 0.995  # share of the values that a panel shows; an initial spike can exceed it
@@ -55,43 +59,63 @@ def setting_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def svg(records: Sequence[RunRecord], span: float) -> str:
-    """Return the SVG picture; lines are smoothed over `span` steps."""
-    names = labels(records)
+def svg(records: Sequence[RunRecord], span: float, width: int = WIDTH, name: str = "") -> str:
+    """Return the SVG picture; lines are smoothed over `span` steps, `name` is its class."""
+    names = [_cut(label, (width - LEFT - 30) // LETTER) for label in labels(records)]
     y = 12 + LEGEND_ROW * len(names)
     parts = [
         f'<g transform="translate({LEFT},{8 + LEGEND_ROW * i})">'
         f'<line x2="22" y1="9" y2="9" stroke="{_colour(i)}" stroke-width="3"/>'
-        f'<text x="30" y="13">{escape(name)}</text></g>'
-        for i, name in enumerate(names)
+        f'<text x="30" y="13">{escape(label)}</text></g>'
+        for i, label in enumerate(names)
     ]
     last = max((float(t[-1, 0]) for r in records for t in r.series.values() if len(t)), default=1.0)
-    for name, title, scale in PANELS:
-        height = TALL if name == "loss" else LOW
+    for series, title, scale in PANELS:
+        height = TALL if series == "loss" else LOW
         parts.append(f'<g transform="translate(0,{y + TITLE})">')
-        panel = _Panel(name=name, title=title, log=scale == "log", last=last, height=height)
+        size = {"width": width, "height": height}
+        panel = _Panel(name=series, title=title, log=scale == "log", last=last, **size)
         parts += _draw_panel(panel, records, span)
         parts.append("</g>")
         y += TITLE + height + AXIS
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" role="img" '
-        f'aria-label="loss, learning rate, gradient norm and speed over steps">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img" '
+        f'class="{name}" aria-label="loss, learning rate, gradient norm and speed over steps">'
     )
     paper = '<rect class="paper" width="100%" height="100%"/>'
     return "\n".join([head, f"<style>{STYLE}</style>", paper, *parts, "</svg>\n"])
 
 
 def page(records: Sequence[RunRecord], span: float) -> str:
-    """Return the picture as a self-contained HTML page."""
+    """Return a self-contained page: the picture, one for a phone, and the values at a step."""
+    pictures = svg(records, span, WIDTH, "wide") + svg(records, span, NARROW, "narrow")
+    steps = [float(t[-1, 0]) for record in records for t in record.series.values() if len(t)]
+    values = {
+        "left": LEFT,
+        "right": RIGHT,
+        "last": max(steps, default=1.0),
+        "runs": [
+            {"name": label, "panels": [*_values(record, span)]}
+            for label, record in zip(labels(records), records, strict=True)
+        ],
+    }
+    template = Path(__file__).with_name("plot.html").read_text(encoding="utf-8")
     title = escape(" · ".join(record.name for record in records))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="generator" content="mlxgpt">'
-        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
-        "<style>:root{color-scheme:light dark}body{margin:0}svg{display:block;max-width:1100px;"
-        "margin:auto}@media (prefers-color-scheme:dark){body{background:#111827}}</style>"
-        f"{svg(records, span)}</html>\n"
-    )
+    content = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
+    for mark, text in (("TITLE", title), ("PICTURES", pictures)):
+        template = template.replace(f"/*{mark}*/", text)
+    return template.replace("/*DATA*/null", content)
+
+
+def _values(record: RunRecord, span: float) -> Iterator[dict[str, Any]]:
+    """Yield the curves of a run as the page shows their values, and its evaluations."""
+    titles = {"loss": "training loss"} | {name: title for name, title, _ in PANELS[1:]}
+    curves = [(title, name, record.series[name]) for name, title in titles.items()]
+    curves.insert(1, ("validation loss", "lr", record.series["val_loss"]))  # lr: not smoothed
+    for title, name, table in curves:
+        curve = draw_curve(name, table, span) if len(table) else table[:, 1]
+        shown = [float(f"{value:.4g}") for value in curve]
+        yield {"title": title, "steps": [round(float(x)) for x in table[:, 0]], "values": shown}
 
 
 def write_png(file: BinaryIO, records: Sequence[RunRecord], span: float) -> None:
@@ -101,7 +125,7 @@ def write_png(file: BinaryIO, records: Sequence[RunRecord], span: float) -> None
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MetricsError(
-            "a PNG needs matplotlib; pip install 'mlx-randygpt[plot]', or give -o a name that "
+            f"a PNG needs matplotlib; {install_command('plot')}, or give -o a name that "
             "ends in .svg or .html, which need no library"
         ) from error
     figure = Figure(figsize=(9, 10), dpi=150, layout="constrained")
@@ -132,13 +156,14 @@ class _Panel:
     title: str
     log: bool
     last: float  # the last step of all runs
+    width: int
     height: int
     low: float = 0.0
     high: float = 1.0
 
     def x(self, steps: Any) -> Any:
         """Return the horizontal pixels of steps."""
-        return LEFT + steps / self.last * (WIDTH - LEFT - RIGHT)
+        return LEFT + steps / self.last * (self.width - LEFT - RIGHT)
 
     def y(self, values: Array) -> Array:
         """Return the vertical pixels of values, clipped to the panel."""
@@ -154,7 +179,7 @@ def _draw_panel(panel: _Panel, records: Sequence[RunRecord], span: float) -> lis
     values = np.concatenate([t[:, 1:].ravel() for t in (*tables, *marks)])
     low, high = limits(values, panel.log)
     panel = replace(panel, low=low, high=high)
-    note = " · training, smoothed; ● validation" if is_loss else ""
+    note = " · training; ● validation" if is_loss else ""
     parts = [
         f'<text x="{LEFT}" y="-10" font-weight="600">{panel.title}'
         f'<tspan font-weight="400" opacity=".7">{note}</tspan></text>'
@@ -179,11 +204,11 @@ def _draw_axes(panel: _Panel) -> list[str]:
     for tick in ticks(panel.low, panel.high, panel.log):
         y = panel.height * (1 - (tick - panel.low) / (panel.high - panel.low))
         text = _tick(10**tick if panel.log else tick)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{panel.width - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for tick in ticks(0, panel.last, False):
         x = panel.x(tick)
-        anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
+        anchor = "end" if x > panel.width - RIGHT - 20 else "middle"
         parts.append(
             f'<text x="{x:.1f}" y="{panel.height + 16}" text-anchor="{anchor}">{_tick(tick)}</text>'
         )
@@ -258,8 +283,8 @@ def _mark_colour(i: int, records: Sequence[RunRecord]) -> str:
     return _colour(i) if len(records) > 1 else VALIDATION[1]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else text[:99] + "…"
+def _cut(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _losses(records: Sequence[RunRecord]) -> Array:

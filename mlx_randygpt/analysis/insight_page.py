@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.model import parameter_count
 from mlx_randygpt.state import Array
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
+from mlx_randygpt.words import unknown_line
 
 MAX_TOKENS = 256  # compared; of a larger vocabulary the most frequent ones
 MAX_SAMPLES = 12  # shown of a run
@@ -58,6 +60,8 @@ def page(
         "classes": insight.by_class(scored, labels),
         "passages": insight.passages(scored, labels),
         "samples": _select_samples(samples),
+        "warnings": [line for line in (unknown_line(tokenizer.unknown(text or "")),) if line],
+        "command": shlex.join(["mlxgpt", "sample", "--checkpoint", name]),
     }
     content = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("inspect.html").read_text(encoding="utf-8")

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from mlx_randygpt.backends.base import Backend, BackendError, Scorer
 from mlx_randygpt.backends.placement import faster_on
 from mlx_randygpt.backends.ranks.group import SINGLE, Group, RankError
-from mlx_randygpt.config import BACKENDS, ConfigError, ModelConfig, TrainConfig
+from mlx_randygpt.config import (
+    BACKENDS,
+    ConfigError,
+    ModelConfig,
+    TrainConfig,
+    install_command,
+)
 from mlx_randygpt.model import merge_adapters
 from mlx_randygpt.state import Params, TrainState
 
@@ -137,7 +143,7 @@ def mlx_device() -> tuple[Device | None, str]:
 def install_mlx() -> str:
     """Return what brings an MLX that runs on this system."""
     if platform.system() != "Darwin":
-        return "pip install 'mlx-randygpt[cpu]'"
+        return install_command("cpu")
     if platform.machine() == "arm64":
         return "pip install --force-reinstall mlx"
     return "it needs Apple silicon and a Python for arm64"

@@ -24,7 +24,7 @@ time_options = options(
         type=Number(0, min_open=True),
         help="Train for this long: preset and steps follow from the text and the machine.",
     ),
-    click.option("--hours", type=Number(0, min_open=True), help="The same in hours."),
+    click.option("--hours", type=Number(0, min_open=True), help="Train for this many hours."),
 )
 
 

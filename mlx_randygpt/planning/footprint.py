@@ -190,7 +190,7 @@ def mlx_step(model: ModelConfig, train: TrainConfig, sequences: int, threads: in
     orthogonalises all matrices of a shape in one stack.
     """
     n, n_adamw = parameter_count(model), adamw_count(model, train)
-    tokens, half = sequences * model.block_size, train.dtype == "bfloat16"
+    tokens, half = sequences * model.block_size, train.dtype != "float32"
     width = 2 if half else FLOAT
     streams = STREAMS + 4 * model.qk_norm + 2 * model.token_shift + 2 * (model.dropout > 0)
     layers = 1 if train.checkpoint_activations else model.n_layer

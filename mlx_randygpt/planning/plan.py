@@ -167,7 +167,7 @@ def roof_seconds(
     It is the sum of the products, the passes between them, and the passes of the optimizer over
     its vectors.
     """
-    flops = device.flops_16 if train.dtype == "bfloat16" else device.flops
+    flops = device.flops if train.dtype == "float32" else device.flops_16
     n_tokens = (4 / 3 if train.checkpoint_activations else 1) * sequences * model.block_size
     stored = footprint("mlx", model, replace(train, checkpoint_activations=False), in_pass, 1)
     between = sum(stored[kind] for kind in ("activations", "attention", "logits"))

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from mlx_randygpt.palette import TRAINING, VALIDATION
 from mlx_randygpt.screen.curve import Frame, draw, frame
 from mlx_randygpt.screen.plain import PlainLog
 from mlx_randygpt.screen.run_summary import (
@@ -33,7 +34,7 @@ RENDER_SHARE = 0.01  # of the time that drawing can take
 BESIDE_COLUMNS = 110  # from this width on, the sample is beside the curve
 TILE_COLUMNS = 80  # from this width on, the numbers are in tiles
 # Columns of a tile at width 80 (up to 1.5 times as many), and the colour of its line in the curve.
-TILE_STYLES = ((12, "cyan"), (18, "magenta"), (16, ""), (16, ""), (16, ""))
+TILE_STYLES = ((15, TRAINING[0]), (18, VALIDATION[0]), (16, ""), (15, ""), (15, ""))
 EVENT_STYLES = {
     Urgency.SAVED: "green",
     Urgency.NOTE: "bold",
@@ -41,6 +42,7 @@ EVENT_STYLES = {
     Urgency.ERROR: "red",
 }
 MAX_NOTICES = 4  # rows of messages that stay
+ENOUGH, ENOUGH_CURVE = 18, 12  # rows to share out, and those of the curve; more go to samples
 SURE_EVENTS = 3  # rows of messages and saved files that come before the sample
 RISING = "red"  # the colour of a validation loss above the one before
 ABOVE = "▴"  # in the top row: a validation loss above the curve
@@ -159,9 +161,9 @@ def screen(run: RunSummary, console: Console, width: int, height: int) -> list[T
 
 
 def _rows(height: int, width: int, beside: bool, n_events: int) -> dict[str, int]:
-    """Return the rows of each section: the minimum, what messages need, the rest for the curve.
+    """Return the rows of each section: the minimum, what messages need, and all that is left.
 
-    Below BESIDE_COLUMNS the curve shares the rest with the sample.
+    What is left goes to the curve, and below BESIDE_COLUMNS to the samples too.
     """
     rows: dict[str, int] = {}
     for name, minimum in SECTIONS:
@@ -176,12 +178,13 @@ def _rows(height: int, width: int, beside: bool, n_events: int) -> dict[str, int
         extra = max(min(n_events - rows["event"], height), 0)
         rows["event"] += extra
         height -= extra
-    more = min(12, (height * 2 + 2) // 3 if rows["sample"] else height) if rows["curve"] else 0
-    rows["curve"] += more
+    more = height
+    if rows["sample"]:
+        more = min((height * 2 + 2) // 3, ENOUGH_CURVE + max(height - ENOUGH, 0) // 3)
+        rows["sample"] += height - more
+    rows["curve"] += more if rows["curve"] else 0
     if beside:
         rows["sample"] = rows["curve"]
-    elif rows["sample"]:
-        rows["sample"] += min(6, height - more)
     return rows
 
 
@@ -232,9 +235,7 @@ def _numbers(run: RunSummary, width: int) -> list[Text]:
     styles = [f"bold {colour}" for colour in colours]
     if width < TILE_COLUMNS:
         return [
-            Text.assemble(
-                (f" {name:14}", "dim"), (f"{value:13}", style), _within(width - 28, details)
-            )
+            Text.assemble((f" {name:14}", "dim"), (f"{value:10} ", style), ", ".join(details))
             for (name, value, *details), style in zip(numbers(run), styles, strict=False)
         ]
     rows = [Text(" ") for _ in range(4)]
@@ -245,18 +246,13 @@ def _numbers(run: RunSummary, width: int) -> list[Text]:
     return rows
 
 
-def _within(width: int, details: list[str]) -> str:
-    line = ", ".join(details)
-    return line if len(line) <= width else line.replace("bits/byte", "bpb")
-
-
 def _section(rule: Text, lines: list[Text], height: int) -> list[Text]:
     """Return a rule and the lines below it, padded or cut to `height`."""
     return [rule, *lines, *(Text() for _ in range(height))][:height]
 
 
 def _curve(run: RunSummary, width: int, height: int) -> list[Text]:
-    legend = Text.assemble(("─", "cyan"), " training  ", ("●", "magenta"), " validation")
+    legend = Text.assemble(("─", TRAINING[0]), " training  ", ("●", VALIDATION[0]), " validation")
     rule = _rule(width, "loss", legend)
     points, marks = run.losses.points, run.val_losses.points
     if len(points) < 2 or not height:
@@ -264,10 +260,10 @@ def _curve(run: RunSummary, width: int, height: int) -> list[Text]:
         return _section(rule, [waiting], height)
     steps = (run.first_step, run.step)
     area = frame(points, marks, steps, (max(width - AXIS - 1, 1), height - 2))
-    rows = [Text(line, "cyan") for line in draw(points, area)]
+    rows = [Text(line, TRAINING[0]) for line in draw(points, area)]
     for x, y in map(area.dot, marks):
         row, column, mark = rows[max(y, 0) // 4], x // 2, "●" if y >= 0 else ABOVE
-        rows[max(y, 0) // 4] = Text.assemble(row[:column], (mark, "magenta"), row[column + 1 :])
+        rows[max(y, 0) // 4] = Text.assemble(row[:column], (mark, VALIDATION[0]), row[column + 1 :])
     labelled = [Text.assemble((_label(area, i), "dim"), row) for i, row in enumerate(rows)]
     first = Text(" " * AXIS + f"step {area.first:,}", "dim")
     return [rule, *labelled, _ends(first, Text(f"{area.last:,} ", "dim"), width)]
@@ -286,9 +282,14 @@ def _sample(run: RunSummary, console: Console, width: int, height: int) -> list[
         waiting = f" None yet; the first {when}." if when else " None."
         return _section(_rule(width, "sample"), [Text(waiting, "dim")], height)
     aside = ", next ".join(filter(None, (_origin(log), when)))
-    return _section(
-        _rule(width, "sample", aside), _text(log, console, width - 2, height - 1), height
-    )
+    lines = _text(log, console, width - 2, height - 1)
+    for earlier in list(run.samples)[-2::-1]:
+        n_left = height - len(lines) - 3
+        if n_left < 2:
+            break
+        lines.append(Text(f" {_origin(earlier)}", "dim"))
+        lines += _text(earlier, console, width - 2, n_left)
+    return _section(_rule(width, "sample", aside), lines, height)
 
 
 def _origin(log: SampleLog | EarlySampleLog) -> str:

@@ -14,15 +14,16 @@ from mlx_randygpt.progress import Progress
 from mlx_randygpt.training.reports import EvalLog, SampleLog
 
 N_RECENT = 20  # losses in `recent_loss`
+MAX_SAMPLES = 8  # as many as a tall screen has room for
 
 
 @dataclass(frozen=True)
 class History:
-    """The losses of the earlier steps of a run as (step, loss), its evaluations and last sample."""
+    """The earlier steps of a run: losses as (step, loss), evaluations and the last samples."""
 
     losses: tuple[tuple[float, float], ...] = ()
     evaluations: tuple[EvalLog, ...] = ()
-    sample: SampleLog | None = None
+    samples: tuple[SampleLog, ...] = ()
 
     @property
     def recent_loss(self) -> float:
@@ -60,8 +61,8 @@ def read_history(folder: Path, step: int, progress: Progress) -> History:
                 seconds=progress.seconds,
             )
         )
-    last = [SampleLog(row["step"], row["prompt"], row["text"]) for row in samples[-1:]]
-    return History(losses, tuple(evaluations), *last)
+    last = (SampleLog(row["step"], row["prompt"], row["text"]) for row in samples[-MAX_SAMPLES:])
+    return History(losses, tuple(evaluations), tuple(last))
 
 
 def _with_best(rows: Iterable[dict[str, Any]]) -> Iterable[EvalLog]:

@@ -7,12 +7,13 @@ stripped of control characters.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from mlx_randygpt.screen.curve import Curve
-from mlx_randygpt.screen.history import History
+from mlx_randygpt.screen.history import MAX_SAMPLES, History
 from mlx_randygpt.training.early import FIRST_SECONDS
 from mlx_randygpt.training.reports import (
     EarlyEvalLog,
@@ -25,6 +26,7 @@ from mlx_randygpt.training.reports import (
     SaveLog,
     StepLog,
     TargetLog,
+    perplexity,
 )
 from mlx_randygpt.words import clean_text, format_bytes, format_clock
 
@@ -33,6 +35,12 @@ Clock = Callable[[], float]
 SMOOTHING = 0.05  # weight of the newest loss in the moving average: about the last 20 reports
 MIN_STEPS = 10  # fewer steps give no mean speed
 MAX_EVENTS = 10  # messages and saved files to keep for the end
+READINGS = (  # bits/byte of a validation loss, and what samples of such models were like: English
+    (3.4, "letters in the right proportions, hardly a word"),
+    (2.8, "short words among invented ones"),
+    (2.4, "mostly real words that make no sense together"),
+    (0.0, "real words and whole phrases, with little sense"),
+)
 ENDINGS = {"stopped": ", stopped on request", "patience": ", stopped early: no new best"}
 
 
@@ -81,7 +89,7 @@ class RunSummary:
         self.last: StepLog | None = None
         self.evaluation: EvalLog | None = None
         self.early: EarlyEvalLog | None = None  # since the last evaluation
-        self.sample: SampleLog | EarlySampleLog | None = info.history.sample
+        self.samples = deque[SampleLog | EarlySampleLog](info.history.samples, MAX_SAMPLES)
         self.end: EndLog | None = None
         self.events: dict[str, Event] = {}  # by path or text, the newest last
         self.loss = math.nan  # moving average
@@ -107,12 +115,13 @@ class RunSummary:
                 self._is_early.discard("evaluation")
             self.val_losses.add(report.step, report.val_loss)
         elif isinstance(report, SampleLog):
-            self.sample = report
+            self.samples.append(report)
             self._is_early.discard("sample")
         elif isinstance(report, EarlyEvalLog):
             self.early, self._look_at = report, self._clock() + report.next_seconds
         elif isinstance(report, EarlySampleLog):
-            self.sample, self._look_at = report, self._clock() + report.next_seconds
+            self.samples.append(report)
+            self._look_at = self._clock() + report.next_seconds
         elif isinstance(report, EndLog):
             self.end = report
         elif isinstance(report, TargetLog):
@@ -145,6 +154,11 @@ class RunSummary:
             old = self.loss if math.isfinite(self.loss) else loss
             self.loss = old + SMOOTHING * (loss - old)
             self.losses.add(step, self.loss)
+
+    @property
+    def sample(self) -> SampleLog | EarlySampleLog | None:
+        """Return the last sample."""
+        return self.samples[-1] if self.samples else None
 
     @property
     def step(self) -> int:
@@ -220,7 +234,7 @@ def step_line(run: RunSummary) -> str:
         f"step {log.step}/{run.info.iters} | loss {log.loss:.4f} | "
         f"{log.bits_per_byte:.2f} bits/byte | lr {log.lr:.2e} | "
         f"grad {_fixed(log.grad_norm, 2)} | {log.tokens_per_second:,.0f} tok/s | "
-        f"{_speed(run.steps_per_second)} | {format_clock(run.elapsed)} elapsed | "
+        f"{_speed(run.steps_per_second)} it/s | {format_clock(run.elapsed)} elapsed | "
         f"{format_clock(run.left)} left"
     )
 
@@ -249,9 +263,9 @@ def numbers(run: RunSummary) -> list[tuple[str, ...]]:
     if log is None:
         loss = f"{run.loss:.4f}" if math.isfinite(run.loss) else "–"
         return [("loss", loss, "first step …"), _validation(run), _best(run)]
-    pace = (f"{log.tokens_per_second:,.0f} tok/s", _speed(run.steps_per_second))
+    pace = (f"{log.tokens_per_second:,.0f} tok/s", f"{_speed(run.steps_per_second)} steps/s")
     return [
-        ("loss", f"{run.loss:.4f}", f"raw {log.loss:.4f}", f"{log.bits_per_byte:.2f} bpb"),
+        ("loss", f"{run.loss:.4f}", f"raw {log.loss:.4f}", f"{log.bits_per_byte:.2f} bits/byte"),
         _validation(run),
         _best(run),
         ("learning rate", f"{log.lr:.2e}", f"gradient {_fixed(log.grad_norm, 2)}"),
@@ -290,8 +304,21 @@ def outcome(run: RunSummary) -> list[tuple[str, str]]:
     facts = [("steps", steps), ("loss", f"{run.loss:.4f}")]
     if best:
         facts.append(("best validation loss", f"{best.best_loss:.4f} at step {best.best_step:,}"))
+        facts += _meaning(best)
     pace = f"{run.tokens_per_second:,.0f} tokens/s"
     return [*facts, ("time", f"{format_clock(run.elapsed)}, {pace}")]
+
+
+def _meaning(log: EvalLog) -> list[tuple[str, str]]:
+    """Return what the best validation loss means, as names and values."""
+    if not 0 < log.best_loss < math.inf or not log.val_loss:
+        return []
+    choices = f"as unsure as among {_fixed(perplexity(log.best_loss), 1)} equally likely tokens"
+    bits = log.bits_per_byte * log.best_loss / log.val_loss
+    if not math.isfinite(bits):  # older files lack it
+        return [("that is", choices)]
+    reading = next(reading for least, reading in READINGS if bits >= least)
+    return [("that is", choices), ("English reads then", f"{reading} ({bits:.2f} bits/byte)")]
 
 
 def _fixed(value: float, digits: int) -> str:
@@ -299,4 +326,4 @@ def _fixed(value: float, digits: int) -> str:
 
 
 def _speed(steps_per_second: float) -> str:
-    return f"{steps_per_second:.{1 if steps_per_second >= 1 else 2}f} it/s"
+    return f"{steps_per_second:.{1 if steps_per_second >= 1 else 2}f}"

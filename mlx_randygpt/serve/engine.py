@@ -110,7 +110,8 @@ class Engine:
             try:
                 for joined in batch.join(arrived, self._model.block_size):
                     self.deliver(joined)
-                self.deliver(batch.step())
+                if notified := batch.step():
+                    self.deliver(notified)
             except BaseException as error:  # keep serving; every request in this batch gets it
                 for request in current:
                     request.error = request.error or (None if request.finished else error)
@@ -154,10 +155,11 @@ class RunningBatch:
         for together in read_together(new, block_size):
             self._feed(together, block_size)
             yield [request for request in together if request.each_token or request.finished]
+        if new:
+            self._leave()  # those whose first token is their last
 
     def step(self) -> list[Request]:
-        """Decode one token for every unfinished request; return those to notify."""
-        self._leave()
+        """Decode one token for every request; return those to notify."""
         if self.requests:
             self._write(self.requests, self._streams.append(self._tokens), first=0)
         notified = [request for request in self.requests if request.each_token or request.finished]

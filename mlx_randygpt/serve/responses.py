@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple
 
 from mlx_randygpt.sampling.generate import Continuation, shown_length
 from mlx_randygpt.serve import ServedModel
+from mlx_randygpt.serve.http import event
 from mlx_randygpt.serve.requests import GenerationRequest
 
 Body = dict[str, Any]
 
+MARK = "\0"  # the place of the text in an event that is built once
 MAX_ENTRIES = 256  # tokens and alternatives in a chunk of a stream, which is built in one go
 
 
@@ -168,7 +171,10 @@ class Rows:
 
 
 class StreamState:
-    """How much of one streamed text was sent."""
+    """How much of one streamed text was sent.
+
+    Nearly all events of a stream differ in their text alone, so what surrounds it is built once.
+    """
 
     def __init__(self, builder: ResponseBuilder, index: int, text: Continuation) -> None:
         self._builder, self._index, self._text = builder, index, text
@@ -176,15 +182,17 @@ class StreamState:
         self._rows = None if self._n_likely is None else Rows(builder, index, text)
         self._sent = 0  # characters, prefix included
         self._begun = self.done = False
+        plain = event(builder.piece(index, MARK, None, None))
+        self._before, _, self._after = plain.rpartition(json.dumps(MARK).encode("ascii"))
 
-    def pieces(self) -> list[Body]:
-        """Return chunks with what is new since the last call, MAX_ENTRIES of it at most."""
+    def events(self) -> bytes:
+        """Return events with what is new since the last call, MAX_ENTRIES of it at most."""
         sample = self._text.sample
         finish = sample.finish_reason or None  # read before the text: the engine sets it last
-        text, pieces, logprobs = sample.text, list[Body](), None
+        text, opening, logprobs = sample.text, b"", None
         ready = len(text) if finish else shown_length(text, self._text.config.stop)
         if not (ready or finish):
-            return []
+            return b""
         length = end = len(self._prefix) + ready
         rows: list[Row] = []
         if self._rows is not None:
@@ -194,12 +202,14 @@ class StreamState:
             if len(rows) == most:  # the rest comes with the next chunk
                 end, finish = min(self._rows.end, length), None
         if not (rows or end > self._sent or finish):
-            return []
+            return b""
         if self._builder.is_chat and not self._begun:
-            pieces.append(self._builder.opening(self._index))
-        pieces.append(self._builder.piece(self._index, self._take(text, end), logprobs, finish))
+            opening = event(self._builder.opening(self._index))
         self._begun, self.done = True, finish is not None
-        return pieces
+        new = self._take(text, end)
+        if finish is None and logprobs is None:
+            return opening + self._before + json.dumps(new).encode("ascii") + self._after
+        return opening + event(self._builder.piece(self._index, new, logprobs, finish))
 
     def _take(self, text: str, end: int) -> str:
         """Return the characters that were not sent yet, up to `end`."""

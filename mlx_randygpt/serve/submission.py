@@ -132,9 +132,9 @@ async def _events(
         ended = [request for request in requests if request.error or request.cancelled]
         n_sent = 0
         for state in states:
-            if not state.done and (pieces := state.pieces()):
+            if not state.done and (events := state.events()):
                 n_sent += 1
-                yield b"".join(map(event, pieces))
+                yield events
                 await asyncio.sleep(0)  # a chunk is small, and others come between two
         if n_sent:
             continue

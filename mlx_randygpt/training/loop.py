@@ -220,6 +220,8 @@ class Trainer:
         """Apply the `on_nan` policy; the backend has left its weights unchanged."""
         policy, self.skipped = self.run.train.on_nan, self.skipped + 1
         problem = f"loss is {loss:.4g} and gradient norm {grad_norm:.4g} at step {step}"
+        if policy == "stop" and self.run.train.dtype == "float16" and math.isfinite(loss):
+            policy = "skip"  # a gradient too large for the type says nothing of the next step
         if policy == "skip" and self.skipped < MAX_SKIPS:
             return NoteLog(step, f"Skipped: {problem}.")
         if policy == "rollback" and self.progress.rollbacks < MAX_ROLLBACKS and self.safe:

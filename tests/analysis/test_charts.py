@@ -17,6 +17,7 @@ from metrics_files import evaluation, row, write
 from mlx_randygpt.analysis.charts import limits, ticks
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.commands.runs import fitting_columns
+from mlx_randygpt.config import install_command
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_without_matplotlib_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = call("plot", *two, "-o", str(tmp_path / "p.png"))
     assert done.exit_code == 1
-    assert "pip install 'mlx-randygpt[plot]'" in done.stderr
+    assert install_command("plot") in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ def model(preset: str) -> ModelConfig:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this a machine on which MLX has a GPU and numba is installed."""
-    monkeypatch.setattr(backends, "choose", lambda name: ("mlx" if name == "auto" else name, ""))
+    device = SimpleNamespace(has_gpu=True, recommended=0)
+    monkeypatch.setattr(backends, "mlx_device", lambda: (device, ""))
     monkeypatch.setattr(placement, "find_spec", lambda name: name)
 
 

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training import text as cli_text
+from mlx_randygpt.config import install_command
 from mlx_randygpt.data import corpora
 from mlx_randygpt.data.corpus import Loader
 from mlx_randygpt.data.download import Remote
@@ -174,7 +175,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     Path("a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, library, None)
     assert refused(words).endswith(
-        f"needs the library {library}, which is not installed; pip install 'mlx-randygpt[{extra}]'"
+        f"needs the library {library}, which is not installed; {install_command(extra)}"
     )
 
 

@@ -58,7 +58,7 @@ def test_every_command_is_in_one_section() -> None:
 def test_train_begins_with_the_options_of_a_beginner() -> None:
     found = sections(help_of("train"))
     first = re.findall(r"^  (--[a-z-]+)", found["Options"], re.MULTILINE)
-    assert first[:5] == ["--data", "--preset", "--iters", "--out", "--prompt"]
+    assert first[:5] == ["--data", "--preset", "--iters", "--minutes", "--hours"]
     assert len(first) <= 11
     assert next(iter(found)) == "Options"
     assert list(found)[-1] == "For every command"

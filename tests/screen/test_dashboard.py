@@ -169,7 +169,7 @@ def test_the_screen_stays_inside_the_terminal(width: int, height: int) -> None:
 def test_24_rows_show_every_number(width: int) -> None:
     text = "\n".join(shown(tally_of(*reports()), width, 24))
     for part in ("step 600 of 1,000", "60 %", "perplexity 5.48", "bits/byte", "at step 600",
-                 "3.91e-02", "gradient 0.42", "tok/s", "5.2 it/s", "312 MB", "●", "ROMEO:",
+                 "3.91e-02", "gradient 0.42", "tok/s", "5.2 steps/s", "312 MB", "●", "ROMEO:",
                  "✓ Saved", "Ctrl-C saves and stops"):  # fmt: skip
         assert part in text
 
@@ -305,9 +305,9 @@ def test_nothing_that_matters_is_cut(size: tuple[int, int]) -> None:
         run.add(report)
     lines = shown(run, *size)
     text = " ".join(" ".join(lines).split())
-    for part in (warning, "context 64" if size[0] > 60 else "106,112", "perplexity 121.51, 6.92 bpb"
-                 if size[0] == 60 else "6.92 bits/byte", "(best loss 2.5071 @2)", "every 60s",
-                 "Ctrl-C saves and stops", "[red]x"):  # fmt: skip
+    for part in (warning, "context 64" if size[0] > 60 else "106,112", "6.92 bits/byte",
+                 "(best loss 2.5071 @2)", "every 60s", "Ctrl-C saves and stops",
+                 "[red]x"):  # fmt: skip
         assert part in text
 
 
@@ -428,3 +428,28 @@ def test_a_pipe_gets_plain_lines_and_a_terminal_the_screen() -> None:
     assert isinstance(make_view(INFO, terminal(TERM="dumb"), plain=False), PlainLog)
     pipe = Console(file=io.StringIO(), _environ={"FORCE_COLOR": "1"})
     assert isinstance(make_view(INFO, pipe, plain=False), PlainLog)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reading"),
+    [(3.0, "hardly a word"), (2.3, "invented"), (1.8, "no sense"), (1.4, "little sense")],
+)
+def test_the_end_says_what_the_loss_means(loss: float, reading: str) -> None:
+    lines = plain(step(9), evaluation(9, loss + 0.1, loss, 7), EndLog(9, "done"))
+    unsure = f"that is: as unsure as among {math.exp(loss):.1f} equally likely tokens"
+    assert unsure in lines
+    assert any(
+        reading in line and f"({loss / math.log(2):.2f} bits/byte)" in line for line in lines
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 40), (140, 45)])
+def test_a_tall_screen_is_used_to_its_last_row(width: int, height: int) -> None:
+    samples = [SampleLog(n, "ROMEO:", f" Line of {n}." * 20) for n in range(100, 900, 100)]
+    lines = shown(tally_of(*reports(), *samples), width, height)
+    assert len(lines) == height
+    assert "Ctrl-C saves and stops" in lines[-1]
+    text = "\n".join(lines)
+    for n in (800, 700):
+        assert f"Line of {n}." in text
+    assert text.index("Line of 800.") < text.index("Line of 700.")

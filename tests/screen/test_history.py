@@ -13,6 +13,8 @@ from rich.console import Console
 
 from mlx_randygpt.cli import group
 from mlx_randygpt.cli.training import run as training_run
+from mlx_randygpt.cli.training import text as training_text
+from mlx_randygpt.data import DataError
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.screen.dashboard import Dashboard, make_view, screen
 from mlx_randygpt.screen.history import History, read_history
@@ -55,7 +57,7 @@ def test_a_damaged_metrics_file_spoils_nothing(tmp_path: Path) -> None:
 def test_the_last_sample_up_to_the_step_comes_back(tmp_path: Path) -> None:
     rows = [{"step": n, "prompt": "A", "text": f" {n}"} for n in (2, 4, 6)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_history(tmp_path, 5, PROGRESS).sample == SampleLog(4, "A", " 4")
+    assert read_history(tmp_path, 5, PROGRESS).samples[-1] == SampleLog(4, "A", " 4")
 
 
 @pytest.fixture
@@ -101,3 +103,25 @@ def test_a_run_with_usual_intervals_looks_early(tmp_path: Path, infos: list[RunI
         call = f"{words} --iters 2 --batch-size 2 --out {tmp_path / str(i)} {more}"
         assert CliRunner().invoke(group, call.split()).exit_code == 0
     assert [info.early for info in infos] == [{"evaluation", "sample"}, {"sample"}]
+
+
+def test_why_there_is_another_text_stays_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise DataError("no connection")
+
+    shown: list[str] = []
+    monkeypatch.setattr(Dashboard, "note", lambda self, text: shown.append(text))
+    monkeypatch.setattr(training_text, "download_shakespeare", fail)
+    monkeypatch.chdir(tmp_path)
+    words = "train --backend numpy --threads 1 --preset mini --iters 1 --batch-size 2"
+    with (tmp_path / "screen").open("w") as file:
+        terminal = Console(file=file, force_terminal=True)
+        view = Dashboard(RunInfo("", "", "", "", "", "", 1), terminal)
+        monkeypatch.setattr(training_run, "make_view", lambda info, console, plain: view)
+        done = CliRunner().invoke(group, words.split())
+    assert done.exit_code == 0, done.output
+    reason = "Text: the sample corpus inside the package (no connection)"
+    assert reason in shown
+    assert reason in done.stderr  # for a pipe, and after the run

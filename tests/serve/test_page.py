@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+pytest.importorskip("axe_playwright_python")
 pytest.importorskip("playwright")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("pydantic")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browsing import each_scheme, each_screen, excess_width, problems
+from browsing import opened as opened_at
+from playwright.sync_api import Browser, Page, expect
 from served import Host
 
 from mlx_randygpt.dialogue import Turn, render_prompt
@@ -22,21 +24,7 @@ from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.serve import Settings
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -285,3 +273,19 @@ def test_a_message_that_is_refused_is_given_back(dialogue: tuple[Page, Host]) ->
     expect(page.locator("#status")).to_contain_text("context is 64 tokens")
     expect(page.locator("#prompt")).to_have_value("a" * 70)
     assert page.locator("#text .user").all_text_contents() == ["king"]
+
+
+@each_scheme
+@each_screen
+def test_it_is_accessible(size: tuple[int, int], scheme: str, browser: Browser, host: Host) -> None:
+    for page in opened_at(browser, host.url, size, scheme):
+        expect(page.locator("#facts")).to_contain_text("parameters")
+        assert problems(page) == []
+        set_slider(page, "max_tokens", 30)
+        write(page, "The", 3)
+        for name in ("attention", "run"):
+            page.locator(f"#{name} summary").click()
+        expect(page.locator("#shares")).to_contain_text("attends to")
+        expect(page.locator("#curve svg")).to_be_visible()
+        assert problems(page) == []
+        assert excess_width(page) == 0

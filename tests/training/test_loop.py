@@ -70,6 +70,7 @@ class Fake:
     ) -> None:
         self.step, self.now, self.n_steps = 0, 0.0, 0
         self.loss_at, self.val_at = loss, val
+        self.grad_norm_at: Callable[[int], float] = lambda step: 0.5
         self.rates: list[float] = []
         self.batches: list[list[Batch]] = []
         self.evaluated: list[int] = []
@@ -84,7 +85,7 @@ class Fake:
         self.now += 1.0
         self.rates.append(lr)
         self.batches.append(list(batches))
-        return StepResult(self.loss_at(self.step), 0.5)
+        return StepResult(self.loss_at(self.step), self.grad_norm_at(self.step))
 
     def loss(self, batch: Batch) -> float:
         self.evaluated.append(self.step)
@@ -388,6 +389,23 @@ def test_a_step_that_is_not_finite_is_skipped_if_asked(
     assert [note.step for note in of(NoteLog, reports)] == list(bad)
     assert all(note.text.startswith("Skipped: loss is nan") for note in of(NoteLog, reports))
     assert len(of(StepLog, reports)) == 12 - len(bad)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_only_a_gradient_that_overflows_float16_is_skipped_unasked(
+    dtype: str, faked: Callable[..., tuple[Run, Fake]]
+) -> None:
+    run, backend = faked(iters=12, dtype=dtype)
+    backend.grad_norm_at = lambda step: math.inf if step in (3, 4, 9) else 0.5
+    if dtype == "bfloat16":
+        with pytest.raises(TrainingDiverged, match="gradient norm inf at step 3"):
+            list(train(run, backend))  # type: ignore[arg-type]
+        return
+    reports = list(train(run, backend))  # type: ignore[arg-type]
+    assert [note.step for note in of(NoteLog, reports)] == [3, 4, 9]
+    run, backend = faked(lambda step: math.nan if step == 3 else 2.0, iters=12, dtype=dtype)
+    with pytest.raises(TrainingDiverged, match="loss is nan"):
+        list(train(run, backend))  # type: ignore[arg-type]
 
 
 def test_skipping_ends_where_nothing_else_is_left(

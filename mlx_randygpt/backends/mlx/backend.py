@@ -21,7 +21,7 @@ import numpy as np
 from mlx_randygpt.backends.base import ALL, StepResult
 from mlx_randygpt.backends.mlx import selftest
 from mlx_randygpt.backends.mlx.cache import MLXCache
-from mlx_randygpt.backends.mlx.forward import Forward
+from mlx_randygpt.backends.mlx.forward import Forward, Windows
 from mlx_randygpt.backends.mlx.memory import HeldMemory
 from mlx_randygpt.backends.mlx.optimizer import Moments, Rates, rates, update
 from mlx_randygpt.backends.mlx.stacks import Stacks, Weights
@@ -32,6 +32,7 @@ from mlx_randygpt.model import muon_matrices, second_moment_shapes
 from mlx_randygpt.state import Array, Batch, Params, TrainState, rng
 
 N_TRIES = 5  # of the speed measurement
+LOSS_SCALE = 1024  # in float16 most gradients would be too small for the type without it
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ class MLXBackend:
         self._forward = Forward(
             self._trained.model,
             on_gpu=device.has_gpu,
-            dtype=mx.bfloat16 if train.dtype == "bfloat16" else mx.float32,
+            dtype=getattr(mx, train.dtype),
             recomputes=train.checkpoint_activations,
         )
         # adapters are merged in float32, and only then cast
         self._weight_dtype = mx.float32 if model.lora_rank else self._forward.dtype
+        self._is_scaled = train.dtype == "float16"
         self._most_rows = 0  # of an evaluated batch
         self.restore(state)
         compiled = self._forward.compile
@@ -166,7 +168,8 @@ class MLXBackend:
     def loss_and_grads(self, batch: Batch) -> tuple[float, Params]:
         """Return `loss` and its gradient for every trained weight, float32 and not clipped."""
         share = self._group.share(batch)
-        loss, grads = self._value_and_grad(self._named, *self._forward.windows(share), None)
+        windows = self._windows(share)
+        loss, grads = self._float32_grads(self._weights, *windows, None)
         loss, grads = self._group.mean(loss, grads, _fraction_of_targets([share], [batch]))
         return float(loss), _to_numpy(grads)
 
@@ -236,22 +239,32 @@ class MLXBackend:
             n_places = 2 * self._forward.config.n_layer
             places = np.indices((n_places, len(batch.starts))).transpose(1, 2, 0)
             keys = mx.array((bits + places + (0, batch.row)).astype(np.uint32))  # (2L, B, 2)
-        return *self._forward.windows(batch, each.total), keys
+        return *self._windows(batch, each.total), keys
+
+    def _windows(self, batch: Batch, total: int = 0) -> Windows:
+        """Return the windows of a loss that is to be differentiated."""
+        return self._forward.windows(batch, total, scale=LOSS_SCALE if self._is_scaled else 1)
 
     def _loss(self, named: Weights, *inputs: Any) -> mx.array:
         """Return the loss as a function of the trained weights."""
         return self._forward.loss(self._trained.merge(named), *inputs)
 
     def _grads(self, weights: Weights, *inputs: Any) -> tuple[mx.array, Weights]:
-        """Return loss and named gradients, these in the type of the products."""
+        """Return loss and named gradients, these scaled and in the type of the products."""
         cast = {stack: w.astype(self._weight_dtype) for stack, w in weights.items()}
         loss, grads = self._value_and_grad(self._stacks.unpack(cast), *inputs)
         return loss, grads
 
+    def _unscaled(self, loss: mx.array, grads: Weights) -> tuple[mx.array, Weights]:
+        """Return the loss and its gradients in float32, without the factor LOSS_SCALE."""
+        grads = {name: g.astype(mx.float32) for name, g in grads.items()}
+        if not self._is_scaled:
+            return loss, grads
+        return loss / LOSS_SCALE, {name: g / LOSS_SCALE for name, g in grads.items()}
+
     def _float32_grads(self, weights: Weights, *inputs: Any) -> tuple[mx.array, Weights]:
         """Return loss and named gradients that can be added up."""
-        loss, grads = self._grads(weights, *inputs)
-        return loss, {name: g.astype(mx.float32) for name, g in grads.items()}
+        return self._unscaled(*self._grads(weights, *inputs))
 
     def _update(
         self, weights: Weights, moments: Moments, now: Rates, grads: Weights
@@ -264,7 +277,8 @@ class MLXBackend:
     ) -> tuple[Any, ...]:
         """Return the loss, and weights, moments and norm after a step of one pass."""
         loss, grads = self._grads(weights, *inputs)
-        return loss, *self._update(weights, moments, now, grads)
+        loss, packed = self._unscaled(loss, self._stacks.pack(grads))
+        return loss, *update(self._train, self._stacks, weights, moments, packed, now)
 
 
 def matmul_flops(*, on_gpu: bool) -> float:

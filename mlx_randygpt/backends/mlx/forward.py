@@ -129,17 +129,17 @@ class Forward:
         x = self.model.features(ids, passes, mask)  # (B, T, C)
         return self.model.lm_head(at_ends(x, ends)[:, 0]), [each.layer(ends) for each in passes]
 
-    def windows(self, batch: Batch, total: int = 0, n_rows: int = 0) -> Windows:
+    def windows(self, batch: Batch, total: int = 0, n_rows: int = 0, scale: int = 1) -> Windows:
         """Gather inputs, targets and the share of each target in the mean over `total` of them.
 
-        They are (B, T), int32 and float32; `total` is that of the batch if it is not given. With
-        `n_rows` there are at least as many rows; those added have no shares.
+        They are (B, T), int32 and float32; `total` is that of the batch if it is not given, and
+        shares are multiplied by `scale`. There are at least `n_rows` rows; those added have none.
         """
         x, y = batch.x(), batch.y()
         counts = y != IGNORED
         check_ids(x, self.config.vocab_size)
         check_ids(y, self.config.vocab_size, lowest=IGNORED)
-        shares = counts / np.float32(max(1, total or batch.n_targets()))
+        shares = counts * np.float32(scale / max(1, total or batch.n_targets()))
         added = ((0, max(0, n_rows - len(x))), (0, 0))
         arrays = (np.pad(each, added) for each in (x, np.where(counts, y, 0), shares))
         x, y, shares = (mx.array(each) for each in arrays)

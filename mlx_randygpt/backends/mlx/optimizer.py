@@ -49,7 +49,6 @@ def update(
     If the norm is not finite, these are the old weights and moments. That is decided within each
     formula: outside, every array would have two readers, and nothing could be fused.
     """
-    grads = {stack: g.astype(mx.float32) for stack, g in grads.items()}
     norm = mx.sqrt(sum(sum_of_squares(g) for g in grads.values()))
     clipping = mx.minimum(1.0, (train.grad_clip or float("inf")) / (norm + 1e-6))
     is_finite = mx.isfinite(norm)

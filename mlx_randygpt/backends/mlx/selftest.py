@@ -114,12 +114,13 @@ def sizes_of(model: ModelConfig) -> Sizes:
 @cache
 def verdicts(sizes: Sizes) -> tuple[Verdict, ...]:
     """Compare all kernels that such a model can use, once in a process."""
-    ours = kernel_steps(sizes.qk_norm)
-    found = []
-    for kernel in suitable(sizes):
-        call, inputs = trials(sizes)[kernel]
-        found.append(compare(kernel, call(ours), call(MLX_STEPS), inputs))
-    mx.clear_cache()
+    names, found = suitable(sizes), []
+    if names:
+        ours, calls = kernel_steps(sizes.qk_norm), trials(sizes)
+        for kernel in names:
+            call, inputs = calls[kernel]
+            found.append(compare(kernel, call(ours), call(MLX_STEPS), inputs))
+        mx.clear_cache()
     return tuple(found)
 
 

@@ -32,11 +32,11 @@ BEGINNERS = (  # options that open the help, in this order
     "preset",
     "iters",
     "minutes",
+    "hours",
     "out",
     "prompt",
     "resume",
     "overwrite",
-    "init_from",
     "plain",
     "backend",
 )

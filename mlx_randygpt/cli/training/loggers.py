@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_randygpt.analysis.metrics import metrics_row
-from mlx_randygpt.config import UserError
+from mlx_randygpt.config import UserError, install_command
 from mlx_randygpt.files import resolve
 from mlx_randygpt.training.reports import Report
 from mlx_randygpt.words import one_line
@@ -108,5 +108,5 @@ def _import(name: str) -> Any:
         return import_module(LOGGERS[name][0])
     except ImportError as error:
         raise LoggerError(
-            f"--log {name} needs {LOGGERS[name][0]}; pip install 'mlx-randygpt[{name}]'"
+            f"--log {name} needs {LOGGERS[name][0]}; {install_command(name)}"
         ) from error

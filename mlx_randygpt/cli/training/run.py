@@ -53,10 +53,10 @@ from mlx_randygpt.cli.training.start import (
 )
 from mlx_randygpt.cli.training.team import RANK_TIMEOUT, Team
 from mlx_randygpt.cli.training.view import GuardedView, choose_console
-from mlx_randygpt.config import ConfigError
+from mlx_randygpt.config import ConfigError, UserError
 from mlx_randygpt.data.decoding import decoded
 from mlx_randygpt.planning.footprint import device_bytes
-from mlx_randygpt.screen.dashboard import make_view
+from mlx_randygpt.screen.dashboard import Dashboard, make_view
 from mlx_randygpt.screen.history import History, read_history
 from mlx_randygpt.screen.run_summary import RunInfo
 from mlx_randygpt.state import TrainState
@@ -166,12 +166,16 @@ def run_leader(
     generation = generation_of(folder.path, position)
     run = replace(run, progress=replace(run.progress, generation=generation))
     moved = restore_best(folder.path, saved) if saved and request.resuming else ""
+    heard = start.heard
     del source, saved, start  # the backend has its own copy of the state
     folder.begin(config_toml(request, run), fresh=not request.resuming)
     notes[:0] = [*getattr(backend, "notes", ()), *skipped, *filter(None, [moved, note])]
     if (device := backend.device).endswith("(Metal)"):
         notes.insert(0, f"✓ Metal GPU enabled on device: {device.removesuffix(' (Metal)')}")
     console, plain = choose_console(request.plain)
+    view = make_view(info, console, plain)
+    if isinstance(view, Dashboard):
+        notes += heard  # newest first, so they are at the top
     return show_run(
         Session(
             request=request,
@@ -179,7 +183,7 @@ def run_leader(
             backend=backend,
             folder=folder,
             console=console,
-            view=GuardedView(make_view(info, console, plain)),
+            view=GuardedView(view),
             loggers=loggers,
             signals=signals,
             team=team,
@@ -249,6 +253,8 @@ def show_run(session: Session) -> int:
             safe = [f"{s.path} (iter {s.step})" for s in saves.values() if not s.error]
             kept = ", ".join(safe) or "what was on the disk"
             raise TrainingDiverged(f"{error}; kept: {kept}") from error
+        except UserError:
+            raise
         except (RuntimeError, MemoryError) as error:
             if problem := describe_failure(error, in_training=True):
                 recovery = recovery_line(session.located_request, session.run)

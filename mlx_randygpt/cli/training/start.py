@@ -72,6 +72,7 @@ class Start:
     data: dict[str, Any] = field(default_factory=dict)  # of the resumed checkpoint: how it read
     sources: tuple[TextSource, ...] = ()  # the files of the corpus
     notes: tuple[str, ...] = ()
+    heard: tuple[str, ...] = ()  # lines that are on stderr already
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def new(request: TrainRequest, machine: Machine) -> Start:
     """Start a run with initial weights and, unless the request has one, a new tokenizer."""
     options, began = request.options, time.monotonic()
     tokenizer = tokenizer_from_json(request.tokenizer) if request.tokenizer else None
-    sources = text.sources_of(request.data)
+    heard: list[str] = []
+    sources = text.sources_of(request.data, heard)
     tokenizer, corpus = text.load(
         [source.file for source in sources],
         text.reading(options),
@@ -156,6 +158,7 @@ def new(request: TrainRequest, machine: Machine) -> Start:
         progress=Progress(seconds=time.monotonic() - began if train.minutes else 0.0),
         sources=tuple(sources),
         notes=tuple(filter(None, notes)),
+        heard=tuple(heard),
     )
 
 
@@ -178,7 +181,8 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
     options, began = request.options, time.monotonic()
     tokenizer = tokenizer_from_json(saved.tokenizer)
     check_tokenizer(tokenizer, options)
-    sources, how = text.sources_of(request.data), text.reading(options)
+    heard: list[str] = []
+    sources, how = text.sources_of(request.data, heard), text.reading(options)
     tokenizer, corpus = text.load([source.file for source in sources], how, tokenizer)
     n_tokens, seed = len(corpus.train), options.get("seed", saved.train.seed)
     params, model = add_tokens(saved.state.params, saved.model, tokenizer.vocab_size, seed)
@@ -201,6 +205,7 @@ def fine_tune(request: TrainRequest, saved: Checkpoint, machine: Machine) -> Sta
         progress=Progress(seconds=time.monotonic() - began if train.minutes else 0.0),
         sources=tuple(sources),
         notes=tuple(filter(None, notes)),
+        heard=tuple(heard),
     )
 
 

@@ -35,8 +35,12 @@ def files_of(paths: Sequence[str]) -> list[Path]:
     return [source.file for source in sources_of(paths)]
 
 
-def sources_of(paths: Sequence[str]) -> list[TextSource]:
-    """Return the files that paths name, with their weights; without paths, search for a text."""
+def sources_of(paths: Sequence[str], heard: list[str] | None = None) -> list[TextSource]:
+    """Return the files that paths name, with their weights; without paths, search for a text.
+
+    What is chosen or left out is a line on stderr, and goes to `heard` too, for the live screen
+    that will hide it.
+    """
     is_rank = LIFELINE in os.environ or is_ranked()
     if pipe := next(filter(is_pipe, paths if is_rank else ()), ""):
         raise DataError(
@@ -45,6 +49,8 @@ def sources_of(paths: Sequence[str]) -> list[TextSource]:
 
     def note(line: str) -> None:
         echo(line, err=True)
+        if heard is not None:
+            heard.append(line)
 
     if paths:
         return find_sources(paths, note)

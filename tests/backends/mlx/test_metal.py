@@ -25,7 +25,7 @@ from mlx_randygpt.backends.mlx.backend import MLXBackend
 from mlx_randygpt.backends.mlx.embedding import gradient
 from mlx_randygpt.backends.mlx.optimizer import rates
 from mlx_randygpt.check import SUBJECTS
-from mlx_randygpt.config import ModelConfig, TrainConfig
+from mlx_randygpt.config import DTYPES, ModelConfig, TrainConfig
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.state import Batch, TrainState
 
@@ -35,7 +35,8 @@ FILES = sorted((Path(mlx_randygpt.__file__).parent / "backends" / "mlx").glob("[
 # MLX's Metal back end throws for float64 and for these (mlx/backend/metal/primitives.cpp).
 FORBIDDEN = {"float64", "complex64", "double", "linalg", "cpu", "qr", "svd", "inv", "cholesky"}
 FORBIDDEN |= {"eig", "eigh", "lu", "solve", "pinv"}
-TYPES = {mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int32, mx.int64, mx.float32, mx.bfloat16}
+TYPES = {mx.bool_, mx.uint8, mx.uint16, mx.uint32, mx.int32, mx.int64, mx.float32}
+TYPES |= {mx.bfloat16, mx.float16}
 # Every operation that training and decoding use. Add one only if Metal has a kernel for it.
 HAVE_KERNELS = {
     # unary, binary and ternary .metal files: one thread an element
@@ -91,7 +92,7 @@ def backend(recipe: str, tiny_model: Any, tiny_train: Any, **train: Any) -> MLXB
 
 
 @pytest.mark.parametrize("recipe", MODELS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_step_uses_what_metal_has(
     recipe: str,
@@ -112,7 +113,7 @@ def test_a_training_step_uses_what_metal_has(
 
     recorded = record(step, list(b._weights.values()))
     assert {"Matmul", "ScatterAxis", "RandomBits"} < recorded.operations
-    assert (mx.bfloat16 in recorded.types) is (dtype == "bfloat16")
+    assert recorded.types & {mx.float16, mx.bfloat16} == {getattr(mx, dtype)} - {mx.float32}
     assert recorded.lacking() == set()
 
 

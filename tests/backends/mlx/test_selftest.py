@@ -36,6 +36,7 @@ from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Batch, TrainState, rng
 
 ATTENTION = {"attend", "deltas", "attend_gradient"}
+ROTATION = {"norm_rotate", "norm_rotate_gradient"}
 ALL = {kernel.name for kernel in kernels.KERNELS}
 
 
@@ -112,6 +113,17 @@ def test_a_model_with_kernels_has_the_gradients_of_numpy(subject: str, launched:
     findings = list(cross_check(model, scaled_up(model, 1337), 1337, "mlx"))
     assert [f"{f.tensor}: {f.error}" for f in findings if not f.holds] == []  # measured: 2e-6
     assert set(launched) == (ALL if model.qk_norm else ATTENTION)
+
+
+@pytest.mark.parametrize("kernel", selftest.FIELDS)
+def test_each_kernel_computes_beside_mlx_s_operations(
+    kernel: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "verdicts", lambda _: (Verdict(kernel),))
+    model = check_model("modern")
+    findings = list(cross_check(model, scaled_up(model, 1337), 1337, "mlx"))
+    assert [f"{f.tensor}: {f.error}" for f in findings if not f.holds] == []
+    assert set(launched) in ({"norm_shift", "norm_shift_gradient"}, ROTATION, ATTENTION)
 
 
 @pytest.mark.slow

@@ -1,0 +1,150 @@
+"""The pages that commands write, and the docs, in a real browser, by keyboard and on a phone.
+
+Skipped where Chromium or playwright is missing; `.ci/run` installs both.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("playwright")
+pytest.importorskip("axe_playwright_python")
+
+from browsing import SCREENS, each_scheme, each_screen, excess_width, opened, problems
+from playwright.sync_api import Browser, expect
+
+from mlx_randygpt.analysis.metrics import metrics_row
+from mlx_randygpt.checkpoint import Checkpoint, save_checkpoint
+from mlx_randygpt.cli import group
+from mlx_randygpt.progress import Progress
+from mlx_randygpt.training.reports import EvalLog, StepLog
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The docs, built and served."""
+    build = pytest.importorskip("mkdocs.commands.build").build
+    load_config = pytest.importorskip("mkdocs.config").load_config
+    folder = tmp_path_factory.mktemp("site")
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def folder(make_run: Callable[..., Any], text: str, tmp_path: Path) -> Path:
+    """The folder of a run with a model, metrics and samples."""
+    run, backend = make_run("modern")
+    (tmp_path / "text.txt").write_text(text)
+    data = {**run.data, "paths": [str(tmp_path / "text.txt")]}
+    tokenizer = run.tokenizer.to_json()
+    saved = Checkpoint(run.model, run.train, Progress(), tokenizer, data, "numpy", backend.state())
+    save_checkpoint(tmp_path / "checkpoint.safetensors", saved)
+    logs: list[StepLog | EvalLog] = [
+        StepLog(n, 1.5 + 2 / n, 0.02 - n / 9000, 0.5, 64 * n, 900.0, n / 9, 10**8, 2.2)
+        for n in range(1, 101)
+    ]
+    logs += [EvalLog(n, 1.6 + 2 / n, 2.4, 1.6 + 2 / n, n, n / 9) for n in (25, 50, 75, 100)]
+    rows = (json.dumps(metrics_row(log, 1)) + "\n" for log in logs)
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    samples = [{"step": n, "prompt": "The", "text": f" king of {n}"} for n in (50, 100)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return tmp_path
+
+
+def written(command: str, folder: Path, *more: str) -> Path:
+    """The page that a command writes about the run."""
+    out = folder / f"{command}.html"
+    done = CliRunner().invoke(group, [command, str(folder), "-o", str(out), *more])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.mark.parametrize("command", ["inspect", "plot"])
+@each_scheme
+@each_screen
+def test_a_written_page_is_accessible(
+    size: tuple[int, int], scheme: str, command: str, folder: Path, browser: Browser
+) -> None:
+    for page in opened(browser, written(command, folder).as_uri(), size, scheme):
+        assert problems(page) == []
+        assert excess_width(page) == 0
+
+
+@pytest.mark.parametrize("name", ["", "cli/", "python/"])
+@each_screen
+def test_the_docs_fit_the_screen(
+    name: str, size: tuple[int, int], site: str, browser: Browser
+) -> None:
+    for page in opened(browser, f"{site}/{name}", size, "light"):
+        expect(page.locator("h1").first).to_be_visible()
+        assert excess_width(page) == 0
+
+
+def test_inspect_is_read_by_keyboard(folder: Path, browser: Browser) -> None:
+    for page in opened(browser, written("inspect", folder).as_uri(), SCREENS[0], "light"):
+        for box, says, key in (
+            ("text", "shares", "ArrowLeft"),
+            ("heads", "which", "ArrowRight"),
+            ("plane", "of", "ArrowRight"),
+            ("strip", "there", "ArrowRight"),
+        ):
+            before = page.locator(f"#{says}").text_content()
+            page.locator(f"#{box}").focus()
+            page.keyboard.press(key)
+            assert page.locator(f"#{says}").text_content() != before, box
+        expect(page.locator("#which")).to_have_text("Layer 1, head 2")
+        page.locator("#heads").focus()
+        page.keyboard.press("ArrowDown")
+        expect(page.locator("#which")).to_have_text("Layer 2, head 2")
+        page.locator("#hardest .t").first.focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#nats")).to_contain_text("nats")
+        expect(page.locator("#command")).to_have_text(
+            f"mlxgpt sample --checkpoint {folder}/checkpoint.safetensors"
+        )
+
+
+def test_inspect_names_what_the_model_does_not_know(folder: Path, browser: Browser) -> None:
+    out = written("inspect", folder, "--text", "the ¤ ship")
+    for page in opened(browser, out.as_uri(), SCREENS[1], "light"):
+        expect(page.locator("#warnings")).to_contain_text("¤")
+
+
+def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> None:
+    for page in opened(browser, written("plot", folder).as_uri(), SCREENS[1], "light"):
+        page.locator("#charts").focus()
+        page.keyboard.press("Home")
+        expect(page.locator("#values")).to_contain_text("step 1\n")
+        page.keyboard.press("End")
+        expect(page.locator("#values")).to_contain_text("step 100\n")
+        expect(page.locator("#values")).to_contain_text("validation loss 1.62")
+        page.locator("#charts .wide").hover()
+        expect(page.locator("#values")).not_to_contain_text("step 100\n")
+        page.locator("#copy").click()
+        page.set_viewport_size({"width": 390, "height": 800})
+        expect(page.locator("#charts .narrow")).to_be_visible()
+        expect(page.locator("#charts .wide")).to_be_hidden()
