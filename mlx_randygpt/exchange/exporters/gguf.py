@@ -38,6 +38,7 @@ OLLAMA_TEMPLATE = (  # CHAT_TEMPLATE in the language of Go
 )
 OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # type of the matrices -> general.file_type
 Q8_0_BLOCK = 32  # values that share a scale
+NO_MERGE = "þ ÿ"  # llama.cpp needs a merge; this one is of two bytes that UTF-8 does not have
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # kinds of tokens
 
 
@@ -126,7 +127,7 @@ def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(names)
     writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
+    writer.add_token_merges(merges or [NO_MERGE])
     writer.add_bos_token_id(tokenizer.bos)
     writer.add_eos_token_id(tokenizer.eos)
     writer.add_add_bos_token(False)
@@ -149,11 +150,16 @@ def byte_level_bpe(
     return [names.get(i, f"[unused{i}]") for i in ids], kinds, merges
 
 
+NEVER = "ÿ ÿ"  # a merge of two bytes 255
+
+
 def characters_as_bpe(tokenizer: CharTokenizer) -> tuple[list[str], list[int], list[str]]:
     """Return a character vocabulary as byte-level BPE: names, kinds and merges.
 
     The only merges assemble the bytes of one character. UTF-8 is free of prefixes, so no merge
-    crosses the border of two characters. Unknown characters have no tokens and are left out.
+    crosses the border of two characters. If each is one byte, there is the merge of two bytes that
+    UTF-8 never has, since llama.cpp requires one. Unknown characters have no tokens and are left
+    out.
     """
     from mlx_randygpt.tokenizers.subword import byte_characters
 
@@ -161,7 +167,7 @@ def characters_as_bpe(tokenizer: CharTokenizer) -> tuple[list[str], list[int], l
     spelled = ["".join(char_of[byte] for byte in char.encode()) for char in tokenizer.chars]
     merges = dict.fromkeys(f"{s[:n]} {s[n]}" for s in spelled for n in range(1, len(s)))
     kinds = [UNKNOWN if name == UNK else CONTROL for name in tokenizer.specials]
-    return [*spelled, *tokenizer.specials], [NORMAL] * len(spelled) + kinds, list(merges)
+    return [*spelled, *tokenizer.specials], [NORMAL] * len(spelled) + kinds, [*merges] or [NEVER]
 
 
 def add_tensor(writer: Any, name: str, array: Array, outtype: str) -> None:
