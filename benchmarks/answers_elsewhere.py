@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=1000, help="questions")
     parser.add_argument("--tokens", type=int, default=100, help="of an answer, at most")
+    parser.add_argument("--only", choices=tuple(PROGRAMS), help="ask only this program")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     saved = load_checkpoint(args.checkpoint, weights_only=True)
@@ -171,6 +172,8 @@ def main() -> None:
 
     report("mlxgpt, in Python", ours)
     for name, (modules, kind, ask) in PROGRAMS.items():
+        if args.only not in (None, name):
+            continue
         if any(importlib.util.find_spec(m) is None for m in modules):
             print(f"{name}: not installed")
             continue

@@ -21,6 +21,7 @@ from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 2, "block_size": 250}  # 64: a group of 4-bit weights
+BPE_SIZE = 300
 LITERAL = ("<|end|>", "<|user|>", "<|assistant|>", "<eos>", "<bos>", "<unk>", "<", "<<|end|>", "|>")
 PIECES = ("The old ship", " ", "  ", "\n\n", "\t", "é", "“", "日", "🙂", "e\u0301", "{{ 1 }}", "'s")
 PIECES += ("{% if %}", '"', "\\n", "\r", "\x00", "\ufeff", "12", "\u200d", "a", "\n")
@@ -43,7 +44,7 @@ def make(
     elif kind == "table":  # nothing begins or ends a text, one id stands for no character
         tokenizer = FixedCharTokenizer(("", *sorted(set(text + ODD + "\\]^-"), reverse=True)))
     else:
-        tokenizer = SubwordTokenizer.train(kind, [text + ODD], 300 if kind == "bpe" else 600)
+        tokenizer = SubwordTokenizer.train(kind, [text + ODD], BPE_SIZE if kind == "bpe" else 600)
     tokenizer = tokenizer.with_dialogue() if dialogue else tokenizer
     sizes = SIZES | {"vocab_size": tokenizer.vocab_size} | changes
     model = tiny_model(recipe, **sizes)

@@ -38,6 +38,7 @@ OLLAMA_TEMPLATE = (  # CHAT_TEMPLATE in the language of Go
 )
 OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # type of the matrices -> general.file_type
 Q8_0_BLOCK = 32  # values that share a scale
+NO_MERGE = "þ ÿ"  # llama.cpp needs a merge; this one is of two bytes that UTF-8 does not have
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # kinds of tokens
 
 
@@ -126,7 +127,7 @@ def add_tokenizer(writer: Any, saved: Checkpoint) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(names)
     writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
+    writer.add_token_merges(merges or [NO_MERGE])
     writer.add_bos_token_id(tokenizer.bos)
     writer.add_eos_token_id(tokenizer.eos)
     writer.add_add_bos_token(False)

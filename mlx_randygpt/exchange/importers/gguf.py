@@ -19,6 +19,7 @@ from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.exporters.gguf import (
     CONTROL,
     GGUF,
+    NO_MERGE,
     NORMAL,
     UNUSED,
     gpt2_names,
@@ -155,7 +156,7 @@ def _tokenizer(path: Path, settings: Mapping[str, Any], size: int) -> Tokenizer:
         )
     names = _list(path, settings, TOKENS, str)
     kinds = _list(path, settings, "tokenizer.ggml.token_type", int)
-    merges = _list(path, settings, "tokenizer.ggml.merges", str)
+    merges = [m for m in _list(path, settings, "tokenizer.ggml.merges", str) if m != NO_MERGE]
     if not len(names) == len(kinds) == size:
         raise ExchangeError(
             f"{path} has {len(names)} tokens of {len(kinds)} kinds and a model of {size}"

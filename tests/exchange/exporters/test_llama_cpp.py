@@ -71,3 +71,18 @@ def test_llama_cpp_computes_the_same_tokens_and_log_probabilities(
         for likely in token["top_logprobs"]
     )
     assert worst < BOUNDS[recipe], worst
+
+
+def test_llama_cpp_reads_a_vocabulary_without_merges(
+    text: str,
+    tiny_model: Callable[..., Any],
+    lively: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("exported.ODD", "")  # ASCII only
+    saved = make("portable", "char", text, tiny_model, lively, block_size=400)
+    export(saved, "gguf", tmp_path / "x")
+    _, tokens = complete(tmp_path / "x" / "model.gguf", "The old ship", 1)
+    prompt = tokenizer_from_json(saved.tokenizer).encode("The old ship")
+    assert tokens[0]["id"] == streamed(saved, prompt)[-1].argmax()

@@ -14,6 +14,7 @@ from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.config import UserError
 from mlx_randygpt.exchange.export import export
 from mlx_randygpt.exchange.importing import read_foreign
+from mlx_randygpt.tokenizers import tokenizer_from_json
 
 gguf = pytest.importorskip("gguf")
 
@@ -56,6 +57,19 @@ def test_what_goes_out_comes_in_again(
     assert kind == "bpe" or found.tokenizer.to_json() == ours
     n_bytes = (folder / "model.gguf").stat().st_size
     assert outtype == "f32" or n_bytes < 0.8 * exported(recipe, kind)[1].stat().st_size + 1e6
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_vocabulary_without_merges_comes_in_again(
+    exported: Make, kind: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exported.ODD", "")  # ASCII only
+    monkeypatch.setattr("exported.BPE_SIZE", 258)  # the bytes and two special tokens
+    saved, folder = exported("portable", kind)
+    reader = gguf.GGUFReader(folder / "model.gguf")
+    assert reader.fields["tokenizer.ggml.merges"].contents() == ["þ ÿ"]
+    again, ours = read_foreign(folder).tokenizer, tokenizer_from_json(saved.tokenizer)
+    assert again.encode(text).tolist() == ours.encode(text).tolist()
 
 
 def test_the_modelfile_names_the_file_the_stop_and_the_context(exported: Make) -> None:
