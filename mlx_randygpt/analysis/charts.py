@@ -94,10 +94,7 @@ def page(records: Sequence[RunRecord], span: float) -> str:
         "left": LEFT,
         "right": RIGHT,
         "last": max(steps, default=1.0),
-        "runs": [
-            {"name": label, "panels": [*_values(record, span)]}
-            for label, record in zip(labels(records), records, strict=True)
-        ],
+        "runs": [{"name": record.name, "panels": [*_values(record, span)]} for record in records],
     }
     template = Path(__file__).with_name("plot.html").read_text(encoding="utf-8")
     title = escape(" · ".join(record.name for record in records))

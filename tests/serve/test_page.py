@@ -85,7 +85,7 @@ def test_the_longest_seed_is_shown_whole(page: Page) -> None:
 
 def test_layers_and_heads_count_from_one(page: Page, host: Host) -> None:
     for name, n in (("layer", host.run.model.n_layer), ("head", host.run.model.n_head)):
-        names = page.locator(f"#{name} option").all_inner_texts()
+        names = page.locator(f"#{name} option").all_text_contents()
         assert names == [str(i) for i in range(1, n + 1)]
 
 
@@ -140,6 +140,28 @@ def test_the_loss_of_the_run_is_drawn(page: Page) -> None:
     expect(page.locator("#curve svg")).to_have_attribute(
         "aria-label", "Loss from 3.00 down to 2.00 in 3 steps"
     )
+
+
+def test_the_loss_at_a_step_is_read_by_keyboard_and_pointer(page: Page) -> None:
+    page.locator("#run summary").click()
+    values = page.locator("#curve-values")
+    expect(values).to_have_text("step 3 training 2.0000 · validation 2.2000 at step 3")
+    page.locator("#curve").focus()
+    page.keyboard.press("Home")
+    expect(values).to_have_text("step 1 training 3.0000 · validation 3.1000 at step 0")
+    width = page.locator("#curve svg").bounding_box()["width"]
+    page.locator("#curve svg").hover(position={"x": width - 20, "y": 50})
+    expect(values).to_contain_text("step 3")
+
+
+def test_the_command_is_copied(page: Page, host: Host) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=host.url)
+    set_slider(page, "max_tokens", 5)
+    write(page, "The", 3)
+    page.locator("#copy").click()
+    expect(page.locator("#status")).to_have_text("The command is copied.")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == page.locator("#command").text_content()
 
 
 def test_two_tabs_write_side_by_side(page: Page, host: Host) -> None:

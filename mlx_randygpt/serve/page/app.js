@@ -302,6 +302,42 @@ function drawCurve(curve) {
     svg.append(make("text", { class: kind, x: at, y: h - 18 }, kind === "val" ? "validation" : "training"));
   }
   $("curve").replaceChildren(svg);
+  browseCurve(svg, loss, val, x);
+}
+
+function browseCurve(svg, loss, val, x) {
+  const line = svg.appendChild(make("line", { y1: 0, y2: 230 }));
+  let at = loss.length - 1;
+  const count = (step) => Math.round(step).toLocaleString("en");
+  const select = (i) => {
+    if (!loss[i]) return;
+    const [step, value] = loss[(at = i)], evaluated = val.filter(([s]) => s <= step).at(-1);
+    line.setAttribute("x1", x(step));
+    line.setAttribute("x2", x(step));
+    const validation = evaluated ? ` · validation ${evaluated[1].toFixed(4)} at step ${count(evaluated[0])}` : "";
+    describe($("curve-values"), `step ${count(step)}`, ` training ${value.toFixed(4)}${validation}`);
+  };
+  $("curve").onkeydown = (event) => {
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: loss.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    select(to);
+  };
+  $("curve").onpointermove = $("curve").onclick = (event) => {
+    const box = svg.getBoundingClientRect(), place = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+    const distance = (i) => Math.abs(x(loss[i][0]) - place);
+    select(loss.reduce((best, _, i) => (distance(i) < distance(best) ? i : best), 0));
+  };
+  select(at);
+}
+
+async function copyCommand() {
+  try {
+    await navigator.clipboard.writeText($("command").textContent);
+    showStatus("The command is copied.");
+  } catch { // not allowed: select it, for the keyboard
+    getSelection().selectAllChildren($("command"));
+  }
 }
 
 function make(name, attributes, text = "") {
@@ -374,6 +410,7 @@ function build() {
   $("attention").ontoggle = () => $("attention").open && showAttention();
   $("copies").ontoggle = () => $("copies").open && showCopies();
   $("key-row").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("key", $("key").value); loadModel().then(() => showStatus(""), showError); };
+  $("copy").onclick = copyCommand;
   $("run").ontoggle = () => drawCurve(model?.curve ?? {});
   $("settings").onsubmit = (event) => event.preventDefault();
   $("theme").onclick = toggleTheme;
