@@ -226,4 +226,4 @@ def test_it_learns_to_answer(backend: str, folder: Path) -> None:
     words += f" --backend={backend} --eval-every=0 --sample-every=0 --threads=1 --iters=60"
     out = done(f"train {words} --out=run --data=talks.jsonl")
     assert "Say 54!\n    It is " in out.split("sample 60")[1]
-    assert ended("run").progress.best_loss < 0.8  # measured: see the commit; untrained 3.6
+    assert ended("run").progress.best_loss < 0.8  # measured: 0.19 and 0.20
