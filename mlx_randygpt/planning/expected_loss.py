@@ -19,10 +19,10 @@ from mlx_randygpt.tokenizers import Tokenizer
 SAMPLE_BYTES = 100_000  # of a text, compressed to see how surprising it is
 REFERENCE_BITS = 2.62  # per byte of as much of tiny Shakespeare
 SHORTER = 0.125  # a shorter sample compresses worse by this power of its length
-FLOOR = 0.631  # nats per byte of tiny Shakespeare
-SIZE, SIZE_POWER = 0.4354, 0.1  # what too few weights of the blocks cost
-STEPS, STEPS_POWER = 2.4429, 0.4  # what too few steps cost
-CONTEXT, CONTEXT_POWER = 1.701, 0.3  # what a short context costs, in bytes
+FLOOR = 0.5961  # nats per byte of tiny Shakespeare
+SIZE, SIZE_POWER = 0.4798, 0.1  # what too few weights of the blocks cost
+STEPS, STEPS_POWER = 2.5303, 0.4  # what too few steps cost
+CONTEXT, CONTEXT_POWER = 1.6933, 0.3  # what a short context costs, in bytes
 REUSE = 15.0  # passes after which another one teaches nearly nothing
 
 

@@ -26,7 +26,7 @@ from mlx_randygpt.cli.signals import CtrlC
 from mlx_randygpt.cli.values import FilePath
 
 if TYPE_CHECKING:
-    from mlx_randygpt.sampling.chat import Conversation
+    from mlx_randygpt.sampling.chat import Conversation, Turn
     from mlx_randygpt.sampling.filters import SampleConfig
 
 MAX_HISTORY = 1000  # lines
@@ -67,8 +67,9 @@ def command(
 def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -> None:
     """Answer the lines of stdin on stdout until the end of input or /quit."""
     from mlx_randygpt.backends import release_memory
-    from mlx_randygpt.sampling.chat import Conversation
+    from mlx_randygpt.sampling.chat import Conversation, load_turns
 
+    saved_turns = [] if replay is None else load_turns(replay)
     model, tokenizer = loaded.saved.model, loaded.tokenizer
     conversation = Conversation(loaded.backend, model, tokenizer, config, echo_notice)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -78,8 +79,7 @@ def converse(loaded: Loaded, config: SampleConfig, replay: Path | None = None) -
         lines = "\n".join(wrap(f"{lines}\n{keys}"))
     echo(lines, err=True)
     with CtrlC() as ctrl_c, _line_editing() if at_terminal else contextlib.nullcontext():
-        if replay is not None:
-            _replay(conversation, replay, ctrl_c)
+        _replay(conversation, saved_turns, ctrl_c)
         for line in _lines(at_terminal, ctrl_c):
             if line.strip() == "/quit":
                 break
@@ -125,10 +125,8 @@ def _respond(conversation: Conversation, line: str, ctrl_c: CtrlC) -> None:
         echo_notice(f"Error: {error}", is_error=True)
 
 
-def _replay(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
-    from mlx_randygpt.sampling.chat import load_turns
-
-    for turn in load_turns(path):
+def _replay(conversation: Conversation, turns: list[Turn], ctrl_c: CtrlC) -> None:
+    for turn in turns:
         begin = f"\n{PROMPT * conversation.is_dialogue}" if is_terminal(sys.stdout) else ""
         echo(begin + turn.prompt, nl=conversation.is_dialogue)
         _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
