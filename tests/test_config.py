@@ -49,7 +49,7 @@ BAD_RUNS: list[tuple[str, Any, str]] = [
     *[(name, 1.0, r"\[0, 1\)") for name in ("beta1", "beta2", "momentum")],
     ("optimizer", "sgd", "adamw, muon"),
     ("schedule", "step", "cosine, linear, trapezoid, constant, plateau"),
-    ("dtype", "float8", "float32, bfloat8"),
+    ("dtype", "float8", "float32, bfloat16"),
     ("recipe", "ancient", "classic, modern"),
     ("save_every", "soon", "60s"),
 ]

@@ -49,7 +49,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     (f"{NEW} --preset=huge", 2, "'huge' is not one of 'mini', 'tiny'"),
     (f"{NEW} --recipe=Modern", 2, "'Modern' is not one of 'classic', 'modern'"),
     (f"{NEW} --backend=cuda", 2, "'cuda' is not one of 'auto', 'mlx', 'numpy'"),
-    (f"{NEW} --dtype=float8", 2, "'float8' is not one of 'float32', 'bfloat8'"),
+    (f"{NEW} --dtype=float8", 2, "'float8' is not one of 'float32', 'bfloat16'"),
     (f"{NEW} --plain=yes", 2, "Option '--plain' does not take a value"),
     (f"{NEW} --json", 2, "No such option '--json'"),
     (
