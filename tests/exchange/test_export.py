@@ -22,10 +22,8 @@ from mlx_randygpt.data.files import sample_corpus_path
 from mlx_randygpt.exchange import ExchangeError
 from mlx_randygpt.exchange.export import build_files, export
 from mlx_randygpt.exchange.exporters.card import TESTED, card, licences
-from mlx_randygpt.exchange.exporters.gguf import characters_as_bpe
 from mlx_randygpt.exchange.exporters.tokenizer import token_names, tokenizer_json
 from mlx_randygpt.tokenizers import tokenizer_from_json
-from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -357,11 +355,3 @@ def test_gguf_marks_special_tokens_alone_as_control(model: Make, tmp_path: Path)
     kinds = reader.fields["tokenizer.ggml.token_type"].contents()
     assert kinds[first:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
     assert kinds[:3] == [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
-
-
-def test_a_gguf_of_ascii_characters_has_the_merge_that_llama_cpp_requires() -> None:
-    for tokenizer in (CharTokenizer("ab"), CharTokenizer("ab", dialogue=True)):
-        names, kinds, merges = characters_as_bpe(tokenizer)
-        assert merges == ["ÿ ÿ"]  # two bytes 255, which no text in UTF-8 has
-        assert len(names) == len(kinds) == tokenizer.vocab_size
-    assert characters_as_bpe(CharTokenizer("aé"))[2] == ["Ã ©"]

@@ -150,16 +150,11 @@ def byte_level_bpe(
     return [names.get(i, f"[unused{i}]") for i in ids], kinds, merges
 
 
-NEVER = "ÿ ÿ"  # a merge of two bytes 255
-
-
 def characters_as_bpe(tokenizer: CharTokenizer) -> tuple[list[str], list[int], list[str]]:
     """Return a character vocabulary as byte-level BPE: names, kinds and merges.
 
     The only merges assemble the bytes of one character. UTF-8 is free of prefixes, so no merge
-    crosses the border of two characters. If each is one byte, there is the merge of two bytes that
-    UTF-8 never has, since llama.cpp requires one. Unknown characters have no tokens and are left
-    out.
+    crosses the border of two characters. Unknown characters have no tokens and are left out.
     """
     from mlx_randygpt.tokenizers.subword import byte_characters
 
@@ -167,7 +162,7 @@ def characters_as_bpe(tokenizer: CharTokenizer) -> tuple[list[str], list[int], l
     spelled = ["".join(char_of[byte] for byte in char.encode()) for char in tokenizer.chars]
     merges = dict.fromkeys(f"{s[:n]} {s[n]}" for s in spelled for n in range(1, len(s)))
     kinds = [UNKNOWN if name == UNK else CONTROL for name in tokenizer.specials]
-    return [*spelled, *tokenizer.specials], [NORMAL] * len(spelled) + kinds, [*merges] or [NEVER]
+    return [*spelled, *tokenizer.specials], [NORMAL] * len(spelled) + kinds, [*merges]
 
 
 def add_tensor(writer: Any, name: str, array: Array, outtype: str) -> None:
