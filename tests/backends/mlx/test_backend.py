@@ -230,6 +230,23 @@ def test_a_compiled_token_is_traced_once_and_gives_the_same_logits() -> None:
     assert len(traced) == 1
 
 
+@pytest.mark.slow
+def test_each_number_of_rows_is_traced_once() -> None:
+    b, traced = backend("modern", n_layer=1), []
+
+    def advance(*inputs: Any) -> Any:
+        traced.append(inputs)
+        return Forward.advance(b._forward, *inputs)
+
+    b._forward._advance_token = mx.compile(advance)
+    for n_rows in (1, 3, 1, 3):
+        cache = b.new_cache(n_rows)
+        b.logits(tokens(n_rows, 5), cache)
+        for _ in range(4):
+            b.logits(tokens(n_rows, 1), cache)
+    assert len(traced) == 2
+
+
 def test_ids_and_positions_are_checked_at_the_border() -> None:
     b = backend("classic")
     cache = b.new_cache(1)
