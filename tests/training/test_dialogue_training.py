@@ -160,6 +160,20 @@ def test_resume_is_bit_exact(
         assert score["tokens"] == 6 * len("It is 54.") + 6  # of six answers, and their ends
 
 
+@pytest.mark.slow
+def test_resume_is_bit_exact_on_mlx(folder: Path) -> None:
+    pytest.importorskip("mlx.core", exc_type=ImportError)
+    on_mlx = SMALL.replace("--backend=numpy", "--backend=mlx")
+    assert on_mlx != SMALL
+    for kind in KINDS[:2]:
+        done(f"train {on_mlx} --iters=3 --schedule=constant --overwrite --out=stopped {kind}")
+        done(f"train {on_mlx} --iters=6 --schedule=constant --overwrite --out=whole {kind}")
+        done("train --plain --backend=mlx --iters=6 --resume --out=stopped")
+        whole, resumed = ended("whole"), ended("stopped")
+        for name, weight in whole.state.params.items():
+            assert np.array_equal(resumed.state.params[name], weight), (kind, name)
+
+
 def test_the_config_of_a_run_makes_the_same_run_again(folder: Path) -> None:
     data = "--data=notes.txt --data=talks.jsonl:0.3 --tokenizer=bpe --vocab-size=290"
     done(f"train {SMALL} --iters=3 --out=first {data}")
