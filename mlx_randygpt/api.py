@@ -31,11 +31,11 @@ from mlx_randygpt.data.files import TextSource
 from mlx_randygpt.data.mixture import Drawing, training_windows, validation_windows
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO
-from mlx_randygpt.model import initial_params, merge_adapters
+from mlx_randygpt.model import initial_state, merge_adapters
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import generate
 from mlx_randygpt.settings import resolve
-from mlx_randygpt.state import Array, Params, TrainState
+from mlx_randygpt.state import Array, Params
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
 from mlx_randygpt.training.loop import Run
 from mlx_randygpt.words import unify_newlines, unknown_line
@@ -62,7 +62,7 @@ def new_run(
     check_length(corpus, model.block_size)
     if not train.prompt:
         train = replace(train, prompt=default_prompt(corpus, learned))
-    state = TrainState(0, initial_params(model, train.seed), {})
+    state = initial_state(model, train.seed)
     sources, drawing = [TextSource(Path(name)) for name in corpus.names], Drawing(model.block_size)
     run = Run(
         model=model,

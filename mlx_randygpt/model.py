@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.state import Array, Params, rng
+from mlx_randygpt.state import Array, Params, TrainState, rng
 
 GPT2_NORM_EPS = 1e-5  # of every LayerNorm
 
@@ -141,6 +141,11 @@ def second_moment_shapes(model: ModelConfig, train: TrainConfig) -> dict[str, tu
 def in_out_names(config: ModelConfig) -> set[str]:
     """Return the names of the weights that GPT-2's own files hold as (in, out)."""
     return {weight.name for weight in parameters(config) if weight.in_out}
+
+
+def initial_state(config: ModelConfig, seed: int) -> TrainState:
+    """Return the state before the first step: untrained weights, and no moments yet."""
+    return TrainState(0, initial_params(config, seed), {})
 
 
 def initial_params(config: ModelConfig, seed: int) -> Params:

@@ -35,8 +35,7 @@ def suitable_run(found: Audit, *, measure: bool) -> Suitable:
     """Return the default run for a text; `measure` its time by short steps on this machine."""
     from mlx_randygpt import settings
     from mlx_randygpt.backends import choose
-    from mlx_randygpt.backends.numpy.backend import available_cores
-    from mlx_randygpt.planning.plan import measure_rate
+    from mlx_randygpt.planning.plan import measure_rate, usual_threads
 
     is_char = found.choice.vocabulary.kind == "char"
     vocabulary = found.choice.vocabulary.size or min(512, found.choice.n_chars) + 3
@@ -46,8 +45,7 @@ def suitable_run(found: Audit, *, measure: bool) -> Suitable:
         return Suitable(model, train, None)
     echo("Measuring short steps on this machine …", err=True)
     backend = choose("auto")[0]
-    threads = available_cores() if backend == "numpy" else 1
-    rate = measure_rate(model, train, backend, 1, threads)
+    rate = measure_rate(model, train, backend, 1, usual_threads(backend))
     return Suitable(model, train, train.iters * rate.seconds(model.n_layer, train.batch_size))
 
 

@@ -40,14 +40,13 @@ def take_minutes(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_here(backend: str, threads: int) -> Measure:
-    """Return what measures the steps of a model on this machine."""
+    """Return a function that measures the training steps of a model on this machine."""
     from mlx_randygpt.backends import make_backend
-    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.model import initial_state
     from mlx_randygpt.planning.plan import step_seconds
-    from mlx_randygpt.state import TrainState
 
     def measure(model: ModelConfig, train: TrainConfig, seconds: float) -> float:
-        state = TrainState(0, initial_params(model, train.seed), {})
+        state = initial_state(model, train.seed)
         engine = make_backend(backend, model, replace(train, threads=threads), state)
         return step_seconds(engine, model, train, train.batch_size, time.perf_counter, seconds)
 
@@ -58,7 +57,7 @@ def measure_here(backend: str, threads: int) -> Measure:
 def choose(
     given: Mapping[str, Any], vocab_size: int, text: TextFacts, measure: Measure
 ) -> TimedRun:
-    """Return the run for the `minutes` among the options."""
+    """Choose the run that fits into the `minutes` of the options."""
     from mlx_randygpt.planning.time_budget import choose_run
 
     rest = {name: value for name, value in given.items() if name != "minutes"}
@@ -66,7 +65,7 @@ def choose(
 
 
 def settle(given: Mapping[str, Any], run: TimedRun) -> dict[str, Any]:
-    """Return the options of a new run with what the time has decided.
+    """Return the options with the preset and the steps that the time has decided.
 
     The time itself stays among them if the run is to end with it.
     """

@@ -134,11 +134,10 @@ def _split() -> str:
 def _gflops(backend: str) -> float:
     from mlx_randygpt import settings
     from mlx_randygpt.backends import make_backend
-    from mlx_randygpt.model import initial_params
-    from mlx_randygpt.state import TrainState
+    from mlx_randygpt.model import initial_state
 
     model, train = settings.resolve_new({"preset": "mini"}, 67)
-    state = TrainState(0, initial_params(model, train.seed), {})
+    state = initial_state(model, train.seed)
     return make_backend(backend, model, train, state).matmul_flops() / 1e9
 
 

@@ -19,8 +19,9 @@ import numpy as np
 
 from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.base import Backend
+from mlx_randygpt.backends.numpy.backend import available_cores
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.model import flops_per_token, initial_params, parameter_count
+from mlx_randygpt.model import flops_per_token, initial_state, parameter_count
 from mlx_randygpt.planning.devices import (
     BANDWIDTH_SHARE,
     FLOPS_SHARE,
@@ -34,7 +35,7 @@ from mlx_randygpt.planning.footprint import (
     largest_batch,
     on_device,
 )
-from mlx_randygpt.state import Batch, TrainState, rng
+from mlx_randygpt.state import Batch, rng
 
 TRIAL_FLOP = 1.5e11  # largest trial step of one layer: about a second on two cores
 TRIAL_SECONDS = 1.0  # for each size
@@ -55,6 +56,11 @@ class Rate:
     width: int
     scale: float
     trials: tuple[tuple[int, int, float], ...]  # layers, sequences, seconds of a step
+
+    @classmethod
+    def of_step(cls, seconds: float, model: ModelConfig, sequences: int) -> Rate:
+        """Return the rate of a model whose steps over so many sequences take so long."""
+        return cls((0.0, 0.0, seconds / sequences, 0.0), model.n_embd, 1.0, ())
 
     def seconds(self, n_layer: int, sequences: int) -> float:
         """Return the time of a step over so many sequences."""
@@ -217,6 +223,11 @@ def fit(trials: Sequence[tuple[int, int, float]]) -> tuple[float, float, float, 
     return a, b, c, d
 
 
+def usual_threads(backend: str) -> int:
+    """Return how many threads a backend uses here unless --threads says otherwise."""
+    return available_cores() if backend == "numpy" else 1
+
+
 def measure_rate(
     model: ModelConfig, train: TrainConfig, backend: str, hosts: int, threads: int
 ) -> Rate:
@@ -224,7 +235,7 @@ def measure_rate(
     settings = replace(train, threads=threads, grad_accum=1)
 
     def make(shallow: ModelConfig) -> Backend:
-        state = TrainState(0, initial_params(shallow, train.seed), {})
+        state = initial_state(shallow, train.seed)
         return make_backend(backend, shallow, settings, state)
 
     sequences = -(-train.batch_size // hosts)

@@ -20,11 +20,10 @@ from mlx_randygpt.backends import make_backend
 from mlx_randygpt.backends.numpy.backend import available_cores
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.data import DataError, cache
-from mlx_randygpt.model import flops_per_token, initial_params
+from mlx_randygpt.model import flops_per_token, initial_state
 from mlx_randygpt.planning.footprint import chunk_rows
 from mlx_randygpt.planning.plan import Rate, fit, step_seconds
 from mlx_randygpt.recipes import PRESETS
-from mlx_randygpt.state import TrainState
 
 FILE = "speed.json"  # in the folder of caches
 MEASURED = ("mini", "tiny", "small", "l")  # widths 32 to 256
@@ -56,7 +55,7 @@ def measure(backend: str, clock: Callable[[], float] = time.perf_counter) -> Spe
         trials = []
         for n_layer in (1, 2):
             shallow = _sized(preset, n_layer=n_layer)[0]
-            state = TrainState(0, initial_params(shallow, train.seed), {})
+            state = initial_state(shallow, train.seed)
             built = make_backend(backend, shallow, train, state)
             device = built.device
             seconds = step_seconds(built, shallow, train, few, clock, TRIAL_SECONDS)

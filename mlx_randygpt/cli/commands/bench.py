@@ -52,9 +52,8 @@ def command(mode: str, backend: str, json: bool, streams: int | None, **options:
     from mlx_randygpt.backends import choose, make_backend
     from mlx_randygpt.cli.loading import describe_backend
     from mlx_randygpt.cli.training.request import describe_model
-    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.model import initial_state
     from mlx_randygpt.planning.bench import measure_sampling, measure_training, sweep
-    from mlx_randygpt.state import TrainState
 
     given = {name: value for name, value in options.items() if value is not None}
     if streams is not None:
@@ -67,7 +66,7 @@ def command(mode: str, backend: str, json: bool, streams: int | None, **options:
     given.setdefault("iters", DEFAULT_ITERS[mode])
     model, train = settings.resolve_new(given, VOCAB_SIZE)
     name, reason = choose(backend)
-    state = TrainState(0, initial_params(model, train.seed), {})
+    state = initial_state(model, train.seed)
     built = make_backend(name, model, train, state)
     echo(f"Backend: {describe_backend(built, reason)}", err=True)
     sizes = sweep(streams) if streams is not None else [train.batch_size]

@@ -62,8 +62,7 @@ def command(
     from mlx_randygpt.cli.training import text
     from mlx_randygpt.data.corpus import check_length
     from mlx_randygpt.data.mixture import Drawing, training_windows
-    from mlx_randygpt.model import initial_params
-    from mlx_randygpt.state import TrainState
+    from mlx_randygpt.model import initial_state
     from mlx_randygpt.training.find_lr import is_worth_trying, range_test, suggest
     from mlx_randygpt.training.loop import step_batches
 
@@ -80,7 +79,7 @@ def command(
     model, train = settings.resolve_new(given | {"iters": iters}, tokenizer.vocab_size)
     check_length(corpus, model.block_size)
     name, reason = choose(backend)
-    state = TrainState(0, initial_params(model, train.seed), {})
+    state = initial_state(model, train.seed)
     engine = make_backend(name, model, train, state)
     for line in text.tokenizer_lines(corpus, tokenizer):
         echo(line, err=True)

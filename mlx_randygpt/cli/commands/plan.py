@@ -109,7 +109,7 @@ def command(
     from mlx_randygpt.backends import choose as choose_backend
     from mlx_randygpt.planning.devices import find_device
     from mlx_randygpt.planning.footprint import micro_batch
-    from mlx_randygpt.planning.plan import Workload, make_plan, measure_rate
+    from mlx_randygpt.planning.plan import Rate, Workload, make_plan, measure_rate, usual_threads
     from mlx_randygpt.planning.time_budget import describe
 
     given = given_options(take_minutes(options))
@@ -127,10 +127,7 @@ def command(
     target = find_device(device, name)
     if link is not None:
         target = replace(target, link=link * 1e9)
-    threads = train.threads or _n_threads(name)
-    if given.get(AUTO):
-        size = micro_batch(name, model, train, target.memory, target.unified)
-        train = replace(train, micro_batch=size)
+    threads = train.threads or usual_threads(name)
     chosen = None
     if "minutes" in given:
         if hosts > 1:
@@ -138,13 +135,18 @@ def command(
         chosen = plan_time(given, vocab_size, facts, name, None if device == "this" else target)
         model, train = chosen.model, chosen.train
         tokens = train.iters * train.sequences_per_step * model.block_size
+    if given.get(AUTO):
+        size = micro_batch(name, model, train, target.memory, target.unified)
+        train = replace(train, micro_batch=size)
     n_tokens = 1000 * train.sequences_per_step * model.block_size if tokens is None else tokens
     if not 1 <= n_tokens < 1e18:
         raise ConfigError(f"tokens={n_tokens:g} is out of range; it must be 1 to 1e18")
     rate = None
-    if device == "this":
-        if chosen is None:
-            echo("Measuring short steps on this machine …", err=True)
+    if device == "this" and chosen is not None:
+        micro = chosen.step_seconds / train.grad_accum
+        rate = Rate.of_step(micro, model, train.batch_size)
+    elif device == "this":
+        echo("Measuring short steps on this machine …", err=True)
         rate = measure_rate(model, train, name, hosts, threads)
     work = Workload(
         model=model,
@@ -185,14 +187,14 @@ def plan_time(
 ) -> TimedRun:
     """Return the run that fits into the minutes of the options, on a device or (None) on this one.
 
-    Without a text it is one as tiny Shakespeare, but of any length.
+    Without a text, assume one like tiny Shakespeare that no run reads twice.
     """
     from mlx_randygpt.planning.expected_loss import TextFacts
-    from mlx_randygpt.planning.plan import Workload, make_plan
+    from mlx_randygpt.planning.plan import Workload, make_plan, usual_threads
 
     facts = facts or TextFacts(n_tokens=LONG_TEXT)
     if device is None:
-        threads = given.get("threads") or _n_threads(backend)
+        threads = given.get("threads") or usual_threads(backend)
         return choose(given, vocab_size, facts, measure_here(backend, threads))
 
     def estimate(model: ModelConfig, train: TrainConfig, _: float) -> float:
@@ -204,7 +206,7 @@ def plan_time(
 
 
 def choice_json(chosen: TimedRun | None) -> dict[str, Any]:
-    """Return what a time has decided as JSON keys and values; nothing without a time."""
+    """Return the choice as JSON keys and values; an empty dict without a time."""
     if chosen is None:
         return {}
     return {
@@ -226,12 +228,6 @@ def measure_program(backend: str) -> int:
     words = [sys.executable, "-c", script, "auto" if backend == "mlx" else backend]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout)
-
-
-def _n_threads(backend: str) -> int:
-    from mlx_randygpt.backends.numpy.backend import available_cores
-
-    return available_cores() if backend == "numpy" else 1
 
 
 def draw(plan: Plan, model: ModelConfig, train: TrainConfig) -> None:

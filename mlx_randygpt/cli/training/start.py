@@ -36,7 +36,7 @@ from mlx_randygpt.data.mixture import Drawing, training_windows, validation_wind
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
 from mlx_randygpt.data.windows import Conversations, Documents, Mixture
-from mlx_randygpt.model import add_adapters, add_tokens, initial_params
+from mlx_randygpt.model import add_adapters, add_tokens, initial_state
 from mlx_randygpt.planning.expected_loss import text_facts
 from mlx_randygpt.planning.time_budget import describe
 from mlx_randygpt.progress import Progress
@@ -114,7 +114,7 @@ def load_source(request: TrainRequest, folder: RunFolder) -> Source:
 
 
 def resolve_resume(request: TrainRequest, saved: Checkpoint) -> settings.Configs:
-    """Return the configurations of a resumed run; a new time moves the target at the old pace."""
+    """Return the configurations of a resumed run; a new --minutes moves the target."""
     options, step, seconds = request.options, saved.state.step, saved.progress.seconds
     if "minutes" in options and step and seconds:
         n_left = int((60 * options["minutes"] - seconds) * step / seconds)
@@ -154,7 +154,7 @@ def new(request: TrainRequest, machine: Machine) -> Start:
         corpus=corpus,
         model=model,
         train=train,
-        state=TrainState(0, initial_params(model, train.seed), {}),
+        state=initial_state(model, train.seed),
         progress=Progress(seconds=time.monotonic() - began if train.minutes else 0.0),
         sources=tuple(sources),
         notes=tuple(filter(None, notes)),
@@ -165,7 +165,7 @@ def new(request: TrainRequest, machine: Machine) -> Start:
 def fit_time(
     options: settings.Options, tokenizer: Tokenizer, corpus: Corpus, machine: Machine
 ) -> tuple[settings.Options, str]:
-    """Return the options with what a time among them has decided, and the line that says so."""
+    """Return the options with the preset and steps that their time allows, and a line."""
     if "minutes" not in options:
         return options, ""
     facts = text_facts(corpus, tokenizer)
