@@ -207,7 +207,7 @@ def choose_iters(model: ModelConfig, train: TrainConfig, n_tokens: int) -> int:
 
 
 def most_iters(model: ModelConfig, train: TrainConfig, n_tokens: int) -> int:
-    """Return after how many steps a model has learned a text of `n_tokens` by heart."""
+    """Return the number of steps after which a model has memorised a text of `n_tokens`."""
     passes = MOST_PASSES * min(1.0, n_tokens / parameter_count(model)) ** 0.5
     steps = float(f"{passes * _steps_per_pass(model, train, n_tokens):.2g}")
     return max(LEAST_ITERS, int(steps))
@@ -286,7 +286,7 @@ def fine_tuning_rate(model: ModelConfig) -> float:
 
 
 def suitable_text(n_parameters: int) -> tuple[float, float, float]:
-    """Return the bytes of text that such a model needs, of a good text, and of use at most.
+    """Return how many bytes of text such a model needs, learns well from, and can use.
 
     The sizes are those that the ancestor projects recommend.
     """

@@ -1,4 +1,4 @@
-"""The pages that commands write, and the docs, in a real browser, by keyboard and on a phone.
+"""Test the written pages and the docs site in a real browser: by keyboard, on a phone, in the dark.
 
 Skipped where Chromium or playwright is missing; `.ci/run` installs both.
 """

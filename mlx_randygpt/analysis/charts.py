@@ -276,7 +276,7 @@ def _colour(i: int) -> str:
 
 
 def _mark_colour(i: int, records: Sequence[RunRecord]) -> str:
-    """Return the colour of a run's evaluations: of one run another than that of its curve."""
+    """Return the colour of a run's evaluations; a single run has another for its curve."""
     return _colour(i) if len(records) > 1 else VALIDATION[1]
 
 

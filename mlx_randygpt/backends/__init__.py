@@ -91,7 +91,7 @@ def make_scorer(
 
 
 def text_scorer(name: str, model: ModelConfig, backend: Backend) -> Scorer:
-    """Return what generates text with the weights of a backend in training, as they are now.
+    """Return a scorer that generates text with the current weights of a backend in training.
 
     It is `backend` itself, or another one called `name` with a copy of the weights.
     """
@@ -110,13 +110,13 @@ def require_features(name: str, *, adapters: bool = False, ranks: bool = False) 
 
 
 def limit_memory(backend: Scorer, planned: int = 0) -> None:
-    """Keep MLX on a Metal GPU within `planned` bytes (0: unknown), and what it uses in memory."""
+    """Limit MLX on a Metal GPU to `planned` bytes (0: unknown), and keep them in memory."""
     if backend.name == "mlx" and (device := mlx_device()[0]) and device.recommended:
         _mlx_memory().limit(planned, device.recommended)
 
 
 def release_memory(backend: Scorer) -> None:
-    """Return what a backend keeps for reuse to the system; it is idle, or has done its work."""
+    """Release the memory that an idle or finished backend keeps for reuse."""
     if backend.name == "mlx":
         _mlx_memory().release()
 
@@ -141,7 +141,7 @@ def mlx_device() -> tuple[Device | None, str]:
 
 
 def install_mlx() -> str:
-    """Return what brings an MLX that runs on this system."""
+    """Return the command that installs a working MLX here, or why there is none."""
     if platform.system() != "Darwin":
         return install_command("cpu")
     if platform.machine() == "arm64":

@@ -90,7 +90,7 @@ class Scorer(Protocol):
         """
 
     def warm_up(self) -> None:
-        """Load and compile now what decoding would wait for until it pays off."""
+        """Load and compile the decoder now, instead of once it pays off."""
 
     @property
     def decoding(self) -> str:
@@ -99,7 +99,7 @@ class Scorer(Protocol):
     def memory_bytes(self) -> int:
         """Return the most held so far: of a device's memory, or of the process's resident memory.
 
-        A device shows what it holds at the moment, so read it after every step.
+        A GPU reports what it holds at the moment, so call this after every step.
         """
 
 

@@ -22,7 +22,7 @@ WITHOUT_NUMBA = 4.0  # times slower on the CPU
 
 
 def gpu_from(n_streams: int, *, compiled: bool) -> float:
-    """Return from how many parameters a GPU generates so many texts at once faster than NumPy."""
+    """Return the number of parameters from which a GPU is faster than NumPy at so many texts."""
     slope = math.log(ONE_STREAM / MANY_STREAMS) / math.log(MANY)
     break_even: float = ONE_STREAM / n_streams**slope
     return break_even if compiled else break_even / WITHOUT_NUMBA

@@ -58,7 +58,7 @@ class CommandGroup(Group):
     """The group of all commands, each imported on use."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Read the words of the program; the messages of errors cannot act on a terminal."""
+        """Parse the command line; no control character of an error message reaches a terminal."""
         with _clean_errors():
             return super().make_context(*args, **kwargs)
 
@@ -95,7 +95,7 @@ class CommandGroup(Group):
 
 @contextlib.contextmanager
 def _clean_errors() -> Iterator[None]:
-    """Replace control characters in the message of an error, which can quote what was given."""
+    """Replace control characters in the message of an error, which can quote user input."""
     try:
         yield
     except click.ClickException as error:

@@ -1,4 +1,4 @@
-"""What stops a device in the middle of a computation, in the words of MLX, and what to do then."""
+"""Failures of a device in the middle of a computation: how MLX words them, and the cures."""
 
 from __future__ import annotations
 

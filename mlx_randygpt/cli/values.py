@@ -29,7 +29,7 @@ class FilePath(click.Path):
 
 
 class ExistingFile(FilePath):
-    """A path of a file; click's own exists=True says that one it cannot reach does not exist."""
+    """A path of an existing file; click's exists=True would call an unreachable one missing."""
 
     def __init__(self, *, allow_dash: bool = False) -> None:
         super().__init__(exists=True, dir_okay=False, allow_dash=allow_dash, path_type=Path)

@@ -229,7 +229,10 @@ def mark_used(path: Path) -> None:
 
 
 def _forget(folder: Path, before: float) -> None:
-    """Remove cache files last read before that time; processes that have one open keep it."""
+    """Remove cache files that were last read before this time, in seconds since 1970.
+
+    A process that has one of them open can still read it.
+    """
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
             facts = path.stat()

@@ -39,7 +39,7 @@ MAX_NAMES = 20  # that a message lists
 
 
 class Message(NamedTuple):
-    """What somebody has written."""
+    """A message, its author and its day."""
 
     conversation: str  # its day or number; another one begins another conversation
     name: str
@@ -66,7 +66,7 @@ def is_markdown_chat(head: str, me: str = "") -> bool:
 
 
 def whatsapp_messages(lines: Iterable[str]) -> Iterator[Message]:
-    """Yield the messages of an export; lines without a date go on with the message before."""
+    """Yield the messages of an export; a line without a date continues the message before."""
     day, name, parts = "", "", list[str]()
     for line in lines:
         found = _stamp(line)
@@ -136,7 +136,7 @@ def _stamp(line: str) -> tuple[str, str] | None:
 
 
 def _written(day: str, name: str, parts: list[str]) -> Iterator[Message]:
-    """Yield the message if somebody has written a text in it."""
+    """Yield the message, unless it is a notice or has no text."""
     text = "\n".join(parts)
     if not name or text.startswith(tuple(MARKS)):  # a notice, or a medium on iOS
         return

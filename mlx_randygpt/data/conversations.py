@@ -34,7 +34,7 @@ class Turns(NamedTuple):
     begin: NDArray[np.bool_]  # (N,) whether they are the first of their conversation
 
     def select(self, which: NDArray[np.bool_]) -> Turns:
-        """Return the turns for which `which` (N,) is true."""
+        """Return the turns that the mask `which` (N,) selects."""
         return Turns(self.first[which], self.ends[which], self.roles[which], self.begin[which])
 
 
@@ -88,7 +88,7 @@ def cut_windows(turns: Turns, block_size: int, *, pack: bool = False) -> Convers
 
 
 def short_question(tokens: Array | TokenFile, starts: Numbers, tokenizer: Tokenizer) -> str:
-    """Return the shortest of the first questions in tokens (n,) with conversations at `starts`."""
+    """Return the shortest opening question of the conversations, which begin at `starts`."""
     turns = find_turns(tokens, starts, tokenizer)
     asks = np.flatnonzero(turns.roles == USER)[:N_QUESTIONS]
     places = zip(turns.first[asks] + 1, turns.ends[asks] - 1, strict=True)
@@ -97,5 +97,5 @@ def short_question(tokens: Array | TokenFile, starts: Numbers, tokenizer: Tokeni
 
 
 def _next(starts: Numbers, places: Numbers, n: int) -> Numbers:
-    """Return the first of `starts` after each place, `n` if there is none."""
+    """Return the next of `starts` after each place, or `n`."""
     return np.append(starts, n)[np.searchsorted(starts, places, side="right")]

@@ -20,7 +20,7 @@ class Example(NamedTuple):
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Return whether an addition is held out, as is that of b and a: 8 % of all are."""
+    """Return whether a + b is held out, and b + a with it; 8 % of all are."""
     return a * b % 11 == 5
 
 
@@ -37,7 +37,7 @@ def additions(seed: int = 1337) -> Example:
 
 
 def _pairs(random: Random) -> Iterator[tuple[int, int]]:
-    """Yield all pairs at random, but both orders of one after the other.
+    """Yield all pairs in random order, the two orders of a pair one after the other.
 
     So next to no pair for validation, which is the end of the text, is in the training text.
     """

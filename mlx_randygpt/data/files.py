@@ -252,7 +252,7 @@ def _visible_below(folder: Path) -> Iterator[Path]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """Return what a pattern stands for, like glob.glob but with an OSError for closed folders."""
+    """Return the paths that match a pattern; unlike glob.glob, raise OSError for closed folders."""
     paths = [Path(pattern.anchor)]
     for part in pattern.parts[bool(pattern.anchor) :]:
         paths = [match for path in paths for match in _matches_in(path, part)]
@@ -260,7 +260,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _matches_in(folder: Path, part: str) -> list[Path]:
-    """Return what one part of a pattern stands for in a folder."""
+    """Return the paths in a folder that match one part of a pattern."""
     if not is_folder(folder):
         return []
     if part == "**":

@@ -48,7 +48,7 @@ JSON_TYPES: dict[type, str] = {
 
 
 class RowError(DataError):
-    """A row that is invalid; --skip-bad-rows goes on without it."""
+    """An invalid row; --skip-bad-rows leaves it out."""
 
 
 def has_conversation(row: Mapping[str, Any]) -> bool:

@@ -38,7 +38,7 @@ class OpenFile:
         return self._opened[0]
 
     def read(self, start: int, n: int) -> bytes:
-        """Return n bytes, or those up to the end; DataError if that is another end by now."""
+        """Return n bytes, or those up to the end; raise DataError if the file has changed."""
         content = files.read_at(self._descriptor, start, n)
         if len(content) < n:
             self.check()

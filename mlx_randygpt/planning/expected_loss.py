@@ -50,7 +50,7 @@ def text_facts(corpus: Corpus, tokenizer: Tokenizer) -> TextFacts:
 
 
 def terms(model: ModelConfig, train: TrainConfig, text: TextFacts) -> tuple[float, float, float]:
-    """Return what the loss falls with: thousands of weights in the blocks, steps, context in bytes.
+    """Return what lowers the loss: thousands of weights in the blocks, steps, context in bytes.
 
     A step that reads text again counts less, after Muennighoff et al. 2023 (arXiv:2305.16264):
     n passes are worth 1 + R(1 - exp(-(n - 1) / R)) with R = REUSE.

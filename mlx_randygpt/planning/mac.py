@@ -1,4 +1,4 @@
-"""Facts about a Mac that decide how fast it trains, and advice: power, heat, macOS, the GPU."""
+"""What decides how fast a Mac trains (power, heat, macOS, the GPU), and advice about it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def brand() -> str:
 
 
 def tensor_units(architecture: str, version: str) -> str:
-    """Return "used", "unused" or "none": the tensor units of this GPU, with this macOS.
+    """Return whether macOS uses this GPU's tensor units: "used", "unused", or "none".
 
     `architecture` is Metal's name of the GPU, such as applegpu_g17s.
     """
@@ -51,7 +51,7 @@ def tensor_units(architecture: str, version: str) -> str:
 
 
 def advice(mac: Mapping[str, Any], mlx: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what to change on such a Mac, one line each."""
+    """Yield advice for a Mac with these facts, one line each."""
     if mac.get("rosetta"):
         yield (
             "This Python is for Intel and runs under Rosetta, where MLX cannot be installed: "

@@ -72,7 +72,7 @@ class SampleConfig:
 
 
 def changes_logits(config: SampleConfig) -> bool:
-    """Return whether `penalise` can do anything with this configuration."""
+    """Return whether this configuration penalises any token."""
     penalties = config.presence_penalty, config.frequency_penalty
     return bool(config.logit_bias or config.repetition_penalty != 1 or any(penalties))
 

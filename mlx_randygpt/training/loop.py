@@ -240,7 +240,7 @@ class Trainer:
         )
 
     def _move_target(self) -> Iterator[Report]:
-        """Move the target to where the time ends, if the run has a time."""
+        """Move the target to the step at which the time ends, if the run has a time."""
         iters = self.run.train.iters if self._at_target() else self.limit.target(self.step)
         if iters != self.run.train.iters:
             self.run = replace(self.run, train=replace(self.run.train, iters=iters))

@@ -1,4 +1,4 @@
-"""When a run with a time has to end: the step at which its minutes will be over."""
+"""The step at which a run that is limited by `minutes` has to end."""
 
 from __future__ import annotations
 

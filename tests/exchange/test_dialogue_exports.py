@@ -1,4 +1,4 @@
-"""Exports of models of dialogue: the same tokens and answers elsewhere, and back again."""
+"""Test that exported dialogue models give the same tokens and answers, there and imported again."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class MLXBackend:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Name the Metal kernels that do not compute here although they could; tests them first."""
+        """Return a line for each Metal kernel that failed its test and is off; test them first."""
         in_float32 = self._forward.dtype == mx.float32
         return selftest.notes(self._forward.config) if in_float32 else ()
 
@@ -304,5 +304,5 @@ def _fraction_of_targets(shares: Sequence[Batch], batches: Sequence[Batch]) -> f
 
 
 def _to_numpy(arrays: Weights) -> Params:
-    """Copy arrays to the host, by rows: the view of a stack can lie by columns."""
+    """Copy arrays to the host in row-major order; a view of a stack can be column-major."""
     return {name: np.ascontiguousarray(np.array(array)) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""The memory that MLX holds for this process on a GPU: how much, at most how much, and no longer.
+"""The memory that MLX holds for this process on a GPU: measured, limited and released.
 
 MLX keeps what it frees, to use it again: held is what is in use and what is kept.
 """
@@ -29,7 +29,7 @@ class HeldMemory:
 
 
 def limit(planned: int, recommended: int) -> None:
-    """Let the host wait for Metal once `planned` bytes are in use, instead of running ahead.
+    """Make the host wait for Metal once `planned` bytes are in use, instead of running ahead.
 
     Without it the host queues hundreds of operations whose results lie in memory side by side. MLX
     takes the limit as a guideline: a step that needs more gets it. What MLX uses is kept in memory,
@@ -41,5 +41,5 @@ def limit(planned: int, recommended: int) -> None:
 
 
 def release() -> None:
-    """Return to the system what MLX keeps to use it again."""
+    """Release the memory that MLX keeps for reuse."""
     mx.clear_cache()

@@ -70,7 +70,7 @@ def update(
 
 
 def sum_of_squares(g: mx.array) -> mx.array:
-    """Sum g² row by row: one by one, a million float32 terms would lose four digits on a CPU."""
+    """Return the sum of g², by rows: a million float32 terms in turn would lose four digits."""
     squares = mx.square(g)
     if g.ndim > 1:
         return squares.sum(axis=-1).sum()

@@ -54,7 +54,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison says of a kernel: it is used if there is no problem."""
+    """The result of comparing a kernel; the kernel is used if there is no problem."""
 
     kernel: str
     problem: str = ""
@@ -63,7 +63,7 @@ class Verdict:
 
 
 def unavailable() -> str:
-    """Return why no kernel can run here, "" if they can."""
+    """Return why no kernel can run here, or ""."""
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0 is set"
     is_metal = mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available()
@@ -87,7 +87,7 @@ def operations(model: ModelConfig) -> Operations:
 
 @cache
 def chosen(sizes: Sizes) -> Steps:
-    """Return the steps of such a model: kernels where they passed."""
+    """Return the steps of a model of these sizes: kernels where they passed."""
     ours = kernel_steps(sizes.qk_norm)
     used = [verdict.kernel for verdict in verdicts(sizes) if not verdict.problem]
     return replace(MLX_STEPS, **{f: getattr(ours, f) for kernel in used for f in FIELDS[kernel]})
@@ -113,7 +113,7 @@ def sizes_of(model: ModelConfig) -> Sizes:
 
 @cache
 def verdicts(sizes: Sizes) -> tuple[Verdict, ...]:
-    """Compare all kernels that such a model can use, once in a process."""
+    """Compare all kernels that a model of these sizes can use, once in a process."""
     names, found = suitable(sizes), []
     if names:
         ours, calls = kernel_steps(sizes.qk_norm), trials(sizes)
@@ -137,7 +137,7 @@ def kernel_steps(qk_norm: bool) -> Steps:
 
 
 def suitable(sizes: Sizes) -> tuple[str, ...]:
-    """Return the kernels that such a model can use."""
+    """Return the kernels that a model of these sizes can use."""
     if sizes.block_size % kernels.TILE or sizes.head_size % kernels.TILE:
         return ()
     suits = sizes.token_shift, sizes.qk_norm and sizes.rotary, True
@@ -216,7 +216,7 @@ def _distance(ours: Sequence[mx.array], expected: Sequence[mx.array]) -> float:
 
 
 def _seconds(function: Function, inputs: Sequence[mx.array], clock: Callable[[], float]) -> float:
-    """Return the seconds of one call, of several that the device computes without a pause."""
+    """Return the mean seconds of a call, over several calls in a row."""
     start = clock()
     mx.eval([function(*inputs) for _ in range(N_CALLS)])
     return (clock() - start) / N_CALLS

@@ -97,7 +97,7 @@ def next_slots(cache: NumpyCache, rows: slice, t: int) -> WriteSlots:
 
 
 class Decoder:
-    """`Backend.logits` over weights that are changed in place, and then announced."""
+    """`Backend.logits` for weights that change in place; call `forget_weights` after a change."""
 
     def __init__(self, config: ModelConfig, params: Params, pool: Executor, n_threads: int) -> None:
         self.config, self.params = config, params
@@ -107,7 +107,7 @@ class Decoder:
         self._transposed: Params | None = None
 
     def forget_weights(self) -> None:
-        """Copy the weights again before they are read next: they have changed."""
+        """Drop the copies of the weights, which have changed; the next call makes new ones."""
         self._packed = self._transposed = None
 
     def logits(
@@ -136,12 +136,12 @@ class Decoder:
         return logits
 
     def warm_up(self) -> None:
-        """Use numba's function from now on, if it is there."""
+        """Use the compiled function from now on, if numba is installed."""
         self.n_decoded = max(self.n_decoded, COMPILED_FROM + 1)
 
     @property
     def compiled(self) -> bool:
-        """Whether numba's function decodes now."""
+        """Whether the compiled function is in use."""
         config, dtype = self.config, self.params["wte.weight"].dtype
         possible = not config.is_gpt2 and dtype == np.float32
         return possible and self.n_decoded > COMPILED_FROM and has_numba()

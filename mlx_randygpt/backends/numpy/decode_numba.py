@@ -195,7 +195,7 @@ def _norm(x: Array) -> None:
 
 @compiled
 def _branch_input(x: Array, last: Array, shifted: bool, out: Array) -> None:
-    """Write the norm of x (≥ C,), if shifted with the first half of the token before.
+    """Write the norm of x (≥ C,); with token shift, its first half is the previous token's.
 
     `last` (C/2,) holds that half, and is updated.
     """
@@ -236,7 +236,7 @@ def _store(
     ring: tuple[Array, Array],
     place: tuple[int, int],
 ) -> None:
-    """Write key and value of qkv (≥ 3C,) to their slot of the ring that begins at `place`."""
+    """Copy the key and the value in qkv (≥ 3C,) to the slot `place` of their ring buffer."""
     (keys, values), (n_head, d, width) = ring, sizes
     c = n_head * d
     key_at = place[0] + slot // LANES * c * LANES + slot % LANES

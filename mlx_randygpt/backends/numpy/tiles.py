@@ -75,7 +75,7 @@ def _tile(n_rows: int, n_vectors: int) -> Any:
 
 
 def _row(builder: Any, array: Any, r: int, at: Any) -> Any:
-    """Return the pointer to what is r rows below value `at` of a matrix."""
+    """Return a pointer to the value r rows below value `at` of a matrix."""
     stride = builder.extract_value(array.strides, 0)
     start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
     row = builder.gep(start, [builder.mul(stride, ir.Constant(stride.type, r))])
@@ -139,7 +139,7 @@ narrow_tile = _tile(1, 1)
 
 @compiled
 def padded(m: int) -> int:
-    """Return the columns of the panels that hold M columns."""
+    """Return the number of columns of the panels that hold M columns."""
     return (m + PANEL - 1) // PANEL * PANEL
 
 

@@ -156,7 +156,7 @@ def _serve(api: Api, listening: socket.socket) -> None:
 
 
 def _exit_at_once(number: int) -> None:
-    """End the process although a thread is busy; nothing is lost, for a server writes no files."""
+    """End the process even if a thread is busy; a server writes no files, so nothing is lost."""
     echo("Stopped before a computation had ended.", err=True)
     os._exit(128 + number)
 

@@ -67,7 +67,7 @@ def agreed_values(run: Run, backend_name: str) -> dict[str, Any]:
 
 
 def _first_starts(run: Run) -> list[int]:
-    """Return where the first training windows of a run start, which all that draws them decides."""
+    """Return the starts of the first training windows; every setting that draws them matters."""
     (batch, *_) = step_batches(run.train, run.train_tokens, run.model.block_size, 0, run.windows)
     starts: list[int] = batch.starts.tolist()
     return starts

@@ -45,7 +45,7 @@ def test_the_products_of_a_step_are_those_of_the_model(roofline) -> None:  # typ
 
 @pytest.fixture
 def counts_mlx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The benchmark, on the CPU: it runs nothing, and nothing else has all operations."""
+    """Return the counting benchmark on MLX's CPU device, which can trace every operation."""
     mx = pytest.importorskip("mlx.core", exc_type=ImportError)
     monkeypatch.syspath_prepend(BENCHMARKS)
     device = mx.default_device()
