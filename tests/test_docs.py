@@ -59,3 +59,10 @@ def test_the_architecture_lists_every_member_of_a_backend(protocol: type) -> Non
 def test_the_format_lists_every_field_of_a_checkpoint(record: type) -> None:
     text = code((DOCS / "checkpoint-format.md").read_text())
     assert {field.name for field in fields(record)} <= set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_every_column_of_a_table_has_a_header(page: Path) -> None:
+    text = re.sub("```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headers = re.findall(r"^\|(.*)\|\n\|[-|: ]+\|$", text, re.MULTILINE)
+    assert [row for row in headers if not all(map(str.strip, row.split("|")))] == []
