@@ -94,7 +94,7 @@ def test_a_written_page_is_accessible(
         assert excess_width(page) == 0
 
 
-@pytest.mark.parametrize("name", ["", "cli/", "python/"])
+@pytest.mark.parametrize("name", ["", "cli/", "commands/train/", "python/"])
 @each_screen
 def test_the_docs_fit_the_screen(
     name: str, size: tuple[int, int], site: str, browser: Browser
