@@ -38,8 +38,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The docs, built and served."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The docs, built and served: the URL of each page by its path."""
     build = pytest.importorskip("mkdocs.commands.build").build
     load_config = pytest.importorskip("mkdocs.config").load_config
     folder = tmp_path_factory.mktemp("site")
@@ -49,7 +49,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        paths = [page.relative_to(folder).as_posix() for page in folder.rglob("*.html")]
+        yield {path: f"http://127.0.0.1:{server.server_port}/{path}" for path in sorted(paths)}
         server.shutdown()
         thread.join()
 
@@ -94,14 +95,32 @@ def test_a_written_page_is_accessible(
         assert excess_width(page) == 0
 
 
-@pytest.mark.parametrize("name", ["", "cli/", "commands/train/", "python/"])
-@each_screen
-def test_the_docs_fit_the_screen(
-    name: str, size: tuple[int, int], site: str, browser: Browser
+def objections(browser: Browser, url: str, size: tuple[int, int], scheme: str) -> list[str]:
+    """What is wrong with a page of the docs."""
+    wrong = []
+    for page in opened(browser, url, size, scheme):
+        wide = "[...document.querySelectorAll('.md-typeset__scrollwrap')]"
+        page.wait_for_function(f"{wide}.every(box => box.hasAttribute('tabindex'))")
+        wrong = problems(page) + [f"{excess_width(page)} pixels too wide"] * excess_width(page)
+    return wrong
+
+
+@each_scheme
+def test_every_page_of_the_docs_is_accessible(
+    scheme: str, site: dict[str, str], browser: Browser
 ) -> None:
-    for page in opened(browser, f"{site}/{name}", size, "light"):
-        expect(page.locator("h1").first).to_be_visible()
-        assert excess_width(page) == 0
+    pages = list(site.items())[scheme == "dark" :: 2]  # each takes a second or more
+    found = {path: objections(browser, url, SCREENS[0], scheme) for path, url in pages}
+    assert {path: wrong for path, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize("path", ["data/index.html", "notebook/index.html"])
+@each_scheme
+@each_screen
+def test_the_docs_are_accessible_on_any_screen(
+    size: tuple[int, int], scheme: str, path: str, site: dict[str, str], browser: Browser
+) -> None:
+    assert objections(browser, site[path], size, scheme) == []
 
 
 def test_inspect_is_read_by_keyboard(folder: Path, browser: Browser) -> None:
