@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,19 @@ def test_inspect_is_read_by_keyboard(folder: Path, browser: Browser) -> None:
         )
 
 
+def test_inspect_shows_which_token_of_a_passage_is_meant(folder: Path, browser: Browser) -> None:
+    for page in opened(browser, written("inspect", folder).as_uri(), SCREENS[0], "light"):
+        for kind in ("hardest", "easiest"):
+            page.locator(f"#{kind} .t").first.focus()
+            expect(page.locator(f"#{kind} .now")).to_have_count(1)
+            expect(page.locator("#nats")).to_be_in_viewport()
+            page.keyboard.press("End")
+        expect(page.locator("#hardest .now")).to_have_count(0)
+        expect(page.locator("#easiest .t").first.locator("span").last).to_have_class(
+            re.compile("now")
+        )
+
+
 def test_inspect_names_what_the_model_does_not_know(folder: Path, browser: Browser) -> None:
     out = written("inspect", folder, "--text", "the ¤ ship")
     for page in opened(browser, out.as_uri(), SCREENS[1], "light"):
@@ -156,6 +170,7 @@ def test_inspect_names_what_the_model_does_not_know(folder: Path, browser: Brows
 def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> None:
     for page in opened(browser, written("plot", folder).as_uri(), SCREENS[1], "light"):
         page.locator("#charts").focus()
+        expect(page.locator("#values")).to_contain_text("step 100\n")
         page.keyboard.press("Home")
         expect(page.locator("#values")).to_contain_text("step 1\n")
         page.keyboard.press("End")
@@ -164,6 +179,7 @@ def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> No
         page.locator("#charts .wide").hover()
         expect(page.locator("#values")).not_to_contain_text("step 100\n")
         page.locator("#copy").click()
+        expect(page.locator("#command")).to_have_text(f"mlxgpt plot {folder} -o {folder}/plot.html")
         page.set_viewport_size({"width": 390, "height": 800})
         expect(page.locator("#charts .narrow")).to_be_visible()
         expect(page.locator("#charts .wide")).to_be_hidden()
