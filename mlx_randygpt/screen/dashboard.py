@@ -27,7 +27,7 @@ from mlx_randygpt.screen.run_summary import (
     outcome,
 )
 from mlx_randygpt.training.reports import EarlyLog, EarlySampleLog, EvalLog, Report, SampleLog
-from mlx_randygpt.words import clean_text, format_clock
+from mlx_randygpt.words import clean_text, format_clock, wrap_words
 
 MIN_SECONDS = 0.25  # between two redraws
 RENDER_SHARE = 0.01  # of the time that drawing can take
@@ -47,6 +47,7 @@ SURE_EVENTS = 3  # rows of messages and saved files that come before the sample
 RISING = "red"  # the colour of a validation loss above the one before
 ABOVE = "▴"  # in the top row: a validation loss above the curve
 AXIS = 9  # columns left of the curve
+SUMMARY = 23  # columns left of the values of the summary
 # Sections with their minimum rows, the most important first; of events and facts some rows can do.
 SECTIONS = (
     ("progress", 1),
@@ -87,7 +88,7 @@ class Dashboard:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
         for line in summary(self._run, self._console):
-            self._console.print(line, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)  # a path is whole when it is copied
 
     def show(self, report: Report) -> None:
         """Add a report; redraw if it is due, or for an evaluation or a sample."""
@@ -341,11 +342,17 @@ def _footer(info: RunInfo, width: int) -> Text:
 
 def summary(run: RunSummary, console: Console) -> list[Text]:
     """Return what remains on the terminal: outcome, last sample, messages and saved files."""
-    facts = outcome(run)
-    lines = [Text.assemble((f" {name:22}", "dim"), (value, "bold")) for name, value in facts]
+    lines = []
+    for name, value in outcome(run):
+        for i, part in enumerate(wrap_words(value, max(console.width - SUMMARY, 1))):
+            head = f" {'' if i else name:{SUMMARY - 1}}"
+            lines.append(Text.assemble((head, "dim"), (part, "bold")))
     if lines:
         lines.insert(0, _rule(console.width, "mlxgpt train", run.info.recipe))
     if run.sample:
         lines.append(_rule(console.width, "sample", _origin(run.sample)))
         lines += _text(run.sample, console, console.width - 2, 6)
-    return lines + [Text(event.line, EVENT_STYLES[event.urgency]) for event in run.events.values()]
+    for event in run.events.values():
+        parts = wrap_words(event.line, console.width)
+        lines += [Text(part, EVENT_STYLES[event.urgency]) for part in parts]
+    return lines
