@@ -95,3 +95,14 @@ def test_every_column_of_a_table_has_a_header(page: Path) -> None:
     text = re.sub("```.*?```", "", page.read_text(), flags=re.DOTALL)
     headers = re.findall(r"^\|(.*)\|\n\|[-|: ]+\|$", text, re.MULTILINE)
     assert [row for row in headers if not all(map(str.strip, row.split("|")))] == []
+
+
+def test_the_links_of_the_readme_lead_to_a_file_and_a_heading() -> None:
+    for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", (ROOT / "README.md").read_text()):
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        headings = (
+            re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.MULTILINE) if anchor else []
+        )
+        slugs = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+        assert anchor in slugs | {""}, link
