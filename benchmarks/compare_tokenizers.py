@@ -25,8 +25,7 @@ from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading, pieces
 from mlx_randygpt.data.split import TRAIN_SHARE
 from mlx_randygpt.data.vocabulary import Vocabulary
-from mlx_randygpt.model import initial_params
-from mlx_randygpt.state import TrainState
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.training.evaluation import evaluate
 from mlx_randygpt.training.loop import step_batches, step_rate
@@ -51,7 +50,7 @@ class Learner:
         self.model, self.train = settings.resolve_new(
             self.given, self.tokenizer.vocab_size, n_train
         )
-        state = TrainState(0, initial_params(self.model, self.train.seed), {})
+        state = initial_state(self.model, self.train.seed)
         self.backend = make_backend(self.backend_name, self.model, self.train, state)
 
     def step(self) -> None:

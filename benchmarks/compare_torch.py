@@ -19,9 +19,9 @@ from turns import Runners, interleave, rows, save, show
 
 from mlx_randygpt.backends.numpy.backend import NumpyBackend, available_cores
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.recipes import PRESETS, RECIPES
-from mlx_randygpt.state import Batch, TrainState
+from mlx_randygpt.state import Batch
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
 def make_runners(
     model: ModelConfig, train: TrainConfig, windows: np.ndarray, *, compiled: bool
 ) -> Runners:
-    ours = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    ours = NumpyBackend(model, train, initial_state(model, 1))
     torch.set_num_threads(available_cores())
     batch, x, y = (
         Batch.of(windows),

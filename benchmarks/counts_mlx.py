@@ -30,9 +30,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_randygpt.backends.mlx.backend import MLXBackend
 from mlx_randygpt.backends.mlx.optimizer import rates
 from mlx_randygpt.config import DTYPES, ModelConfig, TrainConfig
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.recipes import PRESETS, RECIPES
-from mlx_randygpt.state import Batch, TrainState
+from mlx_randygpt.state import Batch
 
 COUNTS = Path(__file__).parent / "counts_mlx.json"
 VOCAB = 67
@@ -273,7 +273,7 @@ def step_of(
     model: ModelConfig, train: TrainConfig
 ) -> tuple[Callable[..., list[mx.array]], Sequence[mx.array]]:
     """Return one step of one pass, as a GPU takes it, as a function of arrays, and these."""
-    backend = MLXBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    backend = MLXBackend(model, train, initial_state(model, 1))
     backend._forward.on_gpu = True
     tokens = np.zeros((train.batch_size, model.block_size + 1), np.int32)
     (one_pass,) = backend._passes([Batch.of(tokens)])

@@ -24,11 +24,10 @@ from turns import Runners, interleave, rows, save, show
 from mlx_randygpt.backends.numpy import decode
 from mlx_randygpt.backends.numpy.backend import NumpyBackend, available_cores
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.recipes import PRESETS, RECIPES
 from mlx_randygpt.sampling.filters import SampleConfig
 from mlx_randygpt.sampling.generate import Continuation, Streams, extend
-from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 
 TOKENIZER = CharTokenizer("".join(map(chr, range(64, 128))))
@@ -74,7 +73,7 @@ def ours(preset_name: str, n_streams: int, n: int, *, compiled: bool) -> Callabl
         n_head=preset.n_head, n_embd=preset.n_embd, **RECIPES["modern"]["model"],
     )  # fmt: skip
     train = TrainConfig(recipe="modern", **RECIPES["modern"]["train"])
-    backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    backend = NumpyBackend(model, train, initial_state(model, 1))
     config = SampleConfig(seed=1, max_tokens=n + 1)
 
     def run() -> None:

@@ -20,9 +20,9 @@ from turns import Runners, interleave, rows, show
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import eval_batches
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.recipes import PRESETS, RECIPES
-from mlx_randygpt.state import Array, TrainState
+from mlx_randygpt.state import Array
 
 VOCAB, BATCH = 67, 64
 
@@ -52,7 +52,7 @@ def ours(preset_name: str, recipe: str, tokens: Array, n_threads: int) -> Callab
         n_head=preset.n_head, n_embd=preset.n_embd, **RECIPES[recipe]["model"],
     )  # fmt: skip
     train = TrainConfig(recipe=recipe, threads=n_threads, **RECIPES[recipe]["train"])
-    backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    backend = NumpyBackend(model, train, initial_state(model, 1))
     return lambda: [backend.loss(b) for b in eval_batches(tokens, preset.block_size, BATCH)]
 
 

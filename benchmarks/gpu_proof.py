@@ -18,7 +18,7 @@ from mlx_randygpt.backends.base import Backend
 from mlx_randygpt.backends.mlx import embedding
 from mlx_randygpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Array, TrainState, rng
@@ -107,7 +107,7 @@ def resumed(given: dict[str, Any]) -> dict[str, Any]:
     tokenizer = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz")
     tokens = rng(1, "check").integers(0, 26, 10_000, dtype=np.int32)  # (n,)
     model, train = settings.resolve_new(given, tokenizer.vocab_size)
-    start = TrainState(0, initial_params(model, 1), {})
+    start = initial_state(model, 1)
     straight, again, begun = (make_backend("mlx", model, train, start) for _ in range(3))
     for backend in (straight, again):
         go_on(backend, train, tokens, model.block_size, train.iters)

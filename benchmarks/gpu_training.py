@@ -23,11 +23,11 @@ from mlx_randygpt.backends.mlx.backend import MLXBackend, probe
 from mlx_randygpt.backends.mlx.optimizer import rates
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.windows import sample_batch
-from mlx_randygpt.model import flops_per_token, initial_params, parameter_count
+from mlx_randygpt.model import flops_per_token, initial_state, parameter_count
 from mlx_randygpt.planning.bench import measure_sampling
 from mlx_randygpt.planning.devices import here
 from mlx_randygpt.planning.footprint import device_bytes
-from mlx_randygpt.state import Array, TrainState
+from mlx_randygpt.state import Array
 from mlx_randygpt.training.loop import step_batches, step_rate
 from mlx_randygpt.words import format_bytes
 
@@ -73,7 +73,7 @@ def attempt(table: str, about: dict[str, Any], measure: Measure) -> Found:
 def built(model: ModelConfig, train: TrainConfig) -> MLXBackend:
     mx.clear_cache()
     mx.reset_peak_memory()
-    return MLXBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    return MLXBackend(model, train, initial_state(model, 1))
 
 
 def device(options: argparse.Namespace) -> Found:

@@ -15,10 +15,9 @@ import numpy as np
 
 from mlx_randygpt.backends.mlx.backend import MLXBackend
 from mlx_randygpt.config import DTYPES
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.settings import resolve_new
-from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.evaluation import evaluate
 from mlx_randygpt.training.loop import step_batches, step_rate
@@ -38,7 +37,7 @@ def main() -> None:
         given = {"preset": "tiny", "recipe": options.recipe, "iters": options.steps, "dtype": dtype}
         model, train = resolve_new(given, tokenizer.vocab_size)
         start, n_skipped = time.perf_counter(), 0
-        backend = MLXBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+        backend = MLXBackend(model, train, initial_state(model, 1))
         for step in range(options.steps):
             batches = step_batches(train, tokens[:n_train], model.block_size, step)
             result = backend.train_step(batches, step_rate(train, step))

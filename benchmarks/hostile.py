@@ -33,9 +33,8 @@ from typing import Any
 
 from mlx_randygpt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.progress import Progress
-from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -382,7 +381,7 @@ def other_models(checkpoint: Path, folder: Path) -> dict[str, Path]:
     paths = {"given": checkpoint}
     for name, tokenizer in tokenizers.items():
         config = ModelConfig(n_layer=2, n_head=4, n_embd=64, vocab_size=tokenizer.vocab_size)
-        state = TrainState(0, initial_params(config, 1), {})
+        state = initial_state(config, 1)
         paths[name] = folder / name / "checkpoint.safetensors"
         paths[name].parent.mkdir()
         facts = (tokenizer.to_json(), saved.data, "numpy", state)

@@ -30,9 +30,9 @@ from mlx_randygpt.cli.training import text
 from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import Vocabulary
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.recipes import PRESETS
-from mlx_randygpt.state import Array, TrainState
+from mlx_randygpt.state import Array
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.training.evaluation import evaluate
 from mlx_randygpt.training.loop import step_batches, step_rate
@@ -76,7 +76,7 @@ class Ours:
         self.model, self.train = settings.resolve_new(
             given, tokenizer.vocab_size, len(corpus.train)
         )
-        state = TrainState(0, initial_params(self.model, self.train.seed), {})
+        state = initial_state(self.model, self.train.seed)
         self.backend = make_backend(backend, self.model, self.train, state)
 
     def step(self, i: int, tokens: Array) -> None:

@@ -25,10 +25,9 @@ from mlx_randygpt.cli.training.request import describe_model
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.data.files import find_files
 from mlx_randygpt.data.reading import read_text
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.screen.dashboard import screen
 from mlx_randygpt.screen.run_summary import RunInfo, RunSummary
-from mlx_randygpt.state import TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.loop import Run, train
 
@@ -56,9 +55,7 @@ def main() -> None:
     given = {"preset": "small4", "batch_size": 12, "iters": options.iters, "prompt": "ROMEO:"}
     model, config = settings.resolve_new(given, tokenizer.vocab_size)
     name, why = choose("auto")
-    backend = make_backend(
-        name, model, config, TrainState(0, initial_params(model, config.seed), {})
-    )
+    backend = make_backend(name, model, config, initial_state(model, config.seed))
     out = "checkpoints"
     info = RunInfo(
         model=describe_model(model),

@@ -48,9 +48,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     from mlx_randygpt.backends.numpy.backend import NumpyBackend
     from mlx_randygpt.config import ModelConfig, TrainConfig
-    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.model import initial_state
     from mlx_randygpt.recipes import RECIPES
-    from mlx_randygpt.state import Batch, TrainState
+    from mlx_randygpt.state import Batch
 
     model = ModelConfig(
         vocab_size=67, block_size=options.block_size, n_layer=options.n_layer,
@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     windows = np.random.default_rng(0).integers(0, 67, shape)
     before = peak_mb()
     if options.who == "ours":
-        backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+        backend = NumpyBackend(model, train, initial_state(model, 1))
         for _ in range(options.steps):
             backend.train_step([Batch.of(windows)], 1e-3)
     else:

@@ -121,13 +121,13 @@ def built(group: Any, rows: int) -> Any:
     from mlx_randygpt.backends.numpy.backend import NumpyBackend
     from mlx_randygpt.backends.ranks.group import SINGLE
     from mlx_randygpt.config import ModelConfig, TrainConfig
-    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.model import initial_state
     from mlx_randygpt.recipes import RECIPES
-    from mlx_randygpt.state import Batch, TrainState
+    from mlx_randygpt.state import Batch
 
     model = ModelConfig(**SIZES, **RECIPES["modern"]["model"])
     train = TrainConfig(**RECIPES["modern"]["train"], threads=1)
-    state = TrainState(0, initial_params(model, 1), {})
+    state = initial_state(model, 1)
     backend = NumpyBackend(model, train, state, group=group or SINGLE)
     n = rows * (group.size if group else 1)
     windows = np.random.default_rng(0).integers(0, model.vocab_size, (n, model.block_size + 1))

@@ -29,10 +29,10 @@ from turns import save, timed
 from mlx_randygpt.backends.numpy.backend import NumpyBackend
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig
-from mlx_randygpt.model import initial_params
+from mlx_randygpt.model import initial_state
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.recipes import RECIPES
-from mlx_randygpt.state import Batch, TrainState
+from mlx_randygpt.state import Batch
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.saving import Saver
 
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     sizes = {name: getattr(options, name) for name in SIZES if name != "saves"}
     model = ModelConfig(n_head=2, **sizes, **RECIPES["classic"]["model"])
     train = TrainConfig(recipe="classic", **RECIPES["classic"]["train"])
-    backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    backend = NumpyBackend(model, train, initial_state(model, 1))
     windows = np.random.default_rng(0).integers(0, model.vocab_size, (2, 33))
     backend.train_step([Batch.of(windows)], 1e-3)
     vocabulary = CharTokenizer("".join(chr(256 + i) for i in range(model.vocab_size - 3))).to_json()

@@ -137,17 +137,17 @@ def one_size(case: dict[str, Any]) -> None:
     from mlx_randygpt.backends.base import resident_bytes
     from mlx_randygpt.backends.numpy.backend import NumpyBackend
     from mlx_randygpt.config import ModelConfig, TrainConfig
-    from mlx_randygpt.model import flops_per_token, initial_params
+    from mlx_randygpt.model import flops_per_token, initial_state
     from mlx_randygpt.model import parameter_count as count
     from mlx_randygpt.recipes import RECIPES
-    from mlx_randygpt.state import Batch, TrainState
+    from mlx_randygpt.state import Batch
 
     recipe, again = case.pop("recipe", "modern"), case.pop("again", False)
     batch_size = case.pop("batch_size")
     model = ModelConfig(vocab_size=67, **case, **RECIPES[recipe]["model"])
     train = TrainConfig(**RECIPES[recipe]["train"], checkpoint_activations=again)
     windows = np.random.default_rng(0).integers(0, 67, (batch_size, model.block_size + 1))
-    backend = NumpyBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    backend = NumpyBackend(model, train, initial_state(model, 1))
     batch = Batch.of(windows)
 
     def step() -> None:
@@ -197,17 +197,17 @@ def one_mlx(case: dict[str, Any]) -> None:
     mx.set_memory_limit(1)  # nothing is handed out ahead of its turn
     from mlx_randygpt.backends.mlx.backend import MLXBackend
     from mlx_randygpt.config import ModelConfig, TrainConfig
-    from mlx_randygpt.model import initial_params
+    from mlx_randygpt.model import initial_state
     from mlx_randygpt.planning.footprint import mlx_step
     from mlx_randygpt.recipes import RECIPES
-    from mlx_randygpt.state import Batch, TrainState
+    from mlx_randygpt.state import Batch
 
     recipe, change, batch_size = (case.pop(name) for name in ("recipe", "change", "batch_size"))
     by = change.pop("by", "us")
     model = ModelConfig(vocab_size=67, n_head=4, **case, **RECIPES[recipe]["model"])
     train = TrainConfig(**RECIPES[recipe]["train"], batch_size=batch_size, **change)
     windows = np.random.default_rng(0).integers(0, 67, (batch_size, model.block_size + 1))
-    backend = MLXBackend(model, train, TrainState(0, initial_params(model, 1), {}))
+    backend = MLXBackend(model, train, initial_state(model, 1))
     if by == "nn.utils":
         backend._forward.model.wrap = nn.utils.checkpoint
     batch = Batch.of(windows)

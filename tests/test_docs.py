@@ -14,7 +14,8 @@ from mlx_randygpt.cli import COMMANDS, group
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.progress import Progress
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 CLI = {part.partition("\n")[0]: part for part in (DOCS / "cli.md").read_text().split("\n## ")}
 SHARED = CLI["For every command"]
 SAMPLING = CLI["sample"].partition("### Sampling options")[2]
@@ -49,6 +50,34 @@ def test_the_tables_name_no_option_that_does_not_exist() -> None:
     assert named_options(rows) <= exist | {"--help", "--version"}
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The docs as `mkdocs build --strict` writes them."""
+    build = pytest.importorskip("mkdocs.commands.build").build
+    load_config = pytest.importorskip("mkdocs.config").load_config
+    folder = tmp_path_factory.mktemp("site")
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_site_has_a_page_with_every_option_of_a_command(name: str, site: Path) -> None:
+    page = (site / "commands" / name / "index.html").read_text()
+    listed = " ".join(re.findall("<tr>\\s*<td><code>([^<]*)</code></td>", page))
+    assert options_of(name) | {"--help"} == set(re.findall(r"--[a-z][a-z-]+", listed))
+
+
+def test_the_navigation_leads_to_the_page_of_every_command(site: Path) -> None:
+    links = re.findall(r'href="commands/([a-z-]+)/"', (site / "index.html").read_text())
+    assert set(links) == set(COMMANDS)
+
+
+def test_no_page_shows_the_backslash_before_a_pipe(site: Path) -> None:
+    pages = {str(page): page.read_text() for page in site.glob("**/index.html")}
+    assert [path for path, text in pages.items() if re.search(r"<code>[^<]*\\\|", text)] == []
+    assert "<code>--backend auto|mlx|numpy</code>" in (site / "cli" / "index.html").read_text()
+
+
 @pytest.mark.parametrize("protocol", [Scorer, Backend])
 def test_the_architecture_lists_every_member_of_a_backend(protocol: type) -> None:
     members = {n for n in {**vars(protocol), **protocol.__annotations__} if not n.startswith("_")}
@@ -59,3 +88,21 @@ def test_the_architecture_lists_every_member_of_a_backend(protocol: type) -> Non
 def test_the_format_lists_every_field_of_a_checkpoint(record: type) -> None:
     text = code((DOCS / "checkpoint-format.md").read_text())
     assert {field.name for field in fields(record)} <= set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_every_column_of_a_table_has_a_header(page: Path) -> None:
+    text = re.sub("```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headers = re.findall(r"^\|(.*)\|\n\|[-|: ]+\|$", text, re.MULTILINE)
+    assert [row for row in headers if not all(map(str.strip, row.split("|")))] == []
+
+
+def test_the_links_of_the_readme_lead_to_a_file_and_a_heading() -> None:
+    for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", (ROOT / "README.md").read_text()):
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        headings = (
+            re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.MULTILINE) if anchor else []
+        )
+        slugs = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+        assert anchor in slugs | {""}, link

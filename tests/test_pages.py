@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +39,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The docs, built and served."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The docs, built and served: the URL of each page by its path."""
     build = pytest.importorskip("mkdocs.commands.build").build
     load_config = pytest.importorskip("mkdocs.config").load_config
     folder = tmp_path_factory.mktemp("site")
@@ -49,7 +50,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        paths = [page.relative_to(folder).as_posix() for page in folder.rglob("*.html")]
+        yield {path: f"http://127.0.0.1:{server.server_port}/{path}" for path in sorted(paths)}
         server.shutdown()
         thread.join()
 
@@ -94,14 +96,32 @@ def test_a_written_page_is_accessible(
         assert excess_width(page) == 0
 
 
-@pytest.mark.parametrize("name", ["", "cli/", "python/"])
-@each_screen
-def test_the_docs_fit_the_screen(
-    name: str, size: tuple[int, int], site: str, browser: Browser
+def objections(browser: Browser, url: str, size: tuple[int, int], scheme: str) -> list[str]:
+    """What is wrong with a page of the docs."""
+    wrong = []
+    for page in opened(browser, url, size, scheme):
+        wide = "[...document.querySelectorAll('.md-typeset__scrollwrap')]"
+        page.wait_for_function(f"{wide}.every(box => box.hasAttribute('tabindex'))")
+        wrong = problems(page) + [f"{excess_width(page)} pixels too wide"] * excess_width(page)
+    return wrong
+
+
+@each_scheme
+def test_every_page_of_the_docs_is_accessible(
+    scheme: str, site: dict[str, str], browser: Browser
 ) -> None:
-    for page in opened(browser, f"{site}/{name}", size, "light"):
-        expect(page.locator("h1").first).to_be_visible()
-        assert excess_width(page) == 0
+    pages = list(site.items())[scheme == "dark" :: 2]  # each takes a second or more
+    found = {path: objections(browser, url, SCREENS[0], scheme) for path, url in pages}
+    assert {path: wrong for path, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize("path", ["data/index.html", "notebook/index.html"])
+@each_scheme
+@each_screen
+def test_the_docs_are_accessible_on_any_screen(
+    size: tuple[int, int], scheme: str, path: str, site: dict[str, str], browser: Browser
+) -> None:
+    assert objections(browser, site[path], size, scheme) == []
 
 
 def test_inspect_is_read_by_keyboard(folder: Path, browser: Browser) -> None:
@@ -128,6 +148,19 @@ def test_inspect_is_read_by_keyboard(folder: Path, browser: Browser) -> None:
         )
 
 
+def test_inspect_shows_which_token_of_a_passage_is_meant(folder: Path, browser: Browser) -> None:
+    for page in opened(browser, written("inspect", folder).as_uri(), SCREENS[0], "light"):
+        for kind in ("hardest", "easiest"):
+            page.locator(f"#{kind} .t").first.focus()
+            expect(page.locator(f"#{kind} .now")).to_have_count(1)
+            expect(page.locator("#nats")).to_be_in_viewport()
+            page.keyboard.press("End")
+        expect(page.locator("#hardest .now")).to_have_count(0)
+        expect(page.locator("#easiest .t").first.locator("span").last).to_have_class(
+            re.compile("now")
+        )
+
+
 def test_inspect_names_what_the_model_does_not_know(folder: Path, browser: Browser) -> None:
     out = written("inspect", folder, "--text", "the ¤ ship")
     for page in opened(browser, out.as_uri(), SCREENS[1], "light"):
@@ -137,6 +170,7 @@ def test_inspect_names_what_the_model_does_not_know(folder: Path, browser: Brows
 def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> None:
     for page in opened(browser, written("plot", folder).as_uri(), SCREENS[1], "light"):
         page.locator("#charts").focus()
+        expect(page.locator("#values")).to_contain_text("step 100\n")
         page.keyboard.press("Home")
         expect(page.locator("#values")).to_contain_text("step 1\n")
         page.keyboard.press("End")
@@ -145,6 +179,7 @@ def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> No
         page.locator("#charts .wide").hover()
         expect(page.locator("#values")).not_to_contain_text("step 100\n")
         page.locator("#copy").click()
+        expect(page.locator("#command")).to_have_text(f"mlxgpt plot {folder} -o {folder}/plot.html")
         page.set_viewport_size({"width": 390, "height": 800})
         expect(page.locator("#charts .narrow")).to_be_visible()
         expect(page.locator("#charts .wide")).to_be_hidden()

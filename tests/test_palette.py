@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 import mlx_randygpt
-from mlx_randygpt.palette import PROBABILITIES, RUNS, TRAINING, VALIDATION
+from mlx_randygpt.palette import DARK_PROBABILITIES, PAGE, PROBABILITIES, RUNS
 
 ROOT = Path(mlx_randygpt.__file__).parent
-PAPERS = ("#ffffff", "#faf9f6", "#111827", "#1c2026")  # grounds of the pages
+PAPERS = (*PAGE["ground"], *PAGE["sheet"])
 
 
 def luminance(shade: str) -> float:
@@ -30,8 +31,11 @@ def test_a_curve_stands_out_from_every_ground(shade: str) -> None:
     assert min(contrast(shade, paper) for paper in PAPERS) >= 3
 
 
-def test_black_text_is_readable_on_every_probability() -> None:
+def test_text_is_readable_on_every_probability() -> None:
     assert min(contrast("#000000", ground) for _, ground in PROBABILITIES) >= 4.5
+    light, dark = PAGE["ink-t"]
+    assert min(contrast(light, ground) for _, ground in PROBABILITIES) >= 4.5
+    assert min(contrast(dark, ground) for ground in DARK_PROBABILITIES) >= 4.5
 
 
 def test_no_two_runs_have_the_same_colour() -> None:
@@ -39,8 +43,15 @@ def test_no_two_runs_have_the_same_colour() -> None:
     assert len(set(names)) == len(set(shades)) == len(RUNS)
 
 
-def test_the_page_of_the_server_has_the_same_colours() -> None:
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_the_page_of_the_server_has_the_same_colours(scheme: int) -> None:
     sheet = (ROOT / "serve" / "page" / "style.css").read_text()
-    assert f"--train: {TRAINING[1]}; --val: {VALIDATION[1]};" in sheet
-    grounds = " ".join(f"--t{i}: {ground};" for i, (_, ground) in enumerate(PROBABILITIES))
-    assert grounds in sheet
+    light, *dark = re.findall(r":root[^{]*\{([^}]*--[^}]*)\}", sheet)
+    for block in dark if scheme else [light]:
+        found = dict(re.findall(r"--([\w-]+): ([^;]+);", block))
+        wanted = {name: shades[scheme] for name, shades in PAGE.items()}
+        same_in_both = {name for name, (a, b) in PAGE.items() if a == b and scheme}
+        assert found == {name: wanted[name] for name in wanted.keys() - same_in_both}
+    assert len(dark) == 2
+    limits = [limit for limit, _ in PROBABILITIES[:-1]]
+    assert f"const SHADES = {limits};" in (ROOT / "serve" / "page" / "app.js").read_text()

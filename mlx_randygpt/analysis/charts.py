@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_randygpt.analysis.metrics import MetricsError, RunRecord, differing_settings, smooth
 from mlx_randygpt.config import install_command
-from mlx_randygpt.palette import RUNS, VALIDATION
+from mlx_randygpt.palette import RUNS, VALIDATION, page_style
 from mlx_randygpt.state import Array
 
 PANELS = (  # series, title, scale
@@ -32,11 +32,7 @@ LETTER = 7  # the mean width of one, at least
 LEGEND_ROW, TITLE, AXIS = 20, 30, 28  # heights
 TALL, LOW = 260, 120  # heights of the plot areas: loss, others
 CUT = 0.995  # share of the values that a panel shows; an initial spike can exceed it
-STYLE = """
-svg{--ink:#1f2937;--faint:#d7dce3;--paper:#ffffff;font:12px system-ui,sans-serif}
-svg text{fill:var(--ink)} .grid{stroke:var(--faint)} .paper{fill:var(--paper)}
-@media (prefers-color-scheme:dark){svg{--ink:#e5e7eb;--faint:#374151;--paper:#111827}}
-"""
+STYLE = "svg{font:12px system-ui,sans-serif} svg text{fill:var(--ink)} .grid{stroke:var(--line)}"
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
@@ -82,24 +78,30 @@ def svg(records: Sequence[RunRecord], span: float, width: int = WIDTH, name: str
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img" '
         f'class="{name}" aria-label="loss, learning rate, gradient norm and speed over steps">'
     )
-    paper = '<rect class="paper" width="100%" height="100%"/>'
-    return "\n".join([head, f"<style>{STYLE}</style>", paper, *parts, "</svg>\n"])
+    style = f"<style>{page_style('svg')}\n{STYLE}</style>"
+    paper = '<rect fill="var(--sheet)" width="100%" height="100%"/>'
+    return "\n".join([head, style, paper, *parts, "</svg>\n"])
 
 
-def page(records: Sequence[RunRecord], span: float) -> str:
-    """Return a self-contained page: the picture, one for a phone, and the values at a step."""
+def page(records: Sequence[RunRecord], span: float, command: str) -> str:
+    """Return a self-contained page: the picture, one for a phone, and the values at a step.
+
+    `command` is the command that writes it again.
+    """
     pictures = svg(records, span, WIDTH, "wide") + svg(records, span, NARROW, "narrow")
     steps = [float(t[-1, 0]) for record in records for t in record.series.values() if len(t)]
     values = {
         "left": LEFT,
         "right": RIGHT,
         "last": max(steps, default=1.0),
+        "command": command,
         "runs": [{"name": record.name, "panels": [*_values(record, span)]} for record in records],
     }
     template = Path(__file__).with_name("plot.html").read_text(encoding="utf-8")
     title = escape(" · ".join(record.name for record in records))
     content = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
-    for mark, text in (("TITLE", title), ("PICTURES", pictures)):
+    marks = (("STYLE", page_style(":root")), ("TITLE", title), ("PICTURES", pictures))
+    for mark, text in marks:
         template = template.replace(f"/*{mark}*/", text)
     return template.replace("/*DATA*/null", content)
 
@@ -190,7 +192,7 @@ def _draw_panel(panel: _Panel, records: Sequence[RunRecord], span: float) -> lis
         for x, y in zip(panel.x(mark[::every, 0]), panel.y(mark[::every, 1]), strict=True):
             parts.append(
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}" class="dot" '
-                'stroke="var(--paper)"/>'
+                'stroke="var(--sheet)"/>'
             )
     return parts
 

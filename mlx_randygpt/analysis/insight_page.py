@@ -14,6 +14,7 @@ import numpy as np
 from mlx_randygpt.analysis import insight
 from mlx_randygpt.checkpoint import Checkpoint
 from mlx_randygpt.model import parameter_count
+from mlx_randygpt.palette import PROBABILITIES, page_style
 from mlx_randygpt.state import Array
 from mlx_randygpt.tokenizers import NO_TOKEN, Tokenizer
 from mlx_randygpt.words import unknown_line
@@ -21,7 +22,7 @@ from mlx_randygpt.words import unknown_line
 MAX_TOKENS = 256  # compared; of a larger vocabulary the most frequent ones
 MAX_SAMPLES = 12  # shown of a run
 MAX_MAPS_BYTES = 3 << 20  # all attention maps together, one byte a probability
-MARK = "/*DATA*/null"
+STYLE, MARK = "/*STYLE*/", "/*DATA*/null"  # where the page's colours and values go
 
 
 def page(
@@ -59,13 +60,14 @@ def page(
         "positions": insight.by_position(scored),
         "classes": insight.by_class(scored, labels),
         "passages": insight.passages(scored, labels),
+        "limits": [limit for limit, _ in PROBABILITIES[:-1]],
         "samples": _select_samples(samples),
         "warnings": [line for line in (unknown_line(tokenizer.unknown(text or "")),) if line],
         "command": shlex.join(["mlxgpt", "sample", "--checkpoint", name]),
     }
     content = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
     template = Path(__file__).with_name("inspect.html").read_text(encoding="utf-8")
-    return template.replace(MARK, content)
+    return template.replace(STYLE, page_style(":root")).replace(MARK, content)
 
 
 def _facts(name: str, saved: Checkpoint, scored: insight.Losses) -> list[tuple[str, str]]:

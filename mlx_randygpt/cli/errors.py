@@ -51,8 +51,8 @@ class Command(click.Command):
         self.first = tuple(first)
         self.params += [config_option(), _debug_option()]
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options in sections: the most important first, those of all commands last."""
+    def sections(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """Return the options and their help by section, those of every command last."""
         sections: dict[str, list[tuple[str, str]]] = {FIRST: []}
         params = {param.name: param for param in self.get_params(ctx)}
         places = dict.fromkeys(self.first, FIRST) | {"config": LAST, "debug": LAST}
@@ -64,10 +64,13 @@ class Command(click.Command):
             title = places.get(str(name), own)
             sections.setdefault(title, []).append((_short(record[0]), record[1]))
         sections[LAST] = sections.pop(LAST)
-        for title, records in sections.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+        return {title: records for title, records in sections.items() if records}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in their sections."""
+        for title, records in self.sections(ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn any exception into an exit code and one line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -60,6 +61,14 @@ def test_the_highest_rate_is_inside_its_chart(tmp_path: Path) -> None:
     at = lines.index("learning rate")
     assert float(lines[at + 1].split()[0]) == pytest.approx(max(rates), rel=0.06)
     assert float(lines[at + 5].split()[0]) == 0.0
+
+
+def test_the_page_names_the_command_that_writes_it(two: list[str], tmp_path: Path) -> None:
+    file = str(tmp_path / "p.html")
+    words = ["plot", *two, "--smooth", "5", "-o", file]
+    assert call(*words).exit_code == 0
+    [data] = re.findall(r"^const D = (.*);$", Path(file).read_text(), re.MULTILINE)
+    assert shlex.split(json.loads(data)["command"]) == ["mlxgpt", *words]
 
 
 @pytest.mark.parametrize("suffix", ["svg", "html"])

@@ -108,6 +108,32 @@ def test_a_stream_is_seen_and_stopped_with_the_keyboard(page: Page, host: Host) 
     expect(page.locator("#write")).to_be_enabled()
 
 
+def test_a_text_is_begun_again_with_the_keyboard(page: Page) -> None:
+    set_slider(page, "max_tokens", 9)
+    page.locator("#prompt").focus()
+    page.keyboard.press("Tab")
+    for _ in range(2):
+        before = page.locator("#command").text_content()
+        page.keyboard.press("Enter")
+        expect(page.locator("#command")).not_to_have_text(str(before))
+        expect(page.locator("#write")).to_be_focused()
+
+
+def test_tab_passes_every_control_in_order(page: Page) -> None:
+    set_slider(page, "max_tokens", 9)
+    write(page, "The", 3)
+    page.locator("#theme").focus()
+    passed = ["theme"]
+    while passed[-1] and len(passed) < 40:
+        if passed[-1] in ("attention", "run"):
+            page.keyboard.press("Enter")  # open it
+        page.keyboard.press("Tab")
+        passed.append(page.evaluate("document.activeElement.closest('[id]')?.id ?? ''"))
+    desk = "theme prompt write onward text attention layer head map run curve"
+    sliders = "max_tokens temperature top_p top_k min_p typical_p repetition_penalty"
+    assert passed == [*desk.split(), *sliders.split(), "seed", "dice", "keep-seed", "copy", ""]
+
+
 def test_tokens_tell_what_they_might_have_been(page: Page) -> None:
     set_slider(page, "max_tokens", 30)
     write(page, "The", 3)

@@ -161,7 +161,8 @@ class NumpyBackend:
         return sum(self._threads.pool.map(share, range(n_threads)))
 
     def _chunk_loss(self, chunk: Chunk, x: Array, y: Array, total: int, row: int) -> float:
-        return chunk.head(self.params, chunk.forward(self.params, x, None), y, None) / total
+        final = chunk.forward(self.params, x, None, keep=False)
+        return chunk.head(self.params, final, y, None) / total
 
     def _chunk_gradients(
         self,

@@ -29,7 +29,8 @@ from mlx_randygpt.state import Array, Params
 
 VECTOR = 16  # values; a head's values begin at a multiple of it
 MAX_TRANSPOSED = 1 << 24  # values of all matrices; more are not copied
-ROWS_PER_THREAD = 8  # sequences worth a second thread; 8 tokens of a prompt count as one
+TOKENS_PER_THREAD = 64  # below it, threads lose more by waiting for the interpreter than they gain
+COMPILED_TOKENS_PER_THREAD = 8
 COMPILED_FROM = 2000  # tokens; from there on the time to load numba pays for itself
 
 
@@ -119,7 +120,8 @@ class Decoder:
         lengths = np.full(n, t) if lengths is None else lengths
         n_tokens = int(lengths.sum())
         self.n_decoded += n_tokens
-        n_parts = max(1, min(self.n_threads, n, max(n, n_tokens // 8) // ROWS_PER_THREAD))
+        fewest = COMPILED_TOKENS_PER_THREAD if self.compiled else TOKENS_PER_THREAD
+        n_parts = max(1, min(self.n_threads, n, n_tokens // fewest))
         shares = np.arange(1, n_parts) * n_tokens // n_parts
         edges = [0, *np.searchsorted(np.cumsum(lengths), shares).tolist(), n]
         logits: Array = np.empty((n, self.config.vocab_size), np.float32)
@@ -264,10 +266,12 @@ def _rms(x: Array) -> Array:
 def _linear(w: Params, name: str, config: ModelConfig, x: Array) -> Array:
     """Compute x Wᵀ, plus the bias if the model has biases; (B, T, K) to (B, T, M).
 
-    It is one product of two matrices: of three dimensions NumPy would make one of each sequence.
+    It is one product of two matrices: of three dimensions NumPy would make one of each sequence. A
+    single token is a vector, because BLAS multiplies a matrix by a vector faster than by a row.
     """
-    weight = w[f"{name}.weight"]  # (K, M)
-    out = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
+    weight, size = w[f"{name}.weight"], x.shape[-1]  # (K, M)
+    tokens = x.reshape(size if x.size == size else (-1, size))
+    out = (tokens @ weight).reshape(*x.shape[:-1], -1)
     if config.bias:
         out += w[f"{name}.bias"]
     return np.asarray(out)

@@ -165,6 +165,7 @@ class Chunk:
         self.layers = [first, *(first if recompute else layer(f"h.{i}") for i in range(1, n_layer))]
         self.inputs = [arrays[f"h.{i}.x"] for i in range(n_layer - 1)] if recompute else []
         self.draws: list[Randoms | None] = [None] * len(self.inputs)
+        self.keeps = True  # whether the forward pass leaves each layer's activations
         self.x, self.dx, self.branch = arrays["x"], arrays["dx"], arrays["branch"]
         self.scratch, self.wide, self.spare = arrays["scratch"], arrays["wide"], arrays["spare"]
         self.final, self.logits = branch_input("final"), arrays["logits"]
@@ -177,8 +178,15 @@ class Chunk:
         self.phases, self.back_phases = pairs  # of queries and keys; of their gradients
         self.head_name = "wte.weight" if config.is_gpt2 else "lm_head.weight"
 
-    def forward(self, w: Params, tokens: Array, random: Randoms | None) -> Array:
-        """Return the input of the head for tokens (B, T), (N, C); with `random`, apply dropout."""
+    def forward(
+        self, w: Params, tokens: Array, random: Randoms | None, *, keep: bool = True
+    ) -> Array:
+        """Return the input of the head for tokens (B, T), (N, C); with `random`, apply dropout.
+
+        If no backward pass follows, `keep=False` lets all layers use one layer's arrays, which then
+        stay in a core's cache.
+        """
+        self.keeps = keep
         b, t = tokens.shape
         x = np.take(w["wte.weight"], tokens.reshape(-1), axis=0, out=self.x[: b * t], mode="clip")
         if self.config.position == "learned":
@@ -227,11 +235,14 @@ class Chunk:
     # Layers and branches
 
     def _layer(self, w: Params, i: int, x: Array, t: int, random: Randoms | None) -> None:
-        act = self.layers[i]
-        if i < len(self.inputs):  # nothing comes between the last layer's two passes
+        act = self._kept(i)
+        if self.keeps and i < len(self.inputs):  # nothing comes between the last layer's two passes
             self.inputs[i][: len(x)], self.draws[i] = x, deepcopy(random)
         x += self._drop(self._attention(w, i, x, t), act.attn_mask, random)
         x += self._drop(self._mlp(w, i, x, t), act.mlp_mask, random)
+
+    def _kept(self, i: int) -> Activations:
+        return self.layers[i if self.keeps else 0]
 
     def _layer_backward(self, w: Params, i: int, dx: Array, t: int, dropped: bool) -> None:
         if i < len(self.inputs):
@@ -249,7 +260,7 @@ class Chunk:
         self._drop(self.branch[:n], act.mlp_mask, random)
 
     def _attention(self, w: Params, i: int, x: Array, t: int) -> Array:
-        act, config, n, b = self.layers[i], self.config, len(x), len(x) // t
+        act, config, n, b = self._kept(i), self.config, len(x), len(x) // t
         qkv, y = act.qkv[:n], act.y[:n]
         inputs = self._norm(w, f"h.{i}.ln_1", x, act.attn_in, t)
         self._linear(w, f"h.{i}.attn.c_attn", inputs, qkv)  # (N, 3C)
@@ -291,7 +302,7 @@ class Chunk:
         return self._norm_backward(w, f"h.{i}.ln_1", dx, act.attn_in, t)
 
     def _mlp(self, w: Params, i: int, x: Array, t: int) -> Array:
-        act, n = self.layers[i], len(x)
+        act, n = self._kept(i), len(x)
         h, a = act.relu[:n], self.wide[:n]
         inputs = self._norm(w, f"h.{i}.ln_2", x, act.mlp_in, t)
         self._linear(w, f"h.{i}.mlp.c_fc", inputs, h)  # (N, F)

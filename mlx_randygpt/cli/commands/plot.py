@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from io import BytesIO
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -54,7 +55,10 @@ def command(runs: tuple[Path, ...], output: Path | None, smooth: float | None) -
     if output is None:
         _draw(records, span)
         return
-    _write(output, records, span)
+    options = [] if smooth is None else ["--smooth", str(smooth).removesuffix(".0")]
+    names = [record.name for record in records]
+    again = shlex.join(["mlxgpt", "plot", *names, *options, "-o", str(output)])
+    _write(output, records, span, again)
     echo(f"✓ Saved {output}")
 
 
@@ -70,7 +74,7 @@ def _newest_runs() -> list[RunRecord]:
     return [record for folder, record in found.items() if folder in shown]
 
 
-def _write(output: Path, records: list[RunRecord], span: float) -> None:
+def _write(output: Path, records: list[RunRecord], span: float, again: str) -> None:
     from mlx_randygpt import files
     from mlx_randygpt.analysis.charts import page, svg, write_png
     from mlx_randygpt.analysis.metrics import MetricsError
@@ -80,7 +84,7 @@ def _write(output: Path, records: list[RunRecord], span: float) -> None:
             write_png(picture := BytesIO(), records, span)
             files.write(output, picture.getvalue())
             return
-        text = page(records, span) if output.suffix == ".html" else svg(records, span)
+        text = page(records, span, again) if output.suffix == ".html" else svg(records, span)
         files.write(output, text.encode("utf-8", "replace"))  # a name need not be UTF-8
     except OSError as error:
         raise MetricsError(f"{output} cannot be written: {error.strerror}") from error

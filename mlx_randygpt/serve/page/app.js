@@ -13,6 +13,7 @@ const SLIDERS = [ // setting, label, minimum, maximum, step, command-line option
   ["repetition_penalty", "Repetition penalty", 0.5, 2, 0.05, "--repetition-penalty"],
 ];
 let running = null; // the AbortController of the current stream
+let beganBy = $("write"); // the button that is focused again after it
 let model = null; // the response of /run
 let written = ""; // prompt and text so far, which "Continue" continues; in a dialogue the answer
 let given = ""; // the prompt of that text
@@ -81,7 +82,7 @@ async function say(prompt, before = talk) {
     $("text").scrollTop = $("text").scrollHeight;
     $("passages").replaceChildren();
     $("copied").textContent = $("choice").textContent = "";
-    $("command").textContent = command(prompt, values);
+    showCommand(prompt, values);
   };
   const take = ({ logprobs, delta }) => (logprobs ? append(asLists(logprobs.content), delta.content ?? "") : 0);
   const notice = (text) => {
@@ -171,7 +172,7 @@ function show(prompt, body) {
   place = $("text");
   place.replaceChildren(span);
   $("choice").textContent = "";
-  $("command").textContent = command(prompt, body);
+  showCommand(prompt, body);
 }
 
 function append(logprobs, text) {
@@ -357,12 +358,14 @@ function describe(place, strong, rest) {
   place.replaceChildren(name, rest);
 }
 
-function command(prompt, values) {
+function showCommand(prompt, values) {
   const word = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
   const options = SLIDERS.filter(([name]) => values[name] !== model.plain[name]);
   const named = options.map(([name, , , , , option]) => ` ${option} ${values[name]}`).join("");
   const program = model.dialogue ? "chat" : `sample --prompt ${word(prompt)}`;
-  return `mlxgpt ${program}${named}${model.options} --seed ${values.seed}`;
+  const line = `mlxgpt ${program}${named}${model.options} --seed ${values.seed}`;
+  const words = line.match(/\S+\s*/g).map((text) => Object.assign(document.createElement("span"), { textContent: text }));
+  $("command").replaceChildren(...words); // each on one line: no break inside --option
 }
 
 function showStatus(text, wrong = false) {
@@ -370,11 +373,16 @@ function showStatus(text, wrong = false) {
   $("status").classList.toggle("wrong", wrong);
 }
 
+// The button that begins a text is disabled until its end; the keyboard waits on Stop
 function setBusy(on) {
+  const at = document.activeElement;
+  const leaves = on ? at === $("write") || at === $("onward") : at === $("stop");
+  if (on && leaves) beganBy = at;
   $("write").disabled = on;
   $("stop").disabled = !on;
   $("onward").disabled = on || !(model?.dialogue ? talk.length : written);
   $("again").disabled = on || !talk.length;
+  if (leaves) (on ? $("stop") : beganBy).focus();
   if (on) showStatus("…");
 }
 
