@@ -117,13 +117,18 @@ async def carry_out(request: Request, port: int) -> tuple[str, int]:
     if status != 200:
         return f"status {status}", 0
     if request.kind == "stream":
-        events = [json.loads(part) for part in re.findall(rb"data: (\{.*?\})\n\n", content)]
-        text = "".join(event["choices"][0]["text"] for event in events)
+        text = streamed_text(content)
         n_tokens = len(text)
     else:
         answer = json.loads(content)
         text, n_tokens = answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
     return ("right" if text == request.expected else "wrong"), n_tokens
+
+
+def streamed_text(content: bytes) -> str:
+    """The text of a stream; a model of characters writes one in a token."""
+    events = [json.loads(part) for part in re.findall(rb"data: (\{.*?\})\n\n", content)]
+    return "".join(event["choices"][0]["text"] for event in events)
 
 
 async def load(requests: list[Request], port: int, at_once: int) -> dict[str, Any]:
@@ -148,7 +153,7 @@ async def one_stream(port: int) -> float:
     started = time.perf_counter()
     body = json.dumps({**LONG, "stream": True}).encode()
     _, content = await Client(port).whole("/v1/completions", body)
-    return content.count(b'"text": "') / (time.perf_counter() - started)
+    return len(streamed_text(content)) / (time.perf_counter() - started)
 
 
 async def first_tokens(port: int) -> tuple[float, float, float, float]:
@@ -219,9 +224,9 @@ def main() -> None:
     command += ["--checkpoint", str(given.checkpoint), "--backend", given.backend]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = [process.stderr.readline() for _ in range(2)]
-        found = re.search(r":(\d+) ", said[1])
-        assert found is not None, said
+        serving = next(line for line in process.stderr if line.startswith("Serving"))
+        found = re.search(r":(\d+) ", serving)
+        assert found is not None, serving
         try:
             port = int(found[1])
             print(json.dumps(asyncio.run(measure(requests, port, process.pid, given.at_once))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 
 N_UNKNOWN = 5  # kinds of unknown characters named in a message
@@ -75,6 +76,13 @@ def replace_surrogates(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def wrap_words(line: str, width: int) -> list[str]:
+    """Return a line as lines of at most `width` characters; a longer word stays whole."""
+    wrapper = textwrap.TextWrapper(width, replace_whitespace=False)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.wrap(line) or [""]
 
 
 def unknown_line(counts: Mapping[str, int]) -> str:

@@ -155,6 +155,7 @@ def test_inspect_shows_which_token_of_a_passage_is_meant(folder: Path, browser: 
             expect(page.locator(f"#{kind} .now")).to_have_count(1)
             expect(page.locator("#nats")).to_be_in_viewport()
             page.keyboard.press("End")
+            assert re.fullmatch(r"“.*” [\d.]{1,5} nats, .*", page.locator("#nats").inner_text())
         expect(page.locator("#hardest .now")).to_have_count(0)
         expect(page.locator("#easiest .t").first.locator("span").last).to_have_class(
             re.compile("now")
@@ -175,7 +176,8 @@ def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> No
         expect(page.locator("#values")).to_contain_text("step 1\n")
         page.keyboard.press("End")
         expect(page.locator("#values")).to_contain_text("step 100\n")
-        expect(page.locator("#values")).to_contain_text("validation loss 1.62")
+        expect(page.locator("#values td").nth(1)).to_have_text("1.62")
+        assert problems(page) == []
         page.locator("#charts .wide").hover()
         expect(page.locator("#values")).not_to_contain_text("step 100\n")
         page.locator("#copy").click()
@@ -183,3 +185,4 @@ def test_a_plot_gives_the_values_of_a_step(folder: Path, browser: Browser) -> No
         page.set_viewport_size({"width": 390, "height": 800})
         expect(page.locator("#charts .narrow")).to_be_visible()
         expect(page.locator("#charts .wide")).to_be_hidden()
+        assert excess_width(page) == 0

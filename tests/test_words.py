@@ -47,3 +47,8 @@ def test_an_error_is_one_printable_line() -> None:
 def test_text_from_outside_cannot_act_on_a_terminal() -> None:
     assert words.clean_text("a\x1b[2J\tb\nc", keep="\n") == "a�[2J b\nc"
     assert words.clean_text("\x7f\x9b\u202e\ud800می\u200cخواهم") == "����می\u200cخواهم"
+
+
+def test_a_line_is_broken_between_words_alone() -> None:
+    assert words.wrap_words("put --max-tokens 5 in it", 8) == ["put", "--max-tokens", "5 in it"]
+    assert words.wrap_words("", 8) == [""]

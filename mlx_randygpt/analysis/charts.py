@@ -28,6 +28,7 @@ PANELS = (  # series, title, scale
     ("tokens_per_second", "tokens per second", "linear"),
 )
 WIDTH, NARROW, LEFT, RIGHT = 840, 390, 62, 20  # NARROW: on a phone
+MAX_LABEL = 100  # characters
 LETTER = 7  # the mean width of one, at least
 LEGEND_ROW, TITLE, AXIS = 20, 30, 28  # heights
 TALL, LOW = 260, 120  # heights of the plot areas: loss, others
@@ -35,14 +36,15 @@ CUT = 0.995  # share of the values that a panel shows; an initial spike can exce
 STYLE = "svg{font:12px system-ui,sans-serif} svg text{fill:var(--ink)} .grid{stroke:var(--line)}"
 
 
-def labels(records: Sequence[RunRecord]) -> list[str]:
+def labels(records: Sequence[RunRecord], most: int = MAX_LABEL) -> list[str]:
     """Return a label for each run: its name and the settings that differ between runs."""
     differing = differing_settings(list(records))
     return [
         _cut(
             "  ".join(
                 [record.name, *(f"{name}={setting_text(v[i])}" for name, v in differing.items())]
-            )
+            ),
+            most,
         )
         for i, record in enumerate(records)
     ]
@@ -282,7 +284,7 @@ def _mark_colour(i: int, records: Sequence[RunRecord]) -> str:
     return _colour(i) if len(records) > 1 else VALIDATION[1]
 
 
-def _cut(text: str, most: int = 100) -> str:
+def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

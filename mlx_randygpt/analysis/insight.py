@@ -143,7 +143,7 @@ def passages(scored: Losses, labels: Sequence[str]) -> dict[str, list[dict[str, 
 
     def describe(row: int) -> dict[str, Any]:
         texts = [labels[i] for i in scored.tokens[row, start + 1 : start + 1 + size]]
-        nats = part[row].round(2).tolist()
+        nats = part[row].astype(float).round(2).tolist()
         return {"loss": float(part[row].mean()), "tokens": texts, "nats": nats}
 
     n = min(N_PASSAGES, len(order) // 2)

@@ -66,7 +66,7 @@ def load_training_text(
         ) from error
     changed = corpus.sha256 != saved.data.get("sha256")
     if changed and not data:
-        echo(CHANGED, err=True)
+        echo(CHANGED, err=True, wrapped=True)
     return TrainingText(corpus, tokenizer, changed)
 
 
@@ -92,7 +92,7 @@ def show_copies(samples: Sequence[str], copies: Sequence[Copies]) -> None:
     console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for number, (sample, found) in enumerate(zip(samples, copies, strict=True), start=1):
         name = f"Copied in sample {number}" if len(samples) > 1 else "Copied"
-        echo(f"{name}: {copies_line(sample, found)}", err=True)
+        echo(f"{name}: {copies_line(sample, found)}", err=True, wrapped=True)
         if not found.passages:
             continue
         if console.color_system is not None and not console.no_color:

@@ -95,7 +95,7 @@ def build(
     params = saved.state.params
     built: Any = make_scorer(name, saved.model, params, dtype=saved.train.dtype, bits=quantize or 0)
     limit_memory(built)
-    echo(f"Backend: {describe_backend(built, reason)}", err=True)
+    echo(f"Backend: {describe_backend(built, reason)}", err=True, wrapped=True)
     if quantize is not None:
         before = format_bytes(sum(weight.nbytes for weight in params.values()))
         after = format_bytes(built.weight_bytes())

@@ -9,26 +9,27 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_randygpt.words import clean_text, replace_surrogates
+from mlx_randygpt.words import clean_text, replace_surrogates, wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+def echo(text: str = "", *, err: bool = False, nl: bool = True, wrapped: bool = False) -> None:
     """Print text; on a terminal, replace control characters. Files and pipes get all of it.
 
-    Lone surrogates, which no encoding can hold, are replaced everywhere.
+    Lone surrogates, which no encoding can hold, are replaced everywhere. With `wrapped`, lines on a
+    terminal end between words: for sentences, not for commands, which are copied from there.
     """
     text = replace_surrogates(text)
     if is_terminal(sys.stderr if err else sys.stdout):
         text = clean_text(text, keep="\n\t")
+        text = "\n".join(wrap(text)) if wrapped else text
     click.echo(text, err=err, nl=nl, color=True)  # without color=True a pipe would get less
 
 
@@ -51,10 +52,8 @@ def echo_notice(text: str, *, is_error: bool = False) -> None:
 
 def wrap(text: str, indent: int = 0) -> list[str]:
     """Return the lines of a text, broken between words to fit the terminal, and indented."""
-    width = shutil.get_terminal_size().columns - indent
-    lines = []
-    for line in text.split("\n"):
-        lines += textwrap.wrap(line, max(1, width), replace_whitespace=False) or [""]
+    width = max(1, shutil.get_terminal_size().columns - indent)
+    lines = [part for line in text.split("\n") for part in wrap_words(line, width)]
     return [" " * indent + line for line in lines]
 
 

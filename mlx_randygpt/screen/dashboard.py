@@ -27,7 +27,7 @@ from mlx_randygpt.screen.run_summary import (
     outcome,
 )
 from mlx_randygpt.training.reports import EarlyLog, EarlySampleLog, EvalLog, Report, SampleLog
-from mlx_randygpt.words import clean_text, format_clock
+from mlx_randygpt.words import clean_text, format_clock, wrap_words
 
 MIN_SECONDS = 0.25  # between two redraws
 RENDER_SHARE = 0.01  # of the time that drawing can take
@@ -44,9 +44,12 @@ EVENT_STYLES = {
 MAX_NOTICES = 4  # rows of messages that stay
 ENOUGH, ENOUGH_CURVE = 18, 12  # rows to share out, and those of the curve; more go to samples
 SURE_EVENTS = 3  # rows of messages and saved files that come before the sample
+SURE_NOTES = 2  # the same, with a sample, if they are only notes and files
+ENOUGH_SAMPLE = 5  # rows of a sample that come before more notes
 RISING = "red"  # the colour of a validation loss above the one before
 ABOVE = "▴"  # in the top row: a validation loss above the curve
 AXIS = 9  # columns left of the curve
+SUMMARY = 23  # columns left of the values of the summary
 # Sections with their minimum rows, the most important first; of events and facts some rows can do.
 SECTIONS = (
     ("progress", 1),
@@ -87,7 +90,7 @@ class Dashboard:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
         for line in summary(self._run, self._console):
-            self._console.print(line, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)  # a path is whole when it is copied
 
     def show(self, report: Report) -> None:
         """Add a report; redraw if it is due, or for an evaluation or a sample."""
@@ -133,7 +136,10 @@ def screen(run: RunSummary, console: Console, width: int, height: int) -> list[T
     """Return the whole screen, at most `height` lines of at most `width` columns."""
     beside = width >= BESIDE_COLUMNS
     n_events = len(_events(run, console, width, MAX_NOTICES + 1))
-    rows = _rows(height, width, beside, n_events)
+    calm = run.sample and all(event.urgency <= Urgency.NOTE for event in run.events.values())
+    least = {"event": min(n_events, SURE_NOTES if calm else SURE_EVENTS)}
+    more = {"sample": ENOUGH_SAMPLE if run.sample else 0, "event": n_events}
+    rows = _rows(height, width, least, more)
     curve_width = width * 11 // 20 if beside else width
     curve = _curve(run, curve_width, rows["curve"])
     sample_width = width - curve_width - 2 if beside else width
@@ -160,29 +166,30 @@ def screen(run: RunSummary, console: Console, width: int, height: int) -> list[T
     return lines[:height]
 
 
-def _rows(height: int, width: int, beside: bool, n_events: int) -> dict[str, int]:
-    """Return the rows of each section: the minimum, what messages need, and all that is left.
+def _rows(height: int, width: int, least: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """Return the rows of each section: the minimum, up to `more` in that order, and all the rest.
 
-    What is left goes to the curve, and below BESIDE_COLUMNS to the samples too.
+    The rest goes to the curve, and below BESIDE_COLUMNS to the samples too. `least` takes the place
+    of a minimum in SECTIONS.
     """
+    beside = width >= BESIDE_COLUMNS
     rows: dict[str, int] = {}
     for name, minimum in SECTIONS:
         n_rows = minimum + (name == "numbers" and width < TILE_COLUMNS)
-        if name == "event":
-            n_rows = max(1, min(n_events, SURE_EVENTS, height))
-        elif name == "facts":
+        n_rows = max(n_rows, least.get(name, 0))
+        if name in ("event", "facts"):
             n_rows = min(n_rows, height)
         rows[name] = n_rows if n_rows <= height and not (name == "sample" and beside) else 0
         height -= rows[name]
-    if rows["event"]:
-        extra = max(min(n_events - rows["event"], height), 0)
-        rows["event"] += extra
+    for name, n_rows in more.items():
+        extra = max(min(n_rows - rows[name], height), 0) if rows[name] else 0
+        rows[name] += extra
         height -= extra
-    more = height
+    n_curve = height
     if rows["sample"]:
-        more = min((height * 2 + 2) // 3, ENOUGH_CURVE + max(height - ENOUGH, 0) // 3)
-        rows["sample"] += height - more
-    rows["curve"] += more if rows["curve"] else 0
+        n_curve = min((height * 2 + 2) // 3, ENOUGH_CURVE + max(height - ENOUGH, 0) // 3)
+        rows["sample"] += height - n_curve
+    rows["curve"] += n_curve if rows["curve"] else 0
     if beside:
         rows["sample"] = rows["curve"]
     return rows
@@ -341,11 +348,17 @@ def _footer(info: RunInfo, width: int) -> Text:
 
 def summary(run: RunSummary, console: Console) -> list[Text]:
     """Return what remains on the terminal: outcome, last sample, messages and saved files."""
-    facts = outcome(run)
-    lines = [Text.assemble((f" {name:22}", "dim"), (value, "bold")) for name, value in facts]
+    lines = []
+    for name, value in outcome(run):
+        for i, part in enumerate(wrap_words(value, max(console.width - SUMMARY, 1))):
+            head = f" {'' if i else name:{SUMMARY - 1}}"
+            lines.append(Text.assemble((head, "dim"), (part, "bold")))
     if lines:
         lines.insert(0, _rule(console.width, "mlxgpt train", run.info.recipe))
     if run.sample:
         lines.append(_rule(console.width, "sample", _origin(run.sample)))
         lines += _text(run.sample, console, console.width - 2, 6)
-    return lines + [Text(event.line, EVENT_STYLES[event.urgency]) for event in run.events.values()]
+    for event in run.events.values():
+        parts = wrap_words(event.line, console.width)
+        lines += [Text(part, EVENT_STYLES[event.urgency]) for part in parts]
+    return lines

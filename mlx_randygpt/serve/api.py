@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from random import Random
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -63,7 +63,9 @@ PAGE = {  # path -> file in page/, media type
     "/style.css": ("style.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+SMALL_BYTES = 1 << 10  # of a body that is read in the event loop
 LARGE_BYTES = 1 << 16  # of a body
+SENT_SECONDS = 0.02  # for which the engine waits until first tokens are sent
 ENGINE_SECONDS = 0.25  # for the token that is being decoded when the server ends
 R = TypeVar("R")
 
@@ -78,6 +80,7 @@ class Api:
         self._metrics = metrics
         self._bodies, self._in_flight = Bodies(), InFlight()
         self._threads = ThreadPoolExecutor(N_THREADS)
+        self._random = Random()  # the system's random numbers would cost Python's lock each time
         self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
         self._large_lock = asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
@@ -115,7 +118,17 @@ class Api:
             with contextlib.suppress(RuntimeError):  # the loop ended before this token
                 loop.call_soon_threadsafe(_notify, requests)
 
-        self._engine.deliver = deliver
+        sent = threading.Event()
+
+        def wait_until_sent() -> None:
+            sent.clear()
+            with contextlib.suppress(RuntimeError):
+                # a turn later than the notices, when their pieces are sent
+                loop.call_soon_threadsafe(loop.call_soon, sent.set)
+                sent.wait(SENT_SECONDS)
+
+        self._engine.deliver, self._engine.wait_until_sent = deliver, wait_until_sent
+        self._engine.call_soon = loop.call_soon
         self._stopped = loop.create_future()
         yield
         self.stop()
@@ -167,7 +180,7 @@ class Api:
         builder = ResponseBuilder(
             served=self._served,
             generation=generation,
-            id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            id=f"{'chatcmpl' if is_chat else 'cmpl'}-{self._random.getrandbits(128):032x}",
             created=int(time.time()),
             is_chat=is_chat,
         )
@@ -189,7 +202,7 @@ class Api:
         read: Callable[[B, ServedModel, Settings, int], GenerationRequest],
     ) -> tuple[GenerationRequest, Submission]:
         """Submit the texts of a request; until then its body counts among those being read."""
-        seed = secrets.randbelow(1 << 31)
+        seed = self._random.getrandbits(31)
 
         def check(content: bytes) -> tuple[GenerationRequest, list[Continuation]]:
             body, ignored = parse(content, model)
@@ -200,10 +213,7 @@ class Api:
             return generation.with_ignored(ignored), generation.continuations(self._served)
 
         async with self._bodies.read(request) as content:
-            # one at a time: they hold Python's lock for long, and the event loop waits for it
-            is_large = len(content) > LARGE_BYTES
-            async with self._large_lock if is_large else contextlib.nullcontext():
-                generation, texts = await self._in_thread(check, content)
+            generation, texts = await self._check(check, content)
             submission = Submission(
                 texts,
                 self._engine,
@@ -213,6 +223,15 @@ class Api:
                 each_token=generation.stream,
             )
         return generation, submission
+
+    async def _check(self, check: Callable[[bytes], R], content: bytes) -> R:
+        """Return check(content): at once if that takes less time than another thread, or in one."""
+        if len(content) <= SMALL_BYTES:
+            return check(content)
+        # one at a time: they hold Python's lock for long, and the event loop waits for it
+        is_large = len(content) > LARGE_BYTES
+        async with self._large_lock if is_large else contextlib.nullcontext():
+            return await self._in_thread(check, content)
 
     async def _in_thread(self, work: Callable[..., R], *values: object) -> R:
         """Return work(*values), done in a thread; ApiError 503 if the server stops before."""

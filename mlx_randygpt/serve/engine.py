@@ -63,8 +63,13 @@ class Engine:
         self._n_streams, self._n_waiting = n_streams, n_waiting
         # called in the engine's thread with the requests to notify
         self.deliver: Callable[[list[Request]], None] = lambda requests: None
+        # called there after first tokens; returns when they are sent, before the next are decoded
+        self.wait_until_sent: Callable[[], None] = lambda: None
+        # calls a function once everything that has arrived at the same moment is submitted
+        self.call_soon: Callable[[Callable[[], None]], object] = lambda function: function()
         self.backend_name = ""
         self._release: Callable[[], None] = lambda: None  # the memory that an idle model can spare
+        self._arriving: list[Request] = []  # submitted at this moment
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -80,11 +85,23 @@ class Engine:
             raise self._error
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests; raise Full if there is no room for all of them."""
+        """Queue requests; raise Full if there is no room for all of them.
+
+        Those of one moment join the batch together, so that their prompts are read in one pass.
+        """
         with self._changed:
-            if len(self._waiting) + len(requests) > self._n_waiting + self._n_streams:
-                raise Full(f"{len(self._waiting)} texts are already waiting; try again in a second")
-            self._waiting.extend(requests)
+            n_waiting = len(self._waiting) + len(self._arriving)
+            if n_waiting + len(requests) > self._n_waiting + self._n_streams:
+                raise Full(f"{n_waiting} texts are already waiting; try again in a second")
+            is_first = not self._arriving
+            self._arriving += requests
+        if is_first and requests:
+            self.call_soon(self._admit)
+
+    def _admit(self) -> None:
+        with self._changed:
+            self._waiting.extend(self._arriving)
+            self._arriving.clear()
             self._changed.notify()
 
     def stop(self, seconds: float | None = None) -> None:
@@ -109,7 +126,9 @@ class Engine:
             current = [*batch.requests, *arrived]
             try:
                 for joined in batch.join(arrived, self._model.block_size):
-                    self.deliver(joined)
+                    if joined:
+                        self.deliver(joined)
+                        self.wait_until_sent()
                 if notified := batch.step():
                     self.deliver(notified)
             except BaseException as error:  # keep serving; every request in this batch gets it
@@ -117,9 +136,10 @@ class Engine:
                     request.error = request.error or (None if request.finished else error)
                 batch = RunningBatch(Streams(backend, self._model, self._n_streams), self._metrics)
                 self.deliver(current)
-        for request in [*batch.requests, *self._waiting]:
+        unfinished = [*batch.requests, *self._waiting, *self._arriving]
+        for request in unfinished:
             request.cancelled = True
-        self.deliver([*batch.requests, *self._waiting])
+        self.deliver(unfinished)
 
     def _next_requests(self, batch: RunningBatch) -> list[Request] | None:
         """Return the requests to join now; wait for one if the batch is empty; None: stop."""

@@ -174,6 +174,20 @@ def test_24_rows_show_every_number(width: int) -> None:
         assert part in text
 
 
+def test_notes_give_way_to_a_sample_and_warnings_do_not() -> None:
+    run = tally_of(SampleLog(500, "ROMEO:", "".join(f"\nline {n}" for n in range(9))))
+    for line in ("first", "second", "third", "fourth"):
+        run.add_event(line, Event(f"{line} note"))
+    text = "\n".join(shown(run, 80, 24))
+    assert all(part in text for part in ("fourth note", "line 2"))
+    assert "first note" not in text
+    assert "first note" in "\n".join(shown(run, 80, 40))
+    for line in ("first", "second"):
+        run.add_event(line, Event(f"{line} warning", Urgency.WARNING))
+    text = "\n".join(shown(run, 80, 24))
+    assert all(part in text for part in ("first warning", "second warning", "line 1"))
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_markup_in_a_sample_is_shown_as_it_is(width: int) -> None:
     text = "\n".join(shown(tally_of(*reports()), width))

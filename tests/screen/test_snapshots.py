@@ -167,11 +167,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("words", ["plot", "plot small", "runs", "--help"])
+@pytest.mark.parametrize("words", ["plot", "plot small", "presets", "runs", "--help"])
 def test_a_command(
     words: str, size: tuple[int, int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLXGPT_CACHE", str(folder))  # where doctor has measured nothing
     columns, rows = size
     environ = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": str(columns), "LINES": str(rows)}
     monkeypatch.setattr("mlx_randygpt.cli.output.is_terminal", lambda stream: True)

@@ -12,6 +12,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,9 +50,9 @@ def test_it_serves_until_it_is_told_to_stop(number: int, code: int, checkpoint: 
     command = [sys.executable, "-m", "mlx_randygpt", *words(checkpoint), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = [process.stderr.readline() for _ in range(2)]
-        found = re.search(r"http://127\.0\.0\.1:(\d+) ", said[1])
-        assert found, said
+        serving = next(line for line in process.stderr if line.startswith("Serving"))
+        found = re.search(r"http://127\.0\.0\.1:(\d+) ", serving)
+        assert found, serving
         url = f"http://127.0.0.1:{found[1]}"
         with urllib.request.urlopen(f"{url}/run") as answer:
             told = json.load(answer)
@@ -68,6 +69,15 @@ def test_it_serves_until_it_is_told_to_stop(number: int, code: int, checkpoint: 
     written = ["--prompt", "The", "--max-tokens", "9", "--seed", "5", "--no-echo"]
     sampled = CliRunner().invoke(group, ["sample", *words(checkpoint)[1:], *written])
     assert sampled.stdout == text + "\n"
+
+
+def test_the_decoder_is_compiled_before_the_first_request(make_run: Callable[..., Any]) -> None:
+    pytest.importorskip("numba")
+    from mlx_randygpt.cli.commands import serve as command
+
+    run, backend = make_run("modern")
+    assert backend.decoding == "NumPy without numba"
+    assert command._warm_up(backend, run.model).decoding == "compiled by numba"
 
 
 def test_a_port_that_is_taken_is_one_line(checkpoint: Path) -> None:

@@ -105,6 +105,41 @@ def test_prompts_of_different_lengths_are_read_in_one_pass(host: Host) -> None:
     ]
 
 
+def test_texts_submitted_at_one_moment_are_read_in_one_pass(host: Host) -> None:
+    read, soon, logits = list[int](), list[Callable[[], None]](), host.backend.logits
+
+    def watched(tokens: Any, *given: Any) -> Any:
+        read.append(len(tokens))
+        return logits(tokens, *given)
+
+    host.backend.logits = watched
+    host.engine.call_soon = soon.append
+    requests = [host.job("The", seed=n) for n in range(3)]
+    for request in requests:
+        host.engine.submit([request])
+    [admit] = soon  # once for all three
+    admit()
+    host.wait(*requests)
+    host.engine.stop()
+    assert read[0] == 3
+
+
+def test_first_tokens_are_sent_before_second_ones_are_decoded(host: Host) -> None:
+    events, logits = list[str](), host.backend.logits
+
+    def watched(*given: Any) -> Any:
+        events.append("decode")
+        return logits(*given)
+
+    host.backend.logits = watched
+    host.engine.wait_until_sent = lambda: events.append("sent")
+    request = host.job("The", max_tokens=3)
+    host.engine.submit([request])
+    host.wait(request)
+    host.engine.stop()
+    assert events == ["decode", "sent", "decode", "decode"]
+
+
 def test_a_short_prompt_does_not_wait_for_long_ones(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

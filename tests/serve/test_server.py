@@ -24,6 +24,7 @@ from served import Host
 
 from mlx_randygpt.serve import N_THREADS, ApiError, api, http, submission
 from mlx_randygpt.serve import server as limits
+from mlx_randygpt.serve.api import SMALL_BYTES
 from mlx_randygpt.serve.responses import MAX_ENTRIES, ResponseBuilder
 from mlx_randygpt.serve.submission import InFlight
 
@@ -317,7 +318,7 @@ def test_work_in_a_thread_does_not_hold_up_a_stop(
     monkeypatch.setattr(api, "parse", parse)
     waiting = [connect(host) for _ in range(N_THREADS + 1)]
     for connection in waiting:
-        connection.sendall(post({"prompt": "a"}))
+        connection.sendall(post({"prompt": "a" * SMALL_BYTES}))
     assert all(begun.acquire(timeout=60) for _ in range(N_THREADS))
     assert not begun.acquire(blocking=False)
     assert ask(host, closed(HEALTH))[0] == 200  # the event loop is free
@@ -388,6 +389,26 @@ def test_large_bodies_are_read_one_at_a_time(host: Host, monkeypatch: pytest.Mon
     assert most == 1
     for connection in connections:
         connection.close()
+
+
+def test_only_small_bodies_are_read_in_the_event_loop(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, parse = list[int](), api.parse
+
+    def record(*given: Any) -> Any:
+        threads.append(threading.get_ident())
+        return parse(*given)
+
+    async def find_thread() -> int:
+        return threading.get_ident()
+
+    monkeypatch.setattr(api, "parse", record)
+    for prompt in ("a", "a" * SMALL_BYTES):
+        body = {"prompt": prompt, "max_tokens": 1, "truncate_prompt": True}
+        assert ask(host, post(body))[0] == 200
+    loop_thread = asyncio.run_coroutine_threadsafe(find_thread(), host.server.loop).result(30)
+    assert [thread == loop_thread for thread in threads] == [True, False]
 
 
 def test_nothing_in_the_event_loop_grows_with_an_answer(

@@ -68,7 +68,7 @@ def command(mode: str, backend: str, json: bool, streams: int | None, **options:
     name, reason = choose(backend)
     state = initial_state(model, train.seed)
     built = make_backend(name, model, train, state)
-    echo(f"Backend: {describe_backend(built, reason)}", err=True)
+    echo(f"Backend: {describe_backend(built, reason)}", err=True, wrapped=True)
     sizes = sweep(streams) if streams is not None else [train.batch_size]
     measure = measure_sampling if mode == "sample" else measure_training
     results = [measure(built, model, replace(train, batch_size=n), train.iters) for n in sizes]

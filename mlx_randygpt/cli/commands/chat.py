@@ -21,7 +21,7 @@ from mlx_randygpt.cli.options import (
     quantize_option,
     sampling_options,
 )
-from mlx_randygpt.cli.output import echo, echo_notice, is_terminal, styled, wrap
+from mlx_randygpt.cli.output import echo, echo_notice, styled, wrap
 from mlx_randygpt.cli.signals import CtrlC
 from mlx_randygpt.cli.values import FilePath
 
@@ -127,7 +127,7 @@ def _respond(conversation: Conversation, line: str, ctrl_c: CtrlC) -> None:
 
 def _replay(conversation: Conversation, turns: list[Turn], ctrl_c: CtrlC) -> None:
     for turn in turns:
-        begin = f"\n{PROMPT * conversation.is_dialogue}" if is_terminal(sys.stdout) else ""
+        begin = f"\n{PROMPT * conversation.is_dialogue}" if sys.stdout.isatty() else ""
         echo(begin + turn.prompt, nl=conversation.is_dialogue)
         _stream(conversation.replay(turn, lambda: ctrl_c.pressed))
         if ctrl_c.pressed:
@@ -138,7 +138,7 @@ def _replay(conversation: Conversation, turns: list[Turn], ctrl_c: CtrlC) -> Non
 
 def _stream(parts: Iterator[str]) -> None:
     """Write the parts as they come, and a newline; on a terminal lines end between words."""
-    if not is_terminal(sys.stdout):
+    if not sys.stdout.isatty():
         for part in parts:
             echo(part, nl=False)
         echo()

@@ -145,7 +145,7 @@ def prepare(data: tuple[str, ...], json: bool, **options: Any) -> None:
     files = text.files_of(data)
     tokenizer, corpus = text.load(files, text.reading(given), text.requested_tokenizer(given))
     for line in text.tokenizer_lines(corpus, tokenizer):
-        echo(line, err=True)
+        echo(line, err=True, wrapped=True)
     first = plain_ids(np.asarray(corpus.tokens[:1_000_000]))
     n_bytes = int(tokenizer.token_bytes()[first].sum())
     cached = corpus.tokens.file.path if isinstance(corpus.tokens, TokenFile) else None
@@ -211,7 +211,7 @@ def check(paths: tuple[str, ...], no_time: bool, json: bool, **options: Any) -> 
 
         found = audit(pieces)
     for line in text.skipped_lines(len(skipped), next(iter(skipped), "")):
-        echo(line, err=True)
+        echo(line, err=True, wrapped=True)
     names = [str(file) for file in files]
     suits = suitable_run(found, measure=not no_time)
     if json:

@@ -87,7 +87,7 @@ def command(
     files = text.files_of(data or saved.data["paths"])
     _, corpus = text.load(files, text.reading(options, saved.data), tokenizer, saved.data)
     for line in text.loss_lines(corpus, tokenizer):
-        echo(line, err=True)
+        echo(line, err=True, wrapped=True)
     if quantize is not None:  # compare in one type, and fail before the first evaluation
         saved = replace(saved, train=replace(saved.train, dtype="float32"))
         require_mlx(backend)
@@ -114,12 +114,14 @@ def command(
     echo(
         f"{split} loss {score.loss:.4f} | perplexity {score.perplexity:.2f} | "
         f"{score.bits_per_byte:.3f} bits/byte | {score.tokens:,} tokens | "
-        f"step {saved.state.step}"
+        f"step {saved.state.step}",
+        wrapped=True,
     )
     if cost:
         echo(
             f"{quantize} bits cost {cost['loss_cost']:+.4f}: the float32 weights have "
-            f"{cost['loss_float']:.4f}"
+            f"{cost['loss_float']:.4f}",
+            wrapped=True,
         )
 
 

@@ -70,5 +70,6 @@ def command(
     if kind in ("hf", "mlx-lm") and not saved.model.is_gpt2 and find_misfit(saved.model):
         echo(
             "Note: this folder contains code of mlxgpt. A model of --recipe portable needs none, "
-            "and runs in vLLM, llama.cpp, Ollama and LM Studio too (--format gguf)."
+            "and runs in vLLM, llama.cpp, Ollama and LM Studio too (--format gguf).",
+            wrapped=True,
         )

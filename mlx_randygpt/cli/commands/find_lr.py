@@ -82,8 +82,8 @@ def command(
     state = initial_state(model, train.seed)
     engine = make_backend(name, model, train, state)
     for line in text.tokenizer_lines(corpus, tokenizer):
-        echo(line, err=True)
-    echo(f"Backend: {describe_backend(engine, reason)}", err=True)
+        echo(line, err=True, wrapped=True)
+    echo(f"Backend: {describe_backend(engine, reason)}", err=True, wrapped=True)
     windows = training_windows(corpus, tokenizer, sources, Drawing(model.block_size))
     batches = [
         batch
@@ -102,10 +102,11 @@ def command(
     echo("\n".join(chart(trials)))
     echo(f"\nSuggested: --lr {rate:.2g} (the {train.recipe} recipe has {train.lr:g})")
     if is_worth_trying(rate, train.lr):
-        echo("Worth a try: compare both over a few hundred steps before a long run.")
+        echo("Worth a try: compare both over a few hundred steps before a long run.", wrapped=True)
     else:
         echo(
-            "Not worth a change: rates this close to the recipe's end within a range test's noise."
+            "Not worth a change: rates this close to the recipe's end within a range test's noise.",
+            wrapped=True,
         )
 
 

@@ -82,7 +82,7 @@ def command(
     given_sizes = {name: value for name, value in sizes.items() if value is not None}
     imported = read_foreign(source, format, vocab=vocab, activation=activation, sizes=given_sizes)
     for note in imported.notes:
-        echo(note, err=True)
+        echo(note, err=True, wrapped=True)
     save_checkpoint(output, imported.checkpoint())
     values = describe(output, imported)
     if json:

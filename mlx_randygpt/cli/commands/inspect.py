@@ -69,7 +69,7 @@ def command(
     _, corpus = texts.load(files, texts.reading({}, saved.data), tokenizer, saved.data)
     for line in (*texts.loss_lines(corpus, tokenizer), unknown_line(tokenizer.unknown(text or ""))):
         if line:
-            echo(line, err=True)
+            echo(line, err=True, wrapped=True)
     with threadpool_limits(1):  # for many small products, threads cost more than they gain
         samples = read_samples(path.with_name("samples.jsonl"))
         val = np.asarray(corpus.val)

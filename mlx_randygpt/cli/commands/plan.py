@@ -165,7 +165,7 @@ def command(
     draw(plan, model, train)
     if chosen is not None:
         echo()
-        echo(describe(chosen, 60 * given["minutes"]))
+        echo(describe(chosen, 60 * given["minutes"]), wrapped=True)
 
 
 def read_text(data: Sequence[str]) -> tuple[int, TextFacts]:

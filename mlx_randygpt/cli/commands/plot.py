@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MIN_WIDTH, MAX_WIDTH = 30, 160  # columns of all charts; a narrower terminal wraps or cuts them
 AXIS, MARGIN = 9, 3  # columns left and right of a chart
+KEY = 5  # columns left of the name of a run
 N_OTHERS, GAP = 3, 1  # charts side by side below that of the loss, and the columns between them
 SIDE_BY_SIDE = 54  # the least width for that
 HEIGHTS = (12, 5)  # rows of the loss and of the others, if nothing limits them
@@ -94,14 +95,14 @@ def _draw(records: list[RunRecord], span: float) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from mlx_randygpt.analysis.charts import PANELS, labels
+    from mlx_randygpt.analysis.charts import MAX_LABEL, PANELS, labels
     from mlx_randygpt.words import clean_text
 
     console = Console(highlight=False)
     width = max(MIN_WIDTH, min(console.width, MAX_WIDTH)) if console.is_terminal else 80
     legend = [
         Text.assemble((f"{_letter(i)} ━━ ", _colour(i)), clean_text(label))
-        for i, label in enumerate(labels(records))
+        for i, label in enumerate(labels(records, max(MAX_LABEL, width - KEY)))
     ]
     if console.is_terminal and width >= SIDE_BY_SIDE:
         legend = [part for line in legend for part in line.wrap(console, width)]

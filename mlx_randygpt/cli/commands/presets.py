@@ -10,7 +10,7 @@ import click
 from mlx_randygpt.cli.errors import Command
 from mlx_randygpt.cli.loading import BACKEND_TITLES
 from mlx_randygpt.cli.options import json_option
-from mlx_randygpt.cli.output import echo, print_json, show
+from mlx_randygpt.cli.output import echo, print_json, show, stdout_console
 from mlx_randygpt.recipes import DEFAULT_PRESET, PRESETS, RECIPES
 from mlx_randygpt.words import format_bytes, format_duration
 
@@ -40,6 +40,12 @@ PURPOSES = {
 }
 MEASURED = ("backend", "device", "date")  # what is shown of the measurement
 SIZES = ("n_layer", "n_head", "n_embd", "block_size")
+HEADERS = ("Layers", "Heads", "Width", "Context", "Parameters")
+BYTES = {
+    "16 B/param": "memory for training (weights, gradients, two moments) without activations",
+    "On disk": "the size of a checkpoint (weights and moments)",
+}
+GAP = 2  # columns between two columns
 
 
 @click.command("presets", cls=Command)
@@ -63,14 +69,17 @@ def command(recipe: str, json: bool) -> None:
         values = {"recipe": recipe, "vocab_size": VOCAB_SIZE, "presets": rows}
         print_json(values | {"steps": STEPS, "measured": measured})
         return
-    show(_table(rows))
-    echo(
-        f"\nParameters of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the default "
-        f"preset is {DEFAULT_PRESET}.\n16 B/param: memory for training (weights, gradients, two "
-        "moments) without activations.\nOn disk: the size of a checkpoint (weights and moments).\n"
-    )
+    table = _table(rows, stdout_console().width)
+    show(table)
+    headers = {column.header for column in table.columns}
+    notes = [
+        f"Parameters of the {recipe} recipe with a vocabulary of {VOCAB_SIZE}; the default preset "
+        f"is {DEFAULT_PRESET}.",
+        *(f"{name}: {text}." for name, text in BYTES.items() if name in headers),
+    ]
+    echo("\n".join(["", *notes, ""]), wrapped=True)
     show(_purposes(rows))
-    echo(f"\n{_source(measured, recipe)}")
+    echo(f"\n{_source(measured, recipe)}", wrapped=True)
 
 
 def sizes(name: str, recipe: str) -> dict[str, Any]:
@@ -95,17 +104,23 @@ def sizes(name: str, recipe: str) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def _table(rows: list[dict[str, Any]], width: int) -> Any:
+    """Return the sizes; the last columns are left out if there is no room for them."""
     from rich.table import Table
 
+    columns = [["Preset", *(row["name"] for row in rows)]]
+    for header, key in zip(HEADERS, (*SIZES, "parameters"), strict=True):
+        columns.append([header, *(f"{row[key]:,}" for row in rows)])
+    for header, key in zip(BYTES, ("training_bytes", "checkpoint_bytes"), strict=True):
+        columns.append([header, *(format_bytes(row[key]) for row in rows)])
+    while len(columns) > 1 and sum(max(map(len, cells)) + GAP for cells in columns) - GAP > width:
+        columns.pop()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("Preset", style="bold", no_wrap=True)
-    for header in ("Layers", "Heads", "Width", "Context", "Parameters", "16 B/param", "On disk"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        counts = [f"{row[key]:,}" for key in (*SIZES, "parameters")]
-        memory = [format_bytes(row[key]) for key in ("training_bytes", "checkpoint_bytes")]
-        table.add_row(row["name"], *counts, *memory)
+    for i, (header, *_) in enumerate(columns):
+        style = "" if i else "bold"
+        table.add_column(header, style=style, justify="right" if i else "left", no_wrap=True)
+    for cells in list(zip(*columns, strict=True))[1:]:
+        table.add_row(*cells)
     return table
 
 
@@ -116,7 +131,7 @@ def _purposes(rows: list[dict[str, Any]]) -> Any:
     table.add_column("Preset", style="bold", no_wrap=True)
     for header in ("Text", "1,000 steps"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("Purpose", no_wrap=True)
+    table.add_column("Purpose")
     for row in rows:
         least, most = (format_bytes(row["text_bytes"][name]) for name in ("least", "most"))
         minutes = row["minutes"]

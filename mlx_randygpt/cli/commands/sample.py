@@ -112,7 +112,7 @@ def command(
         prompt = read_text(find_files([str(prompt_file)])[0])
     prompt = unify_newlines(loaded.saved.train.prompt if prompt is None else prompt)
     if line := unknown_line(loaded.tokenizer.unknown(prompt)):
-        echo(line, err=True)
+        echo(line, err=True, wrapped=True)
     printer = Printer("" if no_echo else prompt, config, json or num_samples > 1 or show_probs)
     started, samples = time.perf_counter(), list["Generated"]()
     for samples in _generate(

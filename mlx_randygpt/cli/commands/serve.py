@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +31,15 @@ from mlx_randygpt.cli.output import echo
 from mlx_randygpt.config import UserError, missing
 
 if TYPE_CHECKING:
+    from mlx_randygpt.backends.base import Scorer
     from mlx_randygpt.checkpoint import Checkpoint
+    from mlx_randygpt.config import ModelConfig
     from mlx_randygpt.serve import ServedModel
     from mlx_randygpt.serve.api import Api
     from mlx_randygpt.tokenizers import Tokenizer
 
 SWITCH_SECONDS = 0.0005  # for which a thread that computes can keep the event loop waiting
+NOTICE_SECONDS = 1.0  # of preparation that are not worth a line
 N_POINTS = 1000  # of a loss curve on the page
 
 
@@ -130,7 +135,7 @@ def command(
     del saved
     with _listen(host, port) as listening:
         engine = Engine(
-            lambda: build(weights.pop(), backend, quantize, batch_size),
+            lambda: _warm_up(build(weights.pop(), backend, quantize, batch_size), served.model),
             served.model,
             metrics,
             n_streams=batch_size,
@@ -144,6 +149,20 @@ def command(
         _serve(Api(served, settings, engine, metrics), listening)
 
 
+def _warm_up(backend: Scorer, model: ModelConfig) -> Scorer:
+    """Read one token, so that no request waits for libraries to load and compile."""
+    from mlx_randygpt.sampling.generate import Streams
+
+    message = "Preparing the decoder; the first start on a machine takes longest."
+    notice = threading.Timer(NOTICE_SECONDS, echo, (message,), {"err": True})
+    notice.daemon = True
+    notice.start()
+    backend.warm_up()
+    Streams(backend, model, 1).join([[0]])
+    notice.cancel()
+    return backend
+
+
 def _serve(api: Api, listening: socket.socket) -> None:
     from mlx_randygpt.serve.server import Server, connection_limit
 
@@ -151,6 +170,8 @@ def _serve(api: Api, listening: socket.socket) -> None:
     shown = f"[{host}]" if ":" in host else host
     echo(f"Serving on http://{shown}:{port} (Ctrl-C stops)", err=True)
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays; looking through it again would stop every thread
     server = Server(api.app(), listening, api.stop, connection_limit(), _exit_at_once)
     server.serve_until_signal()
 

@@ -313,7 +313,8 @@ def _conclude(
     if end is not None and end.reason == "stopped":
         echo(f"Go on with: {resume_line(request, session.run)}", err=session.console.stderr)
     elif end is not None and sample is not None:
-        echo(_copies_note(sample.text, session.run), err=session.console.stderr)
+        note = _copies_note(sample.text, session.run)
+        echo(note, err=session.console.stderr, wrapped=True)
     if end is not None:
         echo(try_line(request, session.run), err=session.console.stderr)
     return team.exit_code

@@ -48,7 +48,7 @@ def sources_of(paths: Sequence[str], heard: list[str] | None = None) -> list[Tex
         )
 
     def note(line: str) -> None:
-        echo(line, err=True)
+        echo(line, err=True, wrapped=True)
         if heard is not None:
             heard.append(line)
 
