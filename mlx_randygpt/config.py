@@ -70,6 +70,7 @@ GPT2_SWITCHES: dict[str, Any] = {  # they override those of a recipe
     "activation": "gelu_tanh",
     "bias": True,
     "position": "learned",
+    "rope_base": 10000.0,
     "qk_norm": False,
     "final_norm": True,
     "token_shift": False,
@@ -88,7 +89,8 @@ class ModelConfig:
     n_head: int = 8
     n_embd: int = 128
     dropout: float = 0.0  # after the attention projection and after the MLP
-    position: str = "rope"  # "rope" (rotary, interleaved pairs, base 10000) | "learned" (wpe)
+    position: str = "rope"  # "rope" (rotary, interleaved pairs) | "learned" (wpe)
+    rope_base: float = 10000.0  # pair j of n turns by base^(−j/n) per position
     qk_norm: bool = True  # RMSNorm of each query and key, before the rotation
     final_norm: bool = True  # RMSNorm before the head
     token_shift: bool = False  # half of each block's input comes from the previous position
@@ -132,6 +134,7 @@ class ModelConfig:
                 f"n_embd/n_head={self.head_size} is too small; rotary positions turn pairs, so "
                 f"n_head must be at most {self.n_embd // 2}"
             )
+        _between("rope_base", self.rope_base, 1.0, 1e9)
         _between("dropout", self.dropout, 0.0, 1.0, top_open=True)
         _one_of("arch", self.arch, tuple(ARCHS))
         _one_of("activation", self.activation, GPT2_ACTIVATIONS if self.is_gpt2 else ("relu2",))

@@ -52,7 +52,14 @@ def tiny_model() -> Callable[..., ModelConfig]:
     """(recipe, gpt2 or lora, **changes) -> two layers of width 32 that read 16 tokens."""
 
     def build(recipe: str, **changes: Any) -> ModelConfig:
-        sizes = {"vocab_size": 29, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+        sizes: dict[str, Any] = {
+            "vocab_size": 29,
+            "block_size": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_embd": 32,
+        }
+        sizes["rope_base"] = 500.0  # not the default, so that whatever forgets it fails
         switches = RECIPES[recipe_of(recipe)]["model"] | VARIANTS.get(recipe, {})
         return ModelConfig(**{**sizes, **switches, **changes})
 

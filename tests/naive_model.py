@@ -22,12 +22,12 @@ def rms(x: Array) -> Array:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
 
 
-def rotate(x: Array, t: int) -> Array:
+def rotate(x: Array, t: int, base: float) -> Array:
     """Rotate one head's vector (D,) by its position."""
     d = len(x)
     matrix = np.zeros((d, d))
     for j in range(0, d, 2):
-        angle = t * 10000.0 ** (-j / d)
+        angle = t * base ** (-j / d)
         c, s = np.cos(angle), np.sin(angle)
         matrix[j : j + 2, j : j + 2] = [[c, -s], [s, c]]
     return matrix @ x
@@ -82,7 +82,7 @@ def naive_logits(
             qkv[:, :2] = rms(qkv[:, :2])
         if config.position == "rope":
             for t, part, head in np.ndindex(n, 2, h):
-                qkv[t, part, head] = rotate(qkv[t, part, head], t)
+                qkv[t, part, head] = rotate(qkv[t, part, head], t, config.rope_base)
         y = np.zeros((n, h, d))
         for t, head in np.ndindex(n, h):
             seen = slice(max(0, t - window + 1), t + 1)

@@ -17,7 +17,6 @@ from mlx_randygpt.state import Array
 
 MODEL_TYPE = "arcee"
 NORM_EPS = 1e-5  # of every RMSNorm
-ROPE_BASE = 10000.0
 OUTSIDE = {  # our name -> that of transformers, that of llama.cpp
     "wte": ("model.embed_tokens", "token_embd"),
     "lm_head": ("lm_head", "output"),

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_randygpt.backends.mlx.model import EPS, ROPE_BASE
+from mlx_randygpt.backends.mlx.model import EPS
 
 LANES = 32  # of a simdgroup
 LANES_A_HEAD = 4
@@ -327,18 +327,20 @@ def norm_shift_gradient(x: mx.array, dy: mx.array, past: mx.array) -> mx.array:
     return _norm_shift_gradient([x, dy, past], (LANES, b * t, 1), [x.shape], T=t, C=c)[0]
 
 
-def norm_rotate(qkv: mx.array, n_head: int) -> mx.array:
+def norm_rotate(qkv: mx.array, n_head: int, rope_base: float) -> mx.array:
     """Return queries and keys of qkv (B, T, 3C), normed and rotated, (B, 2H, T, D)."""
     b, t, width = qkv.shape
     h, d, parts = n_head, width // (3 * n_head), 2 * n_head
     grid, shape = (LANES_A_HEAD * b * t * parts, 1, 1), (b, parts, t, d)
-    return _norm_rotate([qkv, phases(t, d)], grid, [shape], T=t, H=h, D=d, PARTS=parts)[0]
+    return _norm_rotate([qkv, phases(t, d, rope_base)], grid, [shape], T=t, H=h, D=d, PARTS=parts)[
+        0
+    ]
 
 
-def norm_rotate_gradient(qkv: mx.array, dqk: mx.array, dv: mx.array) -> mx.array:
+def norm_rotate_gradient(qkv: mx.array, dqk: mx.array, dv: mx.array, rope_base: float) -> mx.array:
     """Return dqkv (B, T, 3C) for dqk (B, 2H, T, D) and dv (B, H, T, D)."""
     (b, h, t, d), parts = dv.shape, 3 * dv.shape[1]
-    grid, inputs = (LANES_A_HEAD * b * t * parts, 1, 1), [qkv, phases(t, d), dqk, dv]
+    grid, inputs = (LANES_A_HEAD * b * t * parts, 1, 1), [qkv, phases(t, d, rope_base), dqk, dv]
     return _norm_rotate_gradient(inputs, grid, [qkv.shape], T=t, H=h, D=d, PARTS=parts)[0]
 
 
@@ -366,8 +368,8 @@ def attend_gradient(
 
 
 @lru_cache(maxsize=8)
-def phases(t: int, d: int) -> mx.array:
+def phases(t: int, d: int, base: float) -> mx.array:
     """Return cosine and sine of the angle of each pair of a head at each position, (T, D/2, 2)."""
-    rates = ROPE_BASE ** (-np.arange(d // 2) / (d // 2))
+    rates = base ** (-np.arange(d // 2) / (d // 2))
     angles = np.arange(t)[:, None] * rates  # (T, D/2), float64
     return mx.array(np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))

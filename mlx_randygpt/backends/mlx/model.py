@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 EPS = 1e-5  # of every RMSNorm
-ROPE_BASE = 10000.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class ModelArgs:
     n_embd: int
     dropout: float = 0.0
     position: str = "rope"  # "rope" | "learned"
+    rope_base: float = 10000.0
     qk_norm: bool = True
     final_norm: bool = True
     token_shift: bool = False
@@ -91,10 +91,10 @@ def plain_sum(x: mx.array, a: mx.array, w: mx.array) -> mx.array:
     return x + a @ w.T
 
 
-def rotate(x: mx.array, offset: Any = 0) -> mx.array:
+def rotate(x: mx.array, base: float, offset: Any = 0) -> mx.array:
     """Apply rotary positions (arXiv 2104.09864) to interleaved pairs of x (B, H, T, D)."""
     even = x.shape[-1] // 2 * 2  # an odd head keeps its last value
-    return mx.fast.rope(x, even, traditional=True, base=ROPE_BASE, scale=1.0, offset=offset)
+    return mx.fast.rope(x, even, traditional=True, base=base, scale=1.0, offset=offset)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Attention(nn.Module):  # type: ignore[misc]
         self.ops = ops
         self.n_head = args.n_head
         self.qk_norm = args.qk_norm
-        self.rotary = args.position == "rope"
+        self.rope_base = args.rope_base if args.position == "rope" else None
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=False)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=False)
 
@@ -143,7 +143,8 @@ class Attention(nn.Module):  # type: ignore[misc]
         """Return the input of the last projection, (B, T, C)."""
         qkv = self.c_attn(x)  # (B, T, 3C)
         if self.ops.attention and cache is None:
-            return self.ops.attention(qkv, self.n_head, qk_norm=self.qk_norm, rotary=self.rotary)
+            switches = {"qk_norm": self.qk_norm, "rope_base": self.rope_base}
+            return self.ops.attention(qkv, self.n_head, **switches)
         return self.attend(qkv, mask, cache)
 
     def attend(self, qkv: mx.array, mask: Any, cache: Any) -> mx.array:
@@ -153,8 +154,8 @@ class Attention(nn.Module):  # type: ignore[misc]
         qk, v = mx.split(heads, [2 * self.n_head], axis=1)  # (B, 2H, T, D), (B, H, T, D)
         if self.qk_norm:
             qk = rms(qk)
-        if self.rotary:
-            qk = rotate(qk, 0 if cache is None else cache.offset)
+        if self.rope_base:
+            qk = rotate(qk, self.rope_base, 0 if cache is None else cache.offset)
         q, k = mx.split(qk, 2, axis=1)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)  # (B, H, S, D)

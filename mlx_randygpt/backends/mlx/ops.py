@@ -67,17 +67,20 @@ def norm_shift_gradient(x: mx.array, dy: mx.array, past: mx.array) -> mx.array:
     return past + mx.vjp(rms, [x], [_move(dy, -1)])[1][0]
 
 
-def norm_rotate(qkv: mx.array, n_head: int, qk_norm: bool, rotary: bool) -> mx.array:
-    """Return queries and keys of qkv (B, T, 3C), normed and rotated, (B, 2H, T, D)."""
-    return _norm_rotate(_heads(qkv, n_head)[:, :, : 2 * n_head], qk_norm, rotary)
+def norm_rotate(qkv: mx.array, n_head: int, qk_norm: bool, rope_base: float | None) -> mx.array:
+    """Return queries and keys of qkv (B, T, 3C), normed and rotated, (B, 2H, T, D).
+
+    Without a base, as with learned positions, they are not rotated.
+    """
+    return _norm_rotate(_heads(qkv, n_head)[:, :, : 2 * n_head], qk_norm, rope_base)
 
 
 def norm_rotate_gradient(
-    qkv: mx.array, dqk: mx.array, dv: mx.array, n_head: int, qk_norm: bool, rotary: bool
+    qkv: mx.array, dqk: mx.array, dv: mx.array, n_head: int, qk_norm: bool, rope_base: float | None
 ) -> mx.array:
     """Return dqkv (B, T, 3C) for dqk (B, 2H, T, D) and dv (B, H, T, D)."""
     qk = _heads(qkv, n_head)[:, :, : 2 * n_head]  # (B, T, 2H, D)
-    _, (dx,) = mx.vjp(lambda x: _norm_rotate(x, qk_norm, rotary), [qk], [dqk])
+    _, (dx,) = mx.vjp(lambda x: _norm_rotate(x, qk_norm, rope_base), [qk], [dqk])
     return mx.concatenate([dx, dv.swapaxes(1, 2)], axis=2).reshape(qkv.shape)
 
 
@@ -106,10 +109,10 @@ def attend_gradient(
     return mx.concatenate([ds @ k, ds.swapaxes(-1, -2) @ q], axis=1), dv
 
 
-def _norm_rotate(x: mx.array, qk_norm: bool, rotary: bool) -> mx.array:
+def _norm_rotate(x: mx.array, qk_norm: bool, rope_base: float | None) -> mx.array:
     """Norm and rotate heads (B, T, n, D); return them as (B, n, T, D)."""
     x = (rms(x) if qk_norm else x).swapaxes(1, 2)
-    return rotate(x) if rotary else x
+    return rotate(x, rope_base) if rope_base else x
 
 
 def _heads(qkv: mx.array, n_head: int) -> mx.array:
@@ -175,10 +178,10 @@ def branch(x: mx.array, steps: Steps = MLX_STEPS) -> tuple[mx.array, mx.array]:
 
 
 def attention(
-    qkv: mx.array, n_head: int, *, qk_norm: bool, rotary: bool, steps: Steps = MLX_STEPS
+    qkv: mx.array, n_head: int, *, qk_norm: bool, rope_base: float | None, steps: Steps = MLX_STEPS
 ) -> mx.array:
     """Return causal self-attention (B, T, C) of stacked queries, keys and values (B, T, 3C)."""
-    switches = n_head, qk_norm, rotary
+    switches = n_head, qk_norm, rope_base
 
     def forward(qkv: mx.array) -> tuple[mx.array, ...]:
         qk = steps.norm_rotate(qkv, *switches)  # (B, 2H, T, D)

@@ -49,7 +49,7 @@ class Sizes:
     head_size: int
     token_shift: bool
     qk_norm: bool
-    rotary: bool
+    rope_base: float | None  # None: learned positions
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def notes(model: ModelConfig) -> tuple[str, ...]:
 
 def sizes_of(model: ModelConfig) -> Sizes:
     """Return a model's sizes."""
-    rotary = model.position == "rope"
+    rope_base = model.rope_base if model.position == "rope" else None
     shape = model.block_size, model.n_head, model.head_size
-    return Sizes(*shape, model.token_shift, model.qk_norm, rotary)
+    return Sizes(*shape, model.token_shift, model.qk_norm, rope_base)
 
 
 @cache
@@ -129,8 +129,10 @@ def kernel_steps(qk_norm: bool) -> Steps:
     return Steps(
         norm_shift=kernels.norm_shift,
         norm_shift_gradient=kernels.norm_shift_gradient,
-        norm_rotate=lambda qkv, n_head, *_: kernels.norm_rotate(qkv, n_head),
-        norm_rotate_gradient=lambda qkv, dqk, dv, *_: kernels.norm_rotate_gradient(qkv, dqk, dv),
+        norm_rotate=lambda qkv, n_head, _, base: kernels.norm_rotate(qkv, n_head, base),
+        norm_rotate_gradient=lambda qkv, dqk, dv, *switches: kernels.norm_rotate_gradient(
+            qkv, dqk, dv, switches[-1]
+        ),
         attend=partial(kernels.attend, qk_norm=qk_norm),
         attend_gradient=kernels.attend_gradient,
     )
@@ -140,14 +142,14 @@ def suitable(sizes: Sizes) -> tuple[str, ...]:
     """Return the kernels that a model of these sizes can use."""
     if sizes.block_size % kernels.TILE or sizes.head_size % kernels.TILE:
         return ()
-    suits = sizes.token_shift, sizes.qk_norm and sizes.rotary, True
+    suits = sizes.token_shift, sizes.qk_norm and sizes.rope_base is not None, True
     return tuple(compress(FIELDS, suits))
 
 
 def trials(sizes: Sizes) -> dict[str, tuple[Callable[[Steps], Function], list[mx.array]]]:
     """Return for each kernel a call of its steps, and the arguments."""
     t, h, d = min(sizes.block_size, MAX_T), sizes.n_head, sizes.head_size
-    b, switches = N_TOKENS // t, (h, sizes.qk_norm, sizes.rotary)
+    b, switches = N_TOKENS // t, (h, sizes.qk_norm, sizes.rope_base)
     x, dy, past = (_normal(seed, b, t, h * d) for seed in range(3))
     qkv, dqk, dv = _normal(3, b, t, 3 * h * d), _normal(4, b, 2 * h, t, d), _normal(5, b, h, t, d)
     qk = MLX_STEPS.norm_rotate(qkv, *switches)

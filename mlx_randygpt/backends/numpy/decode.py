@@ -218,7 +218,8 @@ def advance(
         x += w["wpe.weight"][target.positions]
     n_rotated = 2 * config.n_head  # queries and keys
     if config.position == "rope":
-        phases = ops.rope_phases(target.positions, config.head_size, n_rotated, x.dtype.type)
+        rates = ops.rope_rates(config.head_size, config.rope_base)
+        phases = ops.rope_phases(target.positions, rates, n_rotated, x.dtype.type)
     for i in range(config.n_layer):
         inputs = _norm(w, f"h.{i}.ln_1", config, x)
         if config.token_shift:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_randygpt.backends.numpy.ops import NORM_EPS, ROPE_BASE
+from mlx_randygpt.backends.numpy.ops import NORM_EPS, rope_rates
 from mlx_randygpt.backends.numpy.tiles import LANES, compiled, multiply, narrow_tile, pack, padded
 from mlx_randygpt.config import ModelConfig
 from mlx_randygpt.model import parameters
@@ -33,8 +33,10 @@ class PackedWeights:
         self.wpe = params.get("wpe.weight", self.wte[:0])
         self.flat: Array = np.concatenate([panel.ravel() for panel in panels])
         self.starts: Array = np.cumsum([0, *(panel.size for panel in panels[:-1])])  # (4L + 1,)
-        n = config.head_size // 2 if config.position == "rope" else 0
-        self.rates: Array = ROPE_BASE ** (-np.arange(n) / max(1, n))  # (D/2,) float64; (0,)
+        rotary = config.position == "rope"
+        self.rates = (
+            rope_rates(config.head_size, config.rope_base) if rotary else np.zeros(0)
+        )  # (D/2,) float64; (0,)
         self.options = (config.qk_norm, config.token_shift, config.final_norm)
 
     def advance(

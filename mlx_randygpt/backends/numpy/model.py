@@ -172,7 +172,8 @@ class Chunk:
         self.ds, self.transposed = arrays["ds"], arrays["transposed"]
         self.dqkv, self.dropped = arrays["dqkv"], arrays["dropped"]
         positions, n_rotated = np.arange(block_size), 2 * config.n_head
-        phases = ops.rope_phases(positions, config.head_size, n_rotated, dtype.type)
+        rates = ops.rope_rates(config.head_size, config.rope_base)
+        phases = ops.rope_phases(positions, rates, n_rotated, dtype.type)
         pairs = arrays["phases"].view(phases.dtype)[..., 0]  # (2, T, 2H, ⌊D/2⌋)
         pairs[0], pairs[1] = phases, phases.conj()
         self.phases, self.back_phases = pairs  # of queries and keys; of their gradients

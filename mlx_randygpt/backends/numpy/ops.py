@@ -16,7 +16,6 @@ import numpy as np
 from mlx_randygpt.state import IGNORED, Array
 
 NORM_EPS = 1e-5
-ROPE_BASE = 10000.0
 ATTENTION_BLOCK = 64  # queries that share one range of keys
 SAFE_SCORE = 60.0  # e^±60, and sums of such numbers, are ordinary float32 numbers
 
@@ -80,15 +79,19 @@ def token_shift_backward(dy: Array) -> None:
     dy[:, -1, :half] = 0
 
 
-def rope_phases(positions: Array, head_size: int, copies: int, dtype: type) -> Array:
-    """Return e^{i·t·ω_j}, ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, for `copies` heads.
+def rope_rates(head_size: int, base: float) -> Array:
+    """Return ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, (n,) float64: its turn per position."""
+    n = head_size // 2
+    return np.asarray(base ** (-np.arange(n) / n))
+
+
+def rope_phases(positions: Array, rates: Array, copies: int, dtype: type) -> Array:
+    """Return e^{i·t·ω_j} for the `rates` ω (n,) of `rope_rates`, for `copies` heads.
 
     Positions (…, T) give phases (…, T, copies, n). A head's values 2j and 2j+1 are one complex
     number; rotating it by t·ω_j makes q·k depend on the distance alone (Su et al. 2021,
     arXiv:2104.09864). Angles are float64 until the end.
     """
-    n = head_size // 2
-    rates = ROPE_BASE ** (-np.arange(n) / n)
     angles = np.asarray(positions, np.float64)[..., None] * rates  # (…, T, n)
     phases = np.exp(1j * angles).astype(np.result_type(dtype, np.complex64))
     return np.tile(phases[..., None, :], (copies, 1))

@@ -40,8 +40,8 @@ def config(saved: Checkpoint) -> dict[str, Any]:
         "num_key_value_heads": model.n_head,
         "head_dim": model.head_size,
         "rms_norm_eps": arcee.NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": arcee.ROPE_BASE},
-        "rope_theta": arcee.ROPE_BASE,  # the name before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "rope_theta": model.rope_base,  # the name before transformers 5
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,

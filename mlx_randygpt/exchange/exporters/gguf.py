@@ -111,7 +111,7 @@ def add_settings(writer: Any, saved: Checkpoint) -> None:
         return
     writer.add_head_count_kv(model.n_head)
     writer.add_layer_norm_rms_eps(arcee.NORM_EPS)
-    writer.add_rope_freq_base(arcee.ROPE_BASE)
+    writer.add_rope_freq_base(model.rope_base)
     writer.add_rope_dimension_count(model.head_size)
     writer.add_vocab_size(model.vocab_size)
 

@@ -41,9 +41,9 @@ FIXED = {  # settings that change the results, and their only supported values
     "rms_norm_eps": arcee.NORM_EPS,
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_theta": arcee.ROPE_BASE,
     "rope_scaling": None,
 }
+ROPE_BASE = 10000.0  # where a file has none
 WTE, HEAD = "wte.weight", "lm_head.weight"
 
 
@@ -91,10 +91,17 @@ def weights(
     return params
 
 
-def build_model(source: Path, sizes: Mapping[str, Any]) -> ModelConfig:
-    """Return the configuration of an Arcee with these sizes; raise ExchangeError for bad ones."""
+def build_model(source: Path, sizes: Mapping[str, Any], rope_base: Any) -> ModelConfig:
+    """Return the configuration of an Arcee with these sizes; raise ExchangeError for bad ones.
+
+    Without a rope base (None) it is that of transformers and llama.cpp.
+    """
+    rope_base = ROPE_BASE if rope_base is None else rope_base
+    if not isinstance(rope_base, int | float) or isinstance(rope_base, bool):
+        raise ExchangeError(f"{source} has rope base {reprlib.repr(rope_base)}; it is a number")
+    switches = RECIPES[RECIPE]["model"] | {"rope_base": float(rope_base)}
     try:
-        return ModelConfig(**RECIPES[RECIPE]["model"], **sizes)
+        return ModelConfig(**switches, **sizes)
     except ConfigError as error:
         raise ExchangeError(f"{source}: {error}") from error
 
@@ -110,13 +117,13 @@ def _model(path: Path, config: Mapping[str, Any]) -> ModelConfig:
         "num_key_value_heads": n_head,
         "head_dim": n_embd // n_head,
     }
-    settings = dict(config)
+    settings, rope_base = dict(config), config.get("rope_theta")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):  # since transformers 5
-        settings["rope_theta"] = rope.get("rope_theta", arcee.ROPE_BASE)
+        rope_base = rope.get("rope_theta", rope_base)
         if rope.get("rope_type", "default") != "default":
             settings["rope_scaling"] = rope
     for name, value in expected.items():
         if (seen := settings.get(name, value)) != value and seen is not None:
             raise ExchangeError(f"{path} has {name}={reprlib.repr(seen)}; supported is {value}")
-    return build_model(path, sizes)
+    return build_model(path, sizes, rope_base)

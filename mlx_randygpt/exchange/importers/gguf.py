@@ -45,7 +45,6 @@ FIXED = {
     "gpt2": {"attention.layer_norm_epsilon": GPT2_NORM_EPS},
     "arcee": {
         "attention.layer_norm_rms_epsilon": arcee.NORM_EPS,
-        "rope.freq_base": arcee.ROPE_BASE,
     },
 }
 TOKENS = "tokenizer.ggml.tokens"
@@ -132,7 +131,7 @@ def _model(
     if "rope.scaling.type" in own and own["rope.scaling.type"] != "none":
         raise ExchangeError(f"{path} scales its rotary positions, which is not supported")
     if arch == "arcee":
-        return arcee_folder.build_model(path, sizes)
+        return arcee_folder.build_model(path, sizes, own.get("rope.freq_base"))
     try:
         return ModelConfig(**ARCHS["gpt2"], **sizes)
     except ConfigError as error:

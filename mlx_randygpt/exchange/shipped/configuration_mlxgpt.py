@@ -26,6 +26,7 @@ class MLXGPTConfig(PretrainedConfig):  # type: ignore[misc]
         n_embd: int = 128,
         dropout: float = 0.0,
         position: str = "rope",
+        rope_base: float = 10000.0,
         qk_norm: bool = True,
         final_norm: bool = True,
         token_shift: bool = False,
@@ -35,7 +36,7 @@ class MLXGPTConfig(PretrainedConfig):  # type: ignore[misc]
         self.block_size = block_size  # keys that a position attends to, its own included
         self.n_layer, self.n_head, self.n_embd = n_layer, n_head, n_embd
         self.dropout = dropout
-        self.position = position  # "rope" | "learned"
+        self.position, self.rope_base = position, rope_base  # "rope" | "learned"
         self.qk_norm, self.final_norm, self.token_shift = qk_norm, final_norm, token_shift
         others.setdefault("tie_word_embeddings", False)
         super().__init__(**others)

@@ -23,7 +23,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_mlxgpt import MLXGPTConfig
 
 EPS = 1e-5  # of every RMSNorm
-ROPE_BASE = 10000.0
 
 
 CACHE_FIELD = next(  # of an output; transformers renamed it in 5.24
@@ -114,13 +113,13 @@ def rms(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def turn(x: Tensor, positions: Tensor) -> Tensor:
+def turn(x: Tensor, positions: Tensor, base: float) -> Tensor:
     """Rotate x (B, H, T, D) by positions (B, T): RoPE (arXiv 2104.09864) on interleaved pairs.
 
     If D is odd, the last value stays unchanged.
     """
     n = x.shape[-1] // 2
-    rates = ROPE_BASE ** (-torch.arange(n, device=x.device, dtype=torch.float64) / n)
+    rates = base ** (-torch.arange(n, device=x.device, dtype=torch.float64) / n)
     angles = positions[:, None, :, None].to(torch.float64) * rates  # (B, 1, T, n)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]
@@ -156,7 +155,7 @@ class Attention(nn.Module):  # type: ignore[misc]
     def __init__(self, config: MLXGPTConfig) -> None:
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
-        self.rotary = config.position == "rope"
+        self.rope_base = config.rope_base if config.position == "rope" else None
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -169,8 +168,8 @@ class Attention(nn.Module):  # type: ignore[misc]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if self.qk_norm:
             q, k = rms(q), rms(k)
-        if self.rotary:
-            q, k = turn(q, positions), turn(k, positions)
+        if self.rope_base:
+            q, k = (turn(x, positions, self.rope_base) for x in (q, k))
         if cache is not None:
             k, v = cache.update(k, v)  # (B, H, S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

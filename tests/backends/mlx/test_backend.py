@@ -78,7 +78,9 @@ def plain_loss(config: ModelConfig, params: Params, batch: Batch) -> float:
 
     def rotated(x: Any, position: int) -> Any:
         pairs = x[0::2] + 1j * x[1::2]  # (D/2,)
-        pairs = pairs * np.exp(1j * position * 10000.0 ** (-np.arange(len(pairs)) / len(pairs)))
+        pairs = pairs * np.exp(
+            1j * position * config.rope_base ** (-np.arange(len(pairs)) / len(pairs))
+        )
         return np.stack([pairs.real, pairs.imag], -1).reshape(-1)
 
     def attention(x: Any, c_attn: Any) -> Any:

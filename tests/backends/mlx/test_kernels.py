@@ -21,6 +21,7 @@ from mlx_randygpt.backends.numpy import ops
 from mlx_randygpt.check import distance
 from mlx_randygpt.state import Array, rng
 
+BASE = 500.0  # of the rotary positions
 BOUND = 1e-5
 SHAPES = [  # B, T, H, D
     (1, 8, 1, 8),  # one tile
@@ -68,7 +69,8 @@ def shifted_norm(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 def rotated_heads(qkv: Array, n_head: int) -> tuple[Array, Callable[[Array, Array], Array]]:
     """Return NumPy's qk (B, 2H, T, D) of qkv (B, T, 3C), and dqkv as a function of dqk and dv."""
     b, t, c = *qkv.shape[:2], qkv.shape[2] // 3
-    phases = ops.rope_phases(np.arange(t), c // n_head, 2 * n_head, np.float64)
+    rates = ops.rope_rates(c // n_head, BASE)
+    phases = ops.rope_phases(np.arange(t), rates, 2 * n_head, np.float64)
     per_head = (b * t, 2 * n_head, c // n_head)
     x = qkv[..., : 2 * c].reshape(per_head)
     normed, inv_rms = np.empty_like(x), np.empty(per_head[:2])
@@ -122,8 +124,8 @@ def test_norm_and_rotation_are_those_of_numpy(shape: tuple[int, ...]) -> None:
     qkv, dqk = normal(b, t, 3 * h * d), normal(b, 2 * h, t, d, seed=1)
     dv = normal(b, h, t, d, seed=2)
     qk, backward = rotated_heads(qkv, h)
-    agree([kernels.norm_rotate(*single(qkv), h)], [qk])
-    agree([kernels.norm_rotate_gradient(*single(qkv, dqk, dv))], [backward(dqk, dv)])
+    agree([kernels.norm_rotate(*single(qkv), h, BASE)], [qk])
+    agree([kernels.norm_rotate_gradient(*single(qkv, dqk, dv), BASE)], [backward(dqk, dv)])
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

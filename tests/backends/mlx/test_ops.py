@@ -58,21 +58,24 @@ def test_a_sum_with_a_product_is_the_plain_one() -> None:
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("rope_base", [10000.0, 100.0, None])
 @pytest.mark.parametrize(("t", "h", "d"), [(7, 3, 4), (1, 2, 6), (5, 2, 3), (4, 1, 8)])
-def test_attention_is_the_plain_one(qk_norm: bool, rotary: bool, t: int, h: int, d: int) -> None:
+def test_attention_is_the_plain_one(
+    qk_norm: bool, rope_base: float | None, t: int, h: int, d: int
+) -> None:
     args = ModelArgs(
         vocab_size=3,
         block_size=t,
         n_layer=1,
         n_head=h,
         n_embd=h * d,
-        position="rope" if rotary else "learned",
+        position="rope" if rope_base else "learned",
+        rope_base=rope_base or 1.0,
         qk_norm=qk_norm,
     )
     plain = Attention(args)
     assert_same(
-        lambda qkv: attention(qkv, h, qk_norm=qk_norm, rotary=rotary),
+        lambda qkv: attention(qkv, h, qk_norm=qk_norm, rope_base=rope_base),
         lambda qkv: plain.attend(qkv, "causal", None),
         normal(2, t, 3 * h * d),
     )

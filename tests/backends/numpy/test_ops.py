@@ -20,6 +20,7 @@ from mlx_randygpt.state import IGNORED, rng
 B, T, H, D = 2, 5, 3, 4
 C = H * D
 Array = Any
+BASE = 500.0  # of the rotary positions
 EPS = 1e-6  # of a central difference
 EXACT, FINITE = 1e-14, 1e-8
 
@@ -74,7 +75,9 @@ def test_rms_norm_backward() -> None:
 
 def rotated(x: Array, positions: Array, head: int = D) -> Array:
     x = x.copy()
-    ops.rotate(x, ops.rope_phases(positions, head, x.shape[-1] // head, np.float64))
+    ops.rotate(
+        x, ops.rope_phases(positions, ops.rope_rates(head, BASE), x.shape[-1] // head, np.float64)
+    )
     return x
 
 
@@ -82,7 +85,7 @@ def test_rotate_moves_pair_j_by_t_times_omega_j() -> None:
     x, positions = normal(B, T, C), np.array([0, 1, 2, 7, 1000])
     got = rotated(x, positions)
     for b, t, pair in np.ndindex(B, T, C // 2):
-        angle = positions[t] * 10000.0 ** (-2 * (pair % (D // 2)) / D)
+        angle = positions[t] * BASE ** (-2 * (pair % (D // 2)) / D)
         (x0, x1), c, s = x[b, t, 2 * pair : 2 * pair + 2], np.cos(angle), np.sin(angle)
         expected = np.array([x0 * c - x1 * s, x0 * s + x1 * c])
         assert close(got[b, t, 2 * pair : 2 * pair + 2], expected, EXACT)
@@ -109,14 +112,15 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
 def test_rotation_backward_is_the_conjugate_rotation() -> None:
     x, toward, positions = normal(1, T, C), normal(1, T, C, seed=1), np.arange(T)
     dx = toward.copy()
-    ops.rotate(dx, ops.rope_phases(positions, D, H, np.float64).conj())
+    ops.rotate(dx, ops.rope_phases(positions, ops.rope_rates(D, BASE), H, np.float64).conj())
     expected = slopes(lambda at: float((rotated(at, positions) * toward).sum()), x)
     assert close(dx, expected, FINITE)
 
 
 def test_phases_of_float32_are_rounded_once() -> None:
-    exact = ops.rope_phases(np.array([100_000]), 64, 1, np.float64)
-    rounded = ops.rope_phases(np.array([100_000]), 64, 1, np.float32)
+    rates = ops.rope_rates(64, BASE)
+    exact = ops.rope_phases(np.array([100_000]), rates, 1, np.float64)
+    rounded = ops.rope_phases(np.array([100_000]), rates, 1, np.float32)
     assert rounded.dtype == np.complex64
     assert abs(rounded - exact).max() < 1e-7  # float32 angles would be off by 4e-3
 

@@ -94,6 +94,20 @@ def test_a_tied_head_is_the_embedding(exported: Make) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "base"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5}}, 5e5),
+        ({"rope_parameters": None, "rope_theta": 500}, 500.0),
+        ({"rope_parameters": None, "rope_theta": None}, 10000.0),
+    ],
+)
+def test_any_rope_base_is_kept(exported: Make, changes: dict[str, Any], base: float) -> None:
+    _, folder = exported()
+    change_config(folder, **changes)
+    assert read_foreign(folder).model.rope_base == base
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"hidden_act": "silu"}, "has hidden_act='silu'; supported is relu2"),
@@ -104,7 +118,8 @@ def test_a_tied_head_is_the_embedding(exported: Make) -> None:
         ({"head_dim": 32}, "has head_dim=32; supported is 16"),
         ({"intermediate_size": 128}, "has intermediate_size=128; supported is 256"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "has rope_scaling="),
-        ({"rope_parameters": {"rope_theta": 5e5}}, "has rope_theta=500000.0"),
+        ({"rope_parameters": {"rope_theta": 0.5}}, "rope_base=0.5"),
+        ({"rope_parameters": {"rope_theta": "many"}}, "rope base 'many'; it is a number"),
         ({"rope_scaling": {"type": "linear"}}, "has rope_scaling="),
         ({"num_hidden_layers": "2"}, "is not a whole number"),
         ({"num_hidden_layers": 3}, r"lacks the tensor model\.layers\.2"),
