@@ -18,6 +18,7 @@ def opened(browser: Browser, url: str, size: tuple[int, int], scheme: Any) -> It
     """Yield a page once; at the end no error may have been reported on it."""
     viewport: Any = {"width": size[0], "height": size[1]}
     page = browser.new_context(viewport=viewport, color_scheme=scheme).new_page()
+    page.set_default_navigation_timeout(90_000)  # milliseconds, for a busy machine
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: said.type != "error" or wrong.append(said.text))
@@ -27,9 +28,11 @@ def opened(browser: Browser, url: str, size: tuple[int, int], scheme: Any) -> It
     assert wrong == []
 
 
-def problems(page: Page) -> list[str]:
-    """Return what axe-core objects to."""
-    found = Axe().run(page).response["violations"]
+def problems(page: Page, *, contrast: bool = True) -> list[str]:
+    """Return what axe-core objects to; contrast takes it most of its time."""
+    rules = {} if contrast else {"color-contrast": {"enabled": False}}
+    options = {"resultTypes": ["violations"], "rules": rules}
+    found = Axe().run(page, options=options).response["violations"]
     return [f"{v['id']}: {node['html'][:120]}" for v in found for node in v["nodes"][:3]]
 
 

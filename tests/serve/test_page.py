@@ -81,6 +81,8 @@ def test_what_is_written_is_the_text_of_the_command(page: Page, host: Host) -> N
 def test_the_longest_seed_is_shown_whole(page: Page) -> None:
     page.locator("#seed").fill("9007199254740991")
     assert page.locator("#seed").evaluate("field => field.scrollWidth <= field.clientWidth")
+    row, button = (page.locator(name).bounding_box() for name in ("#sliders", "#dice"))
+    assert button["x"] + button["width"] <= row["x"] + row["width"]
 
 
 def test_layers_and_heads_count_from_one(page: Page, host: Host) -> None:
