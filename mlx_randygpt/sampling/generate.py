@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -133,10 +134,15 @@ class Continuation:
             raise ConfigError(f"logit_bias of token {outside[0]}: token ids are 0 to {last}")
         self.config, self.sample, self.prompt = config, Generated(), list(prompt)
         self.is_penalised = changes_logits(config)
-        self.random = rng(config.seed, "sample", index)
+        self._index = index
         self.n_likely, self.forced = n_likely, deque(forced)
         self._ends, self._spell = stops(tokenizer), tokenizer.decoder()
         self.banned = list(tokenizer.never_sampled())
+
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """The generator of this text; made with the first token, not while requests queue."""
+        return rng(self.config.seed, "sample", self._index)
 
     def take(self, token: int) -> None:
         """Append a token; the text ends at the end-of-text token, a stop text or the limit."""
