@@ -58,7 +58,9 @@ def test_attention_is_that_of_queries_and_keys_one_by_one(
     for head, t in np.ndindex(4, 16):
         q, ks = qkv[t, 0, head], qkv[: t + 1, 1, head]
         if recipe == "modern":
-            q, ks = rotate(rms(q), t), np.array([rotate(rms(k), i) for i, k in enumerate(ks)])
+            base = config.rope_base
+            q = rotate(rms(q), t, base)
+            ks = np.array([rotate(rms(k), i, base) for i, k in enumerate(ks)])
         e = np.exp(ks @ q / 8**0.5)
         np.testing.assert_allclose(maps[head, t], [*(e / e.sum()), *[0] * (15 - t)], atol=1e-6)
 
