@@ -58,7 +58,7 @@ class CommandGroup(Group):
     """The group of all commands, each imported on use."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Parse the command line; no control character of an error message reaches a terminal."""
+        """Parse the command line, and strip control characters from its error messages."""
         with _clean_errors():
             return super().make_context(*args, **kwargs)
 

@@ -66,7 +66,7 @@ def is_markdown_chat(head: str, me: str = "") -> bool:
 
 
 def whatsapp_messages(lines: Iterable[str]) -> Iterator[Message]:
-    """Yield the messages of an export; a line without a date continues the message before."""
+    """Yield the messages of an export; a line without a date continues the previous message."""
     day, name, parts = "", "", list[str]()
     for line in lines:
         found = _stamp(line)

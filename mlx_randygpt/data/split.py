@@ -82,7 +82,7 @@ class Parts(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Return whether the order differs from that of the text."""
+        """Return whether the blocks are in another order than in the text."""
         return bool((self.starts[1:] < self.starts[:-1]).any())
 
     def blocks(self, tokens: Array | TokenFile) -> Iterator[Array]:

@@ -63,7 +63,7 @@ class Verdict:
 
 
 def unavailable() -> str:
-    """Return why no kernel can run here, or ""."""
+    """Return the reason why no kernel can run here, or "" if kernels can."""
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0 is set"
     is_metal = mx.default_device().type == mx.DeviceType.gpu and mx.metal.is_available()

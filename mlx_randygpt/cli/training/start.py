@@ -165,7 +165,7 @@ def new(request: TrainRequest, machine: Machine) -> Start:
 def fit_time(
     options: settings.Options, tokenizer: Tokenizer, corpus: Corpus, machine: Machine
 ) -> tuple[settings.Options, str]:
-    """Return the options with the preset and steps that their time allows, and a line."""
+    """Return the options, with the preset and steps that fit their time, and a line about them."""
     if "minutes" not in options:
         return options, ""
     facts = text_facts(corpus, tokenizer)
