@@ -64,13 +64,14 @@ LORA_TARGETS = (
     "c_fc",
     "all",
 )  # of each block; c_proj is both the attention's and the MLP's
+ROPE_BASE = 10000.0  # of Su et al. 2021, which other programs assume if a file names none
 GPT2_ACTIVATIONS = ("gelu_tanh", "gelu")
 GPT2_SWITCHES: dict[str, Any] = {  # they override those of a recipe
     "arch": "gpt2",
     "activation": "gelu_tanh",
     "bias": True,
     "position": "learned",
-    "rope_base": 10000.0,
+    "rope_base": ROPE_BASE,
     "qk_norm": False,
     "final_norm": True,
     "token_shift": False,
@@ -90,7 +91,7 @@ class ModelConfig:
     n_embd: int = 128
     dropout: float = 0.0  # after the attention projection and after the MLP
     position: str = "rope"  # "rope" (rotary, interleaved pairs) | "learned" (wpe)
-    rope_base: float = 10000.0  # pair j of n turns by base^(−j/n) per position
+    rope_base: float = ROPE_BASE  # pair j of n turns by base^(−j/n) per position
     qk_norm: bool = True  # RMSNorm of each query and key, before the rotation
     final_norm: bool = True  # RMSNorm before the head
     token_shift: bool = False  # half of each block's input comes from the previous position

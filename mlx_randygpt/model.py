@@ -138,6 +138,12 @@ def second_moment_shapes(model: ModelConfig, train: TrainConfig) -> dict[str, tu
     }
 
 
+def rope_rates(head_size: int, base: float) -> Array:
+    """Return ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, (n,) float64: its turn per position."""
+    n = head_size // 2
+    return np.asarray(base ** (-np.arange(n) / n))
+
+
 def in_out_names(config: ModelConfig) -> set[str]:
     """Return the names of the weights that GPT-2's own files hold as (in, out)."""
     return {weight.name for weight in parameters(config) if weight.in_out}

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -58,8 +59,8 @@ def tiny_model() -> Callable[..., ModelConfig]:
             "n_layer": 2,
             "n_head": 4,
             "n_embd": 32,
+            "rope_base": 500.0,  # not the default, so that whatever forgets it fails
         }
-        sizes["rope_base"] = 500.0  # not the default, so that whatever forgets it fails
         switches = RECIPES[recipe_of(recipe)]["model"] | VARIANTS.get(recipe, {})
         return ModelConfig(**{**sizes, **switches, **changes})
 
@@ -146,6 +147,17 @@ def dialogue_run(
         return run, make_backend("numpy", model, train, state)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def built_docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the docs as `mkdocs build --strict` writes them."""
+    build = pytest.importorskip("mkdocs.commands.build").build
+    load_config = pytest.importorskip("mkdocs.config").load_config
+    folder = tmp_path_factory.mktemp("site")
+    config = Path(__file__).parents[1] / "mkdocs.yml"
+    build(load_config(str(config), site_dir=str(folder), strict=True))
+    return folder
 
 
 @pytest.fixture(scope="module")

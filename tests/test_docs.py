@@ -50,32 +50,24 @@ def test_the_tables_name_no_option_that_does_not_exist() -> None:
     assert named_options(rows) <= exist | {"--help", "--version"}
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The docs as `mkdocs build --strict` writes them."""
-    build = pytest.importorskip("mkdocs.commands.build").build
-    load_config = pytest.importorskip("mkdocs.config").load_config
-    folder = tmp_path_factory.mktemp("site")
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
-    return folder
-
-
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_site_has_a_page_with_every_option_of_a_command(name: str, site: Path) -> None:
-    page = (site / "commands" / name / "index.html").read_text()
+def test_the_site_has_a_page_with_every_option_of_a_command(name: str, built_docs: Path) -> None:
+    page = (built_docs / "commands" / name / "index.html").read_text()
     listed = " ".join(re.findall("<tr>\\s*<td><code>([^<]*)</code></td>", page))
     assert options_of(name) | {"--help"} == set(re.findall(r"--[a-z][a-z-]+", listed))
 
 
-def test_the_navigation_leads_to_the_page_of_every_command(site: Path) -> None:
-    links = re.findall(r'href="commands/([a-z-]+)/"', (site / "index.html").read_text())
+def test_the_navigation_leads_to_the_page_of_every_command(built_docs: Path) -> None:
+    links = re.findall(r'href="commands/([a-z-]+)/"', (built_docs / "index.html").read_text())
     assert set(links) == set(COMMANDS)
 
 
-def test_no_page_shows_the_backslash_before_a_pipe(site: Path) -> None:
-    pages = {str(page): page.read_text() for page in site.glob("**/index.html")}
+def test_no_page_shows_the_backslash_before_a_pipe(built_docs: Path) -> None:
+    pages = {str(page): page.read_text() for page in built_docs.glob("**/index.html")}
     assert [path for path, text in pages.items() if re.search(r"<code>[^<]*\\\|", text)] == []
-    assert "<code>--backend auto|mlx|numpy</code>" in (site / "cli" / "index.html").read_text()
+    assert (
+        "<code>--backend auto|mlx|numpy</code>" in (built_docs / "cli" / "index.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("protocol", [Scorer, Backend])

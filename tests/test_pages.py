@@ -30,7 +30,6 @@ from mlx_randygpt.progress import Progress
 from mlx_randygpt.training.reports import EvalLog, StepLog
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -39,18 +38,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The docs, built and served: the URL of each page by its path."""
-    build = pytest.importorskip("mkdocs.commands.build").build
-    load_config = pytest.importorskip("mkdocs.config").load_config
-    folder = tmp_path_factory.mktemp("site")
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
-    handler = functools.partial(Quiet, directory=str(folder))
+def site(built_docs: Path) -> Iterator[dict[str, str]]:
+    """The docs, served: the URL of each page by its path."""
+    handler = functools.partial(Quiet, directory=str(built_docs))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        paths = [page.relative_to(folder).as_posix() for page in folder.rglob("*.html")]
+        paths = [page.relative_to(built_docs).as_posix() for page in built_docs.rglob("*.html")]
         yield {path: f"http://127.0.0.1:{server.server_port}/{path}" for path in sorted(paths)}
         server.shutdown()
         thread.join()

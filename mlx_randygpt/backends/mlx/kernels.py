@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_randygpt.backends.mlx.model import EPS
+from mlx_randygpt.model import rope_rates
 
 LANES = 32  # of a simdgroup
 LANES_A_HEAD = 4
@@ -332,9 +333,8 @@ def norm_rotate(qkv: mx.array, n_head: int, rope_base: float) -> mx.array:
     b, t, width = qkv.shape
     h, d, parts = n_head, width // (3 * n_head), 2 * n_head
     grid, shape = (LANES_A_HEAD * b * t * parts, 1, 1), (b, parts, t, d)
-    return _norm_rotate([qkv, phases(t, d, rope_base)], grid, [shape], T=t, H=h, D=d, PARTS=parts)[
-        0
-    ]
+    inputs = [qkv, phases(t, d, rope_base)]
+    return _norm_rotate(inputs, grid, [shape], T=t, H=h, D=d, PARTS=parts)[0]
 
 
 def norm_rotate_gradient(qkv: mx.array, dqk: mx.array, dv: mx.array, rope_base: float) -> mx.array:
@@ -370,6 +370,5 @@ def attend_gradient(
 @lru_cache(maxsize=8)
 def phases(t: int, d: int, base: float) -> mx.array:
     """Return cosine and sine of the angle of each pair of a head at each position, (T, D/2, 2)."""
-    rates = base ** (-np.arange(d // 2) / (d // 2))
-    angles = np.arange(t)[:, None] * rates  # (T, D/2), float64
+    angles = np.arange(t)[:, None] * rope_rates(d, base)  # (T, D/2), float64
     return mx.array(np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))

@@ -24,7 +24,7 @@ from mlx_randygpt.backends.base import check_decoding
 from mlx_randygpt.backends.numpy import gpt2, ops
 from mlx_randygpt.backends.numpy.model import head_weight
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.model import parameters
+from mlx_randygpt.model import parameters, rope_rates
 from mlx_randygpt.state import Array, Params
 
 VECTOR = 16  # values; a head's values begin at a multiple of it
@@ -120,12 +120,13 @@ class Decoder:
         lengths = np.full(n, t) if lengths is None else lengths
         n_tokens = int(lengths.sum())
         self.n_decoded += n_tokens
-        fewest = COMPILED_TOKENS_PER_THREAD if self.compiled else TOKENS_PER_THREAD
+        is_compiled = self.compiled
+        fewest = COMPILED_TOKENS_PER_THREAD if is_compiled else TOKENS_PER_THREAD
         n_parts = max(1, min(self.n_threads, n, n_tokens // fewest))
         shares = np.arange(1, n_parts) * n_tokens // n_parts
         edges = [0, *np.searchsorted(np.cumsum(lengths), shares).tolist(), n]
         logits: Array = np.empty((n, self.config.vocab_size), np.float32)
-        advance = self._compiled_advance(cache) if self.compiled else self._advance
+        advance = self._compiled_advance(cache) if is_compiled else self._advance
 
         def work(first: int, last: int) -> None:
             part = slice(start + first, start + last)
@@ -218,7 +219,7 @@ def advance(
         x += w["wpe.weight"][target.positions]
     n_rotated = 2 * config.n_head  # queries and keys
     if config.position == "rope":
-        rates = ops.rope_rates(config.head_size, config.rope_base)
+        rates = rope_rates(config.head_size, config.rope_base)
         phases = ops.rope_phases(target.positions, rates, n_rotated, x.dtype.type)
     for i in range(config.n_layer):
         inputs = _norm(w, f"h.{i}.ln_1", config, x)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_randygpt.backends.numpy.ops import NORM_EPS, rope_rates
+from mlx_randygpt.backends.numpy.ops import NORM_EPS
 from mlx_randygpt.backends.numpy.tiles import LANES, compiled, multiply, narrow_tile, pack, padded
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.model import parameters
+from mlx_randygpt.model import parameters, rope_rates
 from mlx_randygpt.state import Array, Params
 
 TOKENS = 96  # at a time: their activations stay in a core's L2 cache beside the weights
@@ -33,10 +33,8 @@ class PackedWeights:
         self.wpe = params.get("wpe.weight", self.wte[:0])
         self.flat: Array = np.concatenate([panel.ravel() for panel in panels])
         self.starts: Array = np.cumsum([0, *(panel.size for panel in panels[:-1])])  # (4L + 1,)
-        rotary = config.position == "rope"
-        self.rates = (
-            rope_rates(config.head_size, config.rope_base) if rotary else np.zeros(0)
-        )  # (D/2,) float64; (0,)
+        rates = rope_rates(config.head_size, config.rope_base)
+        self.rates = rates if config.position == "rope" else rates[:0]  # (D/2,) float64; (0,)
         self.options = (config.qk_norm, config.token_shift, config.final_norm)
 
     def advance(
@@ -197,7 +195,7 @@ def _norm(x: Array) -> None:
 
 @compiled
 def _branch_input(x: Array, last: Array, shifted: bool, out: Array) -> None:
-    """Write the norm of x (≥ C,); with token shift, its first half is the previous token's.
+    """Write the norm of x (≥ C,) to `out`; with token shift, half of it is the previous token's.
 
     `last` (C/2,) holds that half, and is updated.
     """

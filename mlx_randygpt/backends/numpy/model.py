@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_randygpt.backends.numpy import gpt2, ops
 from mlx_randygpt.config import ModelConfig
-from mlx_randygpt.model import parameter_shapes
+from mlx_randygpt.model import parameter_shapes, rope_rates
 from mlx_randygpt.state import Array, Params
 
 LOGITS = 1 << 24  # numbers: 64 MB
@@ -172,7 +172,7 @@ class Chunk:
         self.ds, self.transposed = arrays["ds"], arrays["transposed"]
         self.dqkv, self.dropped = arrays["dqkv"], arrays["dropped"]
         positions, n_rotated = np.arange(block_size), 2 * config.n_head
-        rates = ops.rope_rates(config.head_size, config.rope_base)
+        rates = rope_rates(config.head_size, config.rope_base)
         phases = ops.rope_phases(positions, rates, n_rotated, dtype.type)
         pairs = arrays["phases"].view(phases.dtype)[..., 0]  # (2, T, 2H, ⌊D/2⌋)
         pairs[0], pairs[1] = phases, phases.conj()

@@ -79,14 +79,8 @@ def token_shift_backward(dy: Array) -> None:
     dy[:, -1, :half] = 0
 
 
-def rope_rates(head_size: int, base: float) -> Array:
-    """Return ω_j = base^(−j/n) for pair j of n = ⌊D/2⌋, (n,) float64: its turn per position."""
-    n = head_size // 2
-    return np.asarray(base ** (-np.arange(n) / n))
-
-
 def rope_phases(positions: Array, rates: Array, copies: int, dtype: type) -> Array:
-    """Return e^{i·t·ω_j} for the `rates` ω (n,) of `rope_rates`, for `copies` heads.
+    """Return e^{i·t·ω_j} for the `rates` ω (n,) of `model.rope_rates`, for `copies` heads.
 
     Positions (…, T) give phases (…, T, copies, n). A head's values 2j and 2j+1 are one complex
     number; rotating it by t·ω_j makes q·k depend on the distance alone (Su et al. 2021,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_randygpt.config import ConfigError, ModelConfig
+from mlx_randygpt.config import ROPE_BASE, ConfigError, ModelConfig
 from mlx_randygpt.exchange import ExchangeError, arcee
 from mlx_randygpt.exchange.importers import gpt2
 from mlx_randygpt.exchange.importers.imported_model import ImportedModel, whole
@@ -43,7 +43,6 @@ FIXED = {  # settings that change the results, and their only supported values
     "mlp_bias": False,
     "rope_scaling": None,
 }
-ROPE_BASE = 10000.0  # where a file has none
 WTE, HEAD = "wte.weight", "lm_head.weight"
 
 

@@ -43,9 +43,7 @@ SIZES = {  # our name -> that after the architecture's
 }
 FIXED = {
     "gpt2": {"attention.layer_norm_epsilon": GPT2_NORM_EPS},
-    "arcee": {
-        "attention.layer_norm_rms_epsilon": arcee.NORM_EPS,
-    },
+    "arcee": {"attention.layer_norm_rms_epsilon": arcee.NORM_EPS},
 }
 TOKENS = "tokenizer.ggml.tokens"
 

@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_randygpt.backends.mlx import kernels
 from mlx_randygpt.backends.numpy import ops
 from mlx_randygpt.check import distance
+from mlx_randygpt.model import rope_rates
 from mlx_randygpt.state import Array, rng
 
 BASE = 500.0  # of the rotary positions
@@ -69,7 +70,7 @@ def shifted_norm(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 def rotated_heads(qkv: Array, n_head: int) -> tuple[Array, Callable[[Array, Array], Array]]:
     """Return NumPy's qk (B, 2H, T, D) of qkv (B, T, 3C), and dqkv as a function of dqk and dv."""
     b, t, c = *qkv.shape[:2], qkv.shape[2] // 3
-    rates = ops.rope_rates(c // n_head, BASE)
+    rates = rope_rates(c // n_head, BASE)
     phases = ops.rope_phases(np.arange(t), rates, 2 * n_head, np.float64)
     per_head = (b * t, 2 * n_head, c // n_head)
     x = qkv[..., : 2 * c].reshape(per_head)

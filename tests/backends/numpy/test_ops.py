@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_randygpt.backends.numpy import ops
+from mlx_randygpt.model import rope_rates
 from mlx_randygpt.state import IGNORED, rng
 
 B, T, H, D = 2, 5, 3, 4
@@ -76,7 +77,7 @@ def test_rms_norm_backward() -> None:
 def rotated(x: Array, positions: Array, head: int = D) -> Array:
     x = x.copy()
     ops.rotate(
-        x, ops.rope_phases(positions, ops.rope_rates(head, BASE), x.shape[-1] // head, np.float64)
+        x, ops.rope_phases(positions, rope_rates(head, BASE), x.shape[-1] // head, np.float64)
     )
     return x
 
@@ -112,13 +113,13 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
 def test_rotation_backward_is_the_conjugate_rotation() -> None:
     x, toward, positions = normal(1, T, C), normal(1, T, C, seed=1), np.arange(T)
     dx = toward.copy()
-    ops.rotate(dx, ops.rope_phases(positions, ops.rope_rates(D, BASE), H, np.float64).conj())
+    ops.rotate(dx, ops.rope_phases(positions, rope_rates(D, BASE), H, np.float64).conj())
     expected = slopes(lambda at: float((rotated(at, positions) * toward).sum()), x)
     assert close(dx, expected, FINITE)
 
 
 def test_phases_of_float32_are_rounded_once() -> None:
-    rates = ops.rope_rates(64, BASE)
+    rates = rope_rates(64, BASE)
     exact = ops.rope_phases(np.array([100_000]), rates, 1, np.float64)
     rounded = ops.rope_phases(np.array([100_000]), rates, 1, np.float32)
     assert rounded.dtype == np.complex64
