@@ -159,6 +159,7 @@ class TrainConfig:
     minutes: float = 0.0  # time of the run, evaluations included, that iters follows; 0 is off
     batch_size: int = 64  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per step
+    order: str = "random"  # of windows: "random", drawn one by one | "passes", each once in a pass
     optimizer: str = "muon"  # "muon" | "adamw"
     lr: float = 0.02  # of the matrices under Muon, of everything under AdamW
     min_lr: float = 0.0  # at the end of the decay
@@ -213,6 +214,7 @@ class TrainConfig:
         for name in ("beta1", "beta2", "momentum", "muon_beta2"):
             _between(name, getattr(self, name), 0.0, 1.0, top_open=True)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("order", self.order, ORDERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("on_nan", self.on_nan, ON_NAN)
         _one_of("dtype", self.dtype, DTYPES)
@@ -237,6 +239,7 @@ LIMITS = {  # a larger number is a typing error, and would only hang or fill the
     "threads": 1024,
 }
 ARCHS: dict[str, dict[str, Any]] = {"gpt": {}, "gpt2": GPT2_SWITCHES}  # overrides of the recipe
+ORDERS = ("passes", "random")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "trapezoid", "constant", "plateau")
 ON_NAN = ("stop", "skip", "rollback")

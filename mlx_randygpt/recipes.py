@@ -62,7 +62,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "train": {
             "optimizer": "muon", "lr": 0.02, "min_lr": 0.0, "weight_decay": 0.0,
             "beta1": 0.8, "beta2": 0.95, "momentum": 0.9, "muon_beta2": 0.95,
-            "schedule": "linear", "warmup": 30,
+            "schedule": "linear", "warmup": 30, "order": "passes",
         },
     },
 }  # fmt: skip

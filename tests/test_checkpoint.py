@@ -114,10 +114,15 @@ def test_a_path_can_be_text_and_a_folder_stands_for_its_best(make: Make, tmp_pat
         load_checkpoint(empty)
 
 
-def test_a_run_without_the_field_of_muons_mean_squares_has_none() -> None:
+@pytest.mark.parametrize(
+    ("name", "in_recipe", "without"), [("muon_beta2", 0.95, 0), ("order", "passes", "random")]
+)
+def test_a_run_without_a_newer_field_trains_as_it_did(
+    name: str, in_recipe: object, without: object
+) -> None:
     fields = asdict(TrainConfig(**RECIPES["modern"]["train"]))
-    assert fields.pop("muon_beta2") == 0.95
-    assert module.dataclass_from_json(TrainConfig, fields).muon_beta2 == 0
+    assert fields.pop(name) == in_recipe
+    assert getattr(module.dataclass_from_json(TrainConfig, fields), name) == without
 
 
 def test_weights_only_leaves_the_moments_on_the_disk(make: Make, tmp_path: Path) -> None:

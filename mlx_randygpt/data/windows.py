@@ -1,14 +1,16 @@
-"""Windows of tokens: random ones for training, consecutive ones for evaluation.
+"""Windows of tokens: random ones or passes for training, consecutive ones for evaluation.
 
-The windows depend on the arguments only, so a resumed run sees the same ones.
+The windows depend on the arguments only, so a resumed run sees the same ones. Nothing is kept
+between steps: the order of a pass is a permutation that is computed for single numbers.
 
 Legend: B batch, T block_size, n tokens of the split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +18,13 @@ from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError
 from mlx_randygpt.state import Batch, Tokens, rng
+
+Rows = NDArray[np.bool_]  # (B,) which windows of a batch
+_ROUND = 1 << 20  # windows in which each part of a mixture has its share
+_FEISTEL_ROUNDS = 4
+_USES = ("order", "shift")  # of random bits that a pass depends on
+_ONE = np.uint64(1)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 class Drawn(NamedTuple):
@@ -26,10 +35,16 @@ class Drawn(NamedTuple):
 
 
 class Windows(Protocol):
-    """A rule by which training windows are drawn."""
+    """A rule that says which windows a text has for training."""
 
     def draw(self, random: np.random.Generator, n: int) -> Drawn:
-        """Draw `n` windows."""
+        """Draw `n` windows independently of each other."""
+
+    def visit(self, numbers: NDArray[np.int64], seed: int) -> Drawn:
+        """Return the windows with these numbers, (B,), in an endless series of passes.
+
+        A pass visits every window once, in an order of its own.
+        """
 
 
 def sample_batch(
@@ -41,17 +56,36 @@ def sample_batch(
     micro: int = 0,
     windows: Windows | None = None,
 ) -> Batch:
-    """Draw B windows from `tokens` (n,), by the rule of `windows` if there is one.
+    """Draw B windows from `tokens` (n,) independently, by the rule of `windows` if there is one.
 
     Without one, each start with room for T + 1 tokens is equally likely.
     """
-    random = rng(seed, "batch", step, micro)
-    if windows is not None:
-        starts, ends = windows.draw(random, batch_size)
-        return Batch(tokens, starts, block_size, ends=ends)
+    windows = windows or _anywhere(tokens, block_size)
+    starts, ends = windows.draw(rng(seed, "batch", step, micro), batch_size)
+    return Batch(tokens, starts, block_size, ends=ends)
+
+
+def batch_of_passes(
+    tokens: Tokens,
+    batch_size: int,
+    block_size: int,
+    seed: int,
+    first: int,
+    windows: Windows | None = None,
+) -> Batch:
+    """Return B windows of `tokens` (n,), from number `first` on, in a series of passes.
+
+    Each pass visits the whole text (or every window of `windows`) once, in a random order. It cuts
+    the text at other places than the pass before.
+    """
+    windows = windows or _anywhere(tokens, block_size)
+    starts, ends = windows.visit(np.arange(first, first + batch_size, dtype=np.int64), seed)
+    return Batch(tokens, starts, block_size, ends=ends)
+
+
+def _anywhere(tokens: Tokens, block_size: int) -> Documents:
     assert len(tokens) > block_size, "check_length runs first"
-    last = len(tokens) - block_size - 1
-    return Batch(tokens, random.integers(0, last, size=batch_size, endpoint=True), block_size)
+    return Documents.within(np.zeros(1, np.int64), len(tokens), block_size)
 
 
 def eval_batches(
@@ -91,10 +125,11 @@ def eval_batches(
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The starts at which a window and the token after it lie inside one document."""
+    """The windows that lie, with the token after them, inside one document."""
 
-    first: NDArray[np.int64]  # first token of each document
-    ahead: NDArray[np.int64]  # starts in earlier documents; the last entry is their total
+    first: NDArray[np.int64]  # (D,) first token of each document
+    ahead: NDArray[np.int64]  # (D + 1,) starts in earlier documents; the last entry is their total
+    block_size: int
 
     @classmethod
     def within(cls, first: NDArray[np.int64], n_tokens: int, block_size: int) -> Documents:
@@ -111,18 +146,41 @@ class Documents:
                 f"the longest document has {lengths.max()} tokens; --respect-documents needs one "
                 f"of {block_size + 1}, a context and the token after it; lower --block-size"
             )
-        return cls(first, ahead)
+        return cls(first, ahead, block_size)
 
     @property
     def n_left_out(self) -> int:
         """Count the documents that are too short for a window and the token after it."""
         return int((np.diff(self.ahead) == 0).sum())
 
+    @cached_property
+    def tiles(self) -> NDArray[np.int64]:
+        """Windows next to each other in earlier documents, (D + 1,); the last entry is all."""
+        n_starts = np.diff(self.ahead)
+        return np.append(0, np.cumsum(-(-n_starts // self.block_size)))
+
     def draw(self, random: np.random.Generator, n: int) -> Drawn:
         """Draw `n` windows, each start equally likely."""
         at = random.integers(0, self.ahead[-1], size=n)
         document = np.searchsorted(self.ahead, at, side="right") - 1
         return Drawn(self.first[document] + at - self.ahead[document], None)
+
+    def visit(self, numbers: NDArray[np.int64], seed: int) -> Drawn:
+        """Return the windows with these numbers, (B,).
+
+        Each pass moves the windows of a document together, by less than T tokens; what would leave
+        the document begins or ends with it.
+        """
+        size = self.block_size
+        passes, tile = shuffle(numbers, int(self.tiles[-1]), seed)
+        document = np.searchsorted(self.tiles, tile, side="right") - 1
+        key = _hash(passes.astype(np.uint64) + _random_bits(seed, "shift"))
+        shift = _hash(key + document.astype(np.uint64)) % np.uint64(size)
+        n_starts = self.ahead[document + 1] - self.ahead[document]
+        n_tiles = self.tiles[document + 1] - self.tiles[document]
+        spare = n_tiles * size - n_starts  # half of it before the document, half behind it
+        at = (tile - self.tiles[document]) * size + shift.astype(np.int64) - spare // 2
+        return Drawn(self.first[document] + np.clip(at, 0, n_starts - 1), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +197,11 @@ class Conversations:
         at = random.integers(0, len(self.first), size=n)
         return Drawn(self.first[at], self.ends[at])
 
+    def visit(self, numbers: NDArray[np.int64], seed: int) -> Drawn:
+        """Return the windows with these numbers, (B,)."""
+        _, at = shuffle(numbers, len(self.first), seed)
+        return Drawn(self.first[at], self.ends[at])
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
@@ -151,10 +214,67 @@ class Mixture:
     def draw(self, random: np.random.Generator, n: int) -> Drawn:
         """Draw `n` windows; first the part of each, then the windows part by part."""
         part = random.choice(len(self.parts), size=n, p=self.shares)
-        starts, ends = np.empty(n, np.int64), np.empty(n, np.int64)
-        for i, windows in enumerate(self.parts):
+        return self._collect(part, lambda i, rows: self.parts[i].draw(random, int(rows.sum())))
+
+    def visit(self, numbers: NDArray[np.int64], seed: int) -> Drawn:
+        """Return the windows with these numbers, (B,): each part has passes of its own.
+
+        In `_ROUND` windows each part has its share of them, in a random order.
+        """
+        counts = np.maximum(1, np.round(self.shares * _ROUND)).astype(np.int64)
+        ahead = np.append(0, np.cumsum(counts))
+        rounds, slot = shuffle(numbers, int(ahead[-1]), seed)
+        part = np.searchsorted(ahead, slot, side="right") - 1
+        of_part = rounds * counts[part] + slot - ahead[part]
+        return self._collect(part, lambda i, rows: self.parts[i].visit(of_part[rows], seed + i))
+
+    def _collect(self, part: NDArray[np.int64], windows: Callable[[int, Rows], Drawn]) -> Drawn:
+        """Return the windows (B,) of which those of each part come from `windows`."""
+        starts, ends = np.empty(len(part), np.int64), np.empty(len(part), np.int64)
+        for i in range(len(self.parts)):
             rows = part == i
-            starts[rows], drawn_ends = windows.draw(random, int(rows.sum()))
+            starts[rows], drawn_ends = windows(i, rows)
             plain = starts[rows] + self.block_size + 1
             ends[rows] = plain if drawn_ends is None else drawn_ends
         return Drawn(starts, ends)
+
+
+def shuffle(
+    numbers: NDArray[np.int64], n_items: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pass and the item (0 to n_items − 1) of each number, both (B,).
+
+    Number i belongs to pass i // n_items. A pass is a permutation of the items that depends on it
+    and on the seed: a Feistel network of `_FEISTEL_ROUNDS` rounds (Luby & Rackoff 1988) over the
+    fewest possible bits, repeated while its result is no item.
+    """
+    passes, x = np.divmod(numbers, n_items)
+    n_bits = max(2, (n_items - 1).bit_length())
+    halves = [np.uint64(n_bits // 2), np.uint64(n_bits - n_bits // 2)]  # they change places
+    key = _hash(passes.astype(np.uint64) + _random_bits(seed, "order"))
+    keys = [_hash(key + np.uint64(i)) for i in range(_FEISTEL_ROUNDS)]
+    items = x.astype(np.uint64)
+    rows = np.arange(len(items))
+    while len(rows):
+        part = items[rows]
+        for i, key in enumerate(keys):
+            upper, lower = halves[i % 2], halves[1 - i % 2]
+            right = part & ((_ONE << lower) - _ONE)
+            left = part >> lower ^ _hash(key[rows] + right) & ((_ONE << upper) - _ONE)
+            part = right << upper | left
+        items[rows] = part
+        rows = rows[items[rows] >= n_items]
+    return passes, items.astype(np.int64)
+
+
+@lru_cache
+def _random_bits(seed: int, use: str) -> np.uint64:
+    return rng(seed, "batch", _USES.index(use)).integers(1 << 64, dtype=np.uint64)
+
+
+def _hash(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return random-looking 64-bit numbers, one for each x (splitmix64, Steele et al. 2014)."""
+    x = x * _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

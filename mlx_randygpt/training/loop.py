@@ -19,7 +19,13 @@ from mlx_randygpt.backends import release_memory, text_scorer
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import NEWEST, Checkpoint
 from mlx_randygpt.config import ModelConfig, TrainConfig, UserError
-from mlx_randygpt.data.windows import Conversations, Windows, eval_batches, sample_batch
+from mlx_randygpt.data.windows import (
+    Conversations,
+    Windows,
+    batch_of_passes,
+    eval_batches,
+    sample_batch,
+)
 from mlx_randygpt.dialogue import Turn, render_prompt
 from mlx_randygpt.progress import Progress
 from mlx_randygpt.sampling.filters import SampleConfig
@@ -107,9 +113,13 @@ def step_batches(
     windows: Windows | None = None,
 ) -> list[Batch]:
     """Return the micro-batches of the step that follows `step` finished ones."""
-    size, seed = config.batch_size, config.seed
-    micros = range(config.grad_accum)
-    return [sample_batch(tokens, size, block_size, seed, step, i, windows) for i in micros]
+    size, seed, micros = config.batch_size, config.seed, range(config.grad_accum)
+    if config.order == "random":
+        return [sample_batch(tokens, size, block_size, seed, step, i, windows) for i in micros]
+    first = step * config.sequences_per_step
+    return [
+        batch_of_passes(tokens, size, block_size, seed, first + i * size, windows) for i in micros
+    ]
 
 
 def step_rate(config: TrainConfig, step: int, reductions: int = 0) -> float:

@@ -50,7 +50,7 @@ from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig, parse_int
 from mlx_randygpt.data import DataError
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.data.reading import read_text
-from mlx_randygpt.data.windows import eval_batches, sample_batch
+from mlx_randygpt.data.windows import batch_of_passes, eval_batches, sample_batch
 from mlx_randygpt.progress import Plateau
 from mlx_randygpt.recipes import PRESETS
 from mlx_randygpt.sampling.filters import SampleConfig, penalise, pick, probabilities
@@ -631,9 +631,13 @@ def test_training_windows_stay_inside(
     spare: int, block_size: int, batch_size: int, seed: int, step: int, micro: int
 ) -> None:
     n = block_size + spare
-    batch = sample_batch(np.arange(n, dtype=np.int32), batch_size, block_size, seed, step, micro)
-    inside(batch, n)
-    assert batch.n_targets() == batch_size * block_size
+    tokens = np.arange(n, dtype=np.int32)
+    for batch in (
+        sample_batch(tokens, batch_size, block_size, seed, step, micro),
+        batch_of_passes(tokens, batch_size, block_size, seed, step),
+    ):
+        inside(batch, n)
+        assert batch.n_targets() == batch_size * block_size
 
 
 @examples(150)

@@ -1,10 +1,18 @@
-"""Training windows can start anywhere and nowhere else; evaluation sees each token once."""
+"""Training windows start where they fit, a pass reads all, and evaluation sees each token once."""
 
 import numpy as np
 import pytest
 
 from mlx_randygpt.data import DataError
-from mlx_randygpt.data.windows import Documents, eval_batches, sample_batch
+from mlx_randygpt.data.windows import (
+    Conversations,
+    Documents,
+    Mixture,
+    batch_of_passes,
+    eval_batches,
+    sample_batch,
+    shuffle,
+)
 from mlx_randygpt.state import IGNORED, Batch
 
 TOKENS = np.arange(100, 200, dtype=np.int32)
@@ -92,3 +100,78 @@ def test_documents_that_are_all_too_short_are_refused() -> None:
     first = np.array([0, 5, 12])
     with pytest.raises(DataError, match=r"the longest document has 8 tokens; .* needs one of 9"):
         Documents.within(first, 20, 8)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9, 255, 256, 257, 1000])
+def test_a_pass_visits_each_item_once_in_an_order_of_its_own(n: int) -> None:
+    passes, items = shuffle(np.arange(3 * n), n, seed=1)
+    assert passes.tolist() == [0] * n + [1] * n + [2] * n
+    orders = items.reshape(3, n)
+    assert np.array_equal(np.sort(orders), np.tile(np.arange(n), (3, 1)))
+    if n > 8:
+        assert (
+            len({*map(tuple, orders), tuple(range(n)), tuple(shuffle(np.arange(n), n, 2)[1])}) == 5
+        )
+
+
+def test_the_orders_of_passes_look_random() -> None:
+    orders = shuffle(np.arange(400 * 100), 100, seed=1)[1].reshape(400, 100)
+    means = orders.mean(axis=0)  # of what comes first, second, ...: 49.5 ± 1.4
+    assert abs(means - 49.5).max() < 6
+    steps = np.diff(orders) % 100  # from one item to the next: 396 of each but 0
+    assert np.bincount(steps.ravel(), minlength=100)[1:].min() > 300
+    assert (orders[:, 0] == orders[:, 1]).sum() == 0
+
+
+def test_windows_of_a_pass_depend_on_their_numbers_only() -> None:
+    whole = batch_of_passes(TOKENS, 60, 8, 1, 7)
+    parts = [batch_of_passes(TOKENS, 20, 8, 1, 7 + 20 * i).starts for i in range(3)]
+    assert np.array_equal(whole.starts, np.concatenate(parts))
+    assert not np.array_equal(whole.starts, batch_of_passes(TOKENS, 60, 8, 2, 7).starts)
+
+
+@pytest.mark.parametrize("n", [9, 10, 16, 17, 18, 24, 25, 100])
+def test_passes_read_all_of_a_text_evenly(n: int) -> None:
+    n_windows, n_passes = -(-(n - 8) // 8), 400
+    read = np.zeros(n, int)
+    seen = set()
+    for i in range(n_passes):
+        batch = batch_of_passes(TOKENS[:n], n_windows, 8, 1, i * n_windows)
+        assert batch.n_targets() == 8 * n_windows
+        np.add.at(read, batch.y().reshape(-1) - 100, 1)
+        seen.update(batch.starts.tolist())
+    assert seen == set(range(n - 8))  # every start that leaves all targets
+    assert read[0] == 0
+    inner = read[12:-12]
+    assert (inner == n_passes).all()
+    assert read[1:].min() > 0
+
+
+def test_passes_over_documents_stay_inside_them() -> None:
+    first = np.array([0, 30, 35, 44, 60, 95])
+    documents = Documents.within(first, 100, 8)
+    assert np.diff(documents.tiles).tolist() == [3, 0, 1, 1, 4, 0]
+    document = np.searchsorted(first, np.arange(100), side="right") - 1
+    starts = list[int]()
+    for i in range(200):
+        batch = batch_of_passes(TOKENS, 9, 8, 1, 9 * i, documents)
+        assert sorted(document[batch.starts].tolist()) == [0, 0, 0, 2, 3, 4, 4, 4, 4]
+        assert (document[batch.starts] == document[batch.starts + 8]).all()
+        starts += batch.starts.tolist()
+    assert set(starts) == {s for s in range(92) if document[s] == document[s + 8]}
+
+
+def test_passes_over_conversations_and_mixtures_visit_every_window_equally_often() -> None:
+    talks = Conversations(np.array([80, 85, 92]), np.array([85, 92, 99]))
+    batch = batch_of_passes(TOKENS, 6, 8, 1, 3, talks)
+    assert sorted(batch.starts.tolist()) == [80, 80, 85, 85, 92, 92]
+    assert batch.ends is not None
+    assert dict(zip(batch.starts.tolist(), batch.ends.tolist(), strict=True))[85] == 92
+    mixture = Mixture(
+        [Documents.of(np.array([0]), np.array([80]), 8), talks], np.array([0.7, 0.3]), 8
+    )
+    batch = batch_of_passes(TOKENS, 4000, 8, 1, 0, mixture)
+    is_talk = np.isin(batch.starts, talks.first)
+    assert is_talk.mean() == pytest.approx(0.3, abs=0.03)
+    counts = np.bincount(batch.starts[is_talk], minlength=100)[talks.first]
+    assert np.ptp(counts) <= 0.2 * counts.mean()  # a round of the mixture is not over yet

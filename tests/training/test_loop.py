@@ -19,10 +19,12 @@ import pytest
 
 from mlx_randygpt.backends.base import Backend, StepResult
 from mlx_randygpt.checkpoint import BEST, NEWEST, PREVIOUS, Checkpoint, Progress, load_checkpoint
+from mlx_randygpt.config import TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.data.windows import sample_batch
 from mlx_randygpt.model import initial_params
 from mlx_randygpt.progress import Plateau
+from mlx_randygpt.recipes import RECIPES
 from mlx_randygpt.state import Batch, TrainState
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.training.early import EarlyLooks
@@ -219,6 +221,21 @@ def test_resume_is_bit_exact(recipe: str, name: str, make_run: Make, tmp_path: P
     losses = [(s.step, s.loss, s.lr, s.tokens) for s in of(StepLog, whole)]
     assert [(s.step, s.loss, s.lr, s.tokens) for s in of(StepLog, rest)] == losses[9:]
     assert of(SampleLog, rest) == of(SampleLog, whole)
+
+
+def test_a_pass_reads_every_window_once_whatever_the_batches() -> None:
+    tokens = np.arange(1000, dtype=np.int32)
+
+    def starts(n_steps: int, **given: Any) -> list[int]:
+        train = TrainConfig(**{**RECIPES["modern"]["train"], **given})
+        steps = [step_batches(train, tokens, 10, step) for step in range(n_steps)]
+        return [int(start) for batches in steps for b in batches for start in b.starts]
+
+    whole = starts(3, batch_size=33)  # 990 starts are 99 windows
+    assert starts(1, batch_size=33, grad_accum=3) == starts(9, batch_size=11) == whole
+    assert (np.diff(sorted(whole))[1:-1] == 10).all()
+    assert starts(3, batch_size=33, order="random") != whole
+    assert starts(3, batch_size=33, seed=2) != whole
 
 
 def test_stopping_again_and_again_changes_nothing(make_run: Make, tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def facts(path: Path, saved: Checkpoint, n_bytes: int) -> Iterator[tuple[str, st
         f"{train.optimizer}, lr {train.lr:g}, weight decay {train.weight_decay:g}, "
         f"clipping {train.grad_clip:g}, {train.sequences_per_step} sequences per step",
     )
+    yield "Windows", "in passes over the text" if train.order == "passes" else "drawn at random"
     yield "Schedule", f"{train.schedule} to {train.min_lr:g}, warmup {train.warmup}"
     yield "Data", _data(saved.data)
     if _dialogue(saved):

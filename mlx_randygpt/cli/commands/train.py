@@ -25,7 +25,7 @@ from mlx_randygpt.cli.options import (
 )
 from mlx_randygpt.cli.time_budget import take_minutes, time_options
 from mlx_randygpt.cli.values import FilePath
-from mlx_randygpt.config import ON_NAN, SCHEDULES
+from mlx_randygpt.config import ON_NAN, ORDERS, SCHEDULES
 
 BEGINNERS = (  # options that open the help, in this order
     "data",
@@ -125,6 +125,12 @@ BEGINNERS = (  # options that open the help, in this order
         help="Draw this many sequences per batch.  [default: 64; 8 for gpt2 presets]",
     ),
     grad_accum_option,
+    click.option(
+        "--order",
+        type=click.Choice(ORDERS),
+        help="Read the text in passes, each window once, or draw windows at random.  "
+        "[default: recipe]",
+    ),
     click.option(
         "--seed",
         type=int,
