@@ -85,6 +85,8 @@ def table_row(spec: str, text: str) -> str:
     default = LIMITS.sub("", facts).strip("; ").removeprefix("default: ")
     if limits:
         meaning += f" `{limits[0]}`"
+    if not default and " " not in spec:
+        default = "off"  # a flag
     option = spec.replace("|", "\\|")
     return f"| `{option}` | {prose(default)} | {prose(meaning)} |"
 
