@@ -2,7 +2,7 @@
 
     pip install '.[serve,fast]' xllamacpp
     python benchmarks/llama_cpp.py --checkpoint checkpoints/checkpoint_best.safetensors
-        [--streams 1 8 32 128 256] [--tokens 50] [--turns 5] [--dtype f32] [--json FILE]
+        [--streams 1 8 32 128 256] [--tokens 50] [--turns 5] [--outtype f32] [--json FILE]
 
 The checkpoint must be one that llama.cpp can run (`--recipe portable` or `--arch gpt2`). Both
 servers run the whole time, with as many threads as there are cores, and take turns: N requests are
@@ -45,12 +45,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 128, 256])
     parser.add_argument("--tokens", type=int, default=50, help="of each text")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--dtype", default="f32", help="of the GGUF file")
+    parser.add_argument("--outtype", default="f32", help="of the GGUF file: f32, f16 or q8_0")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     saved = load_checkpoint(options.checkpoint, weights_only=True)
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as servers:
-        export(saved, "gguf", Path(work, "gguf"))
+        export(saved, "gguf", Path(work, "gguf"), outtype=options.outtype)
         file = Path(work, "gguf", "model.gguf")
         ports = {
             "mlxgpt": servers.enter_context(our_server(options.checkpoint)),

@@ -56,6 +56,7 @@ from mlx_randygpt.serve.requests import (
 from mlx_randygpt.serve.responses import ResponseBuilder
 from mlx_randygpt.serve.submission import InFlight, Submission, stopping
 from mlx_randygpt.tokenizers import TokenizerError
+from mlx_randygpt.tokenizers.chars import CharTokenizer, FixedCharTokenizer
 
 PAGE = {  # path -> file in page/, media type
     "/": ("index.html", "text/html"),
@@ -63,7 +64,7 @@ PAGE = {  # path -> file in page/, media type
     "/style.css": ("style.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-SMALL_BYTES = 1 << 10  # of a body that is read in the event loop
+SMALL_BYTES = 1 << 10  # of a body of characters, which is read in the event loop
 LARGE_BYTES = 1 << 16  # of a body
 SENT_SECONDS = 0.02  # for which the engine waits until first tokens are sent
 ENGINE_SECONDS = 0.25  # for the token that is being decoded when the server ends
@@ -80,9 +81,14 @@ class Api:
         self._metrics = metrics
         self._bodies, self._in_flight = Bodies(), InFlight()
         self._threads = ThreadPoolExecutor(N_THREADS)
+        # for large bodies, one at a time: they hold Python's lock for long, and the event loop
+        # waits for it; and each thread that encodes a long text keeps memory for the next
+        self._large_thread = ThreadPoolExecutor(1)
+        # the tokenizers library can take a quarter of a second for a few bytes
+        is_fast = isinstance(served.tokenizer, CharTokenizer | FixedCharTokenizer)
+        self._small_bytes = SMALL_BYTES if is_fast else 0
         self._random = Random()  # the system's random numbers would cost Python's lock each time
         self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
-        self._large_lock = asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
     def app(self) -> App:
@@ -226,18 +232,21 @@ class Api:
 
     async def _check(self, check: Callable[[bytes], R], content: bytes) -> R:
         """Return check(content): at once if that takes less time than another thread, or in one."""
-        if len(content) <= SMALL_BYTES:
+        if len(content) <= self._small_bytes:
             return check(content)
-        # one at a time: they hold Python's lock for long, and the event loop waits for it
         is_large = len(content) > LARGE_BYTES
-        async with self._large_lock if is_large else contextlib.nullcontext():
-            return await self._in_thread(check, content)
+        return await self._in_thread(
+            check, content, threads=self._large_thread if is_large else None
+        )
 
-    async def _in_thread(self, work: Callable[..., R], *values: object) -> R:
+    async def _in_thread(
+        self, work: Callable[..., R], *values: object, threads: ThreadPoolExecutor | None = None
+    ) -> R:
         """Return work(*values), done in a thread; ApiError 503 if the server stops before."""
         if self._stopped.done():
             raise stopping()
-        running = asyncio.get_running_loop().run_in_executor(self._threads, work, *values)
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(threads or self._threads, work, *values)
         await asyncio.wait((running, self._stopped), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             return running.result()

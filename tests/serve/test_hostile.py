@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -309,6 +310,33 @@ def test_large_json_is_the_same_in_pieces() -> None:
         assert json.loads(dump(value)) == json.loads(json.dumps(value))
 
 
+def backtracking_tokenizer() -> SubwordTokenizer:
+    """Return a tokenizer that takes long for a few letters, and then fails."""
+    pytest.importorskip("tokenizers")
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    model = {"type": "BPE", "vocab": {"a": 0, "!": 1}, "merges": []}
+    content = {"version": "1.0", "model": model, "pre_tokenizer": {**pattern, "invert": False}}
+    return SubwordTokenizer.from_file(json.dumps(content))
+
+
+def test_a_slow_tokenizer_is_not_called_in_the_event_loop(
+    make_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, tokenizer = list[str](), backtracking_tokenizer()
+    encode = tokenizer.encode
+
+    def record(text: str) -> Any:
+        threads.append(threading.current_thread().name)
+        return encode(text)
+
+    host = make_host(tokenizer=tokenizer)
+    monkeypatch.setattr(SubwordTokenizer, "encode", lambda self, text: record(text))
+    body = {"prompt": "a", "max_tokens": 1}
+    assert httpx.post(f"{host.url}/v1/completions", json=body, timeout=60).status_code == 200
+    assert threads
+    assert all(name.startswith("ThreadPoolExecutor") for name in threads)
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -321,11 +349,7 @@ def test_large_json_is_the_same_in_pieces() -> None:
 def test_a_text_that_the_tokenizer_fails_on_is_a_bad_request(
     path: str, body: dict[str, Any], make_host: Callable[..., Host]
 ) -> None:
-    pytest.importorskip("tokenizers")
-    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
-    model = {"type": "BPE", "vocab": {"a": 0, "!": 1}, "merges": []}
-    content = {"version": "1.0", "model": model, "pre_tokenizer": {**pattern, "invert": False}}
-    host = make_host(tokenizer=SubwordTokenizer.from_file(json.dumps(content)))
+    host = make_host(tokenizer=backtracking_tokenizer())
     answer = httpx.post(f"{host.url}{path}", json=body, timeout=60)
     assert answer.status_code == 400
     assert "the text cannot be encoded" in answer.json()["error"]["message"]
