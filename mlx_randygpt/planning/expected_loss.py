@@ -5,20 +5,23 @@ docs/recipes.md has the runs, the errors of the fit and its range of validity.
 
 from __future__ import annotations
 
-import bz2
 import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_randygpt.config import ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import Corpus
 from mlx_randygpt.model import parameters
+from mlx_randygpt.planning.ngrams import ORDER, ngram_loss
+from mlx_randygpt.state import Tokens, plain_ids
 from mlx_randygpt.tokenizers import Tokenizer
 
-SAMPLE_BYTES = 100_000  # of a text, compressed to see how surprising it is
-REFERENCE_BITS = 2.62  # per byte of as much of tiny Shakespeare
-SHORTER = 0.125  # a shorter sample compresses worse by this power of its length
+SAMPLE, N_PIECES = 200_000, 10  # tokens of the training text that are counted, in pieces
+TEST, N_TEST_PIECES = 32_000, 8  # tokens of the validation text that are predicted from them
+REFERENCE = 1.843  # nats per byte of tiny Shakespeare that the n-gram model needs then
+SHORTER = 0.05  # it needs more by this power of how much shorter a text is
 FLOOR = 0.5961  # nats per byte of tiny Shakespeare
 SIZE, SIZE_POWER = 0.4798, 0.1  # what too few weights of the blocks cost
 STEPS, STEPS_POWER = 2.5303, 0.4  # what too few steps cost
@@ -36,17 +39,29 @@ class TextFacts:
 
 
 def text_facts(corpus: Corpus, tokenizer: Tokenizer) -> TextFacts:
-    """Return the facts of a corpus; its difficulty comes from how well its beginning compresses."""
-    sample = np.asarray(corpus.train[:SAMPLE_BYTES])
-    content = tokenizer.decode(sample).encode("utf-8", "replace")
-    content, whole = content[:SAMPLE_BYTES], len(content)
-    bits = 8 * len(bz2.compress(content)) / max(1, len(content))
-    usual = REFERENCE_BITS * (SAMPLE_BYTES / max(1, len(content))) ** SHORTER
-    return TextFacts(
-        n_tokens=len(corpus.train),
-        bytes_per_token=whole / max(1, len(sample)),
-        difficulty=bits / usual,
-    )
+    """Return the facts of a corpus.
+
+    Its difficulty is how well an n-gram model that has seen a part of the training text predicts
+    the validation text, compared with tiny Shakespeare.
+    """
+    train = spread(corpus.train, SAMPLE, N_PIECES)
+    test = spread(corpus.val, TEST, N_TEST_PIECES)
+    bytes_per_token = max(1e-9, float(tokenizer.token_bytes()[test].mean()))
+    difficulty = 1.0
+    if min(len(train), len(test)) > ORDER:
+        usual = REFERENCE * (SAMPLE / len(train)) ** SHORTER
+        difficulty = ngram_loss(train, test, tokenizer.vocab_size) / bytes_per_token / usual
+    return TextFacts(len(corpus.train), bytes_per_token, difficulty)
+
+
+def spread(tokens: Tokens, n: int, n_pieces: int) -> NDArray[np.int64]:
+    """Return about n ids from evenly spread pieces of the tokens, or all if they are few."""
+    if len(tokens) <= n:
+        return plain_ids(np.asarray(tokens)).astype(np.int64)
+    size = n // n_pieces
+    starts = np.arange(n_pieces) * (len(tokens) - size) // (n_pieces - 1)
+    positions = (starts[:, None] + np.arange(size)).reshape(-1)
+    return plain_ids(tokens[positions]).astype(np.int64)
 
 
 def terms(model: ModelConfig, train: TrainConfig, text: TextFacts) -> tuple[float, float, float]:

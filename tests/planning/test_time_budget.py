@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
 from mlx_randygpt.model import flops_per_token, parameter_count
-from mlx_randygpt.planning.expected_loss import TextFacts, expected_loss, text_facts
+from mlx_randygpt.planning.expected_loss import TextFacts, expected_loss, spread, text_facts
 from mlx_randygpt.planning.time_budget import LEAST_STEPS, TimedRun, choose_run, describe
 from mlx_randygpt.settings import resolve_new
 from mlx_randygpt.tokenizers.chars import CharTokenizer
@@ -109,10 +110,28 @@ def test_expected_loss_falls_with_size_steps_context_and_text() -> None:
     assert expected_loss(model, train, TextFacts(10**9, difficulty=2)) == pytest.approx(2 * base)
 
 
-def test_text_that_compresses_better_is_easier(text: str) -> None:
+def test_text_that_repeats_itself_is_easier(text: str) -> None:
     facts = []
     for content in (text, "to be or not to be " * (len(text) // 19)):
         tokenizer = CharTokenizer.train(content)
         facts.append(text_facts(encode_corpus({"a": content}, tokenizer), tokenizer))
     assert facts[1].difficulty < 0.5 * facts[0].difficulty
     assert all(0.99 < each.bytes_per_token <= 1.01 for each in facts)
+
+
+@pytest.mark.parametrize("length", [2, 5, 6])
+def test_a_text_of_a_few_tokens_has_some_difficulty(length: int) -> None:
+    tokenizer = CharTokenizer("ab")
+    corpus = encode_corpus({"a": "ab" * length}, tokenizer)
+    assert 0 < text_facts(corpus, tokenizer).difficulty < 100
+
+
+def test_a_long_text_is_counted_in_pieces_of_all_of_it() -> None:
+    tokens = np.arange(1_000_000)
+    pieces = spread(tokens, 1000, 10)
+    assert len(pieces) == 1000
+    assert pieces[:100].tolist() == list(range(100))
+    assert pieces[-100:].tolist() == list(range(999_900, 1_000_000))
+    assert (np.diff(pieces)[99::100] == 111_001).all()
+    read_only = np.array([3, ~4, 5], np.int32)
+    assert spread(read_only, 9, 3).tolist() == [3, 4, 5]
