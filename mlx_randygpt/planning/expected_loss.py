@@ -5,6 +5,7 @@ docs/recipes.md has the runs, the errors of the fit and its range of validity.
 
 from __future__ import annotations
 
+import bz2
 import math
 from dataclasses import dataclass
 
@@ -18,10 +19,11 @@ from mlx_randygpt.planning.ngrams import ORDER, ngram_loss
 from mlx_randygpt.state import Tokens, plain_ids
 from mlx_randygpt.tokenizers import Tokenizer
 
-SAMPLE, N_PIECES = 200_000, 10  # tokens of the training text that are counted, in pieces
-TEST, N_TEST_PIECES = 32_000, 8  # tokens of the validation text that are predicted from them
-REFERENCE = 1.843  # nats per byte of tiny Shakespeare that the n-gram model needs then
-SHORTER = 0.05  # it needs more by this power of how much shorter a text is
+SAMPLE, N_PIECES = 200_000, 10  # tokens of the training text that are looked at, in pieces
+TEST, N_TEST_PIECES = 32_000, 8  # tokens of the validation text
+REFERENCE_LOSS = 1.843  # nats per byte of tiny Shakespeare that the n-gram model needs then
+REFERENCE_BITS = 2.589  # per byte of these samples after compression
+SHORTER_LOSS, SHORTER_BITS = 0.05, 0.085  # both grow by this power of how much shorter a text is
 FLOOR = 0.5961  # nats per byte of tiny Shakespeare
 SIZE, SIZE_POWER = 0.4798, 0.1  # what too few weights of the blocks cost
 STEPS, STEPS_POWER = 2.5303, 0.4  # what too few steps cost
@@ -39,18 +41,22 @@ class TextFacts:
 
 
 def text_facts(corpus: Corpus, tokenizer: Tokenizer) -> TextFacts:
-    """Return the facts of a corpus.
+    """Return the facts of a corpus; its difficulty is relative to tiny Shakespeare.
 
-    Its difficulty is how well an n-gram model that has seen a part of the training text predicts
-    the validation text, compared with tiny Shakespeare.
+    It is the geometric mean of two: how well an n-gram model of a part of the training text
+    predicts the validation text, and how well that part can be compressed. Small models are close
+    to the first; larger ones also learn what repeats itself at a distance.
     """
     train = spread(corpus.train, SAMPLE, N_PIECES)
     test = spread(corpus.val, TEST, N_TEST_PIECES)
     bytes_per_token = max(1e-9, float(tokenizer.token_bytes()[test].mean()))
-    difficulty = 1.0
+    content = tokenizer.decode(train).encode("utf-8", "replace") or b" "
+    shorter = SAMPLE / len(train)
+    bits = 8 * len(bz2.compress(content)) / len(content)
+    difficulty = bits / (REFERENCE_BITS * shorter**SHORTER_BITS)
     if min(len(train), len(test)) > ORDER:
-        usual = REFERENCE * (SAMPLE / len(train)) ** SHORTER
-        difficulty = ngram_loss(train, test, tokenizer.vocab_size) / bytes_per_token / usual
+        loss = ngram_loss(train, test, tokenizer.vocab_size) / bytes_per_token
+        difficulty = math.sqrt(difficulty * loss / (REFERENCE_LOSS * shorter**SHORTER_LOSS))
     return TextFacts(len(corpus.train), bytes_per_token, difficulty)
 
 
