@@ -19,8 +19,6 @@ import contextlib
 import json
 import multiprocessing
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from serve import Client
+from serve import Client, run_server
 from turns import Runners, interleave, rows, save, show
 
 from mlx_randygpt.backends.numpy.backend import available_cores
@@ -52,8 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as servers:
         export(saved, "gguf", Path(work, "gguf"), outtype=options.outtype)
         file = Path(work, "gguf", "model.gguf")
+        our_port, _ = servers.enter_context(run_server(options.checkpoint, "numpy"))
         ports = {
-            "mlxgpt": servers.enter_context(our_server(options.checkpoint)),
+            "mlxgpt": our_port,
             "llama.cpp": servers.enter_context(
                 their_server(file, max(options.streams), saved.model.block_size)
             ),
@@ -85,22 +84,6 @@ async def ask(port: int, n_streams: int, n_tokens: int, extra: dict[str, object]
     for status, answer in answers:
         written = json.loads(answer)["usage"]["completion_tokens"] if status == 200 else answer
         assert written == n_tokens, f"status {status}: {written!r}, not {n_tokens} tokens"
-
-
-@contextlib.contextmanager
-def our_server(checkpoint: Path) -> Iterator[int]:
-    """Run `mlxgpt serve` and yield its port."""
-    command = [sys.executable, "-m", "mlx_randygpt", "serve", "--port", "0"]
-    command += ["--checkpoint", str(checkpoint), "--backend", "numpy"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        serving = next(line for line in process.stderr if line.startswith("Serving"))
-        found = re.search(r":(\d+) ", serving)
-        assert found is not None, serving
-        try:
-            yield int(found[1])
-        finally:
-            process.terminate()
 
 
 @contextlib.contextmanager

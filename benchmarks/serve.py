@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import re
 import statistics
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -220,16 +222,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=[1, 120], help="of a text")
     given = parser.parse_args()
     requests = plan(given.requests, given.checkpoint, given.backend, tuple(given.tokens))
+    with run_server(given.checkpoint, given.backend) as (port, pid):
+        print(json.dumps(asyncio.run(measure(requests, port, pid, given.at_once))))
+
+
+@contextlib.contextmanager
+def run_server(checkpoint: Path, backend: str) -> Iterator[tuple[int, int]]:
+    """Run `mlxgpt serve` and yield its port and process id."""
     command = [sys.executable, "-m", "mlx_randygpt", "serve", "--port", "0"]
-    command += ["--checkpoint", str(given.checkpoint), "--backend", given.backend]
+    command += ["--checkpoint", str(checkpoint), "--backend", backend]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         serving = next(line for line in process.stderr if line.startswith("Serving"))
         found = re.search(r":(\d+) ", serving)
         assert found is not None, serving
         try:
-            port = int(found[1])
-            print(json.dumps(asyncio.run(measure(requests, port, process.pid, given.at_once))))
+            yield int(found[1]), process.pid
         finally:
             process.terminate()
 
