@@ -81,14 +81,13 @@ class Api:
         self._metrics = metrics
         self._bodies, self._in_flight = Bodies(), InFlight()
         self._threads = ThreadPoolExecutor(N_THREADS)
-        # for large bodies, one at a time: they hold Python's lock for long, and the event loop
-        # waits for it; and each thread that encodes a long text keeps memory for the next
-        self._large_thread = ThreadPoolExecutor(1)
+        self._large_thread = ThreadPoolExecutor(1)  # each that encodes a long text keeps memory
         # the tokenizers library can take a quarter of a second for a few bytes
         is_fast = isinstance(served.tokenizer, CharTokenizer | FixedCharTokenizer)
         self._small_bytes = SMALL_BYTES if is_fast else 0
         self._random = Random()  # the system's random numbers would cost Python's lock each time
         self._attention_lock, self._copies_lock = asyncio.Lock(), asyncio.Lock()
+        self._large_lock = asyncio.Lock()
         self._files = {path: _read_file(*entry) for path, entry in PAGE.items()}
 
     def app(self) -> App:
@@ -234,10 +233,10 @@ class Api:
         """Return check(content): at once if that takes less time than another thread, or in one."""
         if len(content) <= self._small_bytes:
             return check(content)
-        is_large = len(content) > LARGE_BYTES
-        return await self._in_thread(
-            check, content, threads=self._large_thread if is_large else None
-        )
+        if len(content) <= LARGE_BYTES:
+            return await self._in_thread(check, content)
+        async with self._large_lock:  # they hold Python's lock for long; others come between two
+            return await self._in_thread(check, content, threads=self._large_thread)
 
     async def _in_thread(
         self, work: Callable[..., R], *values: object, threads: ThreadPoolExecutor | None = None
