@@ -38,7 +38,7 @@ BAD_INPUT: list[tuple[str, int, str]] = [
     ("train --config", 2, "Option '--config' requires an argument"),
     # train: the command line
     (f"{NEW} stray", 2, "Got unexpected extra argument (stray)"),
-    (f"{NEW} --iter=9", 2, "No such option '--iter'. (Did you mean one of: '--dtype', '--iters'"),
+    (f"{NEW} --iter=9", 2, "No such option '--iter'. (Did you mean one of: '--iters'"),
     (f"{NEW} --iters=ten", 2, "'--iters': 'ten' is not a valid integer"),
     (f"{NEW} --iters=1e3", 2, "'--iters': '1e3' is not a valid integer"),
     (f"{NEW} --iters=", 2, "'--iters': '' is not a valid integer"),
