@@ -1,14 +1,13 @@
-"""`mlxgpt serve` next to llama.cpp's server: tokens per second of many simultaneous requests.
+"""Compare `mlxgpt serve` with llama.cpp's server: tokens per second of simultaneous requests.
 
     pip install '.[serve,fast]' xllamacpp
     python benchmarks/llama_cpp.py --checkpoint checkpoints/checkpoint_best.safetensors
         [--streams 1 8 32 128 256] [--tokens 50] [--turns 5] [--outtype f32] [--json FILE]
 
 The checkpoint must be one that llama.cpp can run (`--recipe portable` or `--arch gpt2`). Both
-servers run the whole time, with as many threads as there are cores, and take turns: N requests are
-sent at once, each for the same number of tokens with temperature 0.8 and top-p 0.9, and the time
-until the last answer is there counts. Prompt and text fit into the context, so that neither server
-has to move it.
+servers run the whole time, with as many threads as there are cores, and take turns. N requests are
+sent at the same time, each for the same number of tokens with temperature 0.8 and top-p 0.9; what
+counts is the time until the last response has arrived. Prompt and text must fit into the context.
 """
 
 from __future__ import annotations
@@ -70,12 +69,12 @@ def main() -> None:
 
 
 def run_clients(port: int, n_streams: int, n_tokens: int, extra: dict[str, object]) -> None:
-    """Send the requests at once and wait for all answers."""
+    """Send N requests at the same time and wait for all responses."""
     asyncio.run(ask(port, n_streams, n_tokens, extra))
 
 
 async def ask(port: int, n_streams: int, n_tokens: int, extra: dict[str, object]) -> None:
-    """Send the requests at once and check that each answer has all its tokens."""
+    """Send N requests at the same time, and check that every response has `n_tokens` tokens."""
     settings = {"prompt": "ROMEO:", "max_tokens": n_tokens, "temperature": 0.8, "top_p": 0.9}
     contents = (json.dumps(settings | extra | {"seed": i}).encode() for i in range(n_streams))
     answers = await asyncio.gather(
@@ -102,7 +101,7 @@ def their_server(file: Path, n_streams: int, context: int) -> Iterator[int]:
 
 
 def run_llama_cpp(pipe: Connection, file: Path, n_streams: int, context: int) -> None:
-    """Serve until the process is ended, with a slot for every stream."""
+    """Run llama.cpp's server, with one slot per stream, until the process is terminated."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

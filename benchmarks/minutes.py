@@ -1,11 +1,11 @@
-"""What `mlxgpt train --minutes` chooses, next to every other preset in the same time.
+"""Compare the preset that `mlxgpt train --minutes` chooses with others trained for the same time.
 
     python benchmarks/minutes.py --data text.txt [--minutes 1 3] [--presets tiny small4 small]
         [--threads 0] [--json FILE]
 
-For each time, `train --minutes M` runs as it is and then once with each preset given, with as many
-steps as fit. Printed are the seconds of the whole process, the loss that was expected, and the loss
-on the whole validation text.
+For each time, `train --minutes M` runs once without a preset and once with each of the presets. It
+prints the seconds that the whole process took, the expected loss, and the loss on the whole
+validation text.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def train(given: list[str]) -> dict[str, Any]:
 
 
 def query(*words: str) -> Any:
-    """Return the JSON of a command."""
+    """Run an `mlxgpt` command with --json and return its parsed output."""
     command = [sys.executable, "-m", "mlx_randygpt", *words, "--json"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

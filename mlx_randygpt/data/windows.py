@@ -1,4 +1,4 @@
-"""Windows of tokens: random ones or passes for training, consecutive ones for evaluation.
+"""Choose windows of tokens: at random or in passes for training, one after another to evaluate.
 
 The windows depend on the arguments only, so a resumed run sees the same ones. Nothing is kept
 between steps: the order of a pass is a permutation that is computed for single numbers.
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_randygpt.data import DataError
+from mlx_randygpt.data.hashing import hash_numbers
 from mlx_randygpt.state import Batch, Tokens, rng
 
 Rows = NDArray[np.bool_]  # (B,) which windows of a batch
@@ -24,7 +25,6 @@ _ROUND = 1 << 20  # windows in which each part of a mixture has its share
 _FEISTEL_ROUNDS = 4
 _USES = ("order", "shift")  # of random bits that a pass depends on
 _ONE = np.uint64(1)
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 class Drawn(NamedTuple):
@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
 
 
 class Windows(Protocol):
-    """A rule that says which windows a text has for training."""
+    """The training windows of a text, which can be drawn at random or visited in passes."""
 
     def draw(self, random: np.random.Generator, n: int) -> Drawn:
         """Draw `n` windows independently of each other."""
@@ -56,11 +56,12 @@ def sample_batch(
     micro: int = 0,
     windows: Windows | None = None,
 ) -> Batch:
-    """Draw B windows from `tokens` (n,) independently, by the rule of `windows` if there is one.
+    """Draw B windows of `tokens` (n,) at random, independently of each other.
 
-    Without one, each start with room for T + 1 tokens is equally likely.
+    They are drawn from `windows`; if that is None, every start with room for T + 1 tokens is
+    equally likely.
     """
-    windows = windows or _anywhere(tokens, block_size)
+    windows = windows or _anywhere(len(tokens), block_size)
     starts, ends = windows.draw(rng(seed, "batch", step, micro), batch_size)
     return Batch(tokens, starts, block_size, ends=ends)
 
@@ -73,19 +74,20 @@ def batch_of_passes(
     first: int,
     windows: Windows | None = None,
 ) -> Batch:
-    """Return B windows of `tokens` (n,), from number `first` on, in a series of passes.
+    """Return the B windows of `tokens` (n,) that start at number `first` in a series of passes.
 
-    Each pass visits the whole text (or every window of `windows`) once, in a random order. It cuts
-    the text at other places than the pass before.
+    Each pass reads every window of `windows` once, in random order; if that is None, it reads the
+    whole text, cut at different places than in the pass before.
     """
-    windows = windows or _anywhere(tokens, block_size)
+    windows = windows or _anywhere(len(tokens), block_size)
     starts, ends = windows.visit(np.arange(first, first + batch_size, dtype=np.int64), seed)
     return Batch(tokens, starts, block_size, ends=ends)
 
 
-def _anywhere(tokens: Tokens, block_size: int) -> Documents:
-    assert len(tokens) > block_size, "check_length runs first"
-    return Documents.within(np.zeros(1, np.int64), len(tokens), block_size)
+@lru_cache(maxsize=8)  # each step asks for those of the same text
+def _anywhere(n_tokens: int, block_size: int) -> Documents:
+    assert n_tokens > block_size, "check_length runs first"
+    return Documents.within(np.zeros(1, np.int64), n_tokens, block_size)
 
 
 def eval_batches(
@@ -155,7 +157,7 @@ class Documents:
 
     @cached_property
     def tiles(self) -> NDArray[np.int64]:
-        """Windows next to each other in earlier documents, (D + 1,); the last entry is all."""
+        """Return how many windows of a pass lie in earlier documents, (D + 1,); at the end, all."""
         n_starts = np.diff(self.ahead)
         return np.append(0, np.cumsum(-(-n_starts // self.block_size)))
 
@@ -168,14 +170,14 @@ class Documents:
     def visit(self, numbers: NDArray[np.int64], seed: int) -> Drawn:
         """Return the windows with these numbers, (B,).
 
-        Each pass moves the windows of a document together, by less than T tokens; what would leave
-        the document begins or ends with it.
+        Each pass shifts all windows of a document by the same random number of tokens below T. A
+        window that would then reach past an edge of the document is moved back to that edge.
         """
         size = self.block_size
         passes, tile = shuffle(numbers, int(self.tiles[-1]), seed)
         document = np.searchsorted(self.tiles, tile, side="right") - 1
-        key = _hash(passes.astype(np.uint64) + _random_bits(seed, "shift"))
-        shift = _hash(key + document.astype(np.uint64)) % np.uint64(size)
+        key = hash_numbers(passes.astype(np.uint64) + _random_bits(seed, "shift"))
+        shift = hash_numbers(key + document.astype(np.uint64)) % np.uint64(size)
         n_starts = self.ahead[document + 1] - self.ahead[document]
         n_tiles = self.tiles[document + 1] - self.tiles[document]
         spare = n_tiles * size - n_starts  # half of it before the document, half behind it
@@ -217,9 +219,9 @@ class Mixture:
         return self._collect(part, lambda i, rows: self.parts[i].draw(random, int(rows.sum())))
 
     def visit(self, numbers: NDArray[np.int64], seed: int) -> Drawn:
-        """Return the windows with these numbers, (B,): each part has passes of its own.
+        """Return the windows with these numbers, (B,).
 
-        In `_ROUND` windows each part has its share of them, in a random order.
+        Each part has its own passes, and its share of every `_ROUND` windows, in random order.
         """
         counts = np.maximum(1, np.round(self.shares * _ROUND)).astype(np.int64)
         ahead = np.append(0, np.cumsum(counts))
@@ -229,7 +231,7 @@ class Mixture:
         return self._collect(part, lambda i, rows: self.parts[i].visit(of_part[rows], seed + i))
 
     def _collect(self, part: NDArray[np.int64], windows: Callable[[int, Rows], Drawn]) -> Drawn:
-        """Return the windows (B,) of which those of each part come from `windows`."""
+        """Call `windows` for the rows of each part (B,) and return all their windows together."""
         starts, ends = np.empty(len(part), np.int64), np.empty(len(part), np.int64)
         for i in range(len(self.parts)):
             rows = part == i
@@ -244,15 +246,15 @@ def shuffle(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the pass and the item (0 to n_items − 1) of each number, both (B,).
 
-    Number i belongs to pass i // n_items. A pass is a permutation of the items that depends on it
-    and on the seed: a Feistel network of `_FEISTEL_ROUNDS` rounds (Luby & Rackoff 1988) over the
-    fewest possible bits, repeated while its result is no item.
+    Number i belongs to pass i // n_items. The seed and the number of the pass determine the order
+    of its items: a Feistel network of `_FEISTEL_ROUNDS` rounds (Luby & Rackoff 1988) permutes all
+    numbers of as many bits as n_items − 1 has, and is applied again while the result is no item.
     """
     passes, x = np.divmod(numbers, n_items)
     n_bits = max(2, (n_items - 1).bit_length())
     halves = [np.uint64(n_bits // 2), np.uint64(n_bits - n_bits // 2)]  # they change places
-    key = _hash(passes.astype(np.uint64) + _random_bits(seed, "order"))
-    keys = [_hash(key + np.uint64(i)) for i in range(_FEISTEL_ROUNDS)]
+    key = hash_numbers(passes.astype(np.uint64) + _random_bits(seed, "order"))
+    keys = [hash_numbers(key + np.uint64(i)) for i in range(_FEISTEL_ROUNDS)]
     items = x.astype(np.uint64)
     rows = np.arange(len(items))
     while len(rows):
@@ -260,7 +262,7 @@ def shuffle(
         for i, key in enumerate(keys):
             upper, lower = halves[i % 2], halves[1 - i % 2]
             right = part & ((_ONE << lower) - _ONE)
-            left = part >> lower ^ _hash(key[rows] + right) & ((_ONE << upper) - _ONE)
+            left = part >> lower ^ hash_numbers(key[rows] + right) & ((_ONE << upper) - _ONE)
             part = right << upper | left
         items[rows] = part
         rows = rows[items[rows] >= n_items]
@@ -270,11 +272,3 @@ def shuffle(
 @lru_cache
 def _random_bits(seed: int, use: str) -> np.uint64:
     return rng(seed, "batch", _USES.index(use)).integers(1 << 64, dtype=np.uint64)
-
-
-def _hash(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return random-looking 64-bit numbers, one for each x (splitmix64, Steele et al. 2014)."""
-    x = x * _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

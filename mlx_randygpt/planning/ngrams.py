@@ -1,14 +1,14 @@
-"""How hard a text is to predict, from the loss of an n-gram model that is counted in a moment."""
+"""Estimate how hard a text is to predict, from the loss of an n-gram model."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_randygpt.data.hashing import hash_windows
 from mlx_randygpt.state import Array
 
 ORDER = 4  # tokens before the one that is predicted, at most
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 Hashes = NDArray[np.uint64]
 
 
@@ -21,24 +21,22 @@ def ngram_loss(train: Array, test: Array, vocab_size: int) -> float:
     """
     p = np.full(len(test) - ORDER, 1 / vocab_size)
     for length in range(ORDER + 1):
-        context, gram = _hash(train, length, 0), _hash(train, length, 1)
-        _, first = np.unique(gram, return_index=True)
-        before, after = _hash(test, length, 0), _hash(test, length, 1)
-        n_context, n_gram = _count(context, before), _count(gram, after)
-        n_different = _count(context[first], before)
+        contexts, grams = _hash(train, length)
+        asked_contexts, asked_grams = _hash(test, length)
+        _, first = np.unique(grams, return_index=True)
+        n_context = _count(contexts, asked_contexts)
+        n_different = _count(contexts[first], asked_contexts)
+        n_gram = _count(grams, asked_grams)
         mixed = (n_gram + n_different * p) / np.maximum(1, n_context + n_different)
         p = np.where(n_context > 0, mixed, p)
     return float(-np.log(p).mean())
 
 
-def _hash(tokens: Array, length: int, more: int) -> Hashes:
-    """Hash the `length` tokens before each position from ORDER on, and `more` tokens from there."""
-    n = len(tokens) - ORDER
-    hashes: Hashes = np.zeros(n, np.uint64)
-    for start in range(ORDER - length, ORDER + more):
-        hashes = (hashes + tokens[start : start + n].astype(np.uint64) + np.uint64(1)) * _MIX
-        hashes ^= hashes >> np.uint64(29)
-    return hashes
+def _hash(tokens: Array, length: int) -> tuple[Hashes, Hashes]:
+    """Hash the `length` tokens before each position from ORDER on, and these with its own token."""
+    ids = tokens[ORDER - length :].astype(np.uint64)
+    grams = hash_windows(ids, length + 1)
+    return hash_windows(ids[:-1], length) if length else np.zeros_like(grams), grams
 
 
 def _count(hashes: Hashes, asked: Hashes) -> NDArray[np.int64]:

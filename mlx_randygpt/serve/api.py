@@ -81,7 +81,7 @@ class Api:
         self._metrics = metrics
         self._bodies, self._in_flight = Bodies(), InFlight()
         self._threads = ThreadPoolExecutor(N_THREADS)
-        self._large_thread = ThreadPoolExecutor(1)  # each that encodes a long text keeps memory
+        self._large_thread = ThreadPoolExecutor(1)  # a thread keeps the memory of a long text
         # the tokenizers library can take a quarter of a second for a few bytes
         is_fast = isinstance(served.tokenizer, CharTokenizer | FixedCharTokenizer)
         self._small_bytes = SMALL_BYTES if is_fast else 0

@@ -12,7 +12,7 @@ from mlx_randygpt.planning.ngrams import ORDER, ngram_loss
 
 
 def naive_loss(train: list[int], test: list[int], vocab_size: int) -> float:
-    """Witten and Bell's model as its definition says, token by token."""
+    """Compute the loss from the definition of Witten and Bell's model, token by token."""
     grams = [
         Counter(tuple(train[i - n : i + 1]) for i in range(ORDER, len(train)))
         for n in range(ORDER + 1)
