@@ -24,11 +24,13 @@ TEST, N_TEST_PIECES = 32_000, 8  # tokens of the validation text
 REFERENCE_LOSS = 1.843  # nats per byte of tiny Shakespeare that the n-gram model needs then
 REFERENCE_BITS = 2.589  # per byte of these samples after compression
 SHORTER_LOSS, SHORTER_BITS = 0.05, 0.085  # both grow by this power of how much shorter a text is
-FLOOR = 0.5961  # nats per byte of tiny Shakespeare
-SIZE, SIZE_POWER = 0.4798, 0.1  # what too few weights of the blocks cost
-STEPS, STEPS_POWER = 2.5303, 0.4  # what too few steps cost
-CONTEXT, CONTEXT_POWER = 1.6933, 0.3  # what a short context costs, in bytes
+LEAST_SHARE = 0.65  # of the difficulty for n-grams, that the one for compression is at least
+FLOOR = 0.5405  # nats per byte of tiny Shakespeare
+SIZE, SIZE_POWER = 0.5611, 0.1  # what too few weights of the blocks cost
+STEPS, STEPS_POWER = 2.5443, 0.4  # what too few steps cost
+CONTEXT, CONTEXT_POWER = 1.6841, 0.3  # what a short context costs, in characters
 REUSE = 15.0  # passes after which another one teaches nearly nothing
+FEWEST, MOST = 8.0, 16.0  # logarithms of weights x steps: as hard as for n-grams, for compression
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,34 @@ class TextFacts:
 
     n_tokens: int  # for training
     bytes_per_token: float = 1.0
-    difficulty: float = 1.0  # of a byte; tiny Shakespeare is 1
+    characters_per_token: float = 1.0
+    for_ngrams: float = 1.0  # how hard a byte is to predict; tiny Shakespeare is 1
+    for_compression: float = 1.0
 
 
 def text_facts(corpus: Corpus, tokenizer: Tokenizer) -> TextFacts:
-    """Return the facts of a corpus; its difficulty is relative to tiny Shakespeare.
+    """Return the facts of a corpus; its difficulties are relative to tiny Shakespeare.
 
-    It is the geometric mean of two: how well an n-gram model of a part of the training text
-    predicts the validation text, and how well that part can be compressed. Small models are close
-    to the first; larger ones also learn what repeats itself at a distance.
+    One says how well an n-gram model of a part of the training text predicts the validation text,
+    the other how well that part can be compressed. Where it compresses far better than the
+    validation text is predicted, what is repeated in one does not help with the other.
     """
     train = spread(corpus.train, SAMPLE, N_PIECES)
     test = spread(corpus.val, TEST, N_TEST_PIECES)
     bytes_per_token = max(1e-9, float(tokenizer.token_bytes()[test].mean()))
-    content = tokenizer.decode(train).encode("utf-8", "replace") or b" "
+    characters = tokenizer.decode(train) or " "
+    content = characters.encode("utf-8", "replace")
+    characters_per_token = bytes_per_token * len(characters) / len(content)
     shorter = SAMPLE / len(train)
     bits = 8 * len(bz2.compress(content)) / len(content)
-    difficulty = bits / (REFERENCE_BITS * shorter**SHORTER_BITS)
+    for_ngrams = for_compression = bits / (REFERENCE_BITS * shorter**SHORTER_BITS)
     if min(len(train), len(test)) > ORDER:
         loss = ngram_loss(train, test, tokenizer.vocab_size) / bytes_per_token
-        difficulty = math.sqrt(difficulty * loss / (REFERENCE_LOSS * shorter**SHORTER_LOSS))
-    return TextFacts(len(corpus.train), bytes_per_token, difficulty)
+        for_ngrams = loss / (REFERENCE_LOSS * shorter**SHORTER_LOSS)
+        for_compression = max(for_compression, LEAST_SHARE * for_ngrams)
+    return TextFacts(
+        len(corpus.train), bytes_per_token, characters_per_token, for_ngrams, for_compression
+    )
 
 
 def spread(tokens: Tokens, n: int, n_pieces: int) -> NDArray[np.int64]:
@@ -71,7 +80,7 @@ def spread(tokens: Tokens, n: int, n_pieces: int) -> NDArray[np.int64]:
 
 
 def terms(model: ModelConfig, train: TrainConfig, text: TextFacts) -> tuple[float, float, float]:
-    """Return what lowers the loss: thousands of weights in the blocks, steps, context in bytes.
+    """Return what lowers the loss: thousands of weights in the blocks, steps, characters.
 
     A step that reads text again counts less, after Muennighoff et al. 2023 (arXiv:2305.16264):
     n passes are worth 1 + R(1 - exp(-(n - 1) / R)) with R = REUSE.
@@ -79,12 +88,16 @@ def terms(model: ModelConfig, train: TrainConfig, text: TextFacts) -> tuple[floa
     weights = sum(weight.size for weight in parameters(model) if weight.is_block_matrix)
     passes = train.iters * train.sequences_per_step * model.block_size / text.n_tokens
     worth = 1 + REUSE * (1 - math.exp(-(passes - 1) / REUSE)) if passes > 1 else passes
-    context = model.block_size * text.bytes_per_token
+    context = model.block_size * text.characters_per_token
     return weights / 1000, train.iters * worth / passes, context
 
 
 def expected_loss(model: ModelConfig, train: TrainConfig, text: TextFacts) -> float:
-    """Return the validation loss in nats per token at the end of a run."""
+    """Return the validation loss in nats per token at the end of a run.
+
+    A text is as hard as for n-grams while a model is small and young. The more weights have learned
+    for more steps, the more it counts what repeats itself at a distance, as compression sees it.
+    """
     weights, steps, context = terms(model, train, text)
     per_byte = (
         FLOOR
@@ -92,4 +105,6 @@ def expected_loss(model: ModelConfig, train: TrainConfig, text: TextFacts) -> fl
         + STEPS * steps**-STEPS_POWER
         + CONTEXT * context**-CONTEXT_POWER
     )
-    return float(text.difficulty * text.bytes_per_token * per_byte)
+    share = min(1.0, max(0.0, (math.log(weights * steps) - FEWEST) / (MOST - FEWEST)))
+    difficulty = text.for_ngrams ** (1 - share) * text.for_compression**share
+    return float(difficulty * text.bytes_per_token * per_byte)

@@ -107,7 +107,21 @@ def test_expected_loss_falls_with_size_steps_context_and_text() -> None:
     assert expected_loss(longer, train, LONG) < base
     assert expected_loss(model, more, LONG) < base
     assert expected_loss(model, train, TextFacts(n_tokens=20_000)) > base
-    assert expected_loss(model, train, TextFacts(10**9, difficulty=2)) == pytest.approx(2 * base)
+    twice_as_hard = TextFacts(10**9, for_ngrams=2, for_compression=2)
+    assert expected_loss(model, train, twice_as_hard) == pytest.approx(2 * base)
+
+
+def test_compression_counts_more_the_more_weights_learn_for_more_steps() -> None:
+    repetitive = TextFacts(n_tokens=10**9, for_compression=0.5)
+
+    def gain(preset: str, iters: int) -> float:
+        model, train = resolve_new({"preset": preset, "iters": iters}, 68)
+        return expected_loss(model, train, repetitive) / expected_loss(model, train, LONG)
+
+    runs = [("mini", 1), ("tiny", 300), ("small", 300), ("small", 3000), ("large", 100_000)]
+    gains = [gain(preset, iters) for preset, iters in runs]
+    assert gains == sorted(gains, reverse=True)
+    assert (gains[0], gains[-1]) == (1, pytest.approx(0.5))
 
 
 def test_text_that_repeats_itself_is_easier(text: str) -> None:
@@ -115,15 +129,37 @@ def test_text_that_repeats_itself_is_easier(text: str) -> None:
     for content in (text, "to be or not to be " * (len(text) // 19)):
         tokenizer = CharTokenizer.train(content)
         facts.append(text_facts(encode_corpus({"a": content}, tokenizer), tokenizer))
-    assert facts[1].difficulty < 0.5 * facts[0].difficulty
+    assert facts[1].for_ngrams < 0.5 * facts[0].for_ngrams
+    assert facts[1].for_compression < 0.5 * facts[0].for_compression
     assert all(0.99 < each.bytes_per_token <= 1.01 for each in facts)
+
+
+def test_a_repetitive_training_text_makes_a_different_validation_text_little_easier(
+    text: str,
+) -> None:
+    content = "to be or not to be " * (9 * len(text) // 19) + text
+    tokenizer = CharTokenizer.train(content)
+    facts = text_facts(encode_corpus({"a": content}, tokenizer), tokenizer)
+    assert facts.for_compression > 0.6 * facts.for_ngrams > 0.6
+
+
+def test_a_context_is_as_long_in_two_alphabets(text: str) -> None:
+    greek = "".join(chr(ord("α") + ord(c) - ord("a")) if c.islower() else c for c in text)
+    facts = []
+    for content in (text, greek):
+        tokenizer = CharTokenizer.train(content)
+        facts.append(text_facts(encode_corpus({"a": content}, tokenizer), tokenizer))
+    assert facts[1].bytes_per_token > 1.5 * facts[0].bytes_per_token
+    assert facts[1].characters_per_token == pytest.approx(facts[0].characters_per_token, rel=0.05)
 
 
 @pytest.mark.parametrize("length", [2, 5, 6])
 def test_a_text_of_a_few_tokens_has_some_difficulty(length: int) -> None:
     tokenizer = CharTokenizer("ab")
     corpus = encode_corpus({"a": "ab" * length}, tokenizer)
-    assert 0 < text_facts(corpus, tokenizer).difficulty < 100
+    facts = text_facts(corpus, tokenizer)
+    assert 0 < facts.for_ngrams < 100
+    assert 0 < facts.for_compression < 100
 
 
 def test_a_long_text_is_counted_in_pieces_of_all_of_it() -> None:
