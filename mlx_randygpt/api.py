@@ -33,7 +33,7 @@ from mlx_randygpt.data.reading import Reading
 from mlx_randygpt.data.vocabulary import AUTO
 from mlx_randygpt.model import initial_state, merge_adapters
 from mlx_randygpt.sampling.filters import SampleConfig
-from mlx_randygpt.sampling.generate import generate
+from mlx_randygpt.sampling.generate import generate, shown_length
 from mlx_randygpt.settings import resolve
 from mlx_randygpt.state import Array, Params
 from mlx_randygpt.tokenizers import Tokenizer, tokenizer_from_json
@@ -95,9 +95,11 @@ class LoadedModel:
         ids = self.tokenizer.encode(unify_newlines(prompt)).tolist() or [self.tokenizer.bos]
         config, shown = SampleConfig(**sampling), 0
         for [sample] in generate(self.backend, self.config, self.tokenizer, ids, config):
-            if len(sample.text) > shown:
-                yield sample.text[shown:]
-                shown = len(sample.text)
+            text, done = sample.text, sample.finish_reason
+            ready = len(text) if done else shown_length(text, config.stop)
+            if ready > shown:
+                yield text[shown:ready]
+                shown = ready
 
     def logits(self, text: str) -> Array:
         """Return the logits after each token of `text`, float32 (T, V)."""

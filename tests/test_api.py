@@ -47,6 +47,14 @@ def test_a_folder_a_file_or_a_string_is_loaded(convert: object, folder: Path) ->
     )
 
 
+def test_a_stop_text_of_several_tokens_is_cut_whole(folder: Path) -> None:
+    model = gpt.load(folder, backend="numpy")
+    whole = model.generate("the ", max_tokens=30, seed=1)
+    stop = whole[10:14]
+    expected = whole[: whole.index(stop)]
+    assert model.generate("the ", max_tokens=30, seed=1, stop=(stop,)) == expected
+
+
 def test_logits_are_those_of_the_checkpoint(folder: Path) -> None:
     model = gpt.load(folder, backend="numpy")
     logits, maps = model.logits("the fox"), model.attention("the fox")

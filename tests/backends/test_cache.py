@@ -179,6 +179,16 @@ def test_many_rows_are_shared_among_threads(build: Build) -> None:
         assert_near(got[row], alone(backend, tokens)[-1])
 
 
+def test_a_prompt_longer_than_the_share_of_a_thread_leaves_no_thread_without_rows(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "TOKENS_PER_THREAD", 1)
+    monkeypatch.setattr(decode, "COMPILED_TOKENS_PER_THREAD", 1)
+    backend, tokens = build("modern"), np.stack([text(12, 0), text(12, 1)])
+    got = backend.logits(tokens, backend.new_cache(2), slice(0, 2), np.array([12, 1]))
+    assert_near(got, [alone(backend, tokens[0])[-1], alone(backend, tokens[1, :1])[0]])
+
+
 @pytest.mark.parametrize("n_embd", [12, 48])  # of 4 heads: less than a vector, and not whole ones
 def test_compiled_logits_have_the_same_bits_alone_and_among_others(
     n_embd: int, tiny_model: Callable[..., ModelConfig], lively: Callable[..., Params],

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -124,9 +124,10 @@ class Decoder:
         fewest = COMPILED_TOKENS_PER_THREAD if is_compiled else TOKENS_PER_THREAD
         n_parts = max(1, min(self.n_threads, n, n_tokens // fewest))
         shares = np.arange(1, n_parts) * n_tokens // n_parts
-        edges = [0, *np.searchsorted(np.cumsum(lengths), shares).tolist(), n]
+        cuts = np.searchsorted(np.cumsum(lengths), shares)
+        edges = np.unique([0, *cuts, n]).tolist()  # one prompt can be longer than a share
         logits: Array = np.empty((n, self.config.vocab_size), np.float32)
-        advance = self._compiled_advance(cache) if is_compiled else self._advance
+        advance = self._compiled_advance(cache) if is_compiled else self._plain_advance()
 
         def work(first: int, last: int) -> None:
             part = slice(start + first, start + last)
@@ -161,16 +162,25 @@ class Decoder:
         advance: Callable[..., None] = self._packed.advance
         return advance
 
+    def _plain_advance(self) -> Callable[..., None]:
+        """Return `_advance` with weights that all threads read."""
+        if self._transposed is None:
+            self._transposed = transposed(self.config, self.params)
+        return partial(self._advance, self._transposed)
+
     def _advance(
-        self, tokens: Array, lengths: Array, cache: NumpyCache, rows: slice, logits: Array
+        self,
+        w: Params,
+        tokens: Array,
+        lengths: Array,
+        cache: NumpyCache,
+        rows: slice,
+        logits: Array,
     ) -> None:
         """Append up to block_size tokens at once to empty rows, one at a time to others.
 
-        The logits (B, V) of the last are written.
+        The logits (B, V) of the last are written; `w` is `transposed`.
         """
-        if self._transposed is None:
-            self._transposed = transposed(self.config, self.params)
-        w = self._transposed
         if tokens.shape[1] > 1 and not cache.lengths[rows].any():
             x = advance(w, self.config, (tokens, lengths), cache, rows)
         else:
