@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 
 N_UNKNOWN = 5  # kinds of unknown characters named in a message
 JOINERS = "\u200c\u200d"  # not printable, but part of how Persian, Hindi and emoji are spelled
+LONE_SURROGATE = re.compile(
+    "[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]"
+)
 MAX_REASON = 160  # characters of an error text, which may quote a damaged file
 
 
@@ -76,6 +81,13 @@ def replace_surrogates(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def count_surrogates(text: str) -> dict[str, int]:
+    """Count the lone surrogates, most frequent first."""
+    if text.isascii():
+        return {}
+    return dict(Counter(LONE_SURROGATE.findall(text)).most_common())
 
 
 def wrap_words(line: str, width: int) -> list[str]:

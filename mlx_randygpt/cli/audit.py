@@ -39,8 +39,10 @@ def suitable_run(found: Audit, *, measure: bool) -> Suitable:
 
     is_char = found.choice.vocabulary.kind == "char"
     vocabulary = found.choice.vocabulary.size or min(512, found.choice.n_chars) + 3
-    n_tokens = found.n_characters if is_char else int(found.n_bytes / BYTES_PER_TOKEN)
-    model, train = settings.resolve_new({}, vocabulary, int(0.9 * n_tokens))
+    n_train = found.split.n_train  # characters, and the tokens around documents
+    if not is_char:
+        n_train = int(n_train * found.n_bytes / max(1, found.n_characters) / BYTES_PER_TOKEN)
+    model, train = settings.resolve_new({}, vocabulary, n_train)
     if not measure:
         return Suitable(model, train, None)
     echo("Measuring short steps on this machine …", err=True)

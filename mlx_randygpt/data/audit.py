@@ -32,7 +32,7 @@ from mlx_randygpt.data.split import (
     train_tokens,
 )
 from mlx_randygpt.data.vocabulary import Choice
-from mlx_randygpt.tokenizers.chars import CODE_POINTS, code_points
+from mlx_randygpt.tokenizers.chars import CODE_POINTS, SURROGATES, code_points
 
 WINDOW = 50  # characters: a shorter passage that occurs twice is not reported
 MAX_WINDOWS = 1 << 22  # compared in each table
@@ -79,7 +79,7 @@ class Audit:
     n_characters: int
     n_bytes: int  # in UTF-8
     scripts: dict[str, float]  # shares of the letters, largest first
-    n_replacements: int  # U+FFFD, which stands for what was once read wrongly
+    n_replacements: int  # U+FFFD and lone surrogates: what was once read or cut wrongly
     choice: Choice  # of the tokenizer
     copies: tuple[Copy, ...]  # the most frequent
     n_copies: int  # documents that have occurred before
@@ -115,7 +115,9 @@ def audit(source: Source, keeps_copies: bool = True) -> Audit:
         n_characters=sum(census.lengths),
         n_bytes=census.n_bytes,
         scripts=count_scripts(census.counts),
-        n_replacements=int(census.counts[0xFFFD]),
+        n_replacements=int(
+            census.counts[0xFFFD] + census.counts[SURROGATES.start : SURROGATES.stop].sum()
+        ),
         choice=Choice.by_counts(census.counts),
         copies=_most_copied(census),
         n_copies=int(plan.is_copy.sum()),

@@ -102,11 +102,19 @@ def pieces(
 
     A file is one document, or one per row or conversation. Raises DataError like `read_text`.
     """
-    empty = True
-    for document in _documents(file, reading or Reading(), seen, skipped):
+    empty, first_skipped = True, ""
+
+    def skip(problem: str) -> None:
+        nonlocal first_skipped
+        first_skipped = first_skipped or problem
+        skipped(problem)
+
+    for document in _documents(file, reading or Reading(), seen, skip):
         for piece in _turns(document) if isinstance(document, list) else _cut(document, size):
             empty = False
             yield piece
+    if empty and first_skipped:
+        raise DataError(f"{file} has no valid row; the first that is invalid: {first_skipped}")
     if empty:
         raise DataError(f"{file} is empty; put text into it or leave it out")
 

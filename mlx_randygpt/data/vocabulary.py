@@ -21,7 +21,12 @@ from mlx_randygpt.data import DataError
 from mlx_randygpt.data.split import TRAIN_SHARE
 from mlx_randygpt.files import read_text
 from mlx_randygpt.tokenizers import Tokenizer
-from mlx_randygpt.tokenizers.chars import MAX_CHARS, CharTokenizer, count_characters
+from mlx_randygpt.tokenizers.chars import (
+    MAX_CHARS,
+    SURROGATES,
+    CharTokenizer,
+    count_characters,
+)
 from mlx_randygpt.tokenizers.subword import DEFAULT_SIZE, KINDS, SubwordTokenizer
 from mlx_randygpt.words import format_bytes, format_share
 
@@ -74,8 +79,12 @@ class Choice:
 
     @classmethod
     def by_counts(cls, counts: NDArray[np.int64]) -> Choice:
-        """Choose by the characters of the whole text, as `count_characters` counts them."""
+        """Choose by the characters of the whole text, as `count_characters` counts them.
+
+        Lone surrogates, which no tokenizer can hold, do not count.
+        """
         codes = np.flatnonzero(counts)
+        codes = codes[(codes < SURROGATES.start) | (codes >= SURROGATES.stop)]
         n = counts[codes]
         widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
         kept = int(np.sort(n)[::-1][:MAX_CHARS].sum())

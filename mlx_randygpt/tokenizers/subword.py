@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mlx_randygpt.config import LIMITS, ConfigError, UserError, missing
 from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, END_OF_TURN, NO_TOKEN, TokenizerError
 from mlx_randygpt.tokenizers.content import check_content
-from mlx_randygpt.words import one_line, replace_surrogates
+from mlx_randygpt.words import count_surrogates, one_line, replace_surrogates
 
 KINDS = ("bpe", "wordpiece")
 MIN_VOCAB_SIZE = {
@@ -157,7 +157,7 @@ class SubwordTokenizer:
     def unknown(self, text: str) -> dict[str, int]:
         """Count the characters that `encode` drops or replaces, most frequent first."""
         if self._bytes is not None:
-            return {}
+            return count_surrogates(text)
         if self._unk is None:
             chars = self._characters
             return dict(Counter(c for c in text if chars and c not in chars).most_common())

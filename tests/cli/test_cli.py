@@ -499,3 +499,17 @@ def test_a_device_without_room_is_one_line(says: str) -> None:
     done = CliRunner().invoke(full)
     assert done.exit_code == 1
     assert done.output.startswith(f"Error: out of memory ({says}); try a smaller --batch-size")
+
+
+def test_documents_of_a_text_with_a_weight_that_are_too_short_are_reported() -> None:
+    rows = ({"text": "short" if i % 2 else f"a document of some length {i}"} for i in range(20))
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--data=rows.jsonl:0.3", *MINE, *SMALL, "--iters=1", "--respect-documents")
+    assert "10 of 21 documents are left out" in call(*words).stdout
+
+
+def test_half_characters_are_reported_and_not_said_to_fit(folder: Path) -> None:
+    (folder / "half.jsonl").write_text(json.dumps({"text": "some text \ud83d " * 50}))
+    out = call("--data=half.jsonl", "--backend=numpy", *SMALL, "--iters=1").stdout
+    assert "50 characters are not in the vocabulary and were dropped" in out
+    assert "loses none" not in out

@@ -120,3 +120,22 @@ def test_a_long_text_is_not_searched_when_a_run_starts(monkeypatch: pytest.Monke
     assert first_note() == (
         "Text: 16.9 kB, not searched for leaks into the validation text (mlxgpt data check)"
     )
+
+
+def test_the_run_that_suits_is_that_of_train_with_many_short_documents(texts: Path) -> None:
+    documents = noise(44_000, 9)
+    rows = (json.dumps({"text": documents[i : i + 10]}) for i in range(0, 44_000, 10))
+    (texts / "rows.jsonl").write_text("\n".join(rows))  # 39,600 characters, 47,520 tokens
+    assert answer("rows.jsonl")["preset"] == "small"
+
+
+def test_a_single_character_is_a_short_text(texts: Path) -> None:
+    (texts / "one.txt").write_text("a")
+    assert answer("one.txt")["preset"] == "tiny"
+
+
+def test_lone_surrogates_are_reported_as_broken(texts: Path) -> None:
+    (texts / "half.jsonl").write_text(json.dumps({"text": "half \ud83d of it " * 20}))
+    found = answer("half.jsonl")
+    assert (found["replacement_characters"], found["lost_by_char"]) == (20, 0)
+    assert found["different_characters"] == 8

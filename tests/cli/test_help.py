@@ -94,8 +94,8 @@ def test_a_text_decides_defaults_only_where_there_is_one() -> None:
     by_text = f"{settings.SMALL_TEXT_PRESET} for a short text"
     dropout = f"{settings.DROPOUT} for a large model on a short text"
     says = {name for name in ALL if by_text in re.sub(r"\s+", " ", help_of(name))}
-    assert says == {"train"}
-    assert dropout in re.sub(r"\s+", " ", help_of("train"))
+    assert says == {"train", "find-lr"}
+    assert all(dropout in re.sub(r"\s+", " ", help_of(name)) for name in says)
 
 
 @pytest.mark.parametrize(

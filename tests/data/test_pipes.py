@@ -41,7 +41,15 @@ def shell(folder: Path, line: str, stdin: str = "") -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize(
-    "data", ["--data - < text", "--data - < <(cat text)", "--data <(cat text)", "--data pipe"]
+    "data",
+    [
+        "--data - < text",
+        "--data - < <(cat text)",
+        "--data <(cat text)",
+        "--data pipe",
+        "--data -:0.3 < <(cat text)",
+        "--data <(cat text):0.3",
+    ],
 )
 def test_a_run_reads_a_pipe_and_is_resumed(tmp_path: Path, data: str) -> None:
     os.mkfifo(tmp_path / "pipe")

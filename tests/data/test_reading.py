@@ -147,3 +147,9 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     file.write_text("no")
     with pytest.raises(DataError, match=r"a\.parquet is not a parquet file"):
         list(pieces(file))
+
+
+def test_a_file_without_a_valid_row_is_not_called_empty(tmp_path: Path) -> None:
+    (file := tmp_path / "a.jsonl").write_text('[1]\n{"a": 1}\n')
+    with pytest.raises(DataError, match=r"a.jsonl has no valid row; .*: line 1 is a list"):
+        read_text(file, Reading(skip_bad_rows=True))

@@ -210,3 +210,8 @@ def test_gpt2s_file_gives_the_ids_of_tiktoken(text: str) -> None:
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     other = tiktoken.Encoding("learned", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     assert tokenizer.encode(text).tolist() == other.encode_ordinary(text)
+
+
+def test_lone_surrogates_are_counted_as_lost(learned: SubwordTokenizer) -> None:
+    assert list(learned.unknown("a\udc00 \ud83d\ud83db").items()) == [("\ud83d", 2), ("\udc00", 1)]
+    assert learned.unknown("a\ud83d\ude00") == {}  # together they are one character

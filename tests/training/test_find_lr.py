@@ -87,3 +87,13 @@ def test_rates_that_do_not_grow_are_refused() -> None:
 )
 def test_a_suggestion_close_to_the_rule_is_not_worth_trying(rate: float, worth: bool) -> None:
     assert is_worth_trying(rate, 0.02) is worth
+
+
+def test_a_short_text_is_tested_with_the_preset_that_it_is_trained_with(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text(text[:400])  # too short for the context of `small`
+    words = ["find-lr", "--data", str(tmp_path / "t.txt"), "--iters", "2", "--backend", "numpy"]
+    result = CliRunner().invoke(group, words)
+    assert result.exit_code == 0, result.output
+    assert "preset tiny" in result.stderr

@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 64, 12  # of the curve, in characters
 @data_option
 @tokenizer_options
 @reading_options
-@model_options()
+@model_options(by_text=True)
 @click.option(
     "--batch-size",
     type=int,
@@ -76,12 +76,14 @@ def command(
     tokenizer, corpus = text.load(
         [source.file for source in sources], text.reading(given), requested
     )
-    model, train = settings.resolve_new(given | {"iters": iters}, tokenizer.vocab_size)
+    given, n_tokens = given | {"iters": iters}, len(corpus.train)
+    model, train = settings.resolve_new(given, tokenizer.vocab_size, n_tokens)
     check_length(corpus, model.block_size)
     name, reason = choose(backend)
     state = initial_state(model, train.seed)
     engine = make_backend(name, model, train, state)
-    for line in text.tokenizer_lines(corpus, tokenizer):
+    chosen = settings.choices_note(given, train, n_tokens)
+    for line in filter(None, [*text.tokenizer_lines(corpus, tokenizer), chosen]):
         echo(line, err=True, wrapped=True)
     echo(f"Backend: {describe_backend(engine, reason)}", err=True, wrapped=True)
     windows = training_windows(corpus, tokenizer, sources, Drawing(model.block_size))

@@ -32,6 +32,7 @@ from mlx_randygpt.config import LIMITS, ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.words import format_bytes, format_duration
 
 if TYPE_CHECKING:
+    from mlx_randygpt.data.corpus import Corpus
     from mlx_randygpt.planning.devices import Device
     from mlx_randygpt.planning.expected_loss import TextFacts
     from mlx_randygpt.planning.plan import Plan
@@ -107,6 +108,7 @@ def command(
     """
     from mlx_randygpt import settings
     from mlx_randygpt.backends import choose as choose_backend
+    from mlx_randygpt.data.corpus import check_length
     from mlx_randygpt.planning.devices import find_device
     from mlx_randygpt.planning.footprint import micro_batch
     from mlx_randygpt.planning.plan import Rate, Workload, make_plan, measure_rate, usual_threads
@@ -117,9 +119,9 @@ def command(
         raise click.UsageError("--tokens and --minutes both say how much to train; omit one")
     is_gpt2 = str(given.get("preset", "")).startswith("gpt2")
     vocab_size = vocab_size or (GPT2_VOCAB_SIZE if is_gpt2 else VOCAB_SIZE)
-    facts = None
+    facts, corpus = None, None
     if data:
-        vocab_size, facts = read_text(data)
+        vocab_size, facts, corpus = read_text(data)
     model, train = settings.resolve_new(given, vocab_size, facts.n_tokens if facts else 0)
     name = (
         choose_backend(backend)[0] if device == "this" else "mlx" if backend == "auto" else backend
@@ -135,6 +137,8 @@ def command(
         chosen = plan_time(given, vocab_size, facts, name, None if device == "this" else target)
         model, train = chosen.model, chosen.train
         tokens = train.iters * train.sequences_per_step * model.block_size
+    if corpus is not None:
+        check_length(corpus, model.block_size)
     if given.get(AUTO):
         size = micro_batch(name, model, train, target.memory, target.unified)
         train = replace(train, micro_batch=size)
@@ -159,23 +163,24 @@ def command(
         cost_per_hour=cost_per_hour,
     )
     plan = make_plan(work, target, rate)
+    knows_loss = corpus is None or not corpus.n_conversations
     if json:
-        print_json(asdict(plan) | choice_json(chosen))
+        print_json(asdict(plan) | choice_json(chosen, knows_loss))
         return
     draw(plan, model, train)
     if chosen is not None:
         echo()
-        echo(describe(chosen, 60 * given["minutes"]), wrapped=True)
+        echo(describe(chosen, 60 * given["minutes"], knows_loss=knows_loss), wrapped=True)
 
 
-def read_text(data: Sequence[str]) -> tuple[int, TextFacts]:
-    """Return the size of the vocabulary that a run would learn, and the facts of the text."""
+def read_text(data: Sequence[str]) -> tuple[int, TextFacts, Corpus]:
+    """Return the size of the vocabulary that a run would learn, the facts of the text, and it."""
     from mlx_randygpt.cli.training import text
     from mlx_randygpt.data.reading import Reading
     from mlx_randygpt.planning.expected_loss import text_facts
 
     tokenizer, corpus = text.load(text.files_of(data), Reading(), text.requested_tokenizer({}))
-    return tokenizer.vocab_size, text_facts(corpus, tokenizer)
+    return tokenizer.vocab_size, text_facts(corpus, tokenizer), corpus
 
 
 def plan_time(
@@ -205,14 +210,14 @@ def plan_time(
     return choose(given, vocab_size, facts, estimate)
 
 
-def choice_json(chosen: TimedRun | None) -> dict[str, Any]:
+def choice_json(chosen: TimedRun | None, knows_loss: bool) -> dict[str, Any]:
     """Return the choice as JSON keys and values; an empty dict without a time."""
     if chosen is None:
         return {}
     return {
         "preset": chosen.train.preset,
         "iters": chosen.train.iters,
-        "expected_loss": chosen.loss,
+        "expected_loss": chosen.loss if knows_loss else None,
         "uses_all_time": chosen.is_full,
     }
 

@@ -46,7 +46,7 @@ from mlx_randygpt.cli.training.request import (
 )
 from mlx_randygpt.cli.training.start import (
     Machine,
-    documents_note,
+    documents_notes,
     load_source,
     make_run,
     start_run,
@@ -137,7 +137,7 @@ def run_leader(
     backend = make_limited(backend_name, run, start.state, team)
     checked = check_start(start.corpus, text.reading(request.options, start.data))
     run, samples_note = place_samples(request, run, backend_name)
-    notes = [*filter(None, [checked, *start.notes, documents_note(run), samples_note])]
+    notes = [*filter(None, [checked, *start.notes, *documents_notes(run), samples_note])]
     history = History()
     if request.resuming:
         past = request.resume.parent if request.resume else folder.path

@@ -335,23 +335,25 @@ def new_tokens_note(model: ModelConfig, before: ModelConfig) -> str:
     return f"{line}."
 
 
-def documents_note(run: Run) -> str:
-    """Return a line about documents that no window holds, or conversations that are cut, or ""."""
-    windows, size = run.windows, run.model.block_size
-    if isinstance(windows, Documents) and windows.n_left_out:
-        return (
-            f"{windows.n_left_out:,} of {len(windows.first):,} documents are left out: "
+def documents_notes(run: Run) -> list[str]:
+    """Return lines about documents that no window holds, and about conversations that are cut."""
+    windows, size, notes = run.windows, run.model.block_size, list[str]()
+    parts = windows.parts if isinstance(windows, Mixture) else [windows]
+    texts = [part for part in parts if isinstance(part, Documents)]
+    if n_left_out := sum(part.n_left_out for part in texts):
+        n = sum(len(part.first) for part in texts)
+        notes.append(
+            f"{n_left_out:,} of {n:,} documents are left out: "
             f"shorter than a context of {size} and the token after it."
         )
-    parts = windows.parts if isinstance(windows, Mixture) else [windows]
     talks = [part for part in parts if isinstance(part, Conversations)]
     if n_long := sum(part.n_long for part in talks):
         n = sum(part.n_conversations for part in talks)
-        return (
+        notes.append(
             f"{n_long:,} of {n:,} conversations are longer than a context of {size} tokens and are "
             "cut ahead of a question where possible; a larger --block-size keeps them whole."
         )
-    return ""
+    return notes
 
 
 # What a resumed run is compared with

@@ -25,6 +25,7 @@ from mlx_randygpt.data.vocabulary import AUTO, Vocabulary, choose_tokenizer
 from mlx_randygpt.dialogue import has_dialogue
 from mlx_randygpt.files import resolve
 from mlx_randygpt.tokenizers import DIALOGUE_TOKENS, Tokenizer
+from mlx_randygpt.tokenizers.chars import SURROGATES
 from mlx_randygpt.words import format_share, unknown_line
 
 READING = ("encoding", "text_field", "me", "as_text", "skip_bad_rows")
@@ -61,12 +62,11 @@ def sources_of(paths: Sequence[str], heard: list[str] | None = None) -> list[Tex
 
 def recorded_paths(sources: Sequence[TextSource]) -> list[str]:
     """Return the paths that name these files again, with their weights."""
-    names = (
-        f"{resolve(Path(os.path.expanduser(source.path)))}:{source.weight:g}"
-        if source.path
-        else str(resolve(source.file))
-        for source in sources
-    )
+    names = list[str]()
+    for source in sources:
+        is_read_once = not source.path or is_pipe(source.path)  # then its file is the copy of it
+        place = source.file if is_read_once else Path(os.path.expanduser(source.path))
+        names.append(f"{resolve(place)}{f':{source.weight:g}' if source.path else ''}")
     return list(dict.fromkeys(names))
 
 
@@ -182,7 +182,10 @@ def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
     if tokenizer.to_json()["type"] != "char":
         return [*skipped, line]
     share = format_share(sum(corpus.unknown.values()) / corpus.characters)
-    return [*skipped, f"{line}; {share} of the text; a new run with --tokenizer bpe loses none"]
+    halves = [char for char in corpus.unknown if ord(char) in SURROGATES]  # of characters
+    rest = "only lone surrogates" if halves else "none"
+    advice = f"; a new run with --tokenizer bpe loses {rest}" * (len(halves) < len(corpus.unknown))
+    return [*skipped, f"{line}; {share} of the text{advice}"]
 
 
 def skipped_lines(n: int, first: str) -> list[str]:

@@ -123,3 +123,18 @@ def test_plan_refuses_two_amounts(folder: Path) -> None:
     done = call("plan", "--minutes=1", "--tokens=1000")
     assert done.exit_code == 2
     assert "omit one" in done.output
+
+
+@pytest.mark.parametrize("words", [["plan", "--device=m4-max"], ["train", "--plain"]])
+def test_plan_and_train_refuse_a_text_that_is_too_short(folder: Path, words: list[str]) -> None:
+    (folder / "short").write_text("ab")
+    done = call(*words, "--minutes=1", "--data=short")
+    assert (done.exit_code, "give more text" in done.output) == (1, True), done.output
+
+
+def test_plan_expects_no_loss_of_answers(folder: Path) -> None:
+    rows = ({"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(200))
+    (folder / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("plan", "--minutes=1", "--device=m4-max", "--data=talks.jsonl")
+    assert json.loads(call(*words, "--json").stdout)["expected_loss"] is None
+    assert "expected validation loss" not in call(*words).output
