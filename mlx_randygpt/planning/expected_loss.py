@@ -75,8 +75,8 @@ def spread(tokens: Tokens, n: int, n_pieces: int) -> NDArray[np.int64]:
         return plain_ids(np.asarray(tokens)).astype(np.int64)
     size = n // n_pieces
     starts = np.arange(n_pieces) * (len(tokens) - size) // (n_pieces - 1)
-    positions = (starts[:, None] + np.arange(size)).reshape(-1)
-    return plain_ids(tokens[positions]).astype(np.int64)
+    pieces = tokens[starts[:, None] + np.arange(size)]  # a row is read at once from a file
+    return plain_ids(pieces.reshape(-1)).astype(np.int64)
 
 
 def terms(model: ModelConfig, train: TrainConfig, text: TextFacts) -> tuple[float, float, float]:

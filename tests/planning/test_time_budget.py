@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mlx_randygpt.config import ConfigError, ModelConfig, TrainConfig
 from mlx_randygpt.data.corpus import encode_corpus
+from mlx_randygpt.data.token_file import OpenFile, TokenFile
 from mlx_randygpt.model import flops_per_token, parameter_count
 from mlx_randygpt.planning.expected_loss import TextFacts, expected_loss, spread, text_facts
 from mlx_randygpt.planning.time_budget import LEAST_STEPS, TimedRun, choose_run, describe
@@ -171,3 +174,14 @@ def test_a_long_text_is_counted_in_pieces_of_all_of_it() -> None:
     assert (np.diff(pieces)[99::100] == 111_001).all()
     read_only = np.array([3, ~4, 5], np.int32)
     assert spread(read_only, 9, 3).tolist() == [3, 4, 5]
+
+
+def test_pieces_of_a_long_text_are_all_that_is_read_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "tokens", list[int]()
+    path.write_bytes(np.arange(50_000, dtype=np.uint16).tobytes())
+    file = OpenFile(path)
+    monkeypatch.setattr(OpenFile, "read", lambda self, start, n: read.append(n) or bytes(n))
+    assert len(spread(TokenFile(file, np.dtype(np.uint16), 50_000), 1000, 10)) == 1000
+    assert sum(read) == 2 * 1000
