@@ -36,7 +36,7 @@ MAY_IMPORT = {  # third parties, and the modules that name them
     "prometheus_client": ("serve.metrics", "cli.commands.serve"),
     "gguf": ("exchange.exporters.gguf", "exchange.importers.gguf"),
     "threadpoolctl": ("cli", "backends.", "planning.machine"),
-    "signal": ("cli",),
+    "signal": ("cli", "__main__"),
     "tokenizers": ("tokenizers.subword",),
     "charset_normalizer": ("data.recognition",),
     "pyarrow": ("data.",),

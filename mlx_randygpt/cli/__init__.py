@@ -18,7 +18,6 @@ import click
 from mlx_randygpt import __version__
 from mlx_randygpt.cli.errors import Group
 from mlx_randygpt.cli.output import echo
-from mlx_randygpt.cli.signals import end_on_ctrl_c
 from mlx_randygpt.words import clean_text
 
 # section of --help -> name -> (module of cli.commands, line for --help)
@@ -128,7 +127,6 @@ def _leave_threads(code: object) -> None:
 
 def main() -> None:
     """Run the program `mlxgpt`."""
-    end_on_ctrl_c()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: a checkpoint would get its file number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115

@@ -21,12 +21,6 @@ TERMINAL_SIGNALS = (signal.SIGTSTP, signal.SIGQUIT)  # Ctrl-Z and Ctrl-\
 Handler = Callable[[int, FrameType | None], None]
 
 
-def end_on_ctrl_c() -> None:
-    """Let Ctrl-C end the process without a traceback, unless its handler was changed before."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextlib.contextmanager
 def raise_on_ctrl_c() -> Iterator[None]:
     """Make Ctrl-C a KeyboardInterrupt inside the block."""

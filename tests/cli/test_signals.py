@@ -254,3 +254,12 @@ def test_ctrl_c_while_a_vocabulary_is_learned_leaves_with_130(moment: str, tmp_p
         process.send_signal(signal.SIGINT)
         rest = process.communicate()
     assert (process.returncode, rest) == (130, ("", "\nInterrupted.\n"))
+
+
+def test_ctrl_c_while_the_program_is_imported_leaves_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, "-m", "mlx_randygpt", "--version"]
+    env = os.environ | {"PYTHONPATH": path}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
