@@ -102,25 +102,41 @@ class LoadedModel:
                 shown = ready
 
     def logits(self, text: str) -> Array:
-        """Return the logits after each token of `text`, float32 (T, V)."""
+        """Return the logits after each token of `text`, float32 (T, V).
+
+        With learned positions, `text` may have at most `block_size` tokens. Raises ValueError if it
+        has more, or none.
+        """
         cache = self.backend.new_cache(1)
-        ids = self.tokenizer.encode(text)[None]  # (1, T)
+        ids = self._encode(text)  # (1, T)
         return np.concatenate(
             [self.backend.logits(ids[:, t : t + 1], cache) for t in range(ids.shape[1])]
         )
 
     def next_tokens(self, text: str, n: int = 5) -> list[tuple[str, float]]:
-        """Return the `n` likeliest tokens after `text` and their probabilities, likeliest first."""
+        """Return the `n` likeliest tokens after `text` and their probabilities, likeliest first.
+
+        Raises ValueError like `logits`.
+        """
         [likely] = insight.candidates(self.logits(text)[-1:], n)
         return [(self.tokenizer.decode([token]), p) for token, p in likely]
 
     def attention(self, text: str) -> Array:
         """Return how much each token of `text` attends to each other, (L, H, T, T); rows sum to 1.
 
-        `text` may have at most `block_size` tokens.
+        `text` may have at most `block_size` tokens. Raises ValueError if it has more, or none.
         """
-        ids = self.tokenizer.encode(text)[None]
+        ids, most = self._encode(text), self.config.block_size
+        if ids.shape[1] > most:
+            raise ValueError(f"text has {ids.shape[1]} tokens; at most {most} fit the context")
         return np.concatenate(insight.forward(self.params, self.config, ids)[1])
+
+    def _encode(self, text: str) -> Array:
+        """Return the tokens of `text`, (1, T)."""
+        ids = self.tokenizer.encode(text)
+        if not len(ids):
+            raise ValueError(f"text={text!r} has no tokens; give at least one character")
+        return ids[None]
 
 
 def load(path: str | Path = "checkpoints", *, backend: str = "auto") -> LoadedModel:

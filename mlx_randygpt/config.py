@@ -136,6 +136,7 @@ class ModelConfig:
                 f"n_head must be at most {self.n_embd // 2}"
             )
         _between("rope_base", self.rope_base, 1.0, 1e9)
+        _between("init_scale", self.init_scale, 0.0, 1e6)
         _between("dropout", self.dropout, 0.0, 1.0, top_open=True)
         _one_of("arch", self.arch, tuple(ARCHS))
         _one_of("activation", self.activation, GPT2_ACTIVATIONS if self.is_gpt2 else ("relu2",))
@@ -213,6 +214,9 @@ class TrainConfig:
             raise ConfigError(f"min_lr={self.min_lr} is above lr={self.lr}; it must not be")
         for name in ("beta1", "beta2", "momentum", "muon_beta2"):
             _between(name, getattr(self, name), 0.0, 1.0, top_open=True)
+        _between(
+            "adam_eps", self.adam_eps, 1e-30, 1.0
+        )  # 0 divides by zero where nothing is learned
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("order", self.order, ORDERS)
         _one_of("schedule", self.schedule, SCHEDULES)

@@ -68,6 +68,17 @@ def test_logits_are_those_of_the_checkpoint(folder: Path) -> None:
 MANY = "".join(chr(0x4E00 + i * i % 1999) for i in range(6000))
 
 
+def test_a_text_of_no_token_or_of_too_many_is_refused(folder: Path) -> None:
+    model = gpt.load(folder, backend="numpy")
+    for look in (model.logits, model.next_tokens, model.attention):
+        with pytest.raises(ValueError, match=r"text='' has no tokens"):
+            look("")
+    size = model.config.block_size
+    assert model.attention("a" * size).shape[-1] == size
+    with pytest.raises(ValueError, match=f"{size + 1} tokens; at most {size} fit"):
+        model.attention("a" * (size + 1))
+
+
 def test_a_run_on_a_text_of_many_characters_loses_none() -> None:
     pytest.importorskip("tokenizers")
     run, _ = gpt.new_run(text=MANY, backend="numpy", preset="mini")

@@ -47,6 +47,7 @@ BAD_RUNS: list[tuple[str, Any, str]] = [
     ("lr", 0.0, "such as 0.001"),
     ("min_lr", 0.5, "min_lr=0.5 is above lr="),
     *[(name, 1.0, r"\[0, 1\)") for name in ("beta1", "beta2", "momentum")],
+    ("adam_eps", 0.0, r"\[1e-30, 1\]"),
     ("optimizer", "sgd", "adamw, muon"),
     ("schedule", "step", "cosine, linear, trapezoid, constant, plateau"),
     ("dtype", "float8", "float32, bfloat16"),
