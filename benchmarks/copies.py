@@ -12,6 +12,8 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 
 from mlx_randygpt.analysis.copies import Copies, find_copies
 from mlx_randygpt.data.decoding import decoded
+from mlx_randygpt.data.token_file import OpenFile, TokenFile
 from mlx_randygpt.tokenizers import Tokenizer
 from mlx_randygpt.tokenizers.chars import CharTokenizer
 from mlx_randygpt.tokenizers.subword import SubwordTokenizer
@@ -66,7 +69,7 @@ def measure(folder: Path, megabytes: float, kind: str) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(REPEATS if megabytes <= 100 else 1):
         began = time.perf_counter()
-        tokens = np.memmap(path, np.uint16, "r")
+        tokens = TokenFile(OpenFile(path), np.dtype(np.uint16), path.stat().st_size // 2)
         found = find_copies([sample], decoded(tokens, tokenizer))
         seconds.append(time.perf_counter() - began)
     runs = [passage.stop - passage.start for passage in found[0].passages]
@@ -91,8 +94,12 @@ def main() -> None:
     args = parser.parse_args()
     for kind in args.tokenizers:
         for megabytes in args.megabytes:
-            with tempfile.TemporaryDirectory() as folder:
-                print(json.dumps(measure(Path(folder), megabytes, kind)), flush=True)
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                ProcessPoolExecutor(1, get_context("spawn")) as process,  # with its own peak
+            ):
+                row = process.submit(measure, Path(folder), megabytes, kind).result()
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
