@@ -156,7 +156,7 @@ def fit_share(texts: list[Text], per_byte: Any) -> None:
 
 
 def _terms(each: Text) -> NDArray[np.float64]:
-    """Return the terms of each run (n, 3): weights in thousands, steps, context."""
+    """Return the inputs of the formula for each of n runs, (n, 3)."""
     return np.array([terms(*each.configs(row), each.facts) for row in each.rows])
 
 

@@ -214,9 +214,8 @@ class TrainConfig:
             raise ConfigError(f"min_lr={self.min_lr} is above lr={self.lr}; it must not be")
         for name in ("beta1", "beta2", "momentum", "muon_beta2"):
             _between(name, getattr(self, name), 0.0, 1.0, top_open=True)
-        _between(
-            "adam_eps", self.adam_eps, 1e-30, 1.0
-        )  # 0 divides by zero where nothing is learned
+        # with 0, a weight whose gradient has always been zero would divide zero by zero
+        _between("adam_eps", self.adam_eps, 1e-30, 1.0)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("order", self.order, ORDERS)
         _one_of("schedule", self.schedule, SCHEDULES)

@@ -157,7 +157,7 @@ class Documents:
 
     @cached_property
     def tiles(self) -> NDArray[np.int64]:
-        """Return how many windows of a pass lie in earlier documents, (D + 1,); at the end, all."""
+        """Return how many windows of a pass precede each document, then their total, (D + 1,)."""
         n_starts = np.diff(self.ahead)
         return np.append(0, np.cumsum(-(-n_starts // self.block_size)))
 
@@ -231,7 +231,10 @@ class Mixture:
         return self._collect(part, lambda i, rows: self.parts[i].visit(of_part[rows], seed + i))
 
     def _collect(self, part: NDArray[np.int64], windows: Callable[[int, Rows], Drawn]) -> Drawn:
-        """Call `windows` for the rows of each part (B,) and return all their windows together."""
+        """Return one window for each row of a batch, from the part that `part` (B,) names.
+
+        `windows` is called with the number of a part and the rows that it has to fill.
+        """
         starts, ends = np.empty(len(part), np.int64), np.empty(len(part), np.int64)
         for i in range(len(self.parts)):
             rows = part == i

@@ -24,13 +24,13 @@ TEST, N_TEST_PIECES = 32_000, 8  # tokens of the validation text
 REFERENCE_LOSS = 1.843  # nats per byte of tiny Shakespeare that the n-gram model needs then
 REFERENCE_BITS = 2.589  # per byte of these samples after compression
 SHORTER_LOSS, SHORTER_BITS = 0.05, 0.085  # both grow by this power of how much shorter a text is
-LEAST_SHARE = 0.65  # of the difficulty for n-grams, that the one for compression is at least
+LEAST_SHARE = 0.65  # of the difficulty for n-grams: the least that compression may give
 FLOOR = 0.5405  # nats per byte of tiny Shakespeare
 SIZE, SIZE_POWER = 0.5611, 0.1  # what too few weights of the blocks cost
 STEPS, STEPS_POWER = 2.5443, 0.4  # what too few steps cost
 CONTEXT, CONTEXT_POWER = 1.6841, 0.3  # what a short context costs, in characters
 REUSE = 15.0  # passes after which another one teaches nearly nothing
-FEWEST, MOST = 8.0, 16.0  # logarithms of weights x steps: as hard as for n-grams, for compression
+FEWEST, MOST = 8.0, 16.0  # log(weights x steps) where compression begins to count, and counts alone
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class TextFacts:
 def text_facts(corpus: Corpus, tokenizer: Tokenizer) -> TextFacts:
     """Return the facts of a corpus; its difficulties are relative to tiny Shakespeare.
 
-    One says how well an n-gram model of a part of the training text predicts the validation text,
-    the other how well that part can be compressed. Where it compresses far better than the
-    validation text is predicted, what is repeated in one does not help with the other.
+    One measures how well an n-gram model, counted on a sample of the training text, predicts the
+    validation text; the other, how well that sample can be compressed. A sample that compresses far
+    better than the model predicts repeats what the validation text does not contain.
     """
     train = spread(corpus.train, SAMPLE, N_PIECES)
     test = spread(corpus.val, TEST, N_TEST_PIECES)
@@ -80,7 +80,7 @@ def spread(tokens: Tokens, n: int, n_pieces: int) -> NDArray[np.int64]:
 
 
 def terms(model: ModelConfig, train: TrainConfig, text: TextFacts) -> tuple[float, float, float]:
-    """Return what lowers the loss: thousands of weights in the blocks, steps, characters.
+    """Return what lowers the loss: thousands of block weights, steps, characters of context.
 
     A step that reads text again counts less, after Muennighoff et al. 2023 (arXiv:2305.16264):
     n passes are worth 1 + R(1 - exp(-(n - 1) / R)) with R = REUSE.
@@ -95,8 +95,8 @@ def terms(model: ModelConfig, train: TrainConfig, text: TextFacts) -> tuple[floa
 def expected_loss(model: ModelConfig, train: TrainConfig, text: TextFacts) -> float:
     """Return the validation loss in nats per token at the end of a run.
 
-    A text is as hard as for n-grams while a model is small and young. The more weights have learned
-    for more steps, the more it counts what repeats itself at a distance, as compression sees it.
+    A small model after few steps finds a text about as hard as n-grams do. The larger it is and the
+    longer it trains, the more it gains from distant repetitions, which compression measures.
     """
     weights, steps, context = terms(model, train, text)
     per_byte = (

@@ -33,7 +33,7 @@ def ngram_loss(train: Array, test: Array, vocab_size: int) -> float:
 
 
 def _hash(tokens: Array, length: int) -> tuple[Hashes, Hashes]:
-    """Hash the `length` tokens before each position from ORDER on, and these with its own token."""
+    """Hash the `length` tokens before each position from ORDER on, without and with its token."""
     ids = tokens[ORDER - length :].astype(np.uint64)
     grams = hash_windows(ids, length + 1)
     return hash_windows(ids[:-1], length) if length else np.zeros_like(grams), grams

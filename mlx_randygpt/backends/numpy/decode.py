@@ -163,7 +163,7 @@ class Decoder:
         return advance
 
     def _plain_advance(self) -> Callable[..., None]:
-        """Return `_advance` with weights that all threads read."""
+        """Return `_advance` bound to the transposed weights, which all threads share."""
         if self._transposed is None:
             self._transposed = transposed(self.config, self.params)
         return partial(self._advance, self._transposed)
@@ -179,7 +179,7 @@ class Decoder:
     ) -> None:
         """Append up to block_size tokens at once to empty rows, one at a time to others.
 
-        The logits (B, V) of the last are written; `w` is `transposed`.
+        The logits (B, V) of the last tokens are written to `logits`; `w` holds transposed weights.
         """
         if tokens.shape[1] > 1 and not cache.lengths[rows].any():
             x = advance(w, self.config, (tokens, lengths), cache, rows)

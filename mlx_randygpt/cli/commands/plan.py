@@ -174,7 +174,7 @@ def command(
 
 
 def read_text(data: Sequence[str]) -> tuple[int, TextFacts, Corpus]:
-    """Return the size of the vocabulary that a run would learn, the facts of the text, and it."""
+    """Return the vocabulary size that a run would learn, the facts of the text, and the corpus."""
     from mlx_randygpt.cli.training import text
     from mlx_randygpt.data.reading import Reading
     from mlx_randygpt.planning.expected_loss import text_facts

@@ -336,7 +336,7 @@ def new_tokens_note(model: ModelConfig, before: ModelConfig) -> str:
 
 
 def documents_notes(run: Run) -> list[str]:
-    """Return lines about documents that no window holds, and about conversations that are cut."""
+    """Return notes on documents too short for any window, and on conversations that are cut."""
     windows, size, notes = run.windows, run.model.block_size, list[str]()
     parts = windows.parts if isinstance(windows, Mixture) else [windows]
     texts = [part for part in parts if isinstance(part, Documents)]

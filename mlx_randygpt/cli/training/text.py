@@ -64,7 +64,7 @@ def recorded_paths(sources: Sequence[TextSource]) -> list[str]:
     """Return the paths that name these files again, with their weights."""
     names = list[str]()
     for source in sources:
-        is_read_once = not source.path or is_pipe(source.path)  # then its file is the copy of it
+        is_read_once = not source.path or is_pipe(source.path)  # a pipe: its file is a copy
         place = source.file if is_read_once else Path(os.path.expanduser(source.path))
         names.append(f"{resolve(place)}{f':{source.weight:g}' if source.path else ''}")
     return list(dict.fromkeys(names))
@@ -184,8 +184,10 @@ def loss_lines(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
     share = format_share(sum(corpus.unknown.values()) / corpus.characters)
     halves = [char for char in corpus.unknown if ord(char) in SURROGATES]  # of characters
     rest = "only lone surrogates" if halves else "none"
-    advice = f"; a new run with --tokenizer bpe loses {rest}" * (len(halves) < len(corpus.unknown))
-    return [*skipped, f"{line}; {share} of the text{advice}"]
+    line = f"{line}; {share} of the text"
+    if len(halves) == len(corpus.unknown):
+        return [*skipped, line]
+    return [*skipped, f"{line}; a new run with --tokenizer bpe loses {rest}"]
 
 
 def skipped_lines(n: int, first: str) -> list[str]:
