@@ -28,8 +28,9 @@ def hash_windows(codes: NDArray[Any], length: int) -> NDArray[Any]:
     The type is uint32 or uint64; its high bits are the better ones. A window of 2n numbers is
     hashed from its halves, one of any other length from two windows that overlap.
     """
-    is_short = codes.dtype == np.uint32
-    factors = FACTORS >> np.uint64(32) | np.uint64(1) if is_short else FACTORS
+    factors = np.array(FACTORS, np.uint64)
+    if codes.dtype == np.uint32:
+        factors = factors >> np.uint64(32) | np.uint64(1)
     h, n, level = codes, 1, 0
     while n < length:
         shift = min(n, length - n)
